@@ -1,0 +1,119 @@
+"""The files that checkpoints come in: recognised by content, read without running any code in them.
+
+Torch files are read with `weights_only=True`; what is neither tensors nor plain data is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dcconvert.passes.errors import UsageError
+
+PREDICTIONS = ("eps", "flow")
+METADATA_KEY = "dcconvert"  # safetensors metadata entry that holds what shapes cannot tell, as JSON
+MAX_HEADER = 100_000_000  # bytes; the safetensors format allows no longer JSON header
+SAVE_PLAINLY = "save model.state_dict() with torch.save, or as safetensors, and pass that file"
+
+
+@dataclass
+class Facts:
+    """What a file says about itself beyond its tensors; all empty for torch files."""
+
+    config: dict[str, int] = field(default_factory=dict)
+    prediction: str | None = None
+    class_names: list[str] | None = None
+
+
+def read_file(path: Path) -> tuple[Any, Facts]:
+    """Whatever the file holds (for a checkpoint: a dict, perhaps nested), and its metadata."""
+    try:
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder: pass the checkpoint file inside it.")
+        with path.open("rb") as file:
+            head = file.read(512)
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist: check the path.") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
+    if not head:
+        raise UsageError(f"{path} is empty: download or save it again.")
+    if head.startswith(b"PK\x03\x04"):
+        _check_zip(path)
+        return _read_torch(path, mmap=True), Facts()
+    if head[0] == 0x80 and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):  # PROTO opcode of a pickle
+        return _read_torch(path, mmap=False), Facts()
+    if head[257:262] == b"ustar":
+        raise UsageError(f"{path} is a tar file, which torch cannot read without running code; {SAVE_PLAINLY}.")
+    header_size = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and header_size <= MAX_HEADER:
+        return _read_safetensors(path, header_size)
+    if head.startswith(b"version https://git-lfs"):
+        raise UsageError(f"{path} is a Git LFS pointer, not the checkpoint: run `git lfs pull`.")
+    raise UsageError(f"{path} is not a checkpoint (it starts with {head[:8]!r}): pass a torch or safetensors file.")
+
+
+def _check_zip(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [Path(name).name for name in archive.namelist()]
+    except (zipfile.BadZipFile, OSError, ValueError):
+        raise UsageError(f"{path} is truncated or damaged: its zip directory is missing; get it again.") from None
+    if "constants.pkl" in entries:
+        raise UsageError(f"{path} is a TorchScript archive, not a checkpoint; {SAVE_PLAINLY}.")
+    if "data.pkl" not in entries:
+        raise UsageError(f"{path} is a zip file but not a torch checkpoint (no data.pkl in it); {SAVE_PLAINLY}.")
+
+
+def _read_torch(path: Path, mmap: bool) -> Any:
+    """Read a torch file, letting in no class but argparse.Namespace (training scripts store their options)."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"the pickled code {name[1]}" if name else "pickled objects that are not tensors"
+        raise UsageError(f"{path} holds {what}, which is never run; {SAVE_PLAINLY}.") from None
+    except Exception as error:  # a damaged file can fail anywhere inside torch
+        raise UsageError(f"{path} is truncated or damaged ({_first_line(error)}); get it again.") from None
+
+
+def _read_safetensors(path: Path, header_size: int) -> tuple[dict[str, Tensor], Facts]:
+    if 8 + header_size > path.stat().st_size:
+        raise UsageError(f"{path} is truncated or damaged: its safetensors header is cut off; get it again.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{path} is truncated or damaged ({_first_line(error)}); get it again.") from None
+    return tensors, _parse_metadata(path, metadata.get(METADATA_KEY, "{}"))
+
+
+def _parse_metadata(path: Path, text: str) -> Facts:
+    try:
+        entry = json.loads(text)
+        config = {str(name): int(value) for name, value in entry.get("config", {}).items()}
+        names = entry.get("class_names")
+        facts = Facts(config, entry.get("prediction"), None if names is None else [str(name) for name in names])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: metadata {METADATA_KEY!r} is malformed ({_first_line(error)}).") from None
+    if facts.prediction not in (None, *PREDICTIONS):
+        raise UsageError(f"{path}: metadata has prediction {facts.prediction!r}, known are {', '.join(PREDICTIONS)}.")
+    return facts
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

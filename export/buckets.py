@@ -1,0 +1,124 @@
+"""Bucket ladders: the few static shapes that a model is exported, compiled and profiled for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dcconvert.passes.errors import UsageError
+from dcconvert.passes.plan import Bucket
+
+__all__ = ["Bucket", "Ladder", "ladder"]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The buckets of one bundle, smallest first.
+
+    ``tokens``: N, tokens a sample. ``expected_waste``: mean over the steps of a run of bucket tokens / kept tokens - 1,
+    at a batch size on the ladder; a smaller batch adds the copies that fill it up.
+    """
+
+    buckets: tuple[Bucket, ...]
+    tokens: int
+    expected_waste: float
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes, ascending."""
+        return tuple(sorted({bucket.batch for bucket in self.buckets}))
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Row lengths, ascending; the last keeps everything."""
+        return tuple(sorted({bucket.row_tokens for bucket in self.buckets}))
+
+    def choose(self, batch: int, counts: ArrayLike) -> Bucket:
+        """Return the bucket with the fewest tokens that holds ``batch`` samples of ``counts`` (one, or [batch]) tokens.
+
+        The caller fills a batch smaller than the bucket's by repeating its last sample. UsageError for an empty batch,
+        one above the largest on the ladder, or counts that are not 1..N.
+        """
+        if not 1 <= batch <= self.batches[-1]:
+            raise UsageError(
+                f"batch {batch} is outside the buckets, which go from 1 to {self.batches[-1]}: "
+                f"split it, or convert again with a larger --batch"
+            )
+        kept = np.asarray(counts)
+        if kept.ndim > 1 or kept.size not in (1, batch) or kept.min() < 1 or kept.max() > self.tokens:
+            raise UsageError(f"counts {kept.tolist()}: expected {batch} of them, each from 1 to {self.tokens}")
+        kept = np.broadcast_to(kept, (batch,))
+        fitting = (bucket for bucket in self.buckets if bucket.fits(kept))
+        return min(fitting, key=lambda bucket: (bucket.tokens, bucket.batch))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and dicts for the manifest."""
+        return {**asdict(self), "buckets": [asdict(bucket) for bucket in self.buckets]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Ladder:
+        """Read back ``to_dict``; UsageError if anything is missing, the full bucket included, or not a number."""
+        try:
+            buckets = tuple(
+                Bucket(*(int(entry[name]) for name in ("batch", "tokens", "rows", "row_tokens")))
+                for entry in data["buckets"]
+            )
+            result = cls(buckets, int(data["tokens"]), float(data["expected_waste"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"the manifest's buckets cannot be read ({error!r}): convert the model again") from None
+        largest = max((bucket.batch for bucket in buckets), default=1)
+        if not any(bucket.fits([result.tokens] * largest) for bucket in buckets):
+            raise UsageError(
+                "the manifest has no bucket for everything kept at the largest batch: convert the model again"
+            )
+        return result
+
+
+def ladder(batches: Sequence[int], counts_per_step: ArrayLike, tokens: int, max_rungs: int = 6) -> Ladder:
+    """Choose the buckets for ``batches`` and the kept tokens a sample at each step of a run (1..``tokens``).
+
+    At most ``max_rungs`` row lengths, those with the least expected padding, and always the full one beside them; every
+    batch size gets every length, one sample a row, T = B * S. UsageError for empty or out-of-range input.
+    """
+    sizes = sorted(set(batches))
+    if not sizes or sizes[0] < 1:
+        raise UsageError(f"batch sizes {list(batches)}: give at least one, each at least 1")
+    counts = np.asarray(counts_per_step, dtype=np.int64).ravel()
+    if counts.size == 0 or counts.min() < 1 or counts.max() > tokens:
+        raise UsageError(f"kept tokens a step must be from 1 to {tokens}: check ratio, schedule and steps")
+    if max_rungs < 1:
+        raise UsageError(f"{max_rungs} rungs: a ladder needs at least 1")
+    rungs = _best_rungs(counts, tokens, max_rungs)
+    padded = rungs[np.searchsorted(rungs, counts)]
+    buckets = tuple(sorted(Bucket(size, size * rung, size, rung) for size in sizes for rung in rungs.tolist()))
+    return Ladder(buckets, tokens, float(np.mean(padded / counts) - 1))
+
+
+def _best_rungs(counts: NDArray[np.int64], tokens: int, max_rungs: int) -> NDArray[np.int64]:
+    """Ascending row lengths, ``tokens`` the last, with at most ``max_rungs`` before it and the least total padding.
+
+    Exact: an optimal rung is one of the counts, so the sorted distinct counts are cut into runs, each padded to its
+    largest. least[j] is the least padding of the counts up to j with the rungs so far, the last of them at j.
+    """
+    values, weights = np.unique(np.append(counts, tokens), return_counts=True)
+    weights[-1] -= 1  # the full rung is always there, needed or not
+    heads = np.concatenate([[0], np.cumsum(weights)])
+    sums = np.concatenate([[0], np.cumsum(weights * values)])
+    # cost[i, j]: padding of counts i..j raised to count j.
+    cost = ((heads[None, 1:] - heads[:-1, None]) * values - (sums[None, 1:] - sums[:-1, None])).astype(np.float64)
+    cost[np.tril_indices(len(values), -1)] = np.inf
+    least = cost[0]
+    cuts = []
+    for _ in range(min(max_rungs, len(values) - 1)):
+        # One more rung: the run before ends at i - 1. Not using the extra rung is never better, and a tie is harmless.
+        before = np.concatenate([[np.inf], least[:-1]])[:, None] + cost
+        cuts.append(before.argmin(axis=0))
+        least = before.min(axis=0)
+    rungs = [len(values) - 1]
+    for cut in reversed(cuts):
+        rungs.append(int(cut[rungs[-1]]) - 1)
+    return values[rungs[::-1]]

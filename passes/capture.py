@@ -1,0 +1,78 @@
+"""Capture: a module becomes one graph of ATen ops with a symbolic batch axis."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from dcconvert.passes.errors import UnsupportedModelError, UsageError
+from dcconvert.passes.infra import Options, Program, placeholders
+
+MAX_BATCH = 4096
+
+
+def capture(
+    module: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+) -> Program:
+    """Export `module` in training IR (linear, layer_norm and attention stay whole) with a dynamic batch.
+
+    Args:
+        module: any module that `torch.export` accepts; it is put in eval mode.
+        args, kwargs: example inputs of one call. Every tensor whose first axis equals the batch size (the
+            first axis of the first tensor, at least 2) is dynamic along it.
+        options: carried along in the Program.
+
+    Raises:
+        UsageError: the example inputs hold no batch of at least two.
+        UnsupportedModelError: `torch.export` refuses the module; the message ends with its reason.
+    """
+    kwargs = dict(kwargs or {})
+    module.eval()
+    leaves = [v for v in pytree.tree_leaves((tuple(args), kwargs)) if isinstance(v, Tensor)]
+    ranked = [v for v in leaves if v.ndim > 0]
+    if not ranked or ranked[0].shape[0] < 2:
+        raise UsageError("example_inputs must hold a batch of at least 2 samples, so that the batch axis can be seen")
+    size = ranked[0].shape[0]
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+
+    def dynamic(value: Any) -> Any:
+        return {0: batch} if isinstance(value, Tensor) and value.ndim and value.shape[0] == size else None
+
+    try:
+        named = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise UsageError(f"example_inputs do not fit {type(module).__name__}.forward: {error}") from error
+    shapes = {name: pytree.tree_map(dynamic, value) for name, value in named.items()}
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(module, tuple(args), kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch.export raises many unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(f"torch.export cannot capture {type(module).__name__}: {reason}") from error
+    root = exported.module()
+    root.graph.set_codegen(CodeGen())  # flat inputs and outputs from here on
+    graph_module = GraphModule(root, root.graph)  # a plain module: same tensors, none of export's hooks
+    first = next(n for n in placeholders(graph_module.graph) if is_batched(n, size))
+    return Program(
+        graph_module=graph_module,
+        batch=first.meta["val"].shape[0],
+        in_spec=pytree.treespec_dumps(exported.call_spec.in_spec),
+        out_spec=pytree.treespec_dumps(exported.call_spec.out_spec),
+        options=options or Options(),
+    )
+
+
+def is_batched(node: torch.fx.Node, size: int) -> bool:
+    """Whether an input's first axis is the symbolic batch (its hint is the example's batch size)."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.ndim > 0 and isinstance(value.shape[0], torch.SymInt)

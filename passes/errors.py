@@ -1,0 +1,27 @@
+"""The three ways a conversion can end early, each with the exit code the command line gives it."""
+
+from __future__ import annotations
+
+
+class DcconvertError(Exception):
+    """Base of every error dcconvert raises on purpose; the message is one line that says what to do."""
+
+    exit_code = 1
+
+
+class CheckFailedError(DcconvertError):
+    """A check of the result failed: parity, isolation, tolerance, or an invariant of a pass (exit 1)."""
+
+    exit_code = 1
+
+
+class UsageError(DcconvertError):
+    """The user's input cannot be used: bad option, unreadable file, wrong shapes (exit 2)."""
+
+    exit_code = 2
+
+
+class UnsupportedModelError(DcconvertError):
+    """The model is readable but holds something no pass or rule supports (exit 3)."""
+
+    exit_code = 3

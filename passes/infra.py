@@ -1,0 +1,248 @@
+"""The contract of a pass, and the runner that holds every pass to it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from dcconvert.passes.errors import CheckFailedError, UnsupportedModelError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Options:
+    """What the user may choose about the rewriting; defaults are the measured best (docs/choices.md)."""
+
+    head_blocks: int = 1
+    tail_blocks: int = 1
+    router: str = "predictability"
+    packing: str = "rows"
+    members: int = 4
+    neighbours: int = 4
+    seed: int = 0
+
+
+@dataclass
+class TokenStream:
+    """Where the tokens are: filled in by FindTokenStream, nodes refer to the program's graph."""
+
+    patchify: Node
+    grid: tuple[int, int]
+    width: int
+    cuts: list[Node]
+    boundaries: list[Node]  # residual stream before block 0, after block 0, ..., after the last block
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def depth(self) -> int:
+        return len(self.boundaries) - 1
+
+
+@dataclass
+class Program:
+    """One captured model on its way through the passes.
+
+    `graph_module` takes the flat tensor inputs and returns the flat outputs; `batch` is the symbol of the
+    batch axis. `route` and `denoise` appear when SplitRoute has cut the graph in two.
+    """
+
+    graph_module: GraphModule
+    batch: torch.SymInt
+    in_spec: str
+    out_spec: str
+    options: Options
+    stream: TokenStream | None = None
+    trunk: tuple[Node, Node] | None = None  # trunk input and trunk output in the graph
+    scores: Node | None = None
+    plan_inputs: dict[str, Node] = field(default_factory=dict)
+    route: GraphModule | None = None
+    denoise: GraphModule | None = None
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def fake_mode(self) -> FakeTensorMode:
+        return placeholders(self.graph)[0].meta["val"].fake_mode
+
+    def found_stream(self) -> TokenStream:
+        if self.stream is None:
+            raise CheckFailedError("the token stream was asked for before FindTokenStream ran; fix the pipeline order")
+        return self.stream
+
+    def found_trunk(self) -> tuple[Node, Node]:
+        if self.trunk is None:
+            raise CheckFailedError("the trunk was asked for before FindTokenStream ran; fix the pipeline order")
+        return self.trunk
+
+    def new_size(self, hint: int) -> torch.SymInt:
+        """A fresh symbolic size, for an axis the original model does not have."""
+        from torch._dynamo.source import ConstantSource
+
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        source = ConstantSource(f"dcconvert_size_{hint}")
+        return self.fake_mode.from_tensor(torch.empty(hint), symbolic_context=context, source=source).shape[0]
+
+    def emit(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
+        """Insert a call at the graph's insertion point, with its fake value computed."""
+        node = self.graph.call_function(target, args, kwargs or {})
+        node.meta["val"] = fake_result(self.fake_mode, node)
+        return node
+
+    def placeholder(self, name: str, shape: Sequence[int | torch.SymInt], dtype: torch.dtype) -> Node:
+        """Add a graph input with a symbolic shape after the existing ones."""
+        with self.graph.inserting_after(placeholders(self.graph)[-1]):
+            node = self.graph.placeholder(name)
+        with self.fake_mode:
+            node.meta["val"] = torch.empty(tuple(shape), dtype=dtype)
+        return node
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did: how many places matched, and remarks for the user."""
+
+    matches: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """A line of the pass log kept in the manifest."""
+
+    name: str
+    matches: int
+    notes: tuple[str, ...]
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "notes": list(self.notes)}
+
+
+class Pass:
+    """A rewrite of a Program in place: one file, one class, `requires / call / ensures`.
+
+    `optional` passes may match nothing; any other pass that matches nothing is an error.
+    """
+
+    optional = False
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def requires(self, program: Program) -> None:
+        """Raise if the program is not ready for this pass."""
+
+    def call(self, program: Program) -> PassResult:
+        raise NotImplementedError
+
+    def ensures(self, program: Program) -> None:
+        """Raise if the rewritten program breaks what this pass promises."""
+
+
+def run_passes(program: Program, passes: Iterable[Pass], dump: Path | None = None) -> list[PassRecord]:
+    """Run passes in order; after each one recompile, lint and check that every value has a fake tensor.
+
+    `dump`: a folder that receives the readable graph after each pass. Raises CheckFailedError when a pass
+    breaks an invariant, and UnsupportedModelError when one that should have fired did not.
+    """
+    records: list[PassRecord] = []
+    for number, current in enumerate(passes):
+        before, start = len(program.graph.nodes), time.perf_counter()
+        current.requires(program)
+        result = current.call(program)
+        if result.matches == 0 and not current.optional:
+            reason = "; ".join(result.notes) or "no reason recorded"
+            raise UnsupportedModelError(f"{current.name} found nothing to do in this model: {reason}")
+        for module in live_modules(program):
+            check_graph(module, current.name)
+        current.ensures(program)
+        after = sum(len(m.graph.nodes) for m in live_modules(program))
+        records.append(
+            PassRecord(current.name, result.matches, result.notes, before, after, time.perf_counter() - start)
+        )
+        log.info("%s: %d matches, %d -> %d nodes", current.name, result.matches, before, after)
+        if dump is not None:
+            dump_graphs(program, dump, f"{number:02d}_{current.name}")
+    return records
+
+
+def live_modules(program: Program) -> list[GraphModule]:
+    if program.route is not None and program.denoise is not None:
+        return [program.route, program.denoise]
+    return [program.graph_module]
+
+
+def check_graph(module: GraphModule, after: str) -> None:
+    """Lint and recompile; every call must carry a fake value."""
+    try:
+        module.graph.lint()
+    except RuntimeError as error:
+        raise CheckFailedError(f"{after} left a graph that does not lint ({error}); this is a bug of dcconvert") from error
+    module.recompile()
+    for node in module.graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            raise CheckFailedError(f"{after} left {node.name} without a fake value; this is a bug of dcconvert")
+
+
+def dump_graphs(program: Program, folder: Path, stem: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = live_modules(program)
+    for label, module in zip(("route", "denoise") if len(modules) == 2 else ("graph",), modules, strict=True):
+        (folder / f"{stem}.{label}.txt").write_text(readable(module))
+
+
+def readable(module: GraphModule) -> str:
+    """One line a node: name, shape, op, arguments, where it came from."""
+    lines = []
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        shape = tuple(value.shape) if isinstance(value, Tensor) else ""
+        args = ", ".join(map(str, node.args)) + "".join(f", {k}={v}" for k, v in node.kwargs.items())
+        lines.append(f"{node.name} {shape} = {node.op}[{node.target}]({args})  # {module_path(node)}")
+    return "\n".join(lines) + "\n"
+
+
+def placeholders(graph: torch.fx.Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def fake_result(mode: FakeTensorMode, node: Node) -> Any:
+    """Run a node on the fake values of its arguments."""
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with mode, torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the module a node was captured from (for messages only)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((path for path, _ in reversed(list(stack.values()))), "")
+
+
+def where(node: Node) -> str:
+    """'aten.conv2d.default in blocks.0.attn (file.py:12)': how messages name a node."""
+    frames = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip().startswith("File ")]
+    line = ""
+    if frames:
+        parts = frames[-1].split(", ")
+        line = f" ({Path(parts[0].removeprefix('File ').strip(chr(34))).name}:{parts[1].removeprefix('line ')})"
+    return f"{node.target} in {module_path(node) or 'the model'}{line}"

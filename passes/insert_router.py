@@ -1,0 +1,75 @@
+"""Insert the router: every token gets a keep score at the trunk's input."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from dcconvert.passes.errors import UsageError
+from dcconvert.passes.infra import Pass, PassResult, Program, placeholders
+from dcconvert.passes.normalise import Normalise
+from dcconvert.passes.routers import ROUTERS, make_router
+
+PREFIX = "router"
+
+
+class InsertRouter(Pass):
+    """Add p [B, N] = router(h [B, N, D]) to the graph, ahead of the original output.
+
+    1. The router is captured like any module and its ops are copied in after the trunk's input.
+    2. Its parameters and buffers appear in the program under `router.`.
+    """
+
+    def requires(self, program: Program) -> None:
+        if program.options.router not in ROUTERS:
+            raise UsageError(f"unknown router '{program.options.router}'; choose one of {', '.join(ROUTERS)}")
+
+    def call(self, program: Program) -> PassResult:
+        stream, (start, _) = program.found_stream(), program.found_trunk()
+        router = make_router(program.options.router, stream.grid, program.options.seed)
+        program.scores = inline(program, router, start)
+        output = next(iter(reversed(program.graph.nodes)))
+        output.args = ((program.scores, *output.args[0]),)
+        return PassResult(1, (f"router {program.options.router} on {start.name}",))
+
+
+def inline(program: Program, module: nn.Module, source: Node) -> Node:
+    """Copy `module(source)` into the program's graph after `source`; returns the result's node."""
+    from dcconvert.passes.capture import capture
+
+    shape = source.meta["val"].shape
+    example = torch.zeros(3, *(int(size) for size in shape[1:]), dtype=source.meta["val"].dtype)
+    inner = capture(module, (example,))
+    Normalise().call(inner)
+    program.graph_module.add_submodule(PREFIX, state_holder(inner.graph_module))
+    mapping: dict[Node, Node] = {placeholders(inner.graph)[0]: source}
+    output = next(iter(reversed(inner.graph.nodes)))
+    with program.graph.inserting_after(source):
+        anchor = program.graph.call_function(torch.ops.aten.alias.default, (source,))
+    with program.graph.inserting_before(anchor):
+        for node in inner.graph.nodes:
+            if node.op == "get_attr":
+                mapping[node] = program.graph.get_attr(f"{PREFIX}.{node.target}")
+                with program.fake_mode:
+                    value = node.meta["val"]
+                    mapping[node].meta["val"] = torch.empty(value.shape, dtype=value.dtype)
+            elif node.op == "call_function":
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), mapping.__getitem__)
+                mapping[node] = program.emit(node.target, args, kwargs)
+    program.graph.erase_node(anchor)
+    return mapping[output.args[0][0]]
+
+
+def state_holder(graph_module: GraphModule) -> nn.Module:
+    """The captured module's parameters and buffers without its graph."""
+    holder = nn.Module()
+    for name, value in graph_module.state_dict().items():
+        parent, _, leaf = name.rpartition(".")
+        target = holder
+        for part in filter(None, parent.split(".")):
+            if not hasattr(target, part):
+                target.add_module(part, nn.Module())
+            target = getattr(target, part)
+        target.register_buffer(leaf, value)
+    return holder

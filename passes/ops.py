@@ -1,0 +1,167 @@
+"""The ops a converted graph has and an ordinary DiT has not: one registry, one reference each.
+
+Every op is a `torch.library` custom op in the namespace `dcconvert`, with a plain PyTorch reference (the
+kernel used on every device unless a faster one is registered), a fake kernel for tracing, a gradient and
+a FLOP formula. Their ONNX lowerings are in `dcconvert.export.lowerings`.
+
+Shapes: B samples of N grid tokens of width D; T packed tokens; R attention rows of S slots; H heads of d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+NAMESPACE = "dcconvert"
+
+
+@torch.library.custom_op(f"{NAMESPACE}::chunk", mutates_args=())
+def chunk(h: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Pack tokens: each of the T packed tokens is a weighted mean of grid tokens.
+
+    h [B, N, D]; index int64 [T, M] into the flattened B*N grid; weight [T, M]. Returns [1, T, D].
+    """
+    return weighted_gather(h.flatten(0, 1), index, weight).unsqueeze(0)
+
+
+@chunk.register_fake
+def _(h: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    return h.new_empty((1, index.shape[0], h.shape[2]))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::dechunk", mutates_args=())
+def dechunk(h: Tensor, update: Tensor, fill_index: Tensor, fill_weight: Tensor) -> Tensor:
+    """Give every grid token a value again: its own, plus the trunk's update near it.
+
+    h [B, N, D]; update [1, T, D] (trunk output minus trunk input); fill_index int64 [B, N, K] of packed
+    tokens, fill_weight [B, N, K] with rows that sum to one. Returns [B, N, D].
+    """
+    filled = weighted_gather(update.squeeze(0), fill_index.flatten(0, 1), fill_weight.flatten(0, 1))
+    return h + filled.view(h.shape)
+
+
+@dechunk.register_fake
+def _(h: Tensor, update: Tensor, fill_index: Tensor, fill_weight: Tensor) -> Tensor:
+    return torch.empty_like(h, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::expand_samples", mutates_args=())
+def expand_samples(x: Tensor, sample_ids: Tensor) -> Tensor:
+    """Give each packed token its sample's value: x [B, 1, ...] -> [1, T, ...]."""
+    return x.index_select(0, sample_ids).transpose(0, 1).contiguous()
+
+
+@expand_samples.register_fake
+def _(x: Tensor, sample_ids: Tensor) -> Tensor:
+    return x.new_empty((1, sample_ids.shape[0], *x.shape[2:]))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::to_grid", mutates_args=())
+def to_grid(x: Tensor, grid_index: Tensor) -> Tensor:
+    """Lay packed tokens out in attention rows: x [1, T, ...], grid_index int64 [R, S] -> [R, S, ...]."""
+    return x.squeeze(0).index_select(0, grid_index.flatten()).view(*grid_index.shape, *x.shape[2:])
+
+
+@to_grid.register_fake
+def _(x: Tensor, grid_index: Tensor) -> Tensor:
+    return x.new_empty((*grid_index.shape, *x.shape[2:]))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::to_packed", mutates_args=())
+def to_packed(x: Tensor, packed_index: Tensor) -> Tensor:
+    """Undo `to_grid`: x [R, S, ...], packed_index int64 [T] of slots r*S + s -> [1, T, ...]."""
+    return x.flatten(0, 1).index_select(0, packed_index).unsqueeze(0)
+
+
+@to_packed.register_fake
+def _(x: Tensor, packed_index: Tensor) -> Tensor:
+    return x.new_empty((1, packed_index.shape[0], *x.shape[2:]))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::row_attention", mutates_args=())
+def row_attention(q: Tensor, k: Tensor, v: Tensor, row_lengths: Tensor, scale: float) -> Tensor:
+    """Self-attention with one sample a row: q, k, v [R, H, S, d]; the first row_lengths[r] keys count."""
+    slots = torch.arange(k.shape[2], device=k.device)
+    mask = (slots < row_lengths.unsqueeze(1)).view(k.shape[0], 1, 1, -1)
+    # Full rows need no mask; on CUDA the look would wait for the device, so the mask stays.
+    full = mask.device.type == "cpu" and bool(mask.all())
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if full else mask, scale=scale)
+
+
+@row_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, row_lengths: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::segment_attention", mutates_args=())
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, scale: float) -> Tensor:
+    """Self-attention with several samples a row: slots of a row attend each other if their ids agree.
+
+    q, k, v [R, H, S, d]; segment_ids int64 [R, S]. The mask is what keeps packed sequences apart in
+    Krell et al. (arXiv 2107.02027).
+    """
+    mask = (segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)).unsqueeze(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+@segment_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def weighted_gather(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """sum_m weight[i, m] * rows[index[i, m]]: rows [X, D], index and weight [Y, M] -> [Y, D]."""
+    if index.shape[1] == 1:
+        return rows.index_select(0, index.squeeze(1)) * weight.to(rows.dtype)
+    return F.embedding_bag(index, rows, mode="sum", per_sample_weights=weight.to(rows.dtype))
+
+
+REFERENCES: dict[str, Callable[..., Tensor]] = {
+    op._name: op._init_fn
+    for op in (chunk, dechunk, expand_samples, to_grid, to_packed, row_attention, segment_attention)
+}
+
+
+def _register_gradient(name: str) -> None:
+    """Differentiate an op by re-running its reference: right for every input, and no second formula."""
+    reference = REFERENCES[name]
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.inputs = inputs
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            args = [a.detach().requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a for a in ctx.inputs]
+            wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+            found = iter(torch.autograd.grad(reference(*args), wanted, grad, allow_unused=True))
+        return tuple(next(found) if isinstance(a, Tensor) and a.requires_grad else None for a in args)
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup)
+
+
+for _name in REFERENCES:
+    _register_gradient(_name)
+
+
+@register_flop_formula([torch.ops.dcconvert.row_attention, torch.ops.dcconvert.segment_attention])
+def attention_flops(q: Any, k: Any, v: Any, *_: object, **__: object) -> int:
+    """Two matrix products over all slots, padding included: 4 R H S^2 d."""
+    rows, heads, slots, width = q
+    return 4 * rows * heads * slots * k[2] * width
+
+
+@register_flop_formula([torch.ops.dcconvert.chunk])
+def chunk_flops(h: Any, index: Any, *_: object, **__: object) -> int:
+    """One multiply-add for each gathered value: 2 T M D."""
+    return 2 * index[0] * index[1] * h[2]
+
+
+@register_flop_formula([torch.ops.dcconvert.dechunk])
+def dechunk_flops(h: Any, update: Any, fill_index: Any, *_: object, **__: object) -> int:
+    """One multiply-add for each gathered value: 2 B N K D."""
+    return 2 * h[0] * h[1] * fill_index[2] * h[2]

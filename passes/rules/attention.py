@@ -1,0 +1,59 @@
+"""Attention: the one op of a trunk that mixes tokens; it runs in the grid layout."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from dcconvert.passes.errors import UsageError
+from dcconvert.passes.packing import Laid, Layout, Packer
+from dcconvert.passes.rules import rule
+
+aten = torch.ops.aten
+
+ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def attention(packer: Packer, node: Node, layout: Layout) -> Laid:
+    """Self-attention over each sample's kept tokens, or cross-attention from them to per-sample keys."""
+    given: dict[str, Any] = dict(zip(ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
+    if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
+        raise packer.refuse(node, "attention with dropout, a causal mask or grouped queries has no rule")
+    q = packer.get(given["query"], "grid")
+    if (q.batch, q.token, q.node.meta["val"].ndim) != (0, 2, 4):
+        raise packer.refuse(node, "queries must be laid out [B, H, N, d]")
+    scale = given.get("scale") or 1 / math.sqrt(int(given["query"].meta["val"].shape[-1]))
+    packer.attentions += 1
+    tokenwise = [packer.in_trunk(given[name]) for name in ("key", "value")]
+    if all(tokenwise):
+        return self_attention(packer, node, given, q, scale)
+    if any(tokenwise):
+        raise packer.refuse(node, "keys and values must both come from the tokens or both from outside")
+    return cross_attention(packer, node, given, q, scale)
+
+
+def self_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:
+    if given.get("attn_mask") is not None:
+        raise packer.refuse(node, "self-attention with a mask has no rule")
+    k, v = (packer.get(given[name], "grid").node for name in ("key", "value"))
+    if packer.packing == "rows":
+        op, separator = torch.ops.dcconvert.row_attention.default, packer.plan_input("row_lengths")
+    else:
+        op, separator = torch.ops.dcconvert.segment_attention.default, packer.plan_input("segment_ids")
+    return q.at(packer.emit(op, q.node, k, v, separator, scale))
+
+
+def cross_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:
+    """Queries of row r against the keys of sample r; pad queries give rows nobody reads."""
+    if packer.packing != "rows":
+        raise UsageError("this model has cross-attention, which needs one sample a row: use --packing rows")
+    packer.needs_sample_rows = True
+    mask = given.get("attn_mask")
+    if isinstance(mask, Node) and mask.meta["val"].ndim > 1 and mask.meta["val"].shape[-2] != 1:
+        raise packer.refuse(node, "its mask varies with the token's position")
+    operands = (q.node, given["key"], given["value"], mask)
+    return q.at(packer.emit(aten.scaled_dot_product_attention.default, *operands, scale=scale))

@@ -1,0 +1,134 @@
+"""The choice of bucket shapes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dcconvert.export.buckets import Bucket, Ladder, ladder
+from dcconvert.passes.errors import UsageError
+from dcconvert.passes.schedule import KINDS, Schedule
+
+
+def padding(rungs, counts):
+    rungs = np.asarray(sorted(rungs))
+    return int((rungs[np.searchsorted(rungs, counts)] - counts).sum())
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(1, 4))
+def test_rungs_are_the_best_there_are(counts, max_rungs):
+    found = ladder([1], counts, 12, max_rungs).rungs
+    best = min(
+        padding({*chosen, 12}, counts)
+        for size in range(max_rungs + 1)
+        for chosen in itertools.combinations(range(1, 12), size)
+    )
+    assert found[-1] == 12
+    assert len(found) <= max_rungs + 1
+    assert padding(found, counts) == best
+
+
+def test_hand_computed_ladder():
+    rungs = ladder([2, 1, 2], [4, 4, 5, 8, 9], tokens=16, max_rungs=2)
+    assert rungs.rungs == (5, 9, 16)
+    assert rungs.batches == (1, 2)
+    assert Bucket(2, 18, 2, 9) in rungs.buckets
+    assert len(rungs.buckets) == 6
+    assert rungs.expected_waste == pytest.approx((1 / 4 + 1 / 4 + 0 + 1 / 8 + 0) / 5)
+
+
+def test_constant_schedule_has_two_rungs_and_no_waste():
+    rungs = ladder([1, 8], [64] * 50, tokens=256)
+    assert rungs.rungs == (64, 256)
+    assert rungs.expected_waste == 0
+
+
+def test_everything_kept_has_one_rung():
+    assert ladder([8], [256] * 5, tokens=256).buckets == (Bucket(8, 2048, 8, 256),)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ratio", [1, 1.2, 2, 4, 16])
+@pytest.mark.parametrize("steps", [4, 25, 250])
+def test_waste_of_the_schedules_stays_under_ten_percent(kind, ratio, steps):
+    taus = 1 - np.arange(steps) / steps
+    assert ladder([1, 8], Schedule(kind, ratio).centred(taus).counts(taus, 256), 256).expected_waste < 0.1
+
+
+def test_choose():
+    rungs = ladder([1, 4, 8], [32, 64, 96], tokens=256)
+    assert rungs.choose(8, 64) == Bucket(8, 512, 8, 64)
+    assert rungs.choose(1, [33]) == Bucket(1, 64, 1, 64)
+    assert rungs.choose(3, [10, 96, 20]) == Bucket(4, 384, 4, 96)
+    assert rungs.choose(5, 97) == Bucket(8, 2048, 8, 256)
+
+
+@given(st.integers(1, 8), st.data())
+def test_choice_fits_and_is_smallest(batch, data):
+    rungs = ladder([2, 8], [3, 5, 9], tokens=16)
+    counts = data.draw(st.lists(st.integers(1, 16), min_size=batch, max_size=batch))
+    chosen = rungs.choose(batch, counts)
+    assert chosen.fits(counts)
+    assert not any(other.fits(counts) and other.tokens < chosen.tokens for other in rungs.buckets)
+
+
+def test_fits():
+    bucket = Bucket(3, 12, 3, 5)
+    assert bucket.fits([5, 4, 3])
+    assert not bucket.fits([5, 5, 3])  # 13 tokens
+    assert not bucket.fits([6, 1, 1])  # a row too long
+    assert bucket.fits([4, 4])  # the last repeated: 12
+    assert not bucket.fits([3, 5])  # the last repeated: 13
+    assert not bucket.fits([1, 1, 1, 1])
+    assert not bucket.fits([])
+    assert not Bucket(3, 12, 2, 5).fits([1, 1, 1])
+
+
+def test_choose_refuses():
+    rungs = ladder([4], [8], tokens=16)
+    with pytest.raises(UsageError, match=r"batch 5 .*from 1 to 4"):
+        rungs.choose(5, 8)
+    with pytest.raises(UsageError, match="batch 0"):
+        rungs.choose(0, 8)
+    for counts in (17, 0, [8, 8], [[8, 8, 8]]):
+        with pytest.raises(UsageError, match="expected 3 of them, each from 1 to 16"):
+            rungs.choose(3, counts)
+
+
+def test_ladder_refuses():
+    with pytest.raises(UsageError, match="batch sizes"):
+        ladder([], [8], 16)
+    with pytest.raises(UsageError, match="batch sizes"):
+        ladder([0, 8], [8], 16)
+    for counts in ([], [0], [17]):
+        with pytest.raises(UsageError, match="from 1 to 16"):
+            ladder([1], counts, 16)
+    with pytest.raises(UsageError, match="at least 1"):
+        ladder([1], [8], 16, max_rungs=0)
+
+
+def test_manifest_round_trip():
+    rungs = ladder([1, 8], [32, 64, 96], tokens=256, max_rungs=2)
+    assert Ladder.from_dict(json.loads(json.dumps(rungs.to_dict()))) == rungs
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"buckets": []},
+        {"buckets": 3},
+        {"buckets": [{"batch": 1}]},
+        {"tokens": "many"},
+        {"tokens": 17},
+        {"expected_waste": None},
+    ],
+)
+def test_broken_manifest(change):
+    with pytest.raises(UsageError, match="manifest"):
+        Ladder.from_dict({**ladder([1], [8], 16).to_dict(), **change})
