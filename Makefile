@@ -44,7 +44,7 @@ pytest: $(VENV)/.test-installed
 # then picks another build.
 $(VENV)/.torch-installed: $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	touch $@
 

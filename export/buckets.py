@@ -64,7 +64,7 @@ class Ladder:
         """Read back ``to_dict``; UsageError if anything is missing, the full bucket included, or not a number."""
         try:
             buckets = tuple(
-                Bucket(*(int(entry[name]) for name in ("batch", "tokens", "rows", "row_tokens")))
+                Bucket(*(int(entry[name]) for name in ("batch", "tokens", "rows", "row_tokens", "tile")))
                 for entry in data["buckets"]
             )
             result = cls(buckets, int(data["tokens"]), float(data["expected_waste"]))
@@ -82,7 +82,7 @@ def ladder(batches: Sequence[int], counts_per_step: ArrayLike, tokens: int, max_
     """Choose the buckets for ``batches`` and the kept tokens a sample at each step of a run (1..``tokens``).
 
     At most ``max_rungs`` row lengths, those with the least expected padding, and always the full one beside them; every
-    batch size gets every length, one sample a row, T = B * S. UsageError for empty or out-of-range input.
+    batch size gets every length, one sample a row and a tile, T = B * S. UsageError for empty or out-of-range input.
     """
     sizes = sorted(set(batches))
     if not sizes or sizes[0] < 1:
@@ -94,7 +94,7 @@ def ladder(batches: Sequence[int], counts_per_step: ArrayLike, tokens: int, max_
         raise UsageError(f"{max_rungs} rungs: a ladder needs at least 1")
     rungs = _best_rungs(counts, tokens, max_rungs)
     padded = rungs[np.searchsorted(rungs, counts)]
-    buckets = tuple(sorted(Bucket(size, size * rung, size, rung) for size in sizes for rung in rungs.tolist()))
+    buckets = tuple(sorted(Bucket(size, size * rung, size, rung, rung) for size in sizes for rung in rungs.tolist()))
     return Ladder(buckets, tokens, float(np.mean(padded / counts) - 1))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
@@ -221,6 +222,11 @@ def readable(module: GraphModule) -> str:
     return "\n".join(lines) + "\n"
 
 
+def remove_dead_code(graph: torch.fx.Graph) -> None:
+    """Drop calls whose results nothing uses (torch.fx itself keeps attention, for its dropout's sake)."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+
+
 def placeholders(graph: torch.fx.Graph) -> list[Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
 
@@ -228,7 +234,7 @@ def placeholders(graph: torch.fx.Graph) -> list[Node]:
 def fake_result(mode: FakeTensorMode, node: Node) -> Any:
     """Run a node on the fake values of its arguments."""
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with mode, torch.no_grad():
+    with enable_python_dispatcher(), mode, torch.no_grad():  # some ops take symbolic sizes no other way
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

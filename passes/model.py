@@ -19,6 +19,7 @@ from dcconvert.passes.plan import Bucket, Plan, Planner
 from dcconvert.passes.schedule import Schedule
 
 TIMESTEP_NAMES = ("t", "timestep", "timesteps")
+SCORES_NAME = "scores"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ModelSpec:
     inputs: tuple[str, ...]  # the original's flat inputs, in call order
     route_inputs: tuple[str, ...]
     live: tuple[str, ...]  # what route hands to denoise, `h` first
+    live_shapes: tuple[tuple[int, ...], ...]  # theirs, without the batch axis
     denoise_inputs: tuple[str, ...]
     in_spec: str
     out_spec: str
@@ -46,8 +48,10 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ModelSpec:
-        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        return cls(**{**fields, **lists})
+        def frozen(value: Any) -> Any:
+            return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
+
+        return cls(**{name: frozen(value) for name, value in fields.items()})
 
     @classmethod
     def of(cls, program: Program, timestep: str | None, timestep_scale: float) -> ModelSpec:
@@ -59,11 +63,13 @@ class ModelSpec:
             timestep = next((name for name in TIMESTEP_NAMES if name in inputs), None)
         elif timestep not in inputs:
             raise UsageError(f"the model has no input '{timestep}' to take the timestep from; it has {', '.join(inputs)}")
+        live = [n for n in placeholders(program.denoise.graph) if n.name not in {*inputs, *program.plan_inputs}]
         denoise_inputs = tuple(n.name for n in placeholders(program.denoise.graph))
         return cls(
             inputs=inputs,
             route_inputs=tuple(n.name for n in placeholders(program.route.graph)),
-            live=tuple(n for n in denoise_inputs if n not in inputs and n not in program.plan_inputs),
+            live=tuple(n.name for n in live),
+            live_shapes=tuple(tuple(int(size) for size in n.meta["val"].shape[1:]) for n in live),
             denoise_inputs=denoise_inputs,
             in_spec=program.in_spec,
             out_spec=program.out_spec,

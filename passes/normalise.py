@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from dcconvert.passes.errors import UnsupportedModelError
-from dcconvert.passes.infra import Pass, PassResult, Program, where
+from dcconvert.passes.infra import Pass, PassResult, Program, where, remove_dead_code
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ class Normalise(Pass):
             else:
                 continue
             matches += 1
-        program.graph.eliminate_dead_code()
+        remove_dead_code(program.graph)
         for name in list(program.graph_module._modules):
             if name == "_guards_fn":
                 delattr(program.graph_module, name)

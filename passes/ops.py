@@ -4,11 +4,13 @@ Every op is a `torch.library` custom op in the namespace `dcconvert`, with a pla
 kernel used on every device unless a faster one is registered), a fake kernel for tracing, a gradient and
 a FLOP formula. Their ONNX lowerings are in `dcconvert.export.lowerings`.
 
-Shapes: B samples of N grid tokens of width D; T packed tokens; R attention rows of S slots; H heads of d.
+Shapes: B samples of N grid tokens of width D; packed tokens in G tiles of L, each tile of one sample
+(T = G*L); R attention rows of S slots; H heads of d.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,26 +24,27 @@ NAMESPACE = "dcconvert"
 
 @torch.library.custom_op(f"{NAMESPACE}::chunk", mutates_args=())
 def chunk(h: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """Pack tokens: each of the T packed tokens is a weighted mean of grid tokens.
+    """Pack tokens: each packed token is a weighted mean of grid tokens.
 
-    h [B, N, D]; index int64 [T, M] into the flattened B*N grid; weight [T, M]. Returns [1, T, D].
+    h [B, N, D]; index int64 [G, L, M] into the flattened B*N grid; weight [G, L, M]. Returns [G, L, D].
     """
-    return weighted_gather(h.flatten(0, 1), index, weight).unsqueeze(0)
+    packed = weighted_gather(h.flatten(0, 1), index.flatten(0, 1), weight.flatten(0, 1))
+    return packed.view(*index.shape[:2], h.shape[2])
 
 
 @chunk.register_fake
 def _(h: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    return h.new_empty((1, index.shape[0], h.shape[2]))
+    return h.new_empty((index.shape[0], index.shape[1], h.shape[2]))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::dechunk", mutates_args=())
 def dechunk(h: Tensor, update: Tensor, fill_index: Tensor, fill_weight: Tensor) -> Tensor:
     """Give every grid token a value again: its own, plus the trunk's update near it.
 
-    h [B, N, D]; update [1, T, D] (trunk output minus trunk input); fill_index int64 [B, N, K] of packed
+    h [B, N, D]; update [G, L, D] (trunk output minus trunk input); fill_index int64 [B, N, K] of packed
     tokens, fill_weight [B, N, K] with rows that sum to one. Returns [B, N, D].
     """
-    filled = weighted_gather(update.squeeze(0), fill_index.flatten(0, 1), fill_weight.flatten(0, 1))
+    filled = weighted_gather(update.flatten(0, 1), fill_index.flatten(0, 1), fill_weight.flatten(0, 1))
     return h + filled.view(h.shape)
 
 
@@ -50,37 +53,18 @@ def _(h: Tensor, update: Tensor, fill_index: Tensor, fill_weight: Tensor) -> Ten
     return torch.empty_like(h, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::expand_samples", mutates_args=())
-def expand_samples(x: Tensor, sample_ids: Tensor) -> Tensor:
-    """Give each packed token its sample's value: x [B, 1, ...] -> [1, T, ...]."""
-    return x.index_select(0, sample_ids).transpose(0, 1).contiguous()
+@torch.library.custom_op(f"{NAMESPACE}::regroup", mutates_args=())
+def regroup(x: Tensor, index: Tensor) -> Tensor:
+    """Lay tokens out anew: x [A, B, ...], index int64 [C, D] of flat a*B + b -> [C, D, ...].
+
+    Takes packed tokens to attention rows (grid_index) and back (packed_index).
+    """
+    return x.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, *x.shape[2:])
 
 
-@expand_samples.register_fake
-def _(x: Tensor, sample_ids: Tensor) -> Tensor:
-    return x.new_empty((1, sample_ids.shape[0], *x.shape[2:]))
-
-
-@torch.library.custom_op(f"{NAMESPACE}::to_grid", mutates_args=())
-def to_grid(x: Tensor, grid_index: Tensor) -> Tensor:
-    """Lay packed tokens out in attention rows: x [1, T, ...], grid_index int64 [R, S] -> [R, S, ...]."""
-    return x.squeeze(0).index_select(0, grid_index.flatten()).view(*grid_index.shape, *x.shape[2:])
-
-
-@to_grid.register_fake
-def _(x: Tensor, grid_index: Tensor) -> Tensor:
-    return x.new_empty((*grid_index.shape, *x.shape[2:]))
-
-
-@torch.library.custom_op(f"{NAMESPACE}::to_packed", mutates_args=())
-def to_packed(x: Tensor, packed_index: Tensor) -> Tensor:
-    """Undo `to_grid`: x [R, S, ...], packed_index int64 [T] of slots r*S + s -> [1, T, ...]."""
-    return x.flatten(0, 1).index_select(0, packed_index).unsqueeze(0)
-
-
-@to_packed.register_fake
-def _(x: Tensor, packed_index: Tensor) -> Tensor:
-    return x.new_empty((1, packed_index.shape[0], *x.shape[2:]))
+@regroup.register_fake
+def _(x: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty((*index.shape, *x.shape[2:]))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::row_attention", mutates_args=())
@@ -123,7 +107,7 @@ def weighted_gather(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 REFERENCES: dict[str, Callable[..., Tensor]] = {
     op._name: op._init_fn
-    for op in (chunk, dechunk, expand_samples, to_grid, to_packed, row_attention, segment_attention)
+    for op in (chunk, dechunk, regroup, row_attention, segment_attention)
 }
 
 
@@ -148,7 +132,6 @@ for _name in REFERENCES:
     _register_gradient(_name)
 
 
-@register_flop_formula([torch.ops.dcconvert.row_attention, torch.ops.dcconvert.segment_attention])
 def attention_flops(q: Any, k: Any, v: Any, *_: object, **__: object) -> int:
     """Two matrix products over all slots, padding included: 4 R H S^2 d."""
     rows, heads, slots, width = q
@@ -157,11 +140,14 @@ def attention_flops(q: Any, k: Any, v: Any, *_: object, **__: object) -> int:
 
 @register_flop_formula([torch.ops.dcconvert.chunk])
 def chunk_flops(h: Any, index: Any, *_: object, **__: object) -> int:
-    """One multiply-add for each gathered value: 2 T M D."""
-    return 2 * index[0] * index[1] * h[2]
+    """One multiply-add for each gathered value: 2 G L M D."""
+    return 2 * math.prod(index) * h[2]
 
 
 @register_flop_formula([torch.ops.dcconvert.dechunk])
 def dechunk_flops(h: Any, update: Any, fill_index: Any, *_: object, **__: object) -> int:
     """One multiply-add for each gathered value: 2 B N K D."""
-    return 2 * h[0] * h[1] * fill_index[2] * h[2]
+    return 2 * math.prod(fill_index) * h[2]
+
+
+register_flop_formula([torch.ops.dcconvert.row_attention, torch.ops.dcconvert.segment_attention])(attention_flops)

@@ -1,4 +1,4 @@
-"""Pack the trunk: kept tokens of all samples on one axis, without padding."""
+"""Pack the trunk: kept tokens of all samples together, in tiles of one sample each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from dcconvert.passes.errors import CheckFailedError
-from dcconvert.passes.infra import Pass, PassResult, Program
+from dcconvert.passes.infra import Pass, PassResult, Program, remove_dead_code, where
 from dcconvert.passes.packing import Packer
 from dcconvert.passes.rules import find_rule
 from dcconvert.passes.token_stream import dependents
@@ -14,15 +14,15 @@ from dcconvert.passes.token_stream import dependents
 aten = torch.ops.aten
 
 # Hints for the symbolic sizes: distinct, above one, and no size a model is likely to have.
-HINT_TOKENS, HINT_ROWS, HINT_SLOTS = 1117, 53, 59
+HINT_TILES, HINT_TILE, HINT_ROWS, HINT_SLOTS = 61, 67, 53, 59
 
 
 class PackTrunk(Pass):
     """Rewrite h -> trunk -> h' as chunk -> packed trunk -> dechunk.
 
     1. The plan's index tensors become graph inputs.
-    2. `chunk` packs the trunk's input h [B, N, D] into u [1, T, D].
-    3. Every trunk node that depends on h is written again by its op's packing rule, giving v [1, T, D].
+    2. `chunk` packs the trunk's input h [B, N, D] into u [G, L, D].
+    3. Every trunk node that depends on h is written again by its op's packing rule, giving v [G, L, D].
     4. `dechunk` adds the update v - u to h near the tokens it was computed for.
     """
 
@@ -47,7 +47,7 @@ class PackTrunk(Pass):
         program.graph.erase_node(marker)
         for user in users:
             user.replace_input_with(end, result)
-        program.graph.eliminate_dead_code()
+        remove_dead_code(program.graph)
         drop_unused_inputs(program)
         program.trunk = (start, result)
         return PassResult(packer.attentions, (f"{len(nodes)} trunk nodes rewritten, {packer.attentions} attentions",))
@@ -59,6 +59,9 @@ class PackTrunk(Pass):
                 f"dechunk gives {tuple(end.meta['val'].shape)} where the trunk had {tuple(start.meta['val'].shape)}; "
                 "this is a bug of dcconvert"
             )
+        for node in program.graph.nodes:
+            if node.op == "call_function" and not node.users:
+                raise CheckFailedError(f"{where(node)} is still in the graph but unused; this is a bug of dcconvert")
 
 
 def trunk_nodes(program: Program, start: Node, end: Node) -> list[Node]:
@@ -75,16 +78,16 @@ def trunk_nodes(program: Program, start: Node, end: Node) -> list[Node]:
 def add_plan_inputs(program: Program) -> None:
     """Graph inputs for the plan; names and shapes are those of `dcconvert.passes.plan.Plan`."""
     stream, options = program.found_stream(), program.options
-    batch, tokens = program.batch, program.new_size(HINT_TOKENS)
+    batch, tiles, tile = program.batch, program.new_size(HINT_TILES), program.new_size(HINT_TILE)
     slots = program.new_size(HINT_SLOTS)
     rows = batch if options.packing == "rows" else program.new_size(HINT_ROWS)  # one sample a row
     index, weight = torch.int64, program.found_trunk()[0].meta["val"].dtype
     for name, shape, dtype in (
-        ("chunk_index", (tokens, options.members), index),
-        ("chunk_weight", (tokens, options.members), weight),
-        ("sample_ids", (tokens,), index),
+        ("chunk_index", (tiles, tile, options.members), index),
+        ("chunk_weight", (tiles, tile, options.members), weight),
+        ("sample_ids", (tiles,), index),
         ("grid_index", (rows, slots), index),
-        ("packed_index", (tokens,), index),
+        ("packed_index", (tiles, tile), index),
         ("row_lengths", (rows,), index),
         ("segment_ids", (rows, slots), index),
         ("fill_index", (batch, stream.tokens, options.neighbours), index),

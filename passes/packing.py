@@ -1,7 +1,10 @@
 """The packer: walks the trunk and writes each op again for packed tokens.
 
 A trunk value of the original has a batch axis (size B) and a token axis (size N). Packed, it has the same
-rank with sizes 1 and T; in the attention grid, R and S. Ops are written in the packed layout. Ops that only
+rank with sizes G and L: G tiles of L tokens, a tile holding tokens of one sample only, so that per-sample
+values (adaLN shift, scale, gate) are gathered once a tile and broadcast. When every sample keeps k tokens,
+a tile is a sample (L = k) and nothing is padded; otherwise small tiles bound the padding. In the attention
+grid the sizes are R and S. Ops are written in the packed layout. Ops that only
 move data exist in whichever layout they are asked for, so attention pulls its operands' reshapes and
 permutes into the grid and the two gathers land where a value is smallest: at the output of the linear
 layer before attention and at the input of the one after it.
@@ -68,7 +71,7 @@ class Packer:
         self._laid: dict[tuple[Node, Layout], Laid] = {}
         self._native: dict[Node, Layout] = {}
         self._expanded: dict[Node, Node] = {}
-        self._rows: Node | None = None
+        self._groups: dict[Layout, Node] = {}
 
     def start(self, node: Node, packed: Node) -> None:
         """Declare the trunk's input and its packed form."""
@@ -111,11 +114,8 @@ class Packer:
         return rule if rule.moves_only else None
 
     def _convert(self, laid: Laid, layout: Layout) -> Laid:
-        front = self.to_front(laid)
-        if layout == "grid":
-            node = self.emit(torch.ops.dcconvert.to_grid.default, front, self.plan_input("grid_index"))
-        else:
-            node = self.emit(torch.ops.dcconvert.to_packed.default, front, self.plan_input("packed_index"))
+        index = self.plan_input("grid_index" if layout == "grid" else "packed_index")
+        node = self.emit(torch.ops.dcconvert.regroup.default, self.to_front(laid), index)
         return replace(laid, node=self.from_front(node, laid), layout=layout)
 
     def to_front(self, laid: Laid) -> Node:
@@ -136,8 +136,8 @@ class Packer:
     def outside_operand(self, value: Node, laid: Laid, node: Node) -> Node:
         """An operand of a pointwise op that was computed outside the trunk, made to fit packed tokens.
 
-        Constants that do not vary with position pass; a per-sample value is gathered per token (the op
-        `expand_samples`). Raises UnsupportedModelError for one that varies with the token's position.
+        Constants that do not vary with position pass; a per-sample value is gathered per tile and left to
+        broadcast over the tile's tokens. Raises UnsupportedModelError for one that varies with the token's position.
         """
         tensor = value.meta.get("val")
         if not isinstance(tensor, Tensor):
@@ -153,10 +153,8 @@ class Packer:
         if not per_sample:
             return value
         if value not in self._expanded:
-            local = Laid(value, laid.batch - offset, laid.token - offset)
-            sample_ids = self.plan_input("sample_ids")
-            expanded = self.emit(torch.ops.dcconvert.expand_samples.default, self.to_front(local), sample_ids)
-            self._expanded[value] = self.from_front(expanded, local)
+            index = (laid.batch - offset, self.plan_input("sample_ids"))
+            self._expanded[value] = self.emit(aten.index_select.default, value, *index)
         return self._expanded[value]
 
     def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
@@ -165,11 +163,12 @@ class Packer:
     def plan_input(self, name: str) -> Node:
         return self.program.plan_inputs[name]
 
-    def rows(self) -> Node:
-        """The number of attention rows R, as a node."""
-        if self._rows is None:
-            self._rows = self.emit(aten.sym_size.int, self.plan_input("grid_index"), 0)
-        return self._rows
+    def groups(self, layout: Layout) -> Node:
+        """The size of the batch axis in a layout, as a node: tiles G or attention rows R."""
+        if layout not in self._groups:
+            index = self.plan_input("grid_index" if layout == "grid" else "packed_index")
+            self._groups[layout] = self.emit(aten.sym_size.int, index, 0)
+        return self._groups[layout]
 
     def refuse(self, node: Node, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{where(node)}: {reason}")

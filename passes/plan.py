@@ -30,6 +30,9 @@ PLAN_ARRAYS = (
 )
 PACKINGS = ("rows", "bins")
 
+# Tile length when samples keep different numbers of tokens: on average half a tile a sample is padding.
+MIXED_TILE = 8
+
 
 class BucketShape(Protocol):
     """Anything with the four static sizes of a bucket."""
@@ -50,15 +53,23 @@ class BucketShape(Protocol):
     def row_tokens(self) -> int:
         """Slots a row (S)."""
 
+    @property
+    def tile(self) -> int:
+        """Packed tokens a tile (L)."""
+
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """Static shapes of one profile: ``batch`` samples, ``tokens`` packed tokens, ``rows`` x ``row_tokens`` slots."""
+    """Static shapes of one profile: ``batch`` samples, ``tokens`` packed tokens (T), ``rows`` x ``row_tokens`` slots.
+
+    The packed tokens come in tiles of ``tile`` (L), each tile of one sample; T is a multiple of it.
+    """
 
     batch: int
     tokens: int
     rows: int
     row_tokens: int
+    tile: int
 
     def fits(self, counts: ArrayLike) -> bool:
         """Whether samples with these kept counts, the last repeated up to ``batch``, fit with one sample a row."""
@@ -66,7 +77,8 @@ class Bucket:
         spare = self.batch - len(kept)
         if len(kept) == 0 or spare < 0:
             return False
-        total = int(kept.sum()) + spare * int(kept[-1])
+        tiled = -(-kept // self.tile) * self.tile
+        total = int(tiled.sum()) + spare * int(tiled[-1])
         return self.rows >= self.batch and self.row_tokens >= int(kept.max()) and self.tokens >= total
 
 
@@ -74,13 +86,14 @@ class Bucket:
 class Plan:
     """Index arrays of one step, int64 (weights float32), and the keep mask they were made from.
 
-    T packed tokens, M members of a chunk, R x S slots of the attention grid, B x N token grid, K neighbours:
+    T = G x L packed tokens in tiles, M members of a chunk, R x S slots of the attention grid, B x N token grid,
+    K neighbours:
 
-    - chunk_index, chunk_weight [T, M]: flat b*N+n of the tokens averaged into each packed token, the kept one first;
+    - chunk_index, chunk_weight [G, L, M]: flat b*N+n of the tokens averaged into each packed token, the kept one first;
       rows of weights sum to 1, unused slots repeat the kept token with weight 0.
-    - sample_ids [T]: sample of each packed token.
+    - sample_ids [G]: sample of each tile.
     - grid_index [R, S]: packed token in each slot; an unused slot repeats the first of its row, or token 0.
-    - packed_index [T]: flat slot r*S+s of each packed token.
+    - packed_index [G, L]: flat slot r*S+s of each packed token.
     - row_lengths [R]: used slots, a prefix of the row; 1 for a row without a sample, so no softmax is over nothing.
     - segment_ids [R, S]: sample of each slot, -1 for unused. A slot attends to the slots of its row with the same id,
       and -1 is an id like any other: no slot is ever without keys.
@@ -222,15 +235,16 @@ class Planner:
             raise CheckFailedError(f"sample {int(counts.argmin())} keeps no token: every sample needs at least one")
         row, start, sizes = self._layout(counts, bucket)
         kept = np.flatnonzero(keep)
+        place = _places(counts, sizes.tile)
         near = self._neighbourhood.nearest(keep, counts, self.neighbours)
-        chunk_index, chunk_weight = self._chunks(kept, near, sizes.tokens)
-        fill_index, fill_weight = self._fill(kept, near, counts)
+        chunk_index, chunk_weight = self._chunks(kept, place, near, sizes)
+        fill_index, fill_weight = self._fill(kept, place, near, counts)
         return Plan(
             keep,
             counts,
             chunk_index,
             chunk_weight,
-            *_grid(counts, row, start, sizes),
+            *_grid(counts, place, row, start, sizes),
             fill_index=fill_index.reshape(*keep.shape, -1),
             fill_weight=fill_weight.reshape(*keep.shape, -1),
         )
@@ -241,24 +255,28 @@ class Planner:
         longest = int(counts.max())
         if self.packing == "bins":
             row, start = shortest_pack_first(counts, max(longest, bucket.row_tokens if bucket else 0))
-        need = Bucket(len(counts), int(counts.sum()), int(row.max()) + 1, longest)
+        even = int(counts.min()) == longest
+        tile = bucket.tile if bucket else longest if even else MIXED_TILE
+        tiled = int((-(-counts // tile)).sum()) * tile
+        need = Bucket(len(counts), tiled, int(row.max()) + 1, longest, tile)
         if bucket is None:
             return row, start, need
-        given = Bucket(bucket.batch, bucket.tokens, bucket.rows, bucket.row_tokens)
+        given = Bucket(bucket.batch, bucket.tokens, bucket.rows, bucket.row_tokens, bucket.tile)
         if given.batch != need.batch:
             raise UsageError(f"a batch of {need.batch} cannot run in a bucket of batch {given.batch}: pad it first")
         if given.tokens < need.tokens or given.rows < need.rows or given.row_tokens < need.row_tokens:
             raise UsageError(f"the kept tokens need {need} and do not fit {given}: choose a larger bucket")
         return row, start, given
 
-    def _chunks(self, kept: Ints, near: Nearest, size: int) -> tuple[Ints, Floats]:
-        """Members and weights [size, M] of every packed token, padding included."""
-        index = np.full((size, self.members), kept[0])
-        index[: len(kept)] = kept[:, None]
-        weight = np.zeros((size, self.members), dtype=np.float32)
+    def _chunks(self, kept: Ints, place: Ints, near: Nearest, sizes: Bucket) -> tuple[Ints, Floats]:
+        """Members and weights [G, L, M] of every packed token; padding repeats the batch's first kept token."""
+        shape = (sizes.tokens // sizes.tile, sizes.tile, self.members)
+        index = np.full((sizes.tokens, self.members), kept[0])
+        index[place] = kept[:, None]
+        weight = np.zeros((sizes.tokens, self.members), dtype=np.float32)
         weight[:, 0] = 1
         if self.members == 1 or len(near.sample) == 0:
-            return index, weight
+            return index.reshape(shape), weight.reshape(shape)
         # One integer orders the dropped tokens by owner, then distance, then index, and holds all three.
         token_bits, distance_bits = self._neighbourhood.token_bits, self._neighbourhood.distance_bits
         owner = np.searchsorted(kept, near.sample * self.tokens + near.token[:, 0])
@@ -269,17 +287,17 @@ class Planner:
         rank = np.arange(1, len(keys) + 1) - (np.cumsum(owned) - owned)[owner]
         used = rank < self.members
         owner, rank, token = owner[used], rank[used], keys[used] & ((1 << token_bits) - 1)
-        index[owner, rank] = kept[owner] // self.tokens * self.tokens + token
+        index[place[owner], rank] = kept[owner] // self.tokens * self.tokens + token
         share = (1 / np.minimum(owned + 1, self.members)).astype(np.float32)
-        weight[: len(kept), 0] = share
-        weight[owner, rank] = share[owner]
-        return index, weight
+        weight[place, 0] = share
+        weight[place[owner], rank] = share[owner]
+        return index.reshape(shape), weight.reshape(shape)
 
-    def _fill(self, kept: Ints, near: Nearest, counts: Ints) -> tuple[Ints, Floats]:
+    def _fill(self, kept: Ints, place: Ints, near: Nearest, counts: Ints) -> tuple[Ints, Floats]:
         """Packed neighbours and weights [B*N, K] of every grid position."""
         total = len(counts) * self.tokens
         packed = np.zeros(total, dtype=np.int64)
-        packed[kept] = np.arange(len(kept))
+        packed[kept] = place
         index = np.repeat(packed[:, None], self.neighbours, axis=1)
         weight = np.zeros((total, self.neighbours), dtype=np.float32)
         weight[kept, 0] = 1
@@ -327,24 +345,33 @@ def shortest_pack_first(lengths: Sequence[int] | Ints, capacity: int) -> tuple[I
     return row, start
 
 
-def _grid(counts: Ints, row: Ints, start: Ints, sizes: Bucket) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+def _places(counts: Ints, tile: int) -> Ints:
+    """Packed position of every kept token: each sample starts on a new tile."""
+    tiles = -(-counts // tile)
+    first = (np.cumsum(tiles) - tiles) * tile
+    return np.arange(int(counts.sum())) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+
+
+def _grid(counts: Ints, place: Ints, row: Ints, start: Ints, sizes: Bucket) -> tuple[Ints, Ints, Ints, Ints, Ints]:
     """sample_ids, grid_index, packed_index, row_lengths and segment_ids of a layout."""
     first = np.cumsum(counts) - counts
     total = int(counts.sum())
-    sample_ids = np.zeros(sizes.tokens, dtype=np.int64)
-    sample_ids[:total] = np.repeat(np.arange(len(counts)), counts)
-    slots = np.arange(total) + (row * sizes.row_tokens + start - first)[sample_ids[:total]]
+    sample = np.repeat(np.arange(len(counts)), counts)
+    sample_ids = np.zeros(sizes.tokens // sizes.tile, dtype=np.int64)
+    sample_ids[place // sizes.tile] = sample
+    slots = np.arange(total) + (row * sizes.row_tokens + start - first)[sample]
     packed_index = np.full(sizes.tokens, slots[0])
-    packed_index[:total] = slots
+    packed_index[place] = slots
     row_first = np.zeros(sizes.rows, dtype=np.int64)
-    row_first[row[start == 0]] = first[start == 0]
+    row_first[row[start == 0]] = place[first[start == 0]]
     grid_index = np.repeat(row_first, sizes.row_tokens)
-    grid_index[slots] = np.arange(total)
+    grid_index[slots] = place
     segment_ids = np.full(sizes.rows * sizes.row_tokens, -1, dtype=np.int64)
-    segment_ids[slots] = sample_ids[:total]
+    segment_ids[slots] = sample
     row_lengths = np.zeros(sizes.rows, dtype=np.int64)
     np.add.at(row_lengths, row, counts)
     shape = (sizes.rows, sizes.row_tokens)
+    packed_index = packed_index.reshape(-1, sizes.tile)
     return sample_ids, grid_index.reshape(shape), packed_index, np.maximum(row_lengths, 1), segment_ids.reshape(shape)
 
 

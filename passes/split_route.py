@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from dcconvert.passes.errors import CheckFailedError, UnsupportedModelError
-from dcconvert.passes.infra import Pass, PassResult, Program, placeholders, where
+from dcconvert.passes.infra import Pass, PassResult, Program, placeholders, where, remove_dead_code
 from dcconvert.passes.token_stream import same
 
 aten = torch.ops.aten
@@ -106,5 +106,5 @@ def build_denoise(program: Program, early: set[Node], names: dict[Node, str]) ->
 
 
 def finish(program: Program, graph: Graph, name: str) -> GraphModule:
-    graph.eliminate_dead_code()
+    remove_dead_code(graph)
     return GraphModule(program.graph_module, graph, class_name=name)

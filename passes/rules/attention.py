@@ -39,12 +39,14 @@ def attention(packer: Packer, node: Node, layout: Layout) -> Laid:
 def self_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:
     if given.get("attn_mask") is not None:
         raise packer.refuse(node, "self-attention with a mask has no rule")
-    k, v = (packer.get(given[name], "grid").node for name in ("key", "value"))
+    k, v = (packer.get(given[name], "grid") for name in ("key", "value"))
+    if any((x.batch, x.token) != (q.batch, q.token) for x in (k, v)):
+        raise packer.refuse(node, "keys and values must be laid out [B, H, N, d]")
     if packer.packing == "rows":
         op, separator = torch.ops.dcconvert.row_attention.default, packer.plan_input("row_lengths")
     else:
         op, separator = torch.ops.dcconvert.segment_attention.default, packer.plan_input("segment_ids")
-    return q.at(packer.emit(op, q.node, k, v, separator, scale))
+    return q.at(packer.emit(op, q.node, k.node, v.node, separator, scale))
 
 
 def cross_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:

@@ -7,9 +7,12 @@ from typing import Any
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from dcconvert.passes.normalise import CASTS
 from dcconvert.passes.packing import Laid, Layout, Packer
+from dcconvert.passes.rules import rule
 
 
+@rule(*CASTS)  # elementwise, but without the tag
 def pointwise(packer: Packer, node: Node, layout: Layout) -> Laid:
     """Token operands packed, per-sample operands gathered per token, constants as they are."""
     first = packer.get(packer.trunk_input(node), "packed")

@@ -18,7 +18,7 @@ BATCH_MARK = 1_000_003  # a prime no model has as a size: stands for B when grou
 
 @rule(aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, moves_only=True)
 def reshape(packer: Packer, node: Node, layout: Layout) -> Laid:
-    """Any reshape that keeps batch and token axes whole; their constants B and N become 1 and T, or R and S."""
+    """Any reshape that keeps batch and token axes whole; their constants B and N become G and L, or R and S."""
     x = packer.get(node.args[0], layout)
     before = marked_sizes(packer, node.args[0])
     after = marked_sizes(packer, node)
@@ -26,7 +26,7 @@ def reshape(packer: Packer, node: Node, layout: Layout) -> Laid:
     if batch is None or token is None:
         raise packer.refuse(node, f"it merges or splits the {'batch' if batch is None else 'token'} axis")
     sizes: list[int | Node] = list(after)
-    sizes[batch] = 1 if layout == "packed" else packer.rows()
+    sizes[batch] = packer.groups(layout)
     sizes[token] = -1
     return x.at(packer.emit(aten.reshape.default, x.node, sizes), batch, token)
 

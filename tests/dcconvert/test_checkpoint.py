@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -69,9 +70,6 @@ def refusal(path: Path, kind: type[DcconvertError] = UsageError, **options: Any)
     assert "\n" not in message
     assert str(path) in message
     return message
-
-
-# --- what is read ---------------------------------------------------------------------------------------
 
 
 def test_plain_state_dict(state: State, save: Callable[..., Path]) -> None:
@@ -155,9 +153,7 @@ def test_published_sizes_need_no_option(size: str, patch: int) -> None:
 
 
 def test_unusual_shapes(save: Callable[..., Path]) -> None:
-    config = DiTConfig(
-        depth=11, width=24, heads=3, patch=1, image_size=5, in_channels=1, num_classes=0, learn_sigma=False, mlp_width=40
-    )
+    config = DiTConfig(11, 24, 3, 1, 5, in_channels=1, num_classes=0, learn_sigma=False, mlp_width=40)
     assert read_checkpoint(save(DiT(config).state_dict()), heads=3).config == config
 
 
@@ -177,11 +173,9 @@ def test_positions_are_made_where_absent(state: State, save: Callable[..., Path]
 
 
 def test_weights_stay_mapped_to_the_file(state: State, save: Callable[..., Path]) -> None:
-    storages = {t.untyped_storage().data_ptr() for t in load_checkpoint(save(state), heads=4).state_dict().values()}
-    assert len(storages) == 1  # one mapping of the whole file, no copies
-
-
-# --- files that are refused -----------------------------------------------------------------------------
+    path = save(state)
+    addresses = [tensor.data_ptr() for tensor in load_checkpoint(path, heads=4).state_dict().values()]
+    assert max(addresses) - min(addresses) < path.stat().st_size  # inside one mapping of the file: no copies
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -190,10 +184,12 @@ def test_missing_file(tmp_path: Path) -> None:
     assert "cannot be read: Not a directory" in refusal(tmp_path / "file" / "none.pt")
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user whom file permissions bind")
-def test_forbidden_file(state: State, save: Callable[..., Path]) -> None:
+def test_forbidden_file(state: State, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
     path = save(state)
-    path.chmod(0)
+    monkeypatch.setattr(Path, "open", refuse)
     assert "cannot be read: Permission denied" in refusal(path)
 
 
@@ -254,7 +250,7 @@ def test_pickled_code_is_refused_and_not_run(
     content = {"model": state, "hook": _RunsCode()}
     path = save(content, _use_new_zipfile_serialization=form == "zip")
     if form == "plain pickle":
-        path.write_bytes(pickle.dumps(content, protocol=2))
+        path.write_bytes(pickle.dumps(_RunsCode(), protocol=2))
     message = refusal(path)
     assert "system" in message
     assert "safetensors" in message
@@ -269,9 +265,6 @@ def test_pickle_of_a_newer_protocol(tmp_path: Path) -> None:
     path = tmp_path / "model.pkl"
     path.write_bytes(pickle.dumps({"weights": [1.0, 2.0]}))
     assert "model.state_dict()" in refusal(path)
-
-
-# --- contents that are refused --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -327,29 +320,17 @@ def test_pixart_is_told_by_its_extra_keys(state: State, save: Callable[..., Path
 @pytest.mark.parametrize(
     ("names", "family", "nearest"),
     [
-        (
-            ["transformer_blocks.0.attn1.to_q.weight", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.bias"],
-            "a diffusers transformer",
-            "nearest miss: ",
-        ),
-        (
-            ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight", "conv_in.weight"],
-            "a U-Net",
-            "nearest miss: ",
-        ),
-        (
-            [f"net.blocks.0.attn.qkv.{part}" for part in ("weight", "bias")],
-            "an unknown architecture",
-            "net.blocks.0.attn.qkv.weight for blocks.0.attn.qkv.weight",
-        ),
-        (["zzz"], "an unknown architecture", "nearest miss: none"),
+        (["transformer_blocks.0.attn1.to_q.weight", "proj_out.bias"], "a diffusers transformer", " for "),
+        (["conv_in.weight", "down_blocks.0.transformer_blocks.0.attn1.to_q.weight"], "a U-Net", " for "),
+        (["m.blocks.7.attn.qkv.bias"], "an unknown architecture", "blocks.7.attn.qkv.bias for blocks.0.attn.qkv.bias"),
+        (["zzz"], "an unknown architecture", "none"),
     ],
 )
 def test_unknown_architecture(names: list[str], family: str, nearest: str, save: Callable[..., Path]) -> None:
     message = refusal(save({name: torch.zeros(2) for name in names}), UnsupportedModelError)
     assert f"found {family} ({len(names)} tensors: {names[0]}" in message
     assert "Facebook's DiT/SiT key names" in message
-    assert nearest in message
+    assert nearest in message.split("nearest miss: ")[1]
 
 
 @pytest.mark.parametrize(
@@ -388,12 +369,8 @@ def test_integer_weights(state: State, save: Callable[..., Path]) -> None:
     assert "blocks.1.mlp.fc2.weight holds no plain floats (torch.int8" in message
 
 
-# --- what cannot be inferred ----------------------------------------------------------------------------
-
-
 def test_unknown_width_asks_for_heads(save: Callable[..., Path]) -> None:
-    config = DiTConfig(depth=1, width=128, heads=4, patch=1, image_size=2)
-    path = save(DiT(config).state_dict())
+    path = save(DiT(DiTConfig(depth=1, width=128, heads=4, patch=1, image_size=2)).state_dict())
     assert "width 128 does not tell the heads: pass --heads with one of 1, 2, 4, 8." in refusal(path, heads=None)
     assert "5 heads do not fit width 128" in refusal(path, heads=5)
     assert "0 heads do not fit width 128" in refusal(path, heads=0)

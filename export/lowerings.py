@@ -1,0 +1,72 @@
+"""How each dcconvert op is written in ONNX (opset 24, the portable flavour).
+
+The exporter calls these functions with symbolic ONNX values. Packed attention becomes the standard
+`Attention` op: with one sample a row its `nonpad_kv_seqlen` input says how many keys count, with several
+samples a row a boolean mask keeps them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnxscript import values
+
+OPSET = 24
+op: Any = values.Opset("", OPSET)
+
+
+def row(value: int) -> Any:
+    """A 1-D integer constant."""
+    return op.Constant(value_ints=[value])
+
+
+def chunk(h: Any, index: Any, weight: Any) -> Any:
+    """[B, N, D], [G, L, M] twice -> [G, L, D]."""
+    return weighted_gather(flatten_pair(h), index, weight)
+
+
+def dechunk(h: Any, update: Any, fill_index: Any, fill_weight: Any) -> Any:
+    """[B, N, D], [G, L, D], [B, N, K] twice -> [B, N, D]."""
+    return op.Add(h, weighted_gather(flatten_pair(update), fill_index, fill_weight))
+
+
+def regroup(x: Any, index: Any) -> Any:
+    """[A, B, ...], [C, D] -> [C, D, ...]."""
+    return op.Gather(flatten_pair(x), index, axis=0)
+
+
+def flatten_pair(x: Any) -> Any:
+    """[A, B, ...] -> [A*B, ...]; the trailing sizes are static."""
+    return op.Reshape(x, op.Constant(value_ints=[-1, *(int(size) for size in x.shape[2:])]))
+
+
+def weighted_gather(rows: Any, index: Any, weight: Any) -> Any:
+    """sum_m weight[..., m] * rows[index[..., m]] as one gather for each member: [..., M] -> [..., D]."""
+    total = None
+    for member in range(int(index.shape[-1])):
+        picked = op.Gather(rows, op.Gather(index, op.Constant(value_int=member), axis=-1), axis=0)
+        term = op.Mul(picked, op.Slice(weight, row(member), row(member + 1), row(-1)))
+        total = term if total is None else op.Add(total, term)
+    return total
+
+
+def row_attention(q: Any, k: Any, v: Any, row_lengths: Any, scale: float) -> Any:
+    output, *_ = op.Attention(q, k, v, None, None, None, row_lengths, scale=scale)
+    return output
+
+
+def segment_attention(q: Any, k: Any, v: Any, segment_ids: Any, scale: float) -> Any:
+    mask = op.Equal(op.Unsqueeze(segment_ids, row(2)), op.Unsqueeze(segment_ids, row(1)))
+    output, *_ = op.Attention(q, k, v, op.Unsqueeze(mask, row(1)), scale=scale)
+    return output
+
+
+PORTABLE: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.dcconvert.chunk.default: chunk,
+    torch.ops.dcconvert.dechunk.default: dechunk,
+    torch.ops.dcconvert.regroup.default: regroup,
+    torch.ops.dcconvert.row_attention.default: row_attention,
+    torch.ops.dcconvert.segment_attention.default: segment_attention,
+}

@@ -1,0 +1,107 @@
+"""Write the graphs of a converted model as ONNX files."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from dcconvert.export.lowerings import OPSET, PORTABLE
+from dcconvert.passes.infra import placeholders
+from dcconvert.passes.model import SCORES_NAME, ChunkedModel
+from dcconvert.passes.plan import Plan
+
+EXTERNAL_DATA_BYTES = 1_000_000_000  # above this, weights go to a file of their own beside the graph
+
+# Names of the symbolic axes of every input of `denoise` that the plan makes.
+PLAN_AXES: dict[str, tuple[str, ...]] = {
+    "chunk_index": ("tiles", "tile_tokens"),
+    "chunk_weight": ("tiles", "tile_tokens"),
+    "sample_ids": ("tiles",),
+    "grid_index": ("rows", "row_tokens"),
+    "packed_index": ("tiles", "tile_tokens"),
+    "row_lengths": ("rows",),
+    "segment_ids": ("rows", "row_tokens"),
+    "fill_index": ("batch",),
+    "fill_weight": ("batch",),
+}
+
+
+def export_route(model: ChunkedModel, path: Path, inputs: dict[str, Any]) -> None:
+    """`route.onnx`: model inputs -> scores [B, N] and the values denoise needs."""
+    names = model.spec.route_inputs
+    args = tuple(inputs[name] for name in names)
+    axes = [("batch",) if isinstance(a, Tensor) and a.ndim else () for a in args]
+    export_graph(model.route_graph, path, args, axes, (SCORES_NAME, *model.spec.live))
+
+
+def export_denoise(model: ChunkedModel, path: Path, inputs: dict[str, Any], live: dict[str, Tensor], plan: Plan) -> None:
+    """`denoise.onnx`: the values of route and the plan's arrays -> the model's output."""
+    given = {**inputs, **live, **{name: torch.from_numpy(a) for name, a in plan.arrays().items()}}
+    args = tuple(given[name] for name in model.spec.denoise_inputs)
+    axes = []
+    for name, value in zip(model.spec.denoise_inputs, args, strict=True):
+        named = PLAN_AXES.get(name, ("batch",) if isinstance(value, Tensor) and value.ndim else ())
+        one_row = model.options.packing == "rows"
+        axes.append(tuple("batch" if axis == "rows" and one_row else axis for axis in named))
+    export_graph(model.denoise_graph, path, args, axes, output_names(model.denoise_graph))
+
+
+def export_original(model: ChunkedModel, path: Path, inputs: dict[str, Any]) -> None:
+    """The fixed-token original, to be measured beside the converted model."""
+    args = tuple(inputs[name] for name in model.spec.inputs)
+    axes = [("batch",) if isinstance(a, Tensor) and a.ndim else () for a in args]
+    export_graph(model.original_graph, path, args, axes, output_names(model.original_graph))
+
+
+def output_names(graph_module: GraphModule) -> tuple[str, ...]:
+    output = next(iter(reversed(graph_module.graph.nodes)))
+    count = len(output.args[0])
+    return ("output",) if count == 1 else tuple(f"output_{i}" for i in range(count))
+
+
+def export_graph(
+    graph_module: GraphModule, path: Path, args: Sequence[Any], axes: Sequence[tuple[str, ...]], outputs: Sequence[str]
+) -> None:
+    """Export one graph at opset 24 with named symbolic axes (leading axes of each input, in order)."""
+    dims = {name: torch.export.Dim(name, min=1, max=1 << 22) for name in {axis for named in axes for axis in named}}
+    shapes = tuple({i: dims[name] for i, name in enumerate(named)} if named else None for named in axes)
+    names = [node.name for node in placeholders(graph_module.graph)]
+    size = sum(t.numel() * t.element_size() for t in graph_module.state_dict().values())
+    with quiet_exporter(), torch.no_grad():
+        exported = torch.onnx.export(
+            graph_module,
+            tuple(args),
+            dynamic_shapes=shapes,
+            input_names=names,
+            output_names=list(outputs),
+            opset_version=OPSET,
+            dynamo=True,
+            custom_translation_table=PORTABLE,
+            verbose=False,
+        )
+        exported.save(str(path), external_data=size > EXTERNAL_DATA_BYTES)
+
+
+class quiet_exporter(warnings.catch_warnings):  # noqa: N801  (used like a function)
+    """The exporter's notes on its own progress are not the user's concern; errors still are."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        warnings.simplefilter("ignore")
+        self.loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")]
+        self.levels = [logger.level for logger in self.loggers]
+        for logger in self.loggers:
+            logger.setLevel(logging.ERROR)
+        return entered
+
+    def __exit__(self, *details: Any) -> None:
+        for logger, level in zip(self.loggers, self.levels, strict=True):
+            logger.setLevel(level)
+        super().__exit__(*details)

@@ -1,0 +1,203 @@
+"""Checks that a converted model does what it promises; a failed one ends the job with exit 1."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcconvert.export.buckets import Bucket
+from dcconvert.passes.errors import CheckFailedError
+from dcconvert.passes.model import SCORES_NAME, ChunkedModel
+from dcconvert.passes.plan import Plan
+from dcconvert.passes.schedule import Schedule
+
+IDENTITY_TOLERANCE = 1e-5  # relative, keep-everything output against the original
+ISOLATION_TOLERANCE = 1e-6  # relative, a sample's output when another one is replaced
+RUNTIME_TOLERANCE = 1e-4  # absolute and relative, torch against ONNX Runtime in fp32
+LOUD = 1e4  # what another sample is replaced with
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the verification table."""
+
+    name: str
+    value: float
+    tolerance: float
+    detail: str
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.value <= self.tolerance)  # NaN does not pass
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+def require(checks: list[Check]) -> None:
+    """Raise CheckFailedError naming the first check that failed."""
+    for check in checks:
+        if not check.passed:
+            raise CheckFailedError(
+                f"check '{check.name}' failed: {check.value:.3g} is above {check.tolerance:.3g} ({check.detail})"
+            )
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """||found - wanted|| / ||wanted||."""
+    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def check_identity(model: ChunkedModel, inputs: dict[str, Any]) -> Check:
+    """Keep everything: the output is the original's, in a tight plan and in buckets larger than needed."""
+    wanted = model.original_graph(*(inputs[name] for name in model.spec.inputs))[0]
+    _, live = model.route(inputs)
+    batch, tokens = len(wanted), model.spec.tokens
+    planner = model.step_planner.planner
+    loose = Bucket(batch, (batch + 1) * (tokens + 8), batch, tokens + 8, tokens + 8)
+    tiled = Bucket(batch, batch * (tokens + 16 - tokens % 8), batch, tokens + 3, 8)
+    plans = [planner.full_plan(batch, bucket) for bucket in (None, loose, tiled)]
+    worst = max(relative_error(model.denoise(inputs, live, plan)[0], wanted) for plan in plans)
+    return Check("keep everything equals the original", worst, IDENTITY_TOLERANCE, f"{len(plans)} packings, torch fp32")
+
+
+@torch.no_grad()
+def check_isolation(model: ChunkedModel, inputs: dict[str, Any]) -> Check:
+    """Replace the values of the last sample by 1e4: the other outputs stay."""
+    scores, live = model.route(inputs)
+    mixed = np.linspace(model.spec.tokens / 8, model.spec.tokens / 2, len(scores)).astype(np.int64)
+    plan = model.step_planner.planner(scores.numpy(), np.maximum(mixed, 1))
+    before = model.denoise(inputs, live, plan)[0][:-1]
+    loud = {name: torch.cat([value[:-1], torch.full_like(value[-1:], LOUD)]) for name, value in live.items()}
+    after = model.denoise(inputs, loud, plan)[0][:-1]
+    return Check("no sample sees another", relative_error(after, before), ISOLATION_TOLERANCE, f"values of {LOUD:g}")
+
+
+@torch.no_grad()
+def check_batch_invariance(model: ChunkedModel, inputs: dict[str, Any]) -> Check:
+    """A sample alone gives what it gives in the batch, on the same keep mask."""
+    scores, live = model.route(inputs)
+    planner = model.step_planner.planner
+    mixed = np.linspace(model.spec.tokens / 2, model.spec.tokens / 8, len(scores)).astype(np.int64)
+    plan = planner(scores.numpy(), np.maximum(mixed, 1))
+    together = model.denoise(inputs, live, plan)[0]
+    worst = 0.0
+    for i in range(len(scores)):
+        alone = {n: v[i : i + 1] if isinstance(v, Tensor) and v.ndim else v for n, v in inputs.items()}
+        own = planner.plan(plan.keep[i : i + 1])
+        single = model.denoise(alone, {n: v[i : i + 1] for n, v in live.items()}, own)[0]
+        worst = max(worst, relative_error(single[0], together[i]))
+    return Check("a sample does not depend on its batch", worst, IDENTITY_TOLERANCE, f"{len(scores)} samples, torch")
+
+
+def check_runtime(
+    model: ChunkedModel,
+    folder: Path,
+    inputs_of: Callable[[int], dict[str, Any]],
+    buckets: tuple[Bucket, ...],
+    tick: Callable[[str], None] = lambda _: None,
+) -> list[Check]:
+    """Torch against ONNX Runtime (CPU) on `route` for every batch size and `denoise` for every bucket.
+
+    Compared by polygraphy. `inputs_of(batch)` gives model inputs; `tick` is told about each comparison.
+    """
+    routes: list[Case] = []
+    denoises: list[Case] = []
+    for batch in sorted({bucket.batch for bucket in buckets}):
+        inputs = inputs_of(batch)
+        with torch.no_grad():
+            scores, live = model.route(inputs)
+        feed = {name: as_array(inputs[name]) for name in model.spec.route_inputs}
+        routes.append(Case(f"route, batch {batch}", feed, {SCORES_NAME: as_array(scores), **as_arrays(live)}))
+        for bucket in (b for b in buckets if b.batch == batch):
+            counts = np.full(batch, bucket.row_tokens)
+            plan = model.step_planner.planner(scores.numpy(), counts, bucket)
+            with torch.no_grad():
+                outputs = model.denoise(inputs, live, plan)
+            wanted = {name: as_array(v) for name, v in zip(output_names(outputs), outputs, strict=True)}
+            label = f"denoise, batch {batch}, {bucket.row_tokens} tokens a sample"
+            tick(label)
+            denoises.append(Case(label, denoise_feed(model, inputs, live, plan), wanted))
+    return [*compare(folder / "route.onnx", routes), *compare(folder / "denoise.onnx", denoises)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: what goes into an ONNX graph and what torch says comes out."""
+
+    label: str
+    feed: dict[str, np.ndarray]
+    wanted: dict[str, np.ndarray]
+
+
+def denoise_feed(
+    model: ChunkedModel, inputs: dict[str, Any], live: dict[str, Tensor], plan: Plan
+) -> dict[str, np.ndarray]:
+    given = {**inputs, **live, **plan.arrays()}
+    return {name: as_array(given[name]) for name in model.spec.denoise_inputs}
+
+
+def output_names(outputs: Any) -> list[str]:
+    return ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
+
+
+def as_array(value: Any) -> np.ndarray:
+    return np.ascontiguousarray(value.numpy() if isinstance(value, Tensor) else value)
+
+
+def as_arrays(values: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: as_array(value) for name, value in values.items()}
+
+
+def compare(path: Path, cases: list[Case]) -> list[Check]:
+    """Run an ONNX file through polygraphy on every case and compare with torch's outputs."""
+    with quiet_polygraphy():
+        from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+        from polygraphy.comparator import Comparator, CompareFunc, RunResults
+
+        runner = OnnxrtRunner(SessionFromOnnx(str(path)), name="onnxruntime")
+        results = Comparator.run([runner], data_loader=[case.feed for case in cases])
+        both = RunResults()
+        both.add([case.wanted for case in cases], runner_name="torch")
+        both.append(results[0])
+        function = CompareFunc.simple(atol=RUNTIME_TOLERANCE, rtol=RUNTIME_TOLERANCE, check_error_stat="max")
+        accuracy = Comparator.compare_accuracy(both, compare_func=function)
+        agreed = next(iter(accuracy.values()))
+    checks = []
+    for case, found, matches in zip(cases, results[0][1], agreed, strict=True):
+        worst = max(float(np.abs(found[name] - value).max()) for name, value in case.wanted.items())
+        passed = all(bool(match) for match in matches.values())
+        value = worst if passed else max(worst, 2 * RUNTIME_TOLERANCE)
+        detail = "largest absolute difference, torch against ONNX Runtime CPU"
+        checks.append(Check(case.label, value, RUNTIME_TOLERANCE, detail))
+    return checks
+
+
+@contextmanager
+def quiet_polygraphy() -> Iterator[None]:
+    """Keep polygraphy's log out of the terminal; the result is in our own table."""
+    from polygraphy.logger import G_LOGGER
+
+    logging.getLogger("Polygraphy").setLevel(logging.CRITICAL)
+    before = G_LOGGER.module_severity.get()
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL
+    os.environ.setdefault("POLYGRAPHY_AUTOINSTALL_DEPS", "0")
+    try:
+        yield
+    finally:
+        G_LOGGER.module_severity = before
+
+
+def kept_everything(model: ChunkedModel) -> ChunkedModel:
+    """The same model with nothing dropped."""
+    return model.with_schedule(Schedule("constant", 1))
