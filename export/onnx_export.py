@@ -14,8 +14,9 @@ from torch.fx import GraphModule
 
 from dcconvert.export.lowerings import OPSET, PORTABLE
 from dcconvert.passes.infra import placeholders
-from dcconvert.passes.model import SCORES_NAME, ChunkedModel
+from dcconvert.passes.model import ChunkedModel
 from dcconvert.passes.plan import Plan
+from dcconvert.passes.spec import SCORES_NAME
 
 EXTERNAL_DATA_BYTES = 1_000_000_000  # above this, weights go to a file of their own beside the graph
 

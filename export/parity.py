@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dcconvert.export.buckets import Bucket
 from dcconvert.passes.errors import CheckFailedError
-from dcconvert.passes.model import SCORES_NAME, ChunkedModel
+from dcconvert.passes.model import ChunkedModel
 from dcconvert.passes.plan import Plan
+from dcconvert.passes.spec import SCORES_NAME
 from dcconvert.passes.schedule import Schedule
 
 IDENTITY_TOLERANCE = 1e-5  # relative, keep-everything output against the original
@@ -172,7 +173,7 @@ def compare(path: Path, cases: list[Case]) -> list[Check]:
         both.append(results[0])
         function = CompareFunc.simple(atol=RUNTIME_TOLERANCE, rtol=RUNTIME_TOLERANCE, check_error_stat="max")
         accuracy = Comparator.compare_accuracy(both, compare_func=function)
-        agreed = next(iter(accuracy.values()))
+        agreed = next(iter(accuracy[0].values()))
     checks = []
     for case, found, matches in zip(cases, results[0][1], agreed, strict=True):
         worst = max(float(np.abs(found[name] - value).max()) for name, value in case.wanted.items())

@@ -85,13 +85,18 @@ class OrtModel:
         self._live = [output.name for output in self.route_session.get_outputs()][1:]
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """Flat outputs of one step."""
-        start = time.perf_counter()
+        """Flat outputs of one step; the schedule says how many tokens are kept."""
         batch = len(next(value for value in inputs.values() if np.ndim(value)))
-        counts = self.planner.counts(self._timesteps(inputs), batch)
+        return self.step(inputs, self.planner.counts(self._timesteps(inputs), batch))
+
+    def step(self, inputs: dict[str, np.ndarray], counts: np.ndarray) -> list[np.ndarray]:
+        """Flat outputs of one step in which sample b keeps counts[b] tokens."""
+        start = time.perf_counter()
+        batch = len(counts)
         bucket = self.ladder.choose(batch, counts) if self.ladder else None
         if bucket is not None and bucket.batch > batch:
-            inputs = {name: fill_batch(value, bucket.batch) for name, value in inputs.items()}
+            batched = {spec.name for spec in self.planner.spec.input_specs if spec.batched}
+            inputs = {n: fill_batch(value, bucket.batch) if n in batched else value for n, value in inputs.items()}
             counts = fill_batch(counts, bucket.batch)
         scores, live = self.route(inputs)
         routed = time.perf_counter()
@@ -122,8 +127,6 @@ def pick(session: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def fill_batch(value: np.ndarray, batch: int) -> np.ndarray:
     """Repeat the last sample until there are `batch`."""
-    if np.ndim(value) == 0 or len(value) == batch:
-        return value
     return np.concatenate([value, np.repeat(value[-1:], batch - len(value), axis=0)])
 
 

@@ -18,7 +18,7 @@ class InsertRouter(Pass):
     """Add p [B, N] = router(h [B, N, D]) to the graph, ahead of the original output.
 
     1. The router is captured like any module and its ops are copied in after the trunk's input.
-    2. Its parameters and buffers appear in the program under `router.`.
+    2. Its parameters and buffers appear in the program under `router.` (`dcconvert_router.` in a model that has a router).
     """
 
     def requires(self, program: Program) -> None:
@@ -42,7 +42,8 @@ def inline(program: Program, module: nn.Module, source: Node) -> Node:
     example = torch.zeros(3, *(int(size) for size in shape[1:]), dtype=source.meta["val"].dtype)
     inner = capture(module, (example,))
     Normalise().call(inner)
-    program.graph_module.add_submodule(PREFIX, state_holder(inner.graph_module))
+    prefix = f"dcconvert_{PREFIX}" if hasattr(program.graph_module, PREFIX) else PREFIX
+    program.graph_module.add_submodule(prefix, state_holder(inner.graph_module))
     mapping: dict[Node, Node] = {placeholders(inner.graph)[0]: source}
     output = next(iter(reversed(inner.graph.nodes)))
     with program.graph.inserting_after(source):
@@ -50,7 +51,7 @@ def inline(program: Program, module: nn.Module, source: Node) -> Node:
     with program.graph.inserting_before(anchor):
         for node in inner.graph.nodes:
             if node.op == "get_attr":
-                mapping[node] = program.graph.get_attr(f"{PREFIX}.{node.target}")
+                mapping[node] = program.graph.get_attr(f"{prefix}.{node.target}")
                 with program.fake_mode:
                     value = node.meta["val"]
                     mapping[node].meta["val"] = torch.empty(value.shape, dtype=value.dtype)

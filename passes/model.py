@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,71 +13,11 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from dcconvert.passes.errors import CheckFailedError, UsageError
-from dcconvert.passes.infra import Options, PassRecord, Program, placeholders
+from dcconvert.passes.infra import Options, PassRecord
 from dcconvert.passes.plan import Bucket, Plan, Planner
 from dcconvert.passes.schedule import Schedule
+from dcconvert.passes.spec import ModelSpec
 
-TIMESTEP_NAMES = ("t", "timestep", "timesteps")
-SCORES_NAME = "scores"
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Facts about a rewritten model that its graphs alone do not tell; all of it fits into JSON."""
-
-    inputs: tuple[str, ...]  # the original's flat inputs, in call order
-    route_inputs: tuple[str, ...]
-    live: tuple[str, ...]  # what route hands to denoise, `h` first
-    live_shapes: tuple[tuple[int, ...], ...]  # theirs, without the batch axis
-    denoise_inputs: tuple[str, ...]
-    in_spec: str
-    out_spec: str
-    grid: tuple[int, int]
-    width: int
-    depth: int
-    timestep: str | None
-    timestep_scale: float  # the timestep that means pure noise
-
-    @property
-    def tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> ModelSpec:
-        def frozen(value: Any) -> Any:
-            return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
-
-        return cls(**{name: frozen(value) for name, value in fields.items()})
-
-    @classmethod
-    def of(cls, program: Program, timestep: str | None, timestep_scale: float) -> ModelSpec:
-        stream = program.found_stream()
-        if program.route is None or program.denoise is None:
-            raise CheckFailedError("the program was not split into route and denoise; fix the pipeline order")
-        inputs = tuple(n.name for n in placeholders(program.graph) if n.name not in program.plan_inputs)
-        if timestep is None:
-            timestep = next((name for name in TIMESTEP_NAMES if name in inputs), None)
-        elif timestep not in inputs:
-            raise UsageError(f"the model has no input '{timestep}' to take the timestep from; it has {', '.join(inputs)}")
-        live = [n for n in placeholders(program.denoise.graph) if n.name not in {*inputs, *program.plan_inputs}]
-        denoise_inputs = tuple(n.name for n in placeholders(program.denoise.graph))
-        return cls(
-            inputs=inputs,
-            route_inputs=tuple(n.name for n in placeholders(program.route.graph)),
-            live=tuple(n.name for n in live),
-            live_shapes=tuple(tuple(int(size) for size in n.meta["val"].shape[1:]) for n in live),
-            denoise_inputs=denoise_inputs,
-            in_spec=program.in_spec,
-            out_spec=program.out_spec,
-            grid=stream.grid,
-            width=stream.width,
-            depth=stream.depth,
-            timestep=timestep,
-            timestep_scale=timestep_scale,
-        )
 
 
 class StepPlanner:
@@ -105,8 +44,13 @@ class StepPlanner:
         return self.schedule.counts(np.clip(tau, 0, 1), self.spec.tokens)
 
     def plan(self, scores: np.ndarray, counts: np.ndarray, bucket: Bucket | None = None) -> Plan:
-        if self.schedule.ratio == 1:
-            return self.planner.full_plan(len(scores), bucket)
+        """A plan for scores [B, N]; CheckFailedError naming the sample whose scores are not finite."""
+        bad = ~np.isfinite(scores).all(axis=1)
+        if bad.any():
+            raise CheckFailedError(
+                f"sample {int(bad.argmax())} of the batch has non-finite values before the trunk: check its input "
+                "(NaN would spread to other samples through padded attention)"
+            )
         return self.planner(scores, counts, bucket)
 
 

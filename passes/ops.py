@@ -72,8 +72,8 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor, row_lengths: Tensor, scale: f
     """Self-attention with one sample a row: q, k, v [R, H, S, d]; the first row_lengths[r] keys count."""
     slots = torch.arange(k.shape[2], device=k.device)
     mask = (slots < row_lengths.unsqueeze(1)).view(k.shape[0], 1, 1, -1)
-    # Full rows need no mask; on CUDA the look would wait for the device, so the mask stays.
-    full = mask.device.type == "cpu" and bool(mask.all())
+    # Full rows need no mask; on CUDA the look would wait for the device and a tracer sees no values: the mask stays.
+    full = type(mask) is Tensor and mask.device.type == "cpu" and bool(mask.all())
     return F.scaled_dot_product_attention(q, k, v, attn_mask=None if full else mask, scale=scale)
 
 

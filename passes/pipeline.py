@@ -13,10 +13,11 @@ from dcconvert.passes.capture import capture
 from dcconvert.passes.errors import CheckFailedError
 from dcconvert.passes.infra import Options, Pass, Program, run_passes
 from dcconvert.passes.insert_router import InsertRouter
-from dcconvert.passes.model import ChunkedModel, ModelSpec
+from dcconvert.passes.model import ChunkedModel
 from dcconvert.passes.normalise import Normalise
 from dcconvert.passes.pack_trunk import PackTrunk
 from dcconvert.passes.schedule import Schedule
+from dcconvert.passes.spec import ModelSpec
 from dcconvert.passes.split_route import SplitRoute
 from dcconvert.passes.token_stream import FindTokenStream
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
@@ -32,7 +34,8 @@ class SplitRoute(Pass):
     def call(self, program: Program) -> PassResult:
         start, _ = program.found_trunk()
         early = ancestors([program.scores, start])
-        values = [n for n in program.graph.nodes if n in early and crosses(n, early)]
+        early |= {n for n in program.graph.nodes if n.target is operator.getitem and n.args[0] in early}
+        values = [n for n in program.graph.nodes if n in early and n is not program.scores and crosses(n, early)]
         values.sort(key=lambda n: n is not start)
         names = {node: HIDDEN if node is start else f"live_{i - 1}" for i, node in enumerate(values)}
         program.route = build_route(program, early, values)
@@ -52,9 +55,9 @@ def ancestors(roots: list[Node]) -> set[Node]:
 
 
 def crosses(node: Node, early: set[Node]) -> bool:
-    """Whether a tensor computed in the early half is used in the late half (as an output does not count)."""
+    """Whether a tensor computed in the early half is used in the late half, which also makes the outputs."""
     computed = node.op == "call_function" and isinstance(node.meta["val"], Tensor)
-    return computed and any(user not in early and user.op != "output" for user in node.users)
+    return computed and any(user not in early for user in node.users)
 
 
 def build_route(program: Program, early: set[Node], values: list[Node]) -> GraphModule:

@@ -1,0 +1,38 @@
+"""What the benchmark scripts share: random-weight DiTs, converted sessions, JSON results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dcconvert
+from dcconvert.api import machine
+from dcconvert.dit import DiT, DiTConfig
+
+RESULTS = Path(__file__).parent / "results"
+
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
+
+
+def random_dit(size: str, patch: int, pixels: int, seed: int = 0) -> DiT:
+    """A DiT of a published size with random weights, none of them zero."""
+    depth, width, heads = SIZES[size]
+    torch.manual_seed(seed)
+    model = DiT(DiTConfig(depth=depth, width=width, heads=heads, patch=patch, image_size=pixels // 8)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.02)
+    return model
+
+
+def write_result(name: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
+    """Write `results/NAME.json` with machine, versions and settings."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    facts = {"dcconvert": dcconvert.__version__, "machine": machine(), "settings": settings, "rows": rows}
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+    return path

@@ -1,0 +1,187 @@
+"""The command line: `dcconvert model.pt --ratio 4x`, and the sub-commands around it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from dcconvert import __version__
+from dcconvert.passes.errors import DcconvertError, UsageError
+from dcconvert.passes.infra import Options
+from dcconvert.passes.routers import ROUTERS
+from dcconvert.passes.schedule import KINDS, parse_ratio
+
+CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+DEFAULTS = Options()
+
+
+class Ratio(click.ParamType):
+    """4x, 4 or 2.5x."""
+
+    name = "ratio"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        try:
+            return parse_ratio(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+def checkpoint_options(command: Any) -> Any:
+    """What cannot always be read off a checkpoint."""
+    for decorate in (
+        click.option("--heads", type=int, help="Attention heads, for widths other than those of DiT-S/B/L/XL."),
+        click.option("--image-size", type=int, help="Latent pixels a side, for checkpoints without a position table."),
+        click.option("--prediction", type=click.Choice(["eps", "flow"]), help="What the model predicts [eps]."),
+    ):
+        command = decorate(command)
+    return command
+
+
+def rewriting_options(command: Any) -> Any:
+    """What the passes can be told."""
+    for decorate in (
+        click.option("--head-blocks", default=DEFAULTS.head_blocks, show_default=True, help="Blocks before the trunk."),
+        click.option("--tail-blocks", default=DEFAULTS.tail_blocks, show_default=True, help="Blocks after the trunk."),
+        click.option("--router", default=DEFAULTS.router, show_default=True, type=click.Choice(ROUTERS)),
+        click.option("--packing", default=DEFAULTS.packing, show_default=True, type=click.Choice(["rows", "bins"])),
+        click.option("--seed", default=DEFAULTS.seed, show_default=True, help="Seed of router and sampling."),
+        click.option("--dump-graphs", type=click.Path(path_type=Path), help="Folder for the graph after each pass."),
+    ):
+        command = decorate(command)
+    return command
+
+
+def pick_options(values: dict[str, Any]) -> Options:
+    """The rewriting options out of a command's parameters (taken out of `values`)."""
+    names = ("head_blocks", "tail_blocks", "router", "packing", "seed")
+    return Options(**{name: values.pop(name) for name in names})
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__)
+def commands() -> None:
+    """Rewrite a trained diffusion transformer into a dynamic-chunking one.
+
+    dcconvert MODEL --ratio 4x converts, verifies, exports and measures; it is short for dcconvert convert.
+    """
+
+
+@commands.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--ratio", required=True, type=Ratio(), help="Tokens divided by kept tokens: 4x, 4, 2.5x; 1 keeps all.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Bundle folder [MODEL-dc4x beside you].")
+@click.option("--schedule", default="constant", show_default=True, type=click.Choice(KINDS))
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Batch size to export for; repeatable [1, 8].")
+@click.option("--steps", default=50, show_default=True, type=click.IntRange(1), help="Sampling steps of a run.")
+@click.option("--images", default=16, show_default=True, type=click.IntRange(0), help="Images for the fidelity figures.")
+@click.option("--reference-steps", default=200, show_default=True, type=click.IntRange(1), help="Steps of the reference.")
+@click.option("--threads", default=0, type=click.IntRange(0), help="Threads [one a core].")
+@click.option("--no-measure", is_flag=True, help="Skip latency, memory and fidelity.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@checkpoint_options
+@rewriting_options
+def convert(model: Path, out: Path | None, **values: Any) -> None:
+    """Convert a checkpoint (the default command): verify, export ONNX, measure, report."""
+    from dcconvert.job import Settings, run_job, set_threads
+    from dcconvert.progress import Stages
+    from dcconvert.report import terminal_table
+
+    set_threads(values["threads"])
+    options = pick_options(values)
+    target = out or Path(f"{model.stem}-dc{values['ratio']:g}x")
+    values["batches"] = values["batches"] or (1, 8)
+    values["measure"] = not values.pop("no_measure")
+    settings = Settings(model, target, options=options, command=shlex.join(["dcconvert", *sys.argv[1:]]), **values)
+    console = Console(stderr=True)
+    report = run_job(settings, Stages(console))
+    Console().print(terminal_table(report))
+    Console().print(f"Bundle: {target}\nReport: {target / 'report.html'}", highlight=False)
+
+
+@commands.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@checkpoint_options
+@rewriting_options
+def inspect(model: Path, **values: Any) -> None:
+    """Say what was recognised in a checkpoint, where it can be cut, and what would be rewritten."""
+    from dcconvert.commands import inspect_checkpoint
+
+    inspect_checkpoint(model, pick_options(values), Console(), **values)
+
+
+@commands.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--runtime", default="ort", show_default=True, type=click.Choice(["ort", "torch"]))
+@click.option("-n", "--count", default=16, show_default=True, type=click.IntRange(1), help="Images.")
+@click.option("--steps", type=click.IntRange(1), help="Sampling steps [those of the bundle].")
+@click.option("--guidance", default=1.0, show_default=True, help="Classifier-free guidance scale; 1 is none.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--label", "labels", multiple=True, type=int, help="Class; repeatable [all classes in turn].")
+@click.option("--compare", is_flag=True, help="Show the fixed-token original beside it, same seeds.")
+@click.option("--vae", type=click.Path(path_type=Path), help="diffusers AutoencoderKL folder, for latent models.")
+@click.option("-o", "--out", default="samples.png", show_default=True, type=click.Path(path_type=Path))
+def sample(bundle: Path, **values: Any) -> None:
+    """Draw images with a bundle into a PNG grid."""
+    from dcconvert.commands import sample_bundle
+
+    sample_bundle(bundle, Console(), **values)
+
+
+@commands.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--batch", default=0, type=click.IntRange(0), help="Batch size to time [the bundle's largest].")
+@click.option("--runs", default=15, show_default=True, type=click.IntRange(1), help="Interleaved runs.")
+@click.option("--images", default=0, show_default=True, type=click.IntRange(0), help="Images for fidelity; 0 skips it.")
+@click.option("--reference-steps", default=200, show_default=True, type=click.IntRange(1))
+@click.option("--threads", default=0, type=click.IntRange(0), help="Threads [one a core].")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
+def evaluate(bundle: Path, **values: Any) -> None:
+    """Measure a bundle against the fixed-token original: GMACs, latency, memory, fidelity on request."""
+    from dcconvert.commands import evaluate_bundle
+
+    evaluate_bundle(bundle, Console(), **values)
+
+
+@commands.command()
+@click.option("--ratio", default="4x", show_default=True, type=Ratio())
+@click.option("-o", "--out", default="demo", show_default=True, type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace an earlier demo.")
+@click.pass_context
+def demo(ctx: click.Context, ratio: float, out: Path, force: bool) -> None:
+    """Run the main job on the small trained model that ships with dcconvert."""
+    from dcconvert.commands import shipped_model
+
+    ctx.invoke(convert, model=shipped_model(), ratio=ratio, out=out, force=force)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: a first word that is no command is a model to convert; errors are one line and an exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] not in {*commands.commands, *CONTEXT["help_option_names"], "--version"}:
+        words.insert(0, "convert")
+    try:
+        commands.main(args=words, prog_name="dcconvert", standalone_mode=False)
+    except DcconvertError as error:
+        fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        fail(error.format_message(), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        fail("interrupted; nothing was left behind", 130)
+    except OSError as error:
+        fail(f"{error.filename or 'the system'}: {error.strerror or error}", UsageError.exit_code)
+
+
+def fail(message: str, code: int) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/bold red] {message}", highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

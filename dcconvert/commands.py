@@ -1,0 +1,210 @@
+"""What the sub-commands do: inspect, sample, evaluate, and finding the model of the demo."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dcconvert.api import EXAMPLE_BATCH, dit_inputs
+from dcconvert.checkpoint import load_checkpoint
+from dcconvert.dit import DiTConfig
+from dcconvert.evaluate import Runtime, compute_section, fidelity, latency_section, memory_section, torch_step
+from dcconvert.export.bundle import Bundle, read_bundle, write_json
+from dcconvert.export.session import CPU, OrtModel
+from dcconvert.figures import save_comparison
+from dcconvert.passes.capture import capture
+from dcconvert.passes.errors import DcconvertError, UsageError
+from dcconvert.passes.infra import Options, Program, dump_graphs, module_path, run_passes
+from dcconvert.passes.model import StepPlanner
+from dcconvert.passes.normalise import Normalise
+from dcconvert.passes.pipeline import PIPELINE
+from dcconvert.passes.token_stream import FindTokenStream
+from dcconvert.progress import Stages
+from dcconvert.report import terminal_table
+from dcconvert.sampling import Sampler, initial_noise, labels_for
+
+SHIPPED = "fashion_dit.safetensors"
+
+
+def shipped_model() -> Path:
+    """Path of the small trained DiT that comes with the package."""
+    path = Path(str(resources.files("dcconvert") / "assets" / SHIPPED))
+    if not path.is_file():
+        raise UsageError(f"this installation has no {SHIPPED}: install dcconvert from a wheel or a full checkout")
+    return path
+
+
+def inspect_checkpoint(path: Path, options: Options, console: Console, *, dump_graphs: Path | None, **read: Any) -> None:
+    """Print what was recognised, the cut points and what the passes would do, or why they would not."""
+    dit = load_checkpoint(path, **read)
+    info, config = dit.checkpoint_info, dit.cfg
+    table = Table(title=f"{path.name}: a DiT checkpoint", show_header=False, title_justify="left")
+    for name, value in config.as_dict().items():
+        table.add_row(name.replace("_", " "), str(value))
+    table.add_row("predicts", info.prediction)
+    table.add_row("weights from", info.source or "the top level")
+    table.add_row("parameters", f"{sum(p.numel() for p in dit.parameters()) / 1e6:.1f} M")
+    table.add_row("sha256", info.sha256)
+    console.print(table)
+    program = capture(dit, dit_inputs(dit, EXAMPLE_BATCH), options=options)
+    run_passes(program, (Normalise(), FindTokenStream()))
+    print_cuts(program, console)
+    program = capture(dit, dit_inputs(dit, EXAMPLE_BATCH), options=options)
+    try:
+        records = run_passes(program, PIPELINE, dump_graphs)
+    except DcconvertError as error:
+        console.print(f"[bold red]would not convert:[/bold red] {error}", highlight=False)
+        raise
+    steps = Table(title="passes", title_justify="left")
+    for column in ("pass", "matches", "nodes", "notes"):
+        steps.add_column(column)
+    for record in records:
+        nodes = f"{record.nodes_before} -> {record.nodes_after}"
+        steps.add_row(record.name, str(record.matches), nodes, "; ".join(record.notes))
+    console.print(steps)
+
+
+def print_cuts(program: Program, console: Console) -> None:
+    """The cut points of the token stream, block boundaries and trunk marked."""
+    stream, (start, end) = program.found_stream(), program.found_trunk()
+    table = Table(title=f"{len(stream.cuts)} cut points on {stream.grid[0]}x{stream.grid[1]} tokens", title_justify="left")
+    for column in ("node", "op", "module", ""):
+        table.add_column(column)
+    numbers = {node: i for i, node in enumerate(stream.boundaries)}
+    for node in stream.cuts:
+        marks = [f"after block {numbers[node] - 1}"] if numbers.get(node) else []
+        marks += ["trunk starts"] if node is start else ["trunk ends"] if node is end else []
+        table.add_row(node.name, str(node.target), module_path(node), ", ".join(marks))
+    console.print(table)
+
+
+@contextmanager
+def opened(bundle: Bundle, threads: int, planner: StepPlanner) -> Any:
+    """ONNX Runtime over a bundle, with the original exported to a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="dcconvert-") as scratch:
+        yield Runtime.open(bundle.model, planner, bundle.ladder, bundle.onnx, Path(scratch), threads), Path(scratch)
+
+
+def dit_config(bundle: Bundle) -> DiTConfig:
+    """The architecture a bundle was made from; UsageError for one made from another kind of module."""
+    fields = bundle.manifest.get("config")
+    if not isinstance(fields, dict):
+        raise UsageError(f"{bundle.folder} was not made from a DiT checkpoint: sample it from Python with dcconvert.load")
+    return DiTConfig(**fields)
+
+
+def run_planner(bundle: Bundle, steps: int) -> tuple[Sampler, StepPlanner]:
+    """The sampler of a bundle and a planner whose schedule has its mean over exactly these steps."""
+    facts = bundle.manifest["sampler"]
+    sampler = Sampler(facts["prediction"], steps)
+    model = bundle.model
+    return sampler, StepPlanner(model.spec, model.options, model.schedule.centred(sampler.taus))
+
+
+def sample_bundle(
+    folder: Path,
+    console: Console,
+    *,
+    runtime: str,
+    count: int,
+    steps: int | None,
+    guidance: float,
+    seed: int,
+    labels: tuple[int, ...],
+    compare: bool,
+    vae: Path | None,
+    out: Path,
+) -> None:
+    """Sample a bundle, on request beside the original, and write a PNG grid."""
+    bundle = read_bundle(folder)
+    config = dit_config(bundle)
+    sampler, planner = run_planner(bundle, steps or bundle.manifest["sampler"]["steps"])
+    noise = initial_noise(seed, count, config.in_channels, config.image_size)
+    classes = torch.tensor(labels).repeat(count)[:count] if labels else labels_for(count, config.num_classes)
+    if int(classes.max()) >= config.num_classes or int(classes.min()) < 0:
+        raise UsageError(f"--label must be from 0 to {config.num_classes - 1}")
+    null_class = config.num_classes if config.null_class else None
+    stages = Stages(Console(stderr=True))
+    images: dict[str, Tensor] = {}
+
+    def draw(name: str, step: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        with stages.stage(f"sample {name}") as tick:
+            images[name] = sampler.run(
+                step, noise, classes, guidance=guidance, null_class=null_class, on_step=lambda *_: tick("steps")
+            )
+
+    ratio = f"converted, {bundle.model.schedule.ratio:g}x"
+    if runtime == "torch":
+        with torch.inference_mode():
+            names = bundle.model.spec.inputs
+            draw(ratio, lambda *v: torch_step(bundle.model, planner, dict(zip(names, v, strict=True)))[0])
+            if compare:
+                draw("original", lambda *v: bundle.model.original_graph(*v)[0])
+    elif compare:
+        with opened(bundle, 0, planner) as (sessions, _):
+            sessions.converted.ladder = None  # guidance doubles the batch; run each step in its own shape
+            draw(ratio, sessions.converted_step)
+            draw("original", sessions.original_step)
+    else:
+        session = OrtModel(bundle.onnx, planner)
+        only = Runtime(bundle.model, session, None)
+        draw(ratio, only.converted_step)
+    save_comparison(dict(reversed(images.items())), out, vae)
+    console.print(f"Images: {out}", highlight=False)
+
+
+def evaluate_bundle(
+    folder: Path,
+    console: Console,
+    *,
+    batch: int,
+    runs: int,
+    images: int,
+    reference_steps: int,
+    threads: int,
+    json_path: Path | None,
+) -> None:
+    """Measure a bundle on this machine and print the table."""
+    bundle = read_bundle(folder)
+    steps = bundle.manifest["sampler"]["steps"]
+    sampler, planner = run_planner(bundle, steps)
+    stages = Stages(Console(stderr=True))
+    if threads:
+        torch.set_num_threads(threads)
+    with stages.stage("count operations"):
+        compute = compute_section(bundle.model, planner, sampler.taus)
+    report: dict[str, Any] = {
+        "command": f"dcconvert evaluate {folder}",
+        "model": {"tokens": bundle.model.spec.tokens},
+        "conversion": {**bundle.manifest["conversion"], "kept_tokens_mean": bundle.model.spec.tokens / planner.schedule.ratio},
+        "compute": compute,
+        "machine": bundle.manifest["machine"],
+    }
+    with opened(bundle, threads, planner) as (runtime, scratch):
+        size = batch or max(bundle.ladder.batches)
+        with stages.stage("measure latency") as tick:
+            report["latency"] = latency_section(runtime, compute, size, runs, tick=tick)
+        with stages.stage("measure memory"):
+            report["memory"] = memory_section(runtime, bundle.onnx, scratch / "original.onnx", size)
+        if images:
+            config = dit_config(bundle)
+            noise = initial_noise(0, images, config.in_channels, config.image_size)
+            labels = labels_for(images, config.num_classes)
+            with stages.stage("compare images") as tick:
+                prediction = bundle.manifest["sampler"]["prediction"]
+                result = fidelity(runtime, prediction, noise, labels, compute, reference_steps, tick)
+            rows = {"reference": result.reference, "count": images, "rows": result.rows}
+            report["fidelity"] = {"velocity_error": result.velocity_error, "images": rows}
+    console.print(terminal_table(report))
+    if json_path:
+        write_json(report, json_path)
+        console.print(f"Figures: {json_path}", highlight=False)

@@ -1,0 +1,62 @@
+"""Latency and memory of original against converted, interleaved in one run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MEGABYTE = 1 << 20
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], Any]], runs: int, warm_up: int = 1, tick: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of `runs` calls of every candidate, taking turns so that drift of the machine hits all alike."""
+    for _ in range(warm_up):
+        for call in candidates.values():
+            call()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(runs):
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+        tick()
+    return times
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median and 10th/90th percentile in milliseconds."""
+    low, median, high = np.percentile(np.asarray(seconds) * 1e3, [10, 50, 90])
+    return {"median": round(median, 3), "p10": round(low, 3), "p90": round(high, 3), "runs": len(seconds)}
+
+
+def peak_memory(onnx_files: list[Path], feeds: list[dict[str, np.ndarray]], folder: Path) -> float:
+    """Peak resident megabytes of a fresh process that loads ONNX files and runs each once on its feed.
+
+    Python, numpy and ONNX Runtime themselves are in the figure.
+    """
+    for i, feed in enumerate(feeds):
+        np.savez(folder / f"feed_{i}.npz", **feed)  # type: ignore[arg-type]  (numpy types savez for positional arrays)
+    command = [sys.executable, "-c", PROBE, str(folder), *map(str, onnx_files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout)) / MEGABYTE
+
+
+PROBE = """
+import json, resource, sys
+import numpy, onnxruntime
+folder, *files = sys.argv[1:]
+sessions = [onnxruntime.InferenceSession(f, providers=["CPUExecutionProvider"]) for f in files]
+for i, session in enumerate(sessions):
+    session.run(None, dict(numpy.load(f"{folder}/feed_{i}.npz")))
+scale = 1 if sys.platform == "darwin" else 1024
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale))
+"""

@@ -1,0 +1,106 @@
+"""Normalise: what has no effect goes, aliases get one spelling, values stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcconvert.passes.capture import capture
+from dcconvert.passes.errors import UnsupportedModelError
+from dcconvert.passes.infra import Program, placeholders, run_passes
+from dcconvert.passes.normalise import Normalise
+from tests.passes.harness import count
+
+aten = torch.ops.aten
+
+
+class Of(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def normalised(function: Callable[[Tensor], Tensor]) -> Program:
+    x = torch.randn(3, 4, 6)
+    program = capture(Of(function), (x,))
+    run_passes(program, (Normalise(),))
+    torch.testing.assert_close(program.graph_module(x)[0], function(x), rtol=0, atol=0)
+    return program
+
+
+def calls(program: Program) -> list[str]:
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.contiguous(),
+        lambda x: x.clone(),
+        lambda x: x.detach(),
+        lambda x: x.float(),
+        lambda x: x.to(torch.float32),
+        lambda x: x.type_as(x),
+        lambda x: F.dropout(x, 0.5, training=False),
+    ],
+    ids=["contiguous", "clone", "detach", "float", "to", "type_as", "dropout off"],
+)
+def test_ops_without_effect_go(function):
+    assert calls(normalised(lambda x: function(x) + 1)) == ["aten.add.Tensor"]
+
+
+def test_an_op_without_effect_as_the_output_goes():
+    assert calls(normalised(lambda x: (x * 2).contiguous())) == ["aten.mul.Tensor"]
+
+
+def test_views_become_reshapes():
+    program = normalised(lambda x: x.transpose(1, 2).contiguous().view(x.shape[0], 24))
+    assert count(program.graph_module, aten.view.default) == 0
+    assert count(program.graph_module, aten.reshape.default) == 1
+
+
+def test_unused_nodes_and_guards_go():
+    program = capture(Of(lambda x: x + 1), (torch.randn(3, 4),))
+    with program.graph.inserting_after(placeholders(program.graph)[0]):
+        program.emit(aten.exp.default, (placeholders(program.graph)[0],))
+    Normalise().call(program)
+    assert calls(program) == ["aten.add.Tensor"]
+    assert not any(node.op == "call_module" for node in program.graph.nodes)
+
+
+def test_what_changes_values_stays():
+    assert "aten.to.dtype" in " ".join(calls(normalised(lambda x: x.double().float())))
+
+    program = capture(Of(lambda x: F.dropout(x, 0.5, training=True)), (torch.randn(3, 4),))
+    Normalise().call(program)
+    assert calls(program) == ["aten.dropout.default"]
+
+
+def test_a_second_run_changes_nothing():
+    program = normalised(lambda x: x.contiguous().view(-1, 6).float() * 2)
+    before = [(str(node.target), node.name) for node in program.graph.nodes]
+    run_passes(program, (Normalise(),))
+    assert [(str(node.target), node.name) for node in program.graph.nodes] == before
+
+
+def test_in_place_ops_are_refused_by_name():
+    program = capture(Of(lambda x: (x * 2).add_(1)), (torch.randn(3, 4),))
+    with pytest.raises(UnsupportedModelError, match=r"in-place op aten\.add_\.Tensor in .*out-of-place"):
+        run_passes(program, (Normalise(),))
+
+
+def test_a_submodule_call_left_in_the_graph_is_refused():
+    program = capture(Of(lambda x: x + 1), (torch.randn(3, 4),))
+    add = next(node for node in program.graph.nodes if node.target is aten.add.Tensor)
+    program.graph_module.add_submodule("left_over", nn.Identity())
+    with program.graph.inserting_before(add):
+        add.replace_input_with(placeholders(program.graph)[0], program.graph.call_module("left_over", (add.args[0],)))
+    with pytest.raises(UnsupportedModelError, match="left_over"):
+        Normalise().call(program)

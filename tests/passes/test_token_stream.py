@@ -1,0 +1,169 @@
+"""FindTokenStream on models small enough to list their cut points by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcconvert.passes.capture import capture
+from dcconvert.passes.errors import CheckFailedError, UnsupportedModelError, UsageError
+from dcconvert.passes.infra import Options, Program, module_path, run_passes
+from dcconvert.passes.normalise import Normalise
+from dcconvert.passes.token_stream import FindTokenStream, find_cuts
+from tests.passes.harness import GRID, TOKENS, WIDTH, Block, TinyModel, diffusers_call, pixart_call, tiny_inputs
+from tests.passes.harness import tiny_program as program_of
+
+aten = torch.ops.aten
+
+
+def found(module: nn.Module | None = None, **options: int) -> Program:
+    program = program_of(module, **options)
+    run_passes(program, (FindTokenStream(),))
+    return program
+
+
+class Mlp(nn.Module):
+    """A block without attention."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return x + F.relu(self.linear(x))
+
+
+class SigmoidBlock(Block):
+    """A block that is not like the others."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return super().forward(torch.sigmoid(x), c)
+
+
+def test_grid_width_and_patchify():
+    stream = found().found_stream()
+    assert stream.patchify.target is aten.conv2d.default
+    assert (stream.grid, stream.tokens, stream.width, stream.depth) == (GRID, TOKENS, WIDTH, 3)
+
+
+def test_cut_points_are_the_residual_stream():
+    """The flattened patches, the position add, and in every block the two residual adds; the last linear too."""
+    cuts = found().found_stream().cuts
+    named = [(str(node.target), module_path(node)) for node in cuts]
+    block = [("aten.add.Tensor", "blocks.{}"), ("aten.add.Tensor", "blocks.{}")]
+    blocks = [(op, path.format(i)) for i in range(3) for op, path in block]
+    patches = [("aten.transpose.int", ""), ("aten.add.Tensor", "")]
+    assert named == [*patches, *blocks, ("aten.linear.default", "final")]
+
+
+def test_boundaries_start_after_the_positions_and_end_with_the_last_block():
+    stream = found().found_stream()
+    positions = next(node for node in stream.cuts if node.target is aten.add.Tensor)
+    assert stream.boundaries == [positions, *stream.cuts[3:-1:2]]
+    assert [module_path(node) for node in stream.boundaries] == ["", "blocks.0", "blocks.1", "blocks.2"]
+
+
+@pytest.mark.parametrize(("head", "tail", "start", "end"), [(1, 1, 1, 2), (0, 0, 0, 3), (2, 0, 2, 3), (0, 2, 0, 1)])
+def test_the_trunk_is_what_head_and_tail_leave(head, tail, start, end):
+    program = found(head_blocks=head, tail_blocks=tail)
+    boundaries = program.found_stream().boundaries
+    assert program.found_trunk() == (boundaries[start], boundaries[end])
+
+
+def test_alternating_blocks_repeat_as_pairs():
+    stream = found(TinyModel([Block(), Mlp()] * 3)).found_stream()
+    assert stream.depth == 3
+    assert [module_path(node) for node in stream.boundaries[1:]] == ["blocks.1", "blocks.3", "blocks.5"]
+
+
+def test_odd_blocks_at_the_ends_are_no_part_of_the_repetition():
+    stream = found(TinyModel([Mlp(), Block(), Block(), SigmoidBlock()]), tail_blocks=0).found_stream()
+    assert [module_path(node) for node in stream.boundaries] == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+@pytest.mark.parametrize("make", [diffusers_call, pixart_call])
+def test_diffusers_models(make):
+    program = capture(*make())
+    run_passes(program, (Normalise(), FindTokenStream()))
+    stream = program.found_stream()
+    assert (stream.grid, stream.width, stream.depth) == ((4, 4), 32, 3)
+
+
+def test_a_value_that_stays_alive_leaves_no_cut():
+    class LongSkip(TinyModel):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            c = torch.sin(t.unsqueeze(1) * torch.arange(WIDTH))
+            first = x = self.patchify(x).flatten(2).transpose(1, 2) + self.positions
+            for block in self.blocks:
+                x = block(x, c)
+            return self.final(x + first)
+
+    program = program_of(LongSkip(Block() for _ in range(3)))
+    patchify = next(node for node in program.graph.nodes if node.target is aten.conv2d.default)
+    cuts = find_cuts(program, patchify, TOKENS)
+    assert [str(node.target) for node in cuts] == ["aten.transpose.int", "aten.add.Tensor"] + [
+        "aten.add.Tensor",
+        "aten.linear.default",
+    ]
+    with pytest.raises(UnsupportedModelError, match="3 attention ops on the token stream"):
+        run_passes(program, (FindTokenStream(),))
+
+
+class LinearPatchify(TinyModel):
+    def __init__(self) -> None:
+        super().__init__([Block(), Block()])
+        self.patchify = nn.Linear(8, WIDTH)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = self.patchify(x.reshape(x.shape[0], TOKENS, 8)) + self.positions
+        for block in self.blocks:
+            x = block(x, t.unsqueeze(1) * torch.ones(WIDTH))
+        return self.final(x)
+
+
+class FlatConvolution(LinearPatchify):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patchify = nn.Conv1d(TOKENS, TOKENS, 1)  # type: ignore[assignment]
+        self.widen = nn.Linear(8, WIDTH)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.final(self.widen(self.patchify(x.reshape(x.shape[0], TOKENS, 8))))
+
+
+@pytest.mark.parametrize(
+    ("module", "miss"), [(LinearPatchify(), "no convolution"), (FlatConvolution(), r"aten\.conv1d\.")]
+)
+def test_without_a_patchify_convolution_the_nearest_miss_is_named(module, miss):
+    with pytest.raises(UnsupportedModelError, match=f"no patchify convolution .* found; nearest miss: {miss}"):
+        found(module)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "attentions"),
+    [([Block()], 1), ([Block(), SigmoidBlock()], 2), ([Mlp(), Mlp(), Mlp()], 0)],
+    ids=["one block", "two different blocks", "no attention"],
+)
+def test_blocks_that_do_not_repeat_are_refused(blocks, attentions):
+    with pytest.raises(UnsupportedModelError, match=f"no repeating transformer blocks .* {attentions} attention ops"):
+        found(TinyModel(blocks))
+
+
+@pytest.mark.parametrize(("head", "tail"), [(2, 1), (0, 3), (5, 5)])
+def test_too_many_head_and_tail_blocks_are_a_usage_error(head, tail):
+    with pytest.raises(UsageError, match=rf"{head} head and {tail} tail blocks leave no trunk in a model of 3 blocks"):
+        found(head_blocks=head, tail_blocks=tail)
+
+
+def test_negative_head_blocks_are_a_usage_error():
+    with pytest.raises(UsageError, match="must not be negative"):
+        found(head_blocks=-1)
+
+
+def test_asking_before_the_pass_ran_is_an_error():
+    program = capture(TinyModel([Block()]), tiny_inputs(), {}, Options())
+    for ask in (program.found_stream, program.found_trunk):
+        with pytest.raises(CheckFailedError, match="before FindTokenStream"):
+            ask()
