@@ -64,7 +64,13 @@ def measure_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_case(
-    size: str, name: str, counts: np.ndarray, model: Converted, session: OrtModel, original: Any, args: argparse.Namespace
+    size: str,
+    name: str,
+    counts: np.ndarray,
+    model: Converted,
+    session: OrtModel,
+    original: Any,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """One row: every sample of the batch keeps its count of tokens."""
     feed = {key: as_array(value) for key, value in model.spec.example(args.batch).items()}
@@ -93,7 +99,9 @@ def measure_case(
         "flop_ratio": round(flop_ratio, 3),
         "efficiency": round(speedup / flop_ratio, 3),
     }
-    print(f"{row['model']} {name}: {speedup:.2f} times faster, {speedup / flop_ratio:.2f} of the FLOP ratio", flush=True)
+    print(
+        f"{row['model']} {name}: {speedup:.2f} times faster, {speedup / flop_ratio:.2f} of the FLOP ratio", flush=True
+    )
     return row
 
 

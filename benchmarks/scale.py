@@ -31,7 +31,17 @@ def main() -> None:
         parameters = sum(p.numel() for p in dit.parameters())
         save_file({name: tensor.contiguous() for name, tensor in dit.state_dict().items()}, str(checkpoint))
         del dit
-        command = [sys.executable, "-m", "dcconvert.cli", str(checkpoint), "--ratio", "4x", "-o", str(bundle), "--no-measure"]
+        command = [
+            sys.executable,
+            "-m",
+            "dcconvert.cli",
+            str(checkpoint),
+            "--ratio",
+            "4x",
+            "-o",
+            str(bundle),
+            "--no-measure",
+        ]
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         start = time.perf_counter()
         subprocess.run(command, check=True)

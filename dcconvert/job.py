@@ -192,7 +192,7 @@ def measure(
         with stages.stage("compare images") as tick:
             result = image_fidelity(settings, info, model, runtime, report["compute"], tick)
         report["fidelity"] = fidelity_section(settings, result)
-        return figures_of(result, info)
+        return {"samples": sample_figure(result.images), "chunk_maps": chunk_map_figure(result)}
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -216,13 +216,6 @@ def fidelity_section(settings: Settings, result: Fidelity) -> dict[str, Any]:
     return {
         "velocity_error": result.velocity_error,
         "images": {"reference": result.reference, "count": settings.images, "rows": result.rows},
-    }
-
-
-def figures_of(result: Fidelity, info: Checkpoint) -> dict[str, bytes]:
-    return {
-        "samples": sample_figure(result.images),
-        "chunk_maps": chunk_map_figure(result, info.prediction),
     }
 
 

@@ -61,14 +61,14 @@ class Ladder:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Ladder:
-        """Read back ``to_dict``; UsageError if anything is missing, the full bucket included, or not a number."""
+        """Read back ``to_dict``; UsageError if anything is missing, the full bucket included, or no valid size."""
         try:
             buckets = tuple(
                 Bucket(*(int(entry[name]) for name in ("batch", "tokens", "rows", "row_tokens", "tile")))
                 for entry in data["buckets"]
             )
             result = cls(buckets, int(data["tokens"]), float(data["expected_waste"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, UsageError) as error:
             raise UsageError(f"the manifest's buckets cannot be read ({error!r}): convert the model again") from None
         largest = max((bucket.batch for bucket in buckets), default=1)
         if not any(bucket.fits([result.tokens] * largest) for bucket in buckets):

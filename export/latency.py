@@ -44,7 +44,7 @@ def peak_memory(onnx_files: list[Path], feeds: list[dict[str, np.ndarray]], fold
     Python, numpy and ONNX Runtime themselves are in the figure.
     """
     for i, feed in enumerate(feeds):
-        np.savez(folder / f"feed_{i}.npz", **feed)  # type: ignore[arg-type]  (numpy types savez for positional arrays)
+        np.savez(folder / f"feed_{i}.npz", **feed)  # type: ignore[arg-type]  # may clash with allow_pickle
     command = [sys.executable, "-c", PROBE, str(folder), *map(str, onnx_files)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout)) / MEGABYTE

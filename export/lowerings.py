@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from onnxscript import values
 
+from dcconvert.passes import ops  # noqa: F401  (registers torch.ops.dcconvert)
+
 OPSET = 24
 op: Any = values.Opset("", OPSET)
 

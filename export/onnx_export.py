@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from dcconvert.export.lowerings import OPSET, PORTABLE
+from dcconvert.passes.errors import CheckFailedError
 from dcconvert.passes.infra import placeholders
 from dcconvert.passes.model import ChunkedModel
 from dcconvert.passes.plan import Plan
@@ -42,7 +43,9 @@ def export_route(model: ChunkedModel, path: Path, inputs: dict[str, Any]) -> Non
     export_graph(model.route_graph, path, args, axes, (SCORES_NAME, *model.spec.live))
 
 
-def export_denoise(model: ChunkedModel, path: Path, inputs: dict[str, Any], live: dict[str, Tensor], plan: Plan) -> None:
+def export_denoise(
+    model: ChunkedModel, path: Path, inputs: dict[str, Any], live: dict[str, Tensor], plan: Plan
+) -> None:
     """`denoise.onnx`: the values of route and the plan's arrays -> the model's output."""
     given = {**inputs, **live, **{name: torch.from_numpy(a) for name, a in plan.arrays().items()}}
     args = tuple(given[name] for name in model.spec.denoise_inputs)
@@ -87,6 +90,10 @@ def export_graph(
             custom_translation_table=PORTABLE,
             verbose=False,
         )
+        if exported is None:
+            raise CheckFailedError(
+                f"the ONNX exporter gave nothing to write to {path.name}; this is a bug of dcconvert"
+            )
         exported.save(str(path), external_data=size > EXTERNAL_DATA_BYTES)
 
 

@@ -18,8 +18,8 @@ from dcconvert.export.buckets import Bucket
 from dcconvert.passes.errors import CheckFailedError
 from dcconvert.passes.model import ChunkedModel
 from dcconvert.passes.plan import Plan
-from dcconvert.passes.spec import SCORES_NAME
 from dcconvert.passes.schedule import Schedule
+from dcconvert.passes.spec import SCORES_NAME
 
 IDENTITY_TOLERANCE = 1e-5  # relative, keep-everything output against the original
 ISOLATION_TOLERANCE = 1e-6  # relative, a sample's output when another one is replaced

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,12 @@ from torch.utils import _pytree as pytree
 
 from dcconvert.passes.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.infra import Options, Program, placeholders
+from dcconvert.passes.plan import PLAN_ARRAYS
 
 MAX_BATCH = 4096
+
+# Names at the seams of a converted model: an input called so gets a suffix.
+RESERVED = re.compile("|".join((r"h|live_\d+|scores", *PLAN_ARRAYS)))
 
 
 def capture(
@@ -62,6 +67,10 @@ def capture(
     root = exported.module()
     root.graph.set_codegen(CodeGen())  # flat inputs and outputs from here on
     graph_module = GraphModule(root, root.graph)  # a plain module: same tensors, none of export's hooks
+    for node in placeholders(graph_module.graph):
+        if RESERVED.fullmatch(node.name):
+            node.name = node.target = f"{node.name}_input"
+    graph_module.recompile()
     first = next(n for n in placeholders(graph_module.graph) if is_batched(n, size))
     return Program(
         graph_module=graph_module,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -91,13 +91,19 @@ class Program:
             raise CheckFailedError("the trunk was asked for before FindTokenStream ran; fix the pipeline order")
         return self.trunk
 
+    def found_scores(self) -> Node:
+        if self.scores is None:
+            raise CheckFailedError("the scores were asked for before InsertRouter ran; fix the pipeline order")
+        return self.scores
+
     def new_size(self, hint: int) -> torch.SymInt:
         """A fresh symbolic size, for an axis the original model does not have."""
         from torch._dynamo.source import ConstantSource
 
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        context: StatelessSymbolicContext[..., Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         source = ConstantSource(f"dcconvert_size_{hint}")
-        return self.fake_mode.from_tensor(torch.empty(hint), symbolic_context=context, source=source).shape[0]
+        value = self.fake_mode.from_tensor(torch.empty(hint), symbolic_context=context, source=source)
+        return cast(torch.SymInt, value.shape[0])
 
     def emit(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
         """Insert a call at the graph's insertion point, with its fake value computed."""
@@ -109,6 +115,7 @@ class Program:
         """Add a graph input with a symbolic shape after the existing ones."""
         with self.graph.inserting_after(placeholders(self.graph)[-1]):
             node = self.graph.placeholder(name)
+        node.name = name  # without the suffix that an input renamed by capture would leave
         with self.fake_mode:
             node.meta["val"] = torch.empty(tuple(shape), dtype=dtype)
         return node
@@ -197,7 +204,8 @@ def check_graph(module: GraphModule, after: str) -> None:
     try:
         module.graph.lint()
     except RuntimeError as error:
-        raise CheckFailedError(f"{after} left a graph that does not lint ({error}); this is a bug of dcconvert") from error
+        message = f"{after} left a graph that does not lint ({error}); this is a bug of dcconvert"
+        raise CheckFailedError(message) from error
     module.recompile()
     for node in module.graph.nodes:
         if node.op == "call_function" and "val" not in node.meta:

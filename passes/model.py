@@ -19,7 +19,6 @@ from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.spec import ModelSpec
 
 
-
 class StepPlanner:
     """From scores and timesteps to a plan: the schedule says how many, the router which, the planner where."""
 
@@ -101,6 +100,11 @@ class ChunkedModel(nn.Module):
                 f"the converted model was captured for a call with {', '.join(self.spec.inputs)} and must be called "
                 f"the same way (got {len(args)} positional inputs and {sorted(kwargs) or 'no'} keywords)"
             )
+        for spec, leaf in zip(self.spec.input_specs, leaves, strict=True):
+            if isinstance(leaf, Tensor) != bool(spec.dtype) or not (spec.dtype or leaf == spec.value):
+                was = f"a tensor of {spec.dtype}" if spec.dtype else repr(spec.value)
+                now = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
+                raise UsageError(f"input {spec.name} was {was} when the model was captured and is {now}: convert again")
         return dict(zip(self.spec.inputs, leaves, strict=True))
 
     def route(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from dcconvert.passes.errors import UnsupportedModelError
-from dcconvert.passes.infra import Pass, PassResult, Program, where, remove_dead_code
+from dcconvert.passes.infra import Pass, PassResult, Program, remove_dead_code, where
 
 aten = torch.ops.aten
 

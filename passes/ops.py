@@ -106,8 +106,7 @@ def weighted_gather(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 
 REFERENCES: dict[str, Callable[..., Tensor]] = {
-    op._name: op._init_fn
-    for op in (chunk, dechunk, regroup, row_attention, segment_attention)
+    op._name: op._init_fn for op in (chunk, dechunk, regroup, row_attention, segment_attention)
 }
 
 
@@ -120,12 +119,17 @@ def _register_gradient(name: str) -> None:
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
-            args = [a.detach().requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a for a in ctx.inputs]
+            args = [leaf(value) for value in ctx.inputs]
             wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
             found = iter(torch.autograd.grad(reference(*args), wanted, grad, allow_unused=True))
         return tuple(next(found) if isinstance(a, Tensor) and a.requires_grad else None for a in args)
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup)
+
+
+def leaf(value: Any) -> Any:
+    """A tensor cut off from its history, requiring a gradient if it can have one; other values as they are."""
+    return value.detach().requires_grad_(value.is_floating_point()) if isinstance(value, Tensor) else value
 
 
 for _name in REFERENCES:

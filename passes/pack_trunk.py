@@ -35,9 +35,8 @@ class PackTrunk(Pass):
         with program.graph.inserting_after(end):
             marker = program.graph.call_function(aten.alias.default, (end,))  # new nodes go before it
         with program.graph.inserting_before(marker):
-            packed = packer.emit(
-                torch.ops.dcconvert.chunk.default, start, packer.plan_input("chunk_index"), packer.plan_input("chunk_weight")
-            )
+            members = (packer.plan_input("chunk_index"), packer.plan_input("chunk_weight"))
+            packed = packer.emit(torch.ops.dcconvert.chunk.default, start, *members)
             packer.start(start, packed)
             for node in nodes:
                 packer.visit(node)

@@ -44,7 +44,8 @@ class Laid:
 
     def at(self, node: Node, batch: int | None = None, token: int | None = None) -> Laid:
         """The same value after one more op; axes stay unless given."""
-        return replace(self, node=node, batch=self.batch if batch is None else batch, token=self.token if token is None else token)
+        batch, token = (old if new is None else new for old, new in ((self.batch, batch), (self.token, token)))
+        return replace(self, node=node, batch=batch, token=token)
 
 
 RuleFunction = Callable[["Packer", Node, Layout], Laid]
@@ -136,8 +137,8 @@ class Packer:
     def outside_operand(self, value: Node, laid: Laid, node: Node) -> Node:
         """An operand of a pointwise op that was computed outside the trunk, made to fit packed tokens.
 
-        Constants that do not vary with position pass; a per-sample value is gathered per tile and left to
-        broadcast over the tile's tokens. Raises UnsupportedModelError for one that varies with the token's position.
+        Constants that do not vary with position pass; a per-sample value is gathered once a tile and left to
+        broadcast over the tile's tokens. UnsupportedModelError for a value that varies with the token's position.
         """
         tensor = value.meta.get("val")
         if not isinstance(tensor, Tensor):
@@ -147,8 +148,9 @@ class Packer:
         per_sample = laid.batch in sizes and same(sizes[laid.batch], self.program.batch)
         if sizes.get(laid.token, 1) != 1:
             raise UnsupportedModelError(
-                f"{where(node)} adds a value of shape {tuple(tensor.shape)} that varies with the token's position inside "
-                "the trunk; only position terms before the first block are supported (--head-blocks moves the trunk)"
+                f"{where(node)} adds a value of shape {tuple(tensor.shape)} that varies with the token's position "
+                "inside the trunk; only position terms before the first block are supported "
+                "(--head-blocks moves the trunk)"
             )
         if not per_sample:
             return value
@@ -159,6 +161,12 @@ class Packer:
 
     def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         return self.program.emit(target, args, kwargs)
+
+    def again(self, node: Node, *args: Any, **kwargs: Any) -> Node:
+        """The op of `node` on other operands."""
+        if isinstance(node.target, str):
+            raise self.refuse(node, "it is no call of a function")
+        return self.emit(node.target, *args, **kwargs)
 
     def plan_input(self, name: str) -> Node:
         return self.program.plan_inputs[name]
@@ -172,3 +180,35 @@ class Packer:
 
     def refuse(self, node: Node, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{where(node)}: {reason}")
+
+
+def operand(node: Node, position: int = 0) -> Node:
+    """The argument at `position`, computed by another node; UnsupportedModelError for a constant."""
+    value = node.args[position]
+    if not isinstance(value, Node):
+        raise unexpected(node, position, "a tensor")
+    return value
+
+
+def integer(node: Node, position: int, default: int | None = None) -> int:
+    """The argument at `position`, a plain integer, or `default` where it is left out; else UnsupportedModelError."""
+    value = node.args[position] if position < len(node.args) else default
+    if not isinstance(value, int):
+        raise unexpected(node, position, "a plain integer")
+    return value
+
+
+def integers(node: Node, position: int) -> list[int]:
+    """The argument at `position`, a list of plain integers; else UnsupportedModelError."""
+    value = node.args[position]
+    if not isinstance(value, list | tuple):
+        raise unexpected(node, position, "a list of plain integers")
+    found = [item for item in value if isinstance(item, int)]
+    if len(found) < len(value):
+        raise unexpected(node, position, "a list of plain integers")
+    return found
+
+
+def unexpected(node: Node, position: int, wanted: str) -> UnsupportedModelError:
+    found = node.args[position] if position < len(node.args) else "nothing"
+    return UnsupportedModelError(f"{where(node)}: argument {position} is {found}, where the rule needs {wanted}")

@@ -35,7 +35,7 @@ MIXED_TILE = 8
 
 
 class BucketShape(Protocol):
-    """Anything with the four static sizes of a bucket."""
+    """Anything with the five static sizes of a bucket."""
 
     @property
     def batch(self) -> int:
@@ -62,7 +62,8 @@ class BucketShape(Protocol):
 class Bucket:
     """Static shapes of one profile: ``batch`` samples, ``tokens`` packed tokens (T), ``rows`` x ``row_tokens`` slots.
 
-    The packed tokens come in tiles of ``tile`` (L), each tile of one sample; T is a multiple of it.
+    The packed tokens come in tiles of ``tile`` (L), each tile of one sample. UsageError for a size below 1 or a T that
+    is not a multiple of L.
     """
 
     batch: int
@@ -70,6 +71,10 @@ class Bucket:
     rows: int
     row_tokens: int
     tile: int
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.tokens, self.rows, self.row_tokens, self.tile) < 1 or self.tokens % self.tile:
+            raise UsageError(f"{self}: every size must be at least 1, and tokens a multiple of the tile")
 
     def fits(self, counts: ArrayLike) -> bool:
         """Whether samples with these kept counts, the last repeated up to ``batch``, fit with one sample a row."""
@@ -100,8 +105,8 @@ class Plan:
     - fill_index, fill_weight [B, N, K]: the kept tokens of the same sample nearest to each position, as packed
       indices, and their normalised Gaussian weights; a kept position has itself, weight 1.
 
-    Beyond the kept tokens, a larger bucket holds copies of packed token 0 (without its other members), at its slot.
-    Nothing reads their results: no fill_index points at them.
+    The rest of a sample's last tile, and the tiles that a larger bucket adds, are pads: copies of packed token 0
+    (without its other members), at its slot. Nothing reads their results: no grid_index or fill_index points at one.
     """
 
     keep: Mask
@@ -269,7 +274,7 @@ class Planner:
         return row, start, given
 
     def _chunks(self, kept: Ints, place: Ints, near: Nearest, sizes: Bucket) -> tuple[Ints, Floats]:
-        """Members and weights [G, L, M] of every packed token; padding repeats the batch's first kept token."""
+        """Members and weights [G, L, M] of every packed token; pads repeat the batch's first kept token."""
         shape = (sizes.tokens // sizes.tile, sizes.tile, self.members)
         index = np.full((sizes.tokens, self.members), kept[0])
         index[place] = kept[:, None]
@@ -371,8 +376,8 @@ def _grid(counts: Ints, place: Ints, row: Ints, start: Ints, sizes: Bucket) -> t
     row_lengths = np.zeros(sizes.rows, dtype=np.int64)
     np.add.at(row_lengths, row, counts)
     shape = (sizes.rows, sizes.row_tokens)
-    packed_index = packed_index.reshape(-1, sizes.tile)
-    return sample_ids, grid_index.reshape(shape), packed_index, np.maximum(row_lengths, 1), segment_ids.reshape(shape)
+    tiled = packed_index.reshape(-1, sizes.tile)
+    return sample_ids, grid_index.reshape(shape), tiled, np.maximum(row_lengths, 1), segment_ids.reshape(shape)
 
 
 def _cell_sizes(height: int, width: int) -> Ints:

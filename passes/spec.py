@@ -101,7 +101,8 @@ class ModelSpec:
         if timestep is None:
             timestep = next((name for name in TIMESTEP_NAMES if name in inputs), None)
         elif timestep not in inputs:
-            raise UsageError(f"the model has no input '{timestep}' to take the timestep from; it has {', '.join(inputs)}")
+            found = ", ".join(inputs)
+            raise UsageError(f"the model has no input '{timestep}' to take the timestep from; it has {found}")
         live = [n for n in placeholders(program.denoise.graph) if n.name not in {*inputs, *program.plan_inputs}]
         denoise_inputs = tuple(n.name for n in placeholders(program.denoise.graph))
         return cls(

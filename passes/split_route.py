@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from dcconvert.passes.errors import CheckFailedError, UnsupportedModelError
-from dcconvert.passes.infra import Pass, PassResult, Program, placeholders, where, remove_dead_code
+from dcconvert.passes.infra import Pass, PassResult, Program, placeholders, remove_dead_code, where
 from dcconvert.passes.token_stream import same
 
 aten = torch.ops.aten
@@ -22,7 +22,8 @@ class SplitRoute(Pass):
     """Cut the graph in two, because the plan between the halves is made on the host.
 
     1. `route` holds what the scores and the trunk's input need. It returns the scores first, then every value
-       `denoise` needs from it: the trunk's input `h`, and per-sample values as `live_0`, `live_1`, ...
+       `denoise` needs from it: the trunk's input `h`, and per-sample values as `live_0`, `live_1`, ... Values without
+       a batch axis are computed again instead.
     2. `denoise` holds the rest. It takes those values, the model inputs it still needs, and the plan.
     3. Batch sizes that crossed the cut are read again from `h`.
     """
@@ -32,10 +33,10 @@ class SplitRoute(Pass):
             raise CheckFailedError("SplitRoute needs InsertRouter and PackTrunk before it; fix the pipeline order")
 
     def call(self, program: Program) -> PassResult:
-        start, _ = program.found_trunk()
-        early = ancestors([program.scores, start])
+        scores, (start, _) = program.found_scores(), program.found_trunk()
+        early = ancestors([scores, start])
         early |= {n for n in program.graph.nodes if n.target is operator.getitem and n.args[0] in early}
-        values = [n for n in program.graph.nodes if n in early and n is not program.scores and crosses(n, early)]
+        values = [n for n in program.graph.nodes if n in early and n is not scores and crosses(program, n, early)]
         values.sort(key=lambda n: n is not start)
         names = {node: HIDDEN if node is start else f"live_{i - 1}" for i, node in enumerate(values)}
         program.route = build_route(program, early, values)
@@ -54,10 +55,30 @@ def ancestors(roots: list[Node]) -> set[Node]:
     return found
 
 
-def crosses(node: Node, early: set[Node]) -> bool:
-    """Whether a tensor computed in the early half is used in the late half, which also makes the outputs."""
-    computed = node.op == "call_function" and isinstance(node.meta["val"], Tensor)
-    return computed and any(user not in early for user in node.users)
+def crosses(program: Program, node: Node, early: set[Node]) -> bool:
+    """Whether a batched tensor computed in the early half is used in the late half, which also makes the outputs."""
+    return is_batched(program, node) and any(user not in early for user in node.users)
+
+
+def is_batched(program: Program, node: Node) -> bool:
+    """Whether a node computes a tensor whose first axis is the batch."""
+    value = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(value, Tensor) or value.ndim == 0:
+        return False
+    return same(value.shape[0], program.batch)
+
+
+def used_late(program: Program, late: list[Node], early: set[Node]) -> set[Node]:
+    """Nodes that `denoise` reads, those behind values it computes again included."""
+    found: set[Node] = set()
+    stack = [source for node in late for source in node.all_input_nodes if source is not program.scores]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            if node in early and not is_batched(program, node) and not isinstance(node.meta["val"], torch.SymInt):
+                stack.extend(node.all_input_nodes)
+    return found
 
 
 def build_route(program: Program, early: set[Node], values: list[Node]) -> GraphModule:
@@ -66,7 +87,7 @@ def build_route(program: Program, early: set[Node], values: list[Node]) -> Graph
     for node in program.graph.nodes:
         if node in early:
             copied[node] = graph.node_copy(node, copied.__getitem__)
-    graph.output((copied[program.scores], *(copied[v] for v in values)))
+    graph.output((copied[program.found_scores()], *(copied[v] for v in values)))
     return finish(program, graph, "Route")
 
 
@@ -74,22 +95,20 @@ def build_denoise(program: Program, early: set[Node], names: dict[Node, str]) ->
     graph = Graph()
     copied: dict[Node, Node] = {}
     late = [n for n in program.graph.nodes if n not in early]
-    used = {source for node in late if node.op != "output" for source in node.all_input_nodes}
-    output = late[-1]
-    used.update(n for n in output.args[0][1:] if isinstance(n, Node))
+    used, output = used_late(program, late, early), late[-1]
 
     def again(node: Node) -> Node:
-        """A weight or a size of the early half, once more in this graph."""
+        """A weight, a size or a value without a batch axis of the early half, once more in this graph."""
         if node not in copied:
             if node.op == "get_attr":
                 copied[node] = graph.node_copy(node)
             elif same(node.meta["val"], program.batch):
                 copied[node] = graph.call_function(aten.sym_size.int, (hidden, 0))
                 copied[node].meta["val"] = program.batch
-            elif isinstance(node.meta["val"], torch.SymInt):
-                copied[node] = graph.node_copy(node, lambda n: copied[n] if n in copied else again(n))
-            else:
+            elif is_batched(program, node) or node.op == "placeholder":
                 raise UnsupportedModelError(f"{where(node)} cannot pass from route to denoise")
+            else:
+                copied[node] = graph.node_copy(node, again)
         return copied[node]
 
     for node, name in names.items():
@@ -103,7 +122,7 @@ def build_denoise(program: Program, early: set[Node], names: dict[Node, str]) ->
         if node in copied or node.op in ("output", "placeholder"):
             continue
         if node not in early:
-            copied[node] = graph.node_copy(node, lambda n: copied[n] if n in copied else again(n))
+            copied[node] = graph.node_copy(node, again)
     graph.output(torch.fx.node.map_arg(tuple(output.args[0][1:]), copied.__getitem__))
     return finish(program, graph, "Denoise")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -46,7 +48,8 @@ def find_patchify(program: Program) -> Node:
             return node
     seen = sorted({str(n.target) for n in program.graph.nodes if "conv" in str(n.target)})
     raise UnsupportedModelError(
-        "no patchify convolution (conv2d giving [B, D, H, W]) found; nearest miss: " + (", ".join(seen) or "no convolution")
+        "no patchify convolution (conv2d giving [B, D, H, W]) found; "
+        f"nearest miss: {', '.join(seen) or 'no convolution'}"
     )
 
 
@@ -56,7 +59,8 @@ def dependents(program: Program, root: Node) -> list[Node]:
     for node in program.graph.nodes:
         if node.op != "output" and any(source in found for source in node.all_input_nodes):
             found.add(node)
-    return [node for node in program.graph.nodes if node in found and isinstance(node.meta.get("val"), Tensor | list | tuple)]
+    valued = (node for node in program.graph.nodes if isinstance(node.meta.get("val"), Tensor | list | tuple))
+    return [node for node in valued if node in found]
 
 
 def find_cuts(program: Program, patchify: Node, tokens: int) -> list[Node]:
@@ -86,10 +90,7 @@ def find_boundaries(program: Program, cuts: list[Node], patchify: Node) -> list[
     """Residual-stream nodes before the first and after each repeating block."""
     stream = dependents(program, patchify)
     position = {node: i for i, node in enumerate(stream)}
-    segments = [
-        tuple(str(n.target) for n in stream[position[a] + 1 : position[b] + 1])
-        for a, b in zip(cuts, cuts[1:], strict=False)
-    ]
+    segments = [tuple(str(n.target) for n in stream[position[a] + 1 : position[b] + 1]) for a, b in pairwise(cuts)]
     best = (0, 0, 0)  # covered segments, start, period
     for period in range(1, len(segments) // 2 + 1):
         for start in range(len(segments) - 2 * period + 1):

@@ -35,7 +35,7 @@ FILES = {"train": "train", "test": "t10k"}
 CONFIG = DiTConfig(
     depth=8, width=128, heads=4, patch=2, image_size=32, in_channels=1, num_classes=10, learn_sigma=False
 )
-CLASS_NAMES = "T-shirt,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
+CLASS_NAMES = ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 WARMUP_STEPS = 200
 DECAY_FRACTION = 0.35
 EMA_DECAY = 0.999
@@ -56,8 +56,8 @@ def fetch(folder: Path) -> None:
 def load_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Images [n, 1, 32, 32] in [-1, 1] (28x28 padded with black) and labels int64 [n]."""
     stem = FILES[split]
-    images = gzip.open(folder / f"{stem}-images-idx3-ubyte.gz").read()
-    labels = gzip.open(folder / f"{stem}-labels-idx1-ubyte.gz").read()
+    images = gzip.decompress((folder / f"{stem}-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((folder / f"{stem}-labels-idx1-ubyte.gz").read_bytes())
     x = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 1, 28, 28)
     x = np.pad(x, ((0, 0), (0, 0), (2, 2), (2, 2)))
     y = np.frombuffer(labels, np.uint8, offset=8)

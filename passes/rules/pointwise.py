@@ -29,4 +29,4 @@ def pointwise(packer: Packer, node: Node, layout: Layout) -> Laid:
             raise packer.refuse(node, "its operands carry batch and token on different axes")
         return laid.node
 
-    return first.at(packer.emit(node.target, *map_arg(node.args, operand), **map_arg(node.kwargs, operand)))
+    return first.at(packer.again(node, *map_arg(node.args, operand), **map_arg(node.kwargs, operand)))

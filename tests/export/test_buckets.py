@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dcconvert.export.buckets import Bucket, Ladder, ladder
 from dcconvert.passes.errors import UsageError
+from dcconvert.passes.plan import Planner
 from dcconvert.passes.schedule import KINDS, Schedule
 
 
@@ -38,7 +39,7 @@ def test_hand_computed_ladder():
     rungs = ladder([2, 1, 2], [4, 4, 5, 8, 9], tokens=16, max_rungs=2)
     assert rungs.rungs == (5, 9, 16)
     assert rungs.batches == (1, 2)
-    assert Bucket(2, 18, 2, 9) in rungs.buckets
+    assert Bucket(2, 18, 2, 9, 9) in rungs.buckets
     assert len(rungs.buckets) == 6
     assert rungs.expected_waste == pytest.approx((1 / 4 + 1 / 4 + 0 + 1 / 8 + 0) / 5)
 
@@ -50,7 +51,7 @@ def test_constant_schedule_has_two_rungs_and_no_waste():
 
 
 def test_everything_kept_has_one_rung():
-    assert ladder([8], [256] * 5, tokens=256).buckets == (Bucket(8, 2048, 8, 256),)
+    assert ladder([8], [256] * 5, tokens=256).buckets == (Bucket(8, 2048, 8, 256, 256),)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,10 +64,10 @@ def test_waste_of_the_schedules_stays_under_ten_percent(kind, ratio, steps):
 
 def test_choose():
     rungs = ladder([1, 4, 8], [32, 64, 96], tokens=256)
-    assert rungs.choose(8, 64) == Bucket(8, 512, 8, 64)
-    assert rungs.choose(1, [33]) == Bucket(1, 64, 1, 64)
-    assert rungs.choose(3, [10, 96, 20]) == Bucket(4, 384, 4, 96)
-    assert rungs.choose(5, 97) == Bucket(8, 2048, 8, 256)
+    assert rungs.choose(8, 64) == Bucket(8, 512, 8, 64, 64)
+    assert rungs.choose(1, [33]) == Bucket(1, 64, 1, 64, 64)
+    assert rungs.choose(3, [10, 96, 20]) == Bucket(4, 384, 4, 96, 96)
+    assert rungs.choose(5, 97) == Bucket(8, 2048, 8, 256, 256)
 
 
 @given(st.integers(1, 8), st.data())
@@ -78,8 +79,14 @@ def test_choice_fits_and_is_smallest(batch, data):
     assert not any(other.fits(counts) and other.tokens < chosen.tokens for other in rungs.buckets)
 
 
+def test_every_bucket_has_one_tile_a_sample():
+    for bucket in ladder([1, 4], [32, 64, 96], tokens=256).buckets:
+        assert bucket.tile == bucket.row_tokens
+        assert bucket.tokens == bucket.batch * bucket.tile
+
+
 def test_fits():
-    bucket = Bucket(3, 12, 3, 5)
+    bucket = Bucket(3, 12, 3, 5, 1)
     assert bucket.fits([5, 4, 3])
     assert not bucket.fits([5, 5, 3])  # 13 tokens
     assert not bucket.fits([6, 1, 1])  # a row too long
@@ -87,7 +94,28 @@ def test_fits():
     assert not bucket.fits([3, 5])  # the last repeated: 13
     assert not bucket.fits([1, 1, 1, 1])
     assert not bucket.fits([])
-    assert not Bucket(3, 12, 2, 5).fits([1, 1, 1])
+    assert not Bucket(3, 12, 2, 5, 1).fits([1, 1, 1])
+
+
+def test_fits_counts_whole_tiles():
+    bucket = Bucket(3, 24, 3, 16, 8)
+    assert bucket.fits([1, 8, 3])
+    assert not bucket.fits([9, 1, 1])  # four tiles
+    assert bucket.fits([8])  # the last repeated: three tiles
+    assert not bucket.fits([1, 9])  # the last repeated: five tiles
+    assert Bucket(2, 24, 2, 16, 8).fits([16, 8])
+
+
+@given(st.integers(1, 9), st.lists(st.integers(1, 16), min_size=1, max_size=4), st.integers(0, 3), st.integers(1, 12))
+def test_fits_exactly_what_can_be_planned(tile, counts, spare, tiles):
+    bucket = Bucket(len(counts) + spare, tiles * tile, len(counts) + spare, 12, tile)
+    filled = counts + counts[-1:] * spare
+    keep = np.arange(16) < np.array(filled)[:, None]
+    if bucket.fits(counts):
+        assert Planner((4, 4)).plan(keep, bucket).packed_index.shape == (tiles, tile)
+    else:
+        with pytest.raises(UsageError, match="do not fit"):
+            Planner((4, 4)).plan(keep, bucket)
 
 
 def test_choose_refuses():
@@ -124,6 +152,8 @@ def test_manifest_round_trip():
         {"buckets": []},
         {"buckets": 3},
         {"buckets": [{"batch": 1}]},
+        {"buckets": [{"batch": 1, "tokens": 16, "rows": 1, "row_tokens": 16}]},
+        {"buckets": [{"batch": 1, "tokens": 17, "rows": 1, "row_tokens": 17, "tile": 16}]},
         {"tokens": "many"},
         {"tokens": 17},
         {"expected_waste": None},

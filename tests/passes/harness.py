@@ -28,7 +28,7 @@ TOKENS = 8
 WIDTH = 12
 
 
-def randomise(module: nn.Module, std: float = 0.2) -> nn.Module:
+def randomise(module: Any, std: float = 0.2) -> nn.Module:
     """Non-zero random weights everywhere, gates included: a zero gate would hide a wrong trunk."""
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=std)
@@ -37,7 +37,7 @@ def randomise(module: nn.Module, std: float = 0.2) -> nn.Module:
 
 def relative(found: Tensor, wanted: Tensor) -> float:
     """Relative error in the Euclidean norm."""
-    return float((found - wanted).norm() / wanted.norm())
+    return float((found - wanted).detach().norm() / wanted.detach().norm())
 
 
 def first_tensor(value: Any) -> Tensor:
@@ -202,7 +202,7 @@ class Body(nn.Module):
         return self.function(h, *outside)
 
 
-def trunk_program(body: Callable[..., Tensor], h: Tensor, outside: tuple[Tensor, ...], packing: str = "rows") -> Program:
+def trunk_program(body: Callable[..., Tensor], h: Tensor, outside: tuple[Tensor, ...], packing: str) -> Program:
     """The program whose whole graph is the trunk `body(h, *outside)`, captured and ready for PackTrunk."""
     program = capture(Body(body), (h, outside), {}, Options(packing=packing, members=2, neighbours=2))
     Normalise().call(program)
@@ -237,11 +237,12 @@ def by_hand(body: Callable[..., Tensor], plan: Plan, h: Tensor, *outside: Tensor
     """
     plain = plan_tensors(plan, h.dtype)
     members, weights = plain["chunk_index"].flatten(0, -2), plain["chunk_weight"].flatten(0, -2)
-    flat, updates = h.flatten(0, 1), {}
+    flat = h.flatten(0, 1)
+    updates: dict[int, Tensor] = {}
     for b in range(len(h)):
         kept = [int(plan.fill_index[b, n, 0]) for n in np.flatnonzero(plan.keep[b])]
-        rows = [sum(w * flat[i] for i, w in zip(members[p], weights[p], strict=True)) for p in kept]
-        u = torch.stack(rows).unsqueeze(0)  # type: ignore[arg-type]
+        rows = [(weights[p].unsqueeze(1) * flat[members[p]]).sum(0) for p in kept]
+        u = torch.stack(rows).unsqueeze(0)
         v = body(u, *(o[b : b + 1] if o.ndim and o.shape[0] == len(h) else o for o in outside))
         updates.update(zip(kept, (v - u)[0], strict=True))
     result = h.clone()
@@ -272,5 +273,5 @@ def check_trunk(body: Callable[..., Tensor], *outside: Tensor, packing: str = "r
 
 def targets(body: Callable[..., Tensor], *outside: Tensor) -> set[Any]:
     """The ops that a trunk holds before packing: shows that a test exercises the op it is about."""
-    program = trunk_program(body, torch.randn(BATCH, TOKENS, WIDTH), outside)
+    program = trunk_program(body, torch.randn(BATCH, TOKENS, WIDTH), outside, "rows")
     return {node.target for node in program.graph.nodes if node.op == "call_function"}

@@ -70,7 +70,8 @@ def test_the_weights_are_shared_not_copied():
     module = TinyModel([Block(), Block()])
     before = {name: value.clone() for name, value in module.state_dict().items()}
     program = capture(module, tiny_inputs())
-    assert program.graph_module.get_parameter("blocks.0.qkv.weight").data_ptr() == module.blocks[0].qkv.weight.data_ptr()
+    name = "blocks.0.qkv.weight"
+    assert program.graph_module.get_parameter(name).data_ptr() == module.get_parameter(name).data_ptr()
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
@@ -105,6 +106,7 @@ class FixedBatch(nn.Module):
 
 @pytest.mark.parametrize("module", [LooksAtData(), FixedBatch()], ids=lambda module: type(module).__name__)
 def test_a_module_that_does_not_export_is_unsupported(module):
-    with pytest.raises(UnsupportedModelError, match=rf"torch\.export cannot capture {type(module).__name__}: \S") as error:
+    message = rf"torch\.export cannot capture {type(module).__name__}: \S"
+    with pytest.raises(UnsupportedModelError, match=message) as error:
         capture(module, (torch.randn(3, WIDTH),))
     assert "\n" not in str(error.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def attend_by_hand(q, k, v, visible, scale):
     return out
 
 
-BY_HAND = {
+BY_HAND: dict[str, Callable[..., Tensor]] = {
     "chunk": chunk_by_hand,
     "dechunk": dechunk_by_hand,
     "regroup": regroup_by_hand,

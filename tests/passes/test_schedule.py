@@ -68,7 +68,7 @@ def test_scalar_tau():
 
 
 def test_float32_times_may_overshoot_the_ends():
-    taus = np.float32([1 + 1e-7, -1e-8])
+    taus = np.array([1 + 1e-7, -1e-8], np.float32)
     np.testing.assert_allclose(Schedule("rising", 2).fraction(taus), [0.25, 0.75])
 
 
@@ -88,6 +88,7 @@ def test_bad_arguments():
         Schedule("constant", 0)
     with pytest.raises(UsageError, match="outside"):
         Schedule("constant", 4, centre=2)
-    for tau in (1.5, -0.1, float("nan"), []):
+    outside: list[float | list[float]] = [1.5, -0.1, float("nan"), []]
+    for tau in outside:
         with pytest.raises(UsageError, match="outside"):
             Schedule("rising", 4).fraction(tau)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dcconvert.passes.capture import capture
 from dcconvert.passes.errors import CheckFailedError
-from dcconvert.passes.infra import Program, placeholders, run_passes
+from dcconvert.passes.infra import Options, Program, placeholders, run_passes
 from dcconvert.passes.insert_router import InsertRouter
+from dcconvert.passes.normalise import Normalise
 from dcconvert.passes.pack_trunk import PackTrunk
 from dcconvert.passes.plan import Planner
 from dcconvert.passes.split_route import SplitRoute
@@ -38,13 +40,15 @@ def inputs_of(half: torch.fx.GraphModule | None) -> list[str]:
     return [node.name for node in placeholders(half.graph)]
 
 
-def run_halves(program: Program, batch: int, counts: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
+def run_halves(
+    program: Program, batch: int, counts: tuple[int, ...], timestep: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of the unsplit graph, and of route followed by denoise; scores first."""
     assert program.route is not None
     assert program.denoise is not None
     x, t = tiny_inputs(batch)
     plan = plan_tensors(Planner(GRID, 4, 4).plan(random_keep(counts, 8)))
-    given = {"x": x, "t": t, **plan}
+    given = {"x": x, "t": t if timestep is None else timestep, **plan}
     program.graph_module.recompile()
     with torch.no_grad():
         whole = program.graph_module(*(given[name] for name in inputs_of(program.graph_module)))
@@ -164,6 +168,16 @@ def test_an_early_value_that_is_an_output_and_nothing_else():
             return self.final(x), first
 
     whole, halves = run_halves(split(WithEmbedding(Block() for _ in range(3))), 2, (3, 4))
+    torch.testing.assert_close(halves, whole, rtol=0, atol=0)
+
+
+def test_values_without_a_batch_axis_are_computed_again():
+    """One timestep for the whole batch: its embedding is made in both halves, and only h passes."""
+    program = capture(TinyModel(Block() for _ in range(3)), (tiny_inputs()[0], torch.rand(1)), {}, Options())
+    run_passes(program, (Normalise(), FindTokenStream(), InsertRouter(), PackTrunk(), SplitRoute()))
+    live = [name for name in inputs_of(program.denoise) if name not in program.plan_inputs]
+    assert live == ["h", "t"]
+    whole, halves = run_halves(program, 2, (3, 4), torch.rand(1))
     torch.testing.assert_close(halves, whole, rtol=0, atol=0)
 
 

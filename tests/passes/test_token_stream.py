@@ -103,8 +103,10 @@ def test_a_value_that_stays_alive_leaves_no_cut():
     program = program_of(LongSkip(Block() for _ in range(3)))
     patchify = next(node for node in program.graph.nodes if node.target is aten.conv2d.default)
     cuts = find_cuts(program, patchify, TOKENS)
-    assert [str(node.target) for node in cuts] == ["aten.transpose.int", "aten.add.Tensor"] + [
-        "aten.add.Tensor",
+    assert [str(node.target) for node in cuts] == [
+        "aten.transpose.int",  # patches
+        "aten.add.Tensor",  # with positions: kept to the end, so that nothing after it is alive alone
+        "aten.add.Tensor",  # where the skip ends
         "aten.linear.default",
     ]
     with pytest.raises(UnsupportedModelError, match="3 attention ops on the token stream"):

@@ -49,7 +49,9 @@ TO_HEADS: dict[Any, Callable[[Tensor], Sequence[Tensor]]] = {
     aten.flatten.using_ints: lambda x: in_three(x.unflatten(2, (12, 3)).flatten(2)),
     aten.unflatten.int: in_three,
     aten.permute.default: lambda x: x.unflatten(2, (3, 2, 6)).permute(2, 0, -2, 1, 4).unbind(0),
-    aten.transpose.int: lambda x: [p.transpose(2, 3).transpose(1, -1).transpose(3, 2) for p in x.unflatten(2, (6, 6)).chunk(3, 2)],
+    aten.transpose.int: lambda x: [
+        part.transpose(2, 3).transpose(1, -1).transpose(3, 2) for part in x.unflatten(2, (6, 6)).chunk(3, 2)
+    ],
     aten.unsqueeze.default: lambda x: [part.unsqueeze(1) for part in x.chunk(3, 2)],
     aten.squeeze.dim: lambda x: in_three(x.unsqueeze(1).squeeze(1)),
     aten.select.int: lambda x: [x.unflatten(2, (3, 2, 6)).select(-3, i).transpose(1, 2) for i in range(3)],

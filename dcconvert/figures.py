@@ -1,0 +1,61 @@
+"""The pictures of a report: samples side by side, and where the router spent its tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from dcconvert.evaluate import Fidelity
+from dcconvert.images import captioned_rows, decode_latents, dim_dropped, grid_image, png_bytes, to_images
+from dcconvert.passes.errors import UsageError
+
+COLUMNS = 8  # samples a row
+MAPS = 4  # samples shown with their chunk maps
+MOMENTS = 7  # steps shown of each
+SMALL = 64  # images below this side are magnified
+
+
+def sample_figure(images: Mapping[str, Tensor]) -> bytes:
+    """Rows of samples, one for each way of making them, same seeds in the same place."""
+    return png_bytes(comparison(images, None))
+
+
+def save_comparison(images: Mapping[str, Tensor], path: Path, vae: Path | None) -> None:
+    """Write the rows as a PNG file, whole or not at all."""
+    picture = comparison(images, vae)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(png_bytes(picture))
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UsageError(f"cannot write {path}: {error.strerror}; choose another file with -o") from error
+
+
+def comparison(images: Mapping[str, Tensor], vae: Path | None) -> Image.Image:
+    rows = {}
+    for name, samples in images.items():
+        pixels = to_images(decode_latents(samples, vae) if vae else samples)
+        scale = 2 if pixels.shape[1] < SMALL else 1
+        note = ", latents: first three channels" if samples.shape[1] > 3 and vae is None else ""
+        rows[f"{name}{note}"] = grid_image(pixels, COLUMNS, scale)
+    return captioned_rows(rows)
+
+
+def chunk_map_figure(result: Fidelity) -> bytes:
+    """For a few samples, what the model saw at some steps with the dropped tokens dimmed, then the final image."""
+    moments = np.unique(np.linspace(0, len(result.keep) - 1, MOMENTS).round().astype(int))
+    final = to_images(list(result.images.values())[-1])
+    tiles = []
+    for sample in range(min(MAPS, len(final))):
+        for moment in moments:
+            seen = to_images(result.mid[moment][sample : sample + 1])[0]
+            tiles.append(dim_dropped(seen, result.keep[moment][sample], 3))
+        tiles.append(final[sample].repeat(3, axis=0).repeat(3, axis=1))
+    caption = f"steps {', '.join(str(m + 1) for m in moments)} of {len(result.keep)} (kept tokens bright), final image"
+    return png_bytes(captioned_rows({caption: grid_image(np.stack(tiles), len(moments) + 1)}))

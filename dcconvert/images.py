@@ -1,0 +1,89 @@
+"""From samples to pictures, and the distance between them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from dcconvert.passes.errors import UsageError
+
+LATENT_SCALE = 0.18215  # Stable Diffusion's autoencoder, which the published DiTs use
+GAP = 2
+CAPTION = 16
+
+
+def to_images(x: Tensor) -> np.ndarray:
+    """Samples [B, C, H, W] in [-1, 1] -> uint8 [B, H, W, 3]. Of more than three channels (latents), the first three."""
+    pixels = ((x[:, :3].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    if pixels.shape[1] < 3:
+        pixels = pixels[:, :1].expand(-1, 3, -1, -1)
+    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def decode_latents(x: Tensor, vae: Path) -> Tensor:
+    """Latents [B, 4, h, w] -> pixels [B, 3, 8h, 8w] in [-1, 1] by a diffusers AutoencoderKL folder on disk."""
+    from diffusers import AutoencoderKL
+
+    try:
+        model = AutoencoderKL.from_pretrained(str(vae), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{vae} is not a diffusers AutoencoderKL folder: {str(error).splitlines()[0]}") from error
+    with torch.inference_mode():
+        return torch.cat([model.decode(part / LATENT_SCALE).sample for part in x.split(4)])
+
+
+def psnr(found: Tensor, wanted: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each sample, [B]: values clamped to [-1, 1], peak to peak 2."""
+    error = (found.clamp(-1, 1) - wanted.clamp(-1, 1)).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / error.clamp_min(1e-12))
+
+
+def psnr_mean(found: Tensor, wanted: Tensor) -> float:
+    """Mean over the samples of their PSNR, in dB."""
+    return float(psnr(found, wanted).mean())
+
+
+def grid_image(images: np.ndarray, columns: int, scale: int = 1) -> Image.Image:
+    """Images uint8 [B, H, W, 3] in rows of `columns`, each magnified `scale` times."""
+    if scale > 1:
+        images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width, _ = images.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height + GAP), (i % columns) * (width + GAP)
+        sheet[top : top + height, left : left + width] = image
+    return Image.fromarray(sheet)
+
+
+def captioned_rows(rows: Mapping[str, Image.Image]) -> Image.Image:
+    """Pictures below each other, each under its caption."""
+    width = max(image.width for image in rows.values())
+    sheet = Image.new("RGB", (width, sum(image.height + CAPTION + GAP for image in rows.values())), "white")
+    draw, top = ImageDraw.Draw(sheet), 0
+    for caption, image in rows.items():
+        draw.text((2, top + 2), caption, fill="black")
+        sheet.paste(image, (0, top + CAPTION))
+        top += image.height + CAPTION + GAP
+    return sheet
+
+
+def dim_dropped(image: np.ndarray, keep: np.ndarray, scale: int) -> np.ndarray:
+    """A sample uint8 [H, W, 3], magnified, with dropped tokens (keep [h, w] False) tinted dark blue."""
+    large = image.repeat(scale, axis=0).repeat(scale, axis=1).astype(np.float32)
+    cell = (large.shape[0] // keep.shape[0], large.shape[1] // keep.shape[1])
+    mask = keep.repeat(cell[0], axis=0).repeat(cell[1], axis=1)[:, :, None]
+    tint = np.array([20, 30, 90], np.float32)
+    return np.where(mask, large, 0.25 * large + 0.75 * tint).astype(np.uint8)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

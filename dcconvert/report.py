@@ -1,0 +1,312 @@
+"""The report of a conversion: report.json for machines, one self-contained report.html for people."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from rich.table import Table
+
+matplotlib.use("Agg")
+
+# Okabe and Ito's palette, told apart by colour-blind readers.
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#e69f00", "#009e73", "#777777"
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
+td.number, th.number { text-align: right; white-space: nowrap }
+.wide { overflow-x: auto } figure { margin: 1rem 0 } figcaption { font-size: .9rem; opacity: .8 }
+img { max-width: 100%; height: auto; background: #fff } img.pixels { image-rendering: pixelated }
+.pass { color: #0a7d4f } .fail { color: #c4320a; font-weight: 700 }
+.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0 }
+.card { background: var(--soft); border-radius: .5rem; padding: .6rem 1rem; min-width: 9rem }
+.card b { display: block; font-size: 1.35rem } code { overflow-wrap: anywhere }
+@media print { body { max-width: none; margin: 0 } h2 { break-after: avoid } figure, tr { break-inside: avoid } }
+"""
+
+CAPTIONS = {
+    "samples": "Final images, same seeds and classes in the same place.",
+    "chunk_maps": "What the model saw at some steps, dropped tokens dimmed; the final image on the right.",
+}
+
+
+def write_report(folder: Path, report: dict[str, Any], figures: dict[str, bytes]) -> None:
+    """Write report.json and report.html into `folder`; `figures` are PNG files by name."""
+    clean = without_nan(report)
+    (folder / "report.json").write_text(json.dumps(clean, indent=1, allow_nan=False) + "\n")
+    (folder / "report.html").write_text(page(clean, figures))
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN: not a finite number becomes null."""
+    if isinstance(value, dict):
+        return {str(key): without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def page(report: dict[str, Any], figures: dict[str, bytes]) -> str:
+    conversion = report.get("conversion", {})
+    title = f"dcconvert: {report.get('source', {}).get('path', 'model')} at {conversion.get('ratio', 1):g}x"
+    sections = [
+        cards(report),
+        samples_section(report, figures),
+        checks_section(report),
+        latency_section(report),
+        compute_section(report),
+        fidelity_section(report),
+        memory_section(report),
+        buckets_section(report),
+        passes_section(report),
+        limits_section(report),
+        origin_section(report),
+    ]
+    body = "\n".join(filter(None, sections))
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body><h1>{html.escape(title)}</h1>{body}</body></html>\n"
+    )
+
+
+def section(title: str, *parts: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2>{''.join(parts)}</section>" if any(parts) else ""
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Cells are escaped; numbers are right-aligned; a Markup cell goes in as it is."""
+    lines = [list(row) for row in rows]
+    numeric = [all(isinstance(line[i], Number) for line in lines) for i in range(len(headers))]
+
+    def cells(tag: str, values: Sequence[Any]) -> str:
+        parts = []
+        for value, number in zip(values, numeric, strict=True):
+            text = value if isinstance(value, Markup) else html.escape(str(value))
+            parts.append(f"<{tag}{' class=number' if number else ''}>{text}</{tag}>")
+        return f"<tr>{''.join(parts)}</tr>"
+
+    head, body = cells("th", headers), "".join(cells("td", line) for line in lines)
+    return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>' if lines else ""
+
+
+class Markup(str):
+    """Text that is HTML already."""
+
+
+class Number(str):
+    """A formatted number."""
+
+
+def number(value: float | None, digits: int = 3, unit: str = "") -> Number:
+    if value is None:
+        return Number("not measured")
+    text = f"{value:,.0f}" if digits == 0 else f"{value:.{digits}g}" if abs(value) < 100 else f"{value:,.1f}"
+    return Number(f"{text} {unit}".strip())
+
+
+def cards(report: dict[str, Any]) -> str:
+    model, conversion = report.get("model", {}), report.get("conversion", {})
+    items = [(f"{model.get('tokens', 0)} → {conversion.get('kept_tokens_mean', 0):.0f}", "tokens in the trunk (mean)")]
+    for row in report.get("latency", [])[:1]:
+        items.append((f"{row['speedup']:.2f}×", f"faster step, {row['runtime']}, batch {row['batch']}"))
+        items.append((f"{row['flop_ratio']:.2f}×", "fewer operations (the bound)"))
+    checks = report.get("checks", [])
+    if checks:
+        items.append((f"{sum(c['passed'] for c in checks)} of {len(checks)}", "checks passed"))
+    inner = "".join(f'<div class="card"><b>{html.escape(big)}</b>{html.escape(small)}</div>' for big, small in items)
+    return f'<div class="cards">{inner}</div>'
+
+
+def samples_section(report: dict[str, Any], figures: dict[str, bytes]) -> str:
+    captions = {**CAPTIONS, **report.get("captions", {})}
+    return section("Samples", *(picture(data, captions.get(name, name), True) for name, data in figures.items()))
+
+
+def picture(png: bytes, caption: str, pixels: bool = False) -> str:
+    data, text = base64.b64encode(png).decode(), html.escape(caption)
+    kind = ' class="pixels"' if pixels else ""
+    return f'<figure><img{kind} alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+
+
+def checks_section(report: dict[str, Any]) -> str:
+    rows = []
+    for check in report.get("checks", []):
+        badge = Markup('<span class="pass">passed</span>' if check["passed"] else '<span class="fail">failed</span>')
+        rows.append([badge, check["name"], number(check["value"]), number(check["tolerance"]), check["detail"]])
+    return section("Checks", table(["", "check", "value", "tolerance", "how"], rows))
+
+
+def latency_section(report: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["runtime"],
+            number(row["batch"], 0),
+            milliseconds(row["original_ms"]),
+            milliseconds(row["converted_ms"]),
+            number(row["speedup"]),
+            number(row["flop_ratio"]),
+            number(row["efficiency"]),
+            ", ".join(f"{stage} {value:.1f}" for stage, value in row.get("stages_ms", {}).items()),
+        ]
+        for row in report.get("latency", [])
+    ]
+    headers = ["runtime", "batch", "original ms", "converted ms", "speed-up", "FLOP ratio", "reached", "stages, ms"]
+    note = "<p>One step, original and converted taking turns in one run: median (10th to 90th percentile).</p>"
+    return section("Latency", note, table(headers, rows)) if rows else ""
+
+
+def milliseconds(values: dict[str, Any]) -> Number:
+    return Number(f"{values['median']:.1f} ({values['p10']:.1f} to {values['p90']:.1f})")
+
+
+def compute_section(report: dict[str, Any]) -> str:
+    compute = report.get("compute")
+    if not compute:
+        return ""
+    run = compute["run_gmacs"]
+    rows = [
+        ["original, one step a sample", number(compute["original_gmacs"])],
+        [f"original, {run['steps']} steps a sample", number(run["original"])],
+        [f"converted, {run['steps']} steps a sample", number(run["converted"])],
+        ["ratio", number(compute["ratio"])],
+    ]
+    taus = [step["tau"] for step in compute["per_step"]]
+    plot = line_plot(
+        "kept tokens", "noise level (1 = noise, 0 = clean)", {"kept tokens": (taus, [s["kept"] for s in compute["per_step"]])}
+    )
+    note = "<p>GMACs: billions of multiply-accumulates, which the DiT paper calls Gflops.</p>"
+    return section("Compute", note, table(["", "GMACs"], rows), picture(plot, "Kept tokens over a sampling run."))
+
+
+def fidelity_section(report: dict[str, Any]) -> str:
+    result = report.get("fidelity")
+    if not result:
+        return ""
+    errors, images = result["velocity_error"], result["images"]
+    rows = [
+        [row["name"], number(row["steps"], 0), number(row["gmacs"]), number(row["psnr"], 3)]
+        for row in images["rows"]
+        if row["psnr"] is not None
+    ]
+    note = (
+        f"<p>PSNR of {images['count']} final images against {html.escape(images['reference'])}, same seeds, mean over the "
+        "images. The original with fewer steps is what anybody can have without converting anything.</p>"
+    )
+    plot = line_plot(
+        "relative error of one step",
+        "noise level (1 = noise, 0 = clean)",
+        {"converted": ([e["tau"] for e in errors], [e["error"] for e in errors])},
+    )
+    caption = "Error of one step on the original's own trajectory: ||converted - original|| / ||original||."
+    return section(
+        "Fidelity to the original, without training",
+        note,
+        table(["", "steps", "GMACs an image", "PSNR, dB"], rows),
+        picture(plot, caption),
+    )
+
+
+def line_plot(ylabel: str, xlabel: str, lines: dict[str, tuple[list[float], list[float]]]) -> bytes:
+    figure = Figure(figsize=(7, 2.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for (name, (x, y)), colour in zip(lines.items(), (BLUE, ORANGE, GREEN, GREY), strict=False):
+        axes.plot(x, y, marker=".", color=colour, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_ylim(bottom=0)
+    axes.invert_xaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def memory_section(report: dict[str, Any]) -> str:
+    rows = [[row["runtime"], row["model"], number(row["peak_mb"], 0)] for row in report.get("memory", [])]
+    note = "<p>Peak resident memory of a fresh process that loads the model and runs one step.</p>"
+    return section("Memory", note, table(["runtime", "model", "MB"], rows)) if rows else ""
+
+
+def buckets_section(report: dict[str, Any]) -> str:
+    buckets = report.get("buckets")
+    if not buckets:
+        return ""
+    names = ("batch", "tokens", "rows", "row_tokens", "tile")
+    rows = [[number(bucket[name], 0) for name in names] for bucket in buckets["rungs"]]
+    note = f"<p>Static shapes of the exported model. Expected padding: {buckets['expected_waste']:.1%} of the kept tokens.</p>"
+    return section("Buckets", note, table(["batch", "packed tokens", "rows", "tokens a row", "tile"], rows))
+
+
+def passes_section(report: dict[str, Any]) -> str:
+    rows = [
+        [
+            item["name"],
+            number(item["matches"], 0),
+            f"{item['nodes_before']} → {item['nodes_after']}",
+            number(item["seconds"]),
+            "; ".join(item["notes"]),
+        ]
+        for item in report.get("conversion", {}).get("passes", [])
+    ]
+    return section("Passes", table(["pass", "matches", "nodes", "seconds", "notes"], rows))
+
+
+def limits_section(report: dict[str, Any]) -> str:
+    items = "".join(f"<li>{html.escape(text)}</li>" for text in report.get("limits", []))
+    return section("Limits", f"<ul>{items}</ul>") if items else ""
+
+
+def origin_section(report: dict[str, Any]) -> str:
+    facts = {**report.get("source", {}), **report.get("model", {}), "created": report.get("created")}
+    facts |= {k: v for k, v in report.get("conversion", {}).items() if k != "passes"} | report.get("machine", {})
+    rows = [[name.replace("_", " "), value] for name, value in facts.items() if value is not None]
+    command = f"<p><code>{html.escape(report.get('command', ''))}</code></p>"
+    return section("How this was made", command, table(["", ""], rows))
+
+
+def terminal_table(report: dict[str, Any]) -> Table:
+    """The short version: original against converted."""
+    conversion = report.get("conversion", {})
+    title = f"{conversion.get('mode', 'chunk')} at {conversion.get('ratio', 1):g}x"
+    result = Table(title=title, title_justify="left")
+    for column in ("", "original", "converted", "ratio"):
+        result.add_column(column, justify="left" if not column else "right")
+    kept, tokens = conversion.get("kept_tokens_mean", 0), report.get("model", {}).get("tokens", 0)
+    result.add_row("tokens in the trunk, mean", f"{tokens}", f"{kept:.0f}", f"{tokens / kept:.2f}x" if kept else "")
+    compute = report.get("compute")
+    if compute:
+        run = compute["run_gmacs"]
+        name = f"GMACs an image, {run['steps']} steps"
+        result.add_row(name, f"{run['original']:.2f}", f"{run['converted']:.2f}", f"{compute['ratio']:.2f}x")
+    for row in report.get("latency", []):
+        name = f"step, {row['runtime']}, batch {row['batch']}"
+        before, after = (f"{row[key]['median']:.1f} ms" for key in ("original_ms", "converted_ms"))
+        reached = f"{row['speedup']:.2f}x ({row['efficiency']:.0%} of {row['flop_ratio']:.2f}x)"
+        result.add_row(name, before, after, reached)
+    memory = {row["model"]: row["peak_mb"] for row in report.get("memory", [])}
+    if len(memory) == 2:
+        before, after = memory["original"], memory["converted"]
+        result.add_row("peak memory", f"{before:.0f} MB", f"{after:.0f} MB", f"{before / after:.2f}x")
+    images = report.get("fidelity", {}).get("images", {})
+    for row in images.get("rows", []):
+        if row["psnr"] is not None:
+            converted = row["name"].startswith("converted")
+            cells = ("", f"{row['psnr']:.1f} dB") if converted else (f"{row['psnr']:.1f} dB", "")
+            result.add_row(f"PSNR, {row['name']}", *cells, "")
+    checks = report.get("checks", [])
+    if checks:
+        result.add_row("checks passed", "", f"{sum(c['passed'] for c in checks)} of {len(checks)}", "")
+    return result

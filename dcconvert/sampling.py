@@ -1,0 +1,103 @@
+"""Sampling loops on diffusers' schedulers, for any step function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from dcconvert.passes.errors import UsageError
+
+TRAIN_STEPS = 1000  # timesteps run from 0 (clean) to 1000 (noise) in every published DiT and SiT
+
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Sampler:
+    """A deterministic sampling run of `steps` evaluations.
+
+    `prediction` "flow": the model sees t = 1000 sigma and predicts noise - data (rectified flow, arXiv
+    2209.03003); Euler steps. "eps": it predicts noise under DiT's linear schedule of betas (arXiv 2212.09748),
+    learned variances are ignored; DDIM steps (arXiv 2010.02502), trailing spacing.
+    """
+
+    def __init__(self, prediction: str, steps: int) -> None:
+        if steps < 1:
+            raise UsageError(f"{steps} sampling steps: at least 1 is needed")
+        self.scheduler: Any
+        if prediction == "flow":
+            self.scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_STEPS, shift=1.0)
+            self.scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+        elif prediction == "eps":
+            self.scheduler = DDIMScheduler(
+                num_train_timesteps=TRAIN_STEPS,
+                beta_start=1e-4,
+                beta_end=0.02,
+                beta_schedule="linear",
+                clip_sample=False,
+                set_alpha_to_one=True,
+                timestep_spacing="trailing",
+            )
+            self.scheduler.set_timesteps(steps)
+        else:
+            raise UsageError(f"unknown prediction '{prediction}': choose eps or flow")
+        self.prediction = prediction
+
+    @property
+    def timesteps(self) -> np.ndarray:
+        """What the model sees as t at each step, float [steps], falling."""
+        return self.scheduler.timesteps.double().numpy()
+
+    @property
+    def taus(self) -> np.ndarray:
+        """Noise level in [0, 1] at each step."""
+        return self.timesteps / TRAIN_STEPS
+
+    def run(
+        self,
+        step: Step,
+        noise: Tensor,
+        labels: Tensor,
+        *,
+        guidance: float = 1.0,
+        null_class: int | None = None,
+        on_step: Callable[[int], None] = lambda _: None,
+    ) -> Tensor:
+        """Take noise [B, C, H, W] to samples of the same shape.
+
+        `step(x, t, y)` is the model. With `guidance` other than 1 the conditional and unconditional halves run
+        in one batch of 2B, y = `null_class` for the second (classifier-free guidance, arXiv 2207.12598).
+        """
+        if guidance != 1 and null_class is None:
+            raise UsageError("guidance needs a model with an unconditional class")
+        scheduler = self.scheduler
+        scheduler.set_begin_index(0) if self.prediction == "flow" else None
+        x = noise
+        for i, t in enumerate(scheduler.timesteps):
+            x = scheduler.step(self._predict(step, x, float(t), labels, guidance, null_class), t, x).prev_sample
+            on_step(i)
+        return x
+
+    @staticmethod
+    def _predict(step: Step, x: Tensor, t: float, y: Tensor, guidance: float, null_class: int | None) -> Tensor:
+        channels, batch = x.shape[1], len(x)
+        if guidance == 1 or null_class is None:
+            return step(x, torch.full((batch,), t), y)[:, :channels]
+        both = step(torch.cat([x, x]), torch.full((2 * batch,), t), torch.cat([y, torch.full_like(y, null_class)]))
+        conditional, unconditional = both[:, :channels].chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+
+def initial_noise(seed: int, count: int, channels: int, size: int) -> Tensor:
+    """Normal noise [count, channels, size, size]; sample i has the generator seed + i, whatever its batch."""
+    parts = [torch.randn(channels, size, size, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)]
+    return torch.stack(parts)
+
+
+def labels_for(count: int, classes: int) -> Tensor:
+    """Labels int64 [count] that go through the classes in turn."""
+    return torch.arange(count) % classes

@@ -1,0 +1,60 @@
+"""The pipeline as a whole: order, log, dump, and that the module it was given stays as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dcconvert.passes.errors import UnsupportedModelError
+from dcconvert.passes.infra import Options
+from dcconvert.passes.pipeline import PIPELINE, rewrite
+from dcconvert.passes.schedule import Schedule
+from tests.passes.harness import Block, TinyModel, tiny_inputs
+
+HALF = Schedule("constant", 2)
+
+
+def test_order():
+    assert [p.name for p in PIPELINE] == ["Normalise", "FindTokenStream", "InsertRouter", "PackTrunk", "SplitRoute"]
+
+
+def test_every_pass_fires_and_is_logged_and_dumped(tmp_path):
+    model = rewrite(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, Options(), HALF, dump=tmp_path)
+    assert [record.name for record in model.records] == [p.name for p in PIPELINE]
+    assert all(record.matches > 0 for record in model.records)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names[:4] == [f"{i:02d}_{p.name}.graph.txt" for i, p in enumerate(PIPELINE[:4])]
+    assert names[4:] == ["04_SplitRoute.denoise.txt", "04_SplitRoute.route.txt"]
+    assert "dcconvert.chunk" in (tmp_path / "04_SplitRoute.denoise.txt").read_text()
+
+
+def test_the_module_is_not_changed():
+    module, inputs = TinyModel(Block() for _ in range(3)), tiny_inputs()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    wanted = module(*inputs)
+    for _ in range(2):
+        rewrite(module, inputs, {}, Options(), HALF)
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(module(*inputs), wanted, rtol=0, atol=0)
+
+
+def test_weights_are_shared_with_the_module():
+    """Scale: a converted model must not hold its weights twice."""
+    module = TinyModel(Block() for _ in range(3))
+    model = rewrite(module, tiny_inputs(), {}, Options(), HALF)
+    own = {parameter.data_ptr() for parameter in module.parameters()}
+    assert {parameter.data_ptr() for parameter in model.parameters()} == own
+
+
+def test_a_model_that_is_no_transformer_is_unsupported():
+    class Convolutional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(2, 8, 2, 2), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+        def forward(self, x, t):
+            return self.layers(x)
+
+    with pytest.raises(UnsupportedModelError, match="0 attention ops"):
+        rewrite(Convolutional(), tiny_inputs(), {}, Options(), HALF)

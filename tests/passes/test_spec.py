@@ -1,0 +1,88 @@
+"""What is recorded of a rewritten model, and that it survives JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcconvert.passes.errors import CheckFailedError
+from dcconvert.passes.infra import Options
+from dcconvert.passes.pipeline import rewrite
+from dcconvert.passes.schedule import Schedule
+from dcconvert.passes.spec import InputSpec, ModelSpec
+from tests.passes.harness import BATCH, GRID, TOKENS, WIDTH, Block, TinyModel, tiny_inputs, tiny_program
+
+
+class Mixed(TinyModel):
+    """Inputs of every sort: a batch of floats, of integers, a shared vector, a number."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, table: Tensor, gain: float) -> Tensor:  # type: ignore[override]
+        return super().forward(x, t + table[y]) * gain
+
+
+@pytest.fixture(scope="module")
+def spec() -> ModelSpec:
+    torch.manual_seed(0)
+    inputs = (*tiny_inputs(), torch.tensor([1, 2, 3]), torch.randn(5), 2.0)
+    return rewrite(Mixed(Block() for _ in range(3)), inputs, {}, Options(), Schedule("constant", 2)).spec
+
+
+def test_inputs_with_shape_type_and_value(spec):
+    assert spec.input_specs == (
+        InputSpec("x", True, (2, 4, 8), "float32"),
+        InputSpec("t", True, (), "float32"),
+        InputSpec("y", True, (), "int64"),
+        InputSpec("table", False, (5,), "float32"),
+        InputSpec("gain", value=2.0),
+    )
+
+
+def test_seams(spec):
+    assert (spec.grid, spec.tokens, spec.width, spec.depth, spec.timestep) == (GRID, TOKENS, WIDTH, 3, "t")
+    assert spec.route_inputs == ("x", "t", "y", "table")
+    assert spec.live == ("h", "live_0")
+    assert spec.live_shapes == ((TOKENS, WIDTH), (WIDTH,))
+    assert spec.denoise_inputs[:2] == spec.live
+
+
+def test_through_json_and_back(spec):
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.as_dict()))) == spec
+
+
+def test_example_inputs(spec):
+    example = spec.example(4, seed=1)
+    assert list(example) == ["x", "t", "y", "table", "gain"]
+    assert example["x"].shape == (4, 2, 4, 8)
+    assert (example["t"] >= 0).all()
+    assert 1 < example["t"].max() <= 1000
+    assert example["y"].tolist() == [0] * 4
+    assert example["table"].shape == (5,)
+    assert example["gain"] == 2.0
+    torch.testing.assert_close(spec.example(4, seed=1), example, rtol=0, atol=0)
+    assert not torch.equal(spec.example(4, seed=2)["x"], example["x"])
+
+
+def test_all_that_passes_from_route_to_denoise_has_a_batch_axis():
+    """The spec leaves that axis out of the shapes, and callers slice along it."""
+
+    class Scaled(TinyModel):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            scale = torch.sigmoid(self.positions.mean((0, 1)))  # [D], needed on both sides
+            x = (self.patchify(x).flatten(2).transpose(1, 2) + self.positions) * scale
+            for block in self.blocks:
+                x = block(x, t.unsqueeze(1) * scale)
+            return self.final(x * scale)
+
+    model = rewrite(Scaled(Block() for _ in range(3)), tiny_inputs(), {}, Options(), Schedule("constant", 2))
+    with torch.no_grad():
+        _, live = model.route(model.flat_inputs(tiny_inputs(BATCH + 1), {}))
+    assert [tuple(value.shape) for value in live.values()] == [(BATCH + 1, *s) for s in model.spec.live_shapes]
+
+
+def test_a_program_that_was_not_split_has_no_spec():
+    program = tiny_program()
+    with pytest.raises(CheckFailedError):
+        ModelSpec.of(program, None, 1000.0)
