@@ -24,7 +24,7 @@ PIP := $(BIN)/python -m pip install --quiet
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-installed
-	$(BIN)/dcconvert demo
+	$(BIN)/dcconvert demo --force
 
 test: lint types wheel pytest
 

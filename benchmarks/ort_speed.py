@@ -1,7 +1,7 @@
 """Step latency on ONNX Runtime, CPU: converted against the fixed-token original, interleaved in one run.
 
-    python benchmarks/ort_speed.py                      # DiT-S/2 and DiT-B/2, 256 px, batch 8, 1x 4x 16x
-    python benchmarks/ort_speed.py --sizes S --runs 5
+    python -m benchmarks.ort_speed                      # DiT-S/2 and DiT-B/2, 256 px, batch 8, 1x 4x 16x
+    python -m benchmarks.ort_speed --sizes S --runs 5
 
 The step is route, plan and denoise; weights are random. Besides equal lengths at each ratio it times a batch
 whose samples keep different numbers of tokens with the same mean, which packing should not slow down.

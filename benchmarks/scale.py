@@ -1,6 +1,6 @@
 """Time and peak memory of converting and exporting a large checkpoint.
 
-    python benchmarks/scale.py                # DiT-XL/2 at 256 px, 675 M parameters, random weights
+    python -m benchmarks.scale                # DiT-XL/2 at 256 px, 675 M parameters, random weights
 
 The checkpoint is made in a temporary folder and converted by the command line in a process of its own.
 """
@@ -8,7 +8,6 @@ The checkpoint is made in a temporary folder and converted by the command line i
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,15 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from benchmarks.common import random_dit, write_result
+
+# Runs the command line, then prints the high-water mark of its resident memory in bytes.
+CHILD = """
+import sys
+from dcconvert.cli import main
+main(sys.argv[1:])
+lines = open("/proc/self/status").read().splitlines()
+print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
+"""
 
 
 def main() -> None:
@@ -31,22 +39,11 @@ def main() -> None:
         parameters = sum(p.numel() for p in dit.parameters())
         save_file({name: tensor.contiguous() for name, tensor in dit.state_dict().items()}, str(checkpoint))
         del dit
-        command = [
-            sys.executable,
-            "-m",
-            "dcconvert.cli",
-            str(checkpoint),
-            "--ratio",
-            "4x",
-            "-o",
-            str(bundle),
-            "--no-measure",
-        ]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        arguments = [str(checkpoint), "--ratio", "4x", "-o", str(bundle), "--no-measure"]
         start = time.perf_counter()
-        subprocess.run(command, check=True)
+        done = subprocess.run([sys.executable, "-c", CHILD, *arguments], check=True, stdout=subprocess.PIPE, text=True)
         seconds = time.perf_counter() - start
-        peak = max(before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024
+        peak = int(done.stdout.split()[-1])
         size = checkpoint.stat().st_size
         row = {
             "model": f"DiT-{args.size}/2",

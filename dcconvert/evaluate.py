@@ -192,7 +192,9 @@ class Fidelity:
     velocity_error: list[dict[str, float]]
     rows: list[dict[str, Any]]
     images: dict[str, Tensor]
-    reference: str
+    reference: str  # names of rows: the reference, and original and converted at the run's own steps
+    original: str
+    converted: str
     keep: list[np.ndarray]  # keep mask [B, H, W] of every step of the converted run
     mid: list[Tensor]  # what the model saw at those steps
 
@@ -240,7 +242,8 @@ def fidelity(
 
     reference = f"original, {reference_steps} steps"
     images = {reference: run(runtime.original_step, reference_steps, reference)}
-    images[f"original, {steps} steps"] = run(probing, steps, f"original, {steps} steps")
+    same = f"original, {steps} steps"
+    images[same] = run(probing, steps, same)
     few = f"original, {equal} steps"
     if equal != steps:
         images[few] = run(runtime.original_step, equal, few)
@@ -248,11 +251,11 @@ def fidelity(
     images[name] = run(recording, steps, name)
     totals = {
         reference: compute["original_gmacs"] * reference_steps,
-        f"original, {steps} steps": compute["run_gmacs"]["original"],
+        same: compute["run_gmacs"]["original"],
         few: compute["original_gmacs"] * equal,
         name: compute["run_gmacs"]["converted"],
     }
-    counts = {reference: reference_steps, f"original, {steps} steps": steps, few: equal, name: steps}
+    counts = {reference: reference_steps, same: steps, few: equal, name: steps}
     rows = [
         {
             "name": key,
@@ -263,4 +266,4 @@ def fidelity(
         for key, image in images.items()
     ]
     curve = [{"tau": tau, "error": float(np.mean(parts))} for tau, parts in errors.items()]
-    return Fidelity(curve, rows, images, reference, keep, mid)
+    return Fidelity(curve, rows, images, reference, same, name, keep, mid)

@@ -18,6 +18,7 @@ COLUMNS = 8  # samples a row
 MAPS = 4  # samples shown with their chunk maps
 MOMENTS = 7  # steps shown of each
 SMALL = 64  # images below this side are magnified
+MAGNIFY = 3  # of chunk maps
 
 
 def sample_figure(images: Mapping[str, Tensor]) -> bytes:
@@ -48,14 +49,15 @@ def comparison(images: Mapping[str, Tensor], vae: Path | None) -> Image.Image:
 
 
 def chunk_map_figure(result: Fidelity) -> bytes:
-    """For a few samples, what the model saw at some steps with the dropped tokens dimmed, then the final image."""
+    """For a few samples: what the model saw at some steps, dropped tokens dimmed; then converted and original."""
     moments = np.unique(np.linspace(0, len(result.keep) - 1, MOMENTS).round().astype(int))
-    final = to_images(list(result.images.values())[-1])
+    original, converted = (to_images(result.images[name]) for name in (result.original, result.converted))
     tiles = []
-    for sample in range(min(MAPS, len(final))):
+    for sample in range(min(MAPS, len(result.keep[0]))):
         for moment in moments:
             seen = to_images(result.mid[moment][sample : sample + 1])[0]
-            tiles.append(dim_dropped(seen, result.keep[moment][sample], 3))
-        tiles.append(final[sample].repeat(3, axis=0).repeat(3, axis=1))
-    caption = f"steps {', '.join(str(m + 1) for m in moments)} of {len(result.keep)} (kept tokens bright), final image"
-    return png_bytes(captioned_rows({caption: grid_image(np.stack(tiles), len(moments) + 1)}))
+            tiles.append(dim_dropped(seen, result.keep[moment][sample], MAGNIFY))
+        tiles += [image[sample].repeat(MAGNIFY, 0).repeat(MAGNIFY, 1) for image in (converted, original)]
+    steps = ", ".join(str(moment + 1) for moment in moments)
+    caption = f"kept tokens at steps {steps} of {len(result.keep)} | {result.converted} | {result.original}"
+    return png_bytes(captioned_rows({caption: grid_image(np.stack(tiles), len(moments) + 2)}))

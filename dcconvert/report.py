@@ -38,15 +38,17 @@ img { max-width: 100%; height: auto; background: #fff } img.pixels { image-rende
 
 CAPTIONS = {
     "samples": "Final images, same seeds and classes in the same place.",
-    "chunk_maps": "What the model saw at some steps, dropped tokens dimmed; the final image on the right.",
+    "chunk_maps": "What the model saw at some steps, dropped tokens dimmed; on the right the final images.",
 }
 
 
 def write_report(folder: Path, report: dict[str, Any], figures: dict[str, bytes]) -> None:
-    """Write report.json and report.html into `folder`; `figures` are PNG files by name."""
+    """Write report.json, report.html and the figures (PNG data by name) into `folder`."""
     clean = without_nan(report)
     (folder / "report.json").write_text(json.dumps(clean, indent=1, allow_nan=False) + "\n")
     (folder / "report.html").write_text(page(clean, figures))
+    for name, png in figures.items():
+        (folder / f"{name}.png").write_bytes(png)
 
 
 def without_nan(value: Any) -> Any:

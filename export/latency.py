@@ -50,13 +50,19 @@ def peak_memory(onnx_files: list[Path], feeds: list[dict[str, np.ndarray]], fold
     return float(json.loads(done.stdout)) / MEGABYTE
 
 
+# The high-water mark of the process itself: getrusage would count the parent it was forked from.
 PROBE = """
-import json, resource, sys
+import json, sys
 import numpy, onnxruntime
 folder, *files = sys.argv[1:]
 sessions = [onnxruntime.InferenceSession(f, providers=["CPUExecutionProvider"]) for f in files]
 for i, session in enumerate(sessions):
     session.run(None, dict(numpy.load(f"{folder}/feed_{i}.npz")))
-scale = 1 if sys.platform == "darwin" else 1024
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale))
+try:
+    lines = open("/proc/self/status").read().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+except OSError:
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+print(json.dumps(peak))
 """

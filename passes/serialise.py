@@ -1,209 +1,392 @@
 """Graphs as JSON: a form of a converted model that loads without pickle and can name no code.
 
-A file may call only ATen ops and dcconvert's own, looked up by exact name, and the few Python operators that
-compute sizes. Names become Python identifiers when a graph is compiled, so anything else is refused.
+A file may call only ATen ops and dcconvert's own, looked up by exact name, and the few Python functions that
+compute sizes. Three doors beside that one are kept shut: names end up in the Python source of a compiled graph,
+so only plain identifiers pass; some ATen ops open files; and torch imports modules that a tree spec names.
 """
 
 from __future__ import annotations
 
+import json
+import keyword
 import math
 import operator
-from collections.abc import Callable, Mapping
+import re
+import reprlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from functools import reduce
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from dcconvert.passes import ops  # noqa: F401  (registers torch.ops.dcconvert)
-from dcconvert.passes.errors import DcconvertError, UnsupportedModelError, UsageError
-from dcconvert.passes.infra import Options, PassRecord
+from dcconvert.passes.errors import CheckFailedError, DcconvertError, UnsupportedModelError, UsageError
+from dcconvert.passes.infra import Options, PassRecord, placeholders
 from dcconvert.passes.model import ChunkedModel
+from dcconvert.passes.plan import PLAN_ARRAYS
 from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.spec import ModelSpec
 
 VERSION = 1
-NAMESPACES = ("aten", "dcconvert")
-OPERATORS: dict[str, Callable[..., Any]] = {
-    f"operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
-}
-# torch objects that appear as arguments, by kind: how they are named in a file.
-CONSTANTS: dict[str, dict[str, Any]] = {
-    "dtype": {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)},
-    "layout": {str(v): v for v in vars(torch).values() if isinstance(v, torch.layout)},
-    "memory_format": {str(v): v for v in vars(torch).values() if isinstance(v, torch.memory_format)},
-}
 GRAPHS = ("route", "denoise", "original")
+NAMESPACES = ("aten", "dcconvert")
+
+_SIZES = {
+    operator: "getitem add sub mul truediv floordiv mod neg eq ne lt le gt ge",
+    math: "ceil floor trunc",
+    torch: "sym_max sym_min sym_int sym_float sym_not",
+}
+# What torch.export leaves in a graph for arithmetic on sizes (and for picking one of several results).
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    f"{module.__name__}.{name}": getattr(module, name) for module, names in _SIZES.items() for name in names.split()
+}
+# Arguments that are neither plain JSON nor containers, by kind: how each is spelled in a file.
+CONSTANTS: dict[str, dict[str, Any]] = {
+    "float": {"inf": math.inf, "-inf": -math.inf, "nan": math.nan},
+    **{
+        kind.__name__: {str(v): v for v in vars(torch).values() if isinstance(v, kind)}
+        for kind in (torch.dtype, torch.layout, torch.memory_format)
+    },
+}
+# A graph's source uses these names itself; an input called so would take their place.
+RESERVED_NAMES = {"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"}
+IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+T = TypeVar("T")
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 80
+shown = _shown.repr  # one short line, whatever a file holds
 
 
 def model_to_dict(model: ChunkedModel) -> dict[str, Any]:
-    """Everything about a converted model but its tensors, as JSON values."""
-    graphs = dict(zip(GRAPHS, graph_modules(model), strict=True))
+    """Everything about a converted model but its tensors, as JSON values without NaN or infinity.
+
+    Raises UnsupportedModelError for a model with a call, an argument or an input structure that has no such form.
+    """
+    spec = model.spec.as_dict()
+    for item in spec["input_specs"]:
+        item["value"] = encode(item["value"])
+    for name in ("in_spec", "out_spec"):
+        if reason := treespec_fault(spec[name]):
+            raise UnsupportedModelError(f"the model's {name} cannot be written to a bundle: {reason}")
     return {
         "version": VERSION,
-        "spec": model.spec.as_dict(),
+        "spec": spec,
         "options": asdict(model.options),
-        "schedule": {"kind": model.schedule.kind, "ratio": model.schedule.ratio},
+        "schedule": asdict(model.schedule),
         "passes": [record.as_dict() for record in model.records],
-        "graphs": {name: graph_to_dict(graph) for name, graph in graphs.items()},
+        "graphs": {name: graph_to_dict(graph) for name, graph in named_graphs(model).items()},
     }
 
 
 def model_from_dict(data: Any, tensors: Mapping[str, Tensor]) -> ChunkedModel:
-    """Rebuild a model on its tensors; UsageError if the data is damaged or names anything that is not allowed."""
-    try:
-        if data["version"] != VERSION:
-            raise UsageError(f"the graph file has version {data['version']}, this dcconvert reads {VERSION}: convert again")
-        graphs = [graph_from_dict(data["graphs"][name], tensors) for name in GRAPHS]
-        spec, options = ModelSpec.from_dict(data["spec"]), Options(**data["options"])
-        schedule = Schedule(data["schedule"]["kind"], data["schedule"]["ratio"])
-        records = [PassRecord(**{**item, "notes": tuple(item["notes"])}) for item in data["passes"]]
-        return ChunkedModel(graphs[0], graphs[1], graphs[2], spec, options, schedule, records)
-    except DcconvertError:
-        raise
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        raise UsageError(f"the graph file is damaged ({type(error).__name__}: {error}): convert the model again") from error
+    """Rebuild a model on its tensors; the graphs share them.
 
-
-def graph_modules(model: ChunkedModel) -> tuple[GraphModule, GraphModule, GraphModule]:
-    return model.route_graph, model.denoise_graph, model.original_graph
+    Raises UsageError for data that is damaged, of another version, or asks for anything outside the lists above.
+    """
+    with damage_is_a_usage_error():
+        check_version(data)
+        spec = read_spec(data["spec"])
+        options, schedule = plainly(Options(**data["options"])), plainly(Schedule(**data["schedule"]))
+        records = [plainly(PassRecord(**{**r, "notes": tuple(map(str, r["notes"]))})) for r in data["passes"]]
+        pool = dict(tensors)
+        route, denoise, original = (read_graph(data["graphs"][name], pool) for name in GRAPHS)
+        model = ChunkedModel(route, denoise, original, spec, options, schedule, records)
+        check_seams(model)
+        return model
 
 
 def model_tensors(model: ChunkedModel) -> dict[str, Tensor]:
-    """All parameters and buffers of the three graphs by name; they share them, so each appears once."""
+    """Every tensor the three graphs read, once, by name: contiguous, and no two in the same memory (safetensors
+    refuses that), so of tied weights all but the first are copied.
+
+    Raises CheckFailedError if a name stands for different tensors in two graphs.
+    """
     found: dict[str, Tensor] = {}
-    for graph in graph_modules(model):
-        for name, tensor in graph.state_dict().items():
-            if name in found and found[name].data_ptr() != tensor.data_ptr():
-                raise UnsupportedModelError(f"two graphs hold different tensors under the name {name}")
-            found[name] = tensor
-    seen: set[tuple[int, int]] = set()
+    for graph in named_graphs(model).values():
+        for name, tensor in attributes(graph).items():
+            known = found.setdefault(name, tensor)
+            # `Module.to` gives every graph its own copy of a buffer: equal is enough.
+            if known is not tensor and not (known.dtype == tensor.dtype and torch.equal(known, tensor)):
+                raise CheckFailedError(f"two graphs hold different tensors as {name}: convert the model again")
+    seen: set[int] = set()
     for name, tensor in found.items():
-        place = (tensor.data_ptr(), tensor.numel())
-        if place in seen or not tensor.is_contiguous():  # tied weights: a safetensors file holds no aliases
-            found[name] = tensor.clone(memory_format=torch.contiguous_format)
-        seen.add(place)
+        plain = tensor.detach().contiguous()
+        found[name] = plain.clone() if plain.untyped_storage().data_ptr() in seen else plain
+        seen.add(found[name].untyped_storage().data_ptr())
     return found
 
 
+def named_graphs(model: ChunkedModel) -> dict[str, GraphModule]:
+    return dict(zip(GRAPHS, (model.route_graph, model.denoise_graph, model.original_graph), strict=True))
+
+
+def read_spec(fields: dict[str, Any]) -> ModelSpec:
+    """A ModelSpec whose later use runs nothing a file could choose."""
+    inputs = [{**item, "value": decode(item["value"], {})} for item in fields["input_specs"]]
+    spec = plainly(ModelSpec.from_dict({**fields, "input_specs": inputs}))
+    for item in spec.input_specs:
+        if item.dtype and f"torch.{item.dtype}" not in CONSTANTS["dtype"]:
+            raise damaged(f"gives input {shown(item.name)} the unknown dtype {shown(item.dtype)}")
+    for name in ("in_spec", "out_spec"):
+        if reason := treespec_fault(getattr(spec, name)):
+            raise UsageError(f"the graph file's {name} cannot be used: {reason}")
+    if len(spec.grid) != 2 or not all(type(size) is int and size > 0 for size in spec.grid):
+        raise damaged(f"gives {shown(spec.grid)} as token grid, not two positive integers")
+    return spec
+
+
+def treespec_fault(text: str) -> str:
+    """Why a serialised pytree spec is refused, or nothing.
+
+    A context that holds a JSON object makes torch import a module by the name given there (enums, defaultdict).
+    """
+    stack = [json.loads(text)[1]]
+    while stack:
+        item = stack.pop()
+        stack.extend(item["children_spec"])
+        kind, context = item["type"], item["context"]
+        if kind is None:
+            continue
+        if kind not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
+            return f"it holds a {shown(kind)}, unknown here: import the library that defines it first"
+        if not isinstance(context, str) or "{" in context:
+            return f"its {shown(kind)} asks for Python objects by name, which is not allowed"
+    pytree.treespec_loads(text)
+    return ""
+
+
+def check_seams(model: ChunkedModel) -> None:
+    """The graphs and the spec must name the same inputs, or a call would fail far from its cause."""
+    spec = model.spec
+    results = pytree.treespec_loads(spec.out_spec).num_leaves
+    wanted = {
+        "route": (spec.route_inputs, 1 + len(spec.live)),
+        "denoise": (spec.denoise_inputs, results),
+        "original": (spec.inputs, results),
+    }
+    for name, graph in named_graphs(model).items():
+        output = next(iter(reversed(graph.graph.nodes)))
+        found = (tuple(node.name for node in placeholders(graph.graph)), len(output.args[0]))
+        if found != wanted[name]:
+            raise damaged(f"has {shown(found)} as inputs and outputs of {name}, its spec {shown(wanted[name])}")
+    unknown = {*spec.route_inputs} - {*spec.inputs}
+    unknown |= {*spec.denoise_inputs} - {*spec.inputs, *spec.live, *PLAN_ARRAYS}
+    unknown |= {spec.timestep or spec.inputs[0]} - {*spec.inputs}
+    if unknown or pytree.treespec_loads(spec.in_spec).num_leaves != len(spec.inputs):
+        raise damaged(f"asks for other inputs than its in_spec holds ({shown(sorted(unknown))})")
+
+
+def plainly(facts: T) -> T:
+    """A dataclass whose plain fields are of the type they are declared with; UsageError otherwise."""
+    for name, hint in get_type_hints(type(facts)).items():
+        value = getattr(facts, name)
+        if hint in (int, float, str) and type(value) is not hint and (hint, type(value)) != (float, int):
+            raise damaged(f"gives {shown(value)} as {name}, which must be {hint.__name__}")
+    return facts
+
+
 def graph_to_dict(graph_module: GraphModule) -> dict[str, Any]:
-    """Nodes in order: name, op, target, arguments."""
-    state = {name for name, _ in graph_module.named_parameters(remove_duplicate=False)}
-    nodes = []
+    """Version and nodes in order, each with name, op, target, args and kwargs; fake values are left out.
+
+    Raises UnsupportedModelError for a call or an argument that has no JSON form.
+    """
+    nodes, tensors = [], attributes(graph_module)
     for node in graph_module.graph.nodes:
         entry: dict[str, Any] = {"name": node.name, "op": node.op, "target": target_name(node)}
+        entry |= {"args": [encode(a) for a in node.args], "kwargs": {k: encode(v) for k, v in node.kwargs.items()}}
         if node.op == "get_attr":
-            entry["parameter"] = node.target in state
-        entry["args"], entry["kwargs"] = encode(node.args), {k: encode(v) for k, v in node.kwargs.items()}
+            entry["parameter"] = isinstance(tensors[node.target], nn.Parameter)
         nodes.append(entry)
-    return {"nodes": nodes}
+    return {"version": VERSION, "nodes": nodes}
+
+
+def graph_from_dict(data: Any, tensors: Mapping[str, Tensor]) -> GraphModule:
+    """Rebuild a graph; `get_attr` nodes read from `tensors`, as frozen parameters or as buffers, as they were.
+
+    Raises UsageError for data that is damaged or asks for anything outside the lists above.
+    """
+    with damage_is_a_usage_error():
+        return read_graph(data, dict(tensors))
+
+
+def read_graph(data: Any, pool: dict[str, Tensor]) -> GraphModule:
+    """`graph_from_dict` on a dictionary of its own, in which tensors that are parameters become such."""
+    check_version(data)
+    graph, root = Graph(), nn.Module()
+    nodes: dict[str, Node] = {}
+    for entry in data["nodes"]:
+        name = checked_name(entry["name"])
+        if name in nodes:
+            raise damaged(f"has two nodes called {name}")
+        nodes[name] = read_node(entry, graph, root, nodes, pool)
+    kinds = [node.op for node in graph.nodes]
+    if kinds[-1:] != ["output"] or kinds.count("output") != 1:
+        raise damaged("has a graph that does not end in its one output")
+    graph.lint()
+    return GraphModule(root, graph)
+
+
+def read_node(
+    entry: dict[str, Any], graph: Graph, root: nn.Module, nodes: Mapping[str, Node], pool: dict[str, Tensor]
+) -> Node:
+    """Append one node to `graph`; what a `get_attr` node reads is attached to `root`."""
+    name, op, target = entry["name"], entry["op"], entry["target"]
+    args = decode({"tuple": entry["args"]}, nodes)
+    kwargs = {checked_name(key, ()): decode(item, nodes) for key, item in entry["kwargs"].items()}
+    if op == "call_function":
+        return graph.create_node(op, find_function(target), args, kwargs, name=name)
+    if op == "output" and len(args) == 1 and isinstance(args[0], tuple) and not kwargs:
+        return graph.output(args[0])
+    if op == "get_attr" and not (args or kwargs):
+        attach(root, target, pool, entry["parameter"])
+        return graph.create_node(op, target, name=name)
+    if op == "placeholder" and target == name and not (args or kwargs):
+        node = graph.placeholder(name)
+        if node.name == name:
+            return node
+    raise damaged(f"has a node {name} ({shown(op)}, {shown(target)}) that is not allowed")
 
 
 def target_name(node: Node) -> str:
-    if node.op != "call_function":
+    """How a file spells what a node calls or reads."""
+    if node.op == "placeholder" and not node.args:
+        return node.name  # its target may be a Python name that a graph renamed
+    if node.op in ("get_attr", "output"):
         return str(node.target)
-    for name, function in OPERATORS.items():
-        if node.target is function:
-            return name
-    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in NAMESPACES:
-        return str(node.target)
-    raise UnsupportedModelError(f"the graph calls {node.target}, which cannot be written to a bundle")
+    if node.op == "call_function":
+        name = next((name for name, function in FUNCTIONS.items() if node.target is function), None)
+        if name or is_allowed(node.target):
+            return name or str(node.target)
+    raise UnsupportedModelError(f"the graph holds {node.op} {node.target}, which cannot be written to a bundle")
 
 
-def find_target(name: str) -> Callable[..., Any]:
-    """The function a file names; UsageError unless it is on the list."""
-    if name in OPERATORS:
-        return OPERATORS[name]
-    parts = name.split(".")
-    if len(parts) in (2, 3) and parts[0] in NAMESPACES and all(part.isidentifier() for part in parts):
-        packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
-        overload = getattr(packet, parts[2] if len(parts) == 3 else "default", None)
-        if isinstance(overload, torch._ops.OpOverload):
-            return overload
-    raise UsageError(f"the graph file calls {name!r}, which no converted model does: it is damaged or was tampered with")
+def find_function(name: Any) -> Callable[..., Any]:
+    """The function a file names; UsageError unless it is on the lists."""
+    if isinstance(name, str):
+        if name in FUNCTIONS:
+            return FUNCTIONS[name]
+        parts = name.split(".")
+        if len(parts) == 3 and parts[0] in NAMESPACES and all(map(IDENTIFIER.fullmatch, parts)):
+            packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
+            overload: Any = getattr(packet, parts[2], None)
+            if is_allowed(overload) and str(overload) == name:
+                return overload
+    raise damaged(f"calls {shown(name)}, which is not allowed")
+
+
+def is_allowed(target: Any) -> bool:
+    """Whether a target is a tensor op that touches no files.
+
+    Ops without a dispatcher kernel are TorchScript's own (`aten.save` among them) and compute no tensors.
+    """
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in NAMESPACES:
+        return False
+    schema = target._schema
+    name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
+    opens_file = any(argument.name == "filename" for argument in schema.arguments)
+    return torch._C._dispatch_has_kernel(name) and not opens_file
+
+
+def attach(root: nn.Module, target: Any, pool: dict[str, Tensor], parameter: Any) -> None:
+    """Put the tensor called `target` (a dotted path) where the path says; UsageError if there is none."""
+    parts = str(target).split(".")
+    for part in parts:
+        if not re.fullmatch("[0-9]+", part):
+            checked_name(part)
+    if target not in pool:
+        raise UsageError(f"the weights hold no tensor {shown(target)}, which the graph needs: convert the model again")
+    owner = root
+    for part in parts[:-1]:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    if parts[-1] in owner._parameters or parts[-1] in owner._buffers:
+        return
+    if parameter is not True:
+        owner.register_buffer(parts[-1], pool[target])
+        return
+    tensor = pool[target]
+    if not isinstance(tensor, nn.Parameter) or tensor.requires_grad:
+        tensor = pool[target] = nn.Parameter(tensor.detach(), requires_grad=False)
+    owner.register_parameter(parts[-1], tensor)
+
+
+def attributes(graph_module: GraphModule) -> dict[str, Tensor]:
+    """The tensors that a graph's `get_attr` nodes read, by name."""
+    found: dict[str, Any] = {}
+    for path in (node.target for node in graph_module.graph.nodes if node.op == "get_attr"):
+        found[path] = reduce(getattr, path.split("."), graph_module)
+        if not isinstance(found[path], Tensor):
+            raise UnsupportedModelError(f"the graph reads {path}, which is no tensor and cannot be written to a bundle")
+    return found
 
 
 def encode(value: Any) -> Any:
     """An argument as JSON: plain values as they are, anything else as an object with one key that names its kind."""
     if isinstance(value, Node):
         return {"node": value.name}
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
         return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, list | tuple):
         return {"tuple" if isinstance(value, tuple) else "list": [encode(item) for item in value]}
+    if isinstance(value, slice):
+        return {"slice": [encode(item) for item in (value.start, value.stop, value.step)]}
     if isinstance(value, torch.device):
         return {"device": str(value)}
     for kind, names in CONSTANTS.items():
-        if str(value) in names and names[str(value)] is value:
+        if type(value).__name__ == kind and str(value) in names:
             return {kind: str(value)}
     raise UnsupportedModelError(f"the graph holds an argument of type {type(value).__name__}, which has no JSON form")
 
 
 def decode(value: Any, nodes: Mapping[str, Node]) -> Any:
-    """Undo `encode`; KeyError or ValueError for what it never writes."""
+    """Undo `encode`; `nodes` are those that stand before. UsageError for what `encode` never writes."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if not isinstance(value, dict) or len(value) != 1:
-        raise ValueError(f"argument {value!r} is of no known kind")
-    kind, content = next(iter(value.items()))
-    if kind in ("tuple", "list"):
+    kind, content = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else ("", None)
+    if kind in ("tuple", "list", "slice") and isinstance(content, list):
         items = [decode(item, nodes) for item in content]
-        return tuple(items) if kind == "tuple" else items
-    if kind in CONSTANTS:
-        return CONSTANTS[kind][content]
-    simple: dict[str, Callable[[Any], Any]] = {"node": nodes.__getitem__, "float": float, "device": torch.device}
-    return simple[kind](content)
+        return items if kind == "list" else tuple(items) if kind == "tuple" else slice(*items)
+    if isinstance(content, str):
+        if kind == "device":
+            return torch.device(content)
+        known: Mapping[str, Any] = nodes if kind == "node" else CONSTANTS.get(kind, {})
+        if content in known:
+            return known[content]
+    raise damaged(f"has the argument {shown(value)}, which stands for nothing")
 
 
-def graph_from_dict(data: Any, tensors: Mapping[str, Tensor]) -> GraphModule:
-    """Rebuild a graph; its `get_attr` nodes are looked up in `tensors`."""
-    graph, root, nodes = Graph(), nn.Module(), {}
-    for entry in data["nodes"]:
-        name, op, target = entry["name"], entry["op"], entry["target"]
-        if not (isinstance(name, str) and name.isidentifier()) or name in nodes:
-            raise UsageError(f"the graph file names a node {name!r}: it is damaged or was tampered with")
-        args = decode(entry["args"], nodes)
-        kwargs = {check_name(key): decode(item, nodes) for key, item in entry["kwargs"].items()}
-        if op == "placeholder":
-            node = graph.placeholder(check_name(target))
-        elif op == "get_attr":
-            attach(root, target, tensors, bool(entry["parameter"]))
-            node = graph.get_attr(target)
-        elif op == "call_function":
-            node = graph.create_node(op, find_target(target), tuple(args), kwargs, name=name)
-        elif op == "output":
-            node = graph.output(args[0])
-        else:
-            raise UsageError(f"the graph file holds a node of kind {op!r}: it is damaged or was tampered with")
-        nodes[name] = node
-    graph.lint()
-    return GraphModule(root, graph)
-
-
-def check_name(name: Any) -> str:
-    if not (isinstance(name, str) and name.isidentifier()):
-        raise UsageError(f"the graph file uses {name!r} as a name: it is damaged or was tampered with")
+def checked_name(name: Any, reserved: Collection[str] = RESERVED_NAMES) -> str:
+    """A name that can stand in Python source and shadows nothing there; UsageError otherwise."""
+    plain = isinstance(name, str) and IDENTIFIER.fullmatch(name) and not keyword.iskeyword(name)
+    if not plain or name in reserved:
+        raise damaged(f"has the name {shown(name)}, which is not allowed")
     return name
 
 
-def attach(root: nn.Module, target: Any, tensors: Mapping[str, Tensor], parameter: bool) -> None:
-    """Put a tensor where a dotted path says."""
-    parts = str(target).split(".")
-    if not all(part.isidentifier() or part.isdigit() for part in parts):
-        raise UsageError(f"the graph file reads an attribute {target!r}: it is damaged or was tampered with")
-    if target not in tensors:
-        raise UsageError(f"the weights hold no tensor {target}, which the graph needs: convert the model again")
-    owner = root
-    for part in parts[:-1]:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner._modules[part]  # type: ignore[assignment]  (never None: just added)
-    if parts[-1] not in {**owner._parameters, **owner._buffers}:
-        tensor = tensors[target]
-        if parameter:
-            owner.register_parameter(parts[-1], nn.Parameter(tensor, requires_grad=False))
-        else:
-            owner.register_buffer(parts[-1], tensor)
+def check_version(data: Any) -> None:
+    if data["version"] != VERSION:
+        found = shown(data["version"])
+        raise UsageError(f"the graph file has version {found}, this dcconvert reads {VERSION}: convert the model again")
+
+
+@contextmanager
+def damage_is_a_usage_error() -> Iterator[None]:
+    """Odd data trips over many things, in here and in torch: all of them mean that the file is damaged."""
+    try:
+        yield
+    except DcconvertError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise damaged(f"cannot be read ({reason})") from error
+
+
+def damaged(fault: str) -> UsageError:
+    return UsageError(f"the graph file {fault}: it was damaged or tampered with, convert the model again")

@@ -1,7 +1,7 @@
 """Train the small DiT that ships with dcconvert, on Fashion-MNIST, on a CPU.
 
-    python training/fashion_dit.py --out runs/fashion           # start, or resume after a kill
-    python training/fashion_dit.py --out runs/fashion --samples 400000
+    python -m training.fashion_dit --out runs/fashion           # start, or resume after a kill
+    python -m training.fashion_dit --out runs/fashion --samples 400000
 
 Rectified flow (Liu et al., arXiv 2209.03003; logit-normal times as in Esser et al., arXiv 2403.03206):
 x_sigma = (1 - sigma) x0 + sigma noise, the model sees t = 1000 sigma and predicts noise - x0.
