@@ -45,6 +45,7 @@ class Checkpoint:
     prediction: str
     class_names: list[str] | None
     source: str  # nested key the weights came from, such as "ema"; "" where they lay at the top
+    prediction_assumed: bool = False  # neither the file nor the caller said what the model predicts
 
 
 class LoadedDiT(DiT):
@@ -96,7 +97,8 @@ def read_checkpoint(
         raise UsageError(f"{path}: metadata names {len(names)} classes, the tensors have {config.num_classes}.")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Checkpoint(path, digest, config, state_dict, prediction or facts.prediction or "eps", names, source)
+    known = prediction or facts.prediction
+    return Checkpoint(path, digest, config, state_dict, known or "eps", names, source, prediction_assumed=not known)
 
 
 # --- tensors -------------------------------------------------------------------------------------------

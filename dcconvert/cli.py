@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 
 from dcconvert import __version__
 from dcconvert.passes.errors import DcconvertError, UsageError
@@ -50,7 +52,6 @@ def rewriting_options(command: Any) -> Any:
         click.option("--head-blocks", default=DEFAULTS.head_blocks, show_default=True, help="Blocks before the trunk."),
         click.option("--tail-blocks", default=DEFAULTS.tail_blocks, show_default=True, help="Blocks after the trunk."),
         click.option("--router", default=DEFAULTS.router, show_default=True, type=click.Choice(ROUTERS)),
-        click.option("--packing", default=DEFAULTS.packing, show_default=True, type=click.Choice(["rows", "bins"])),
         click.option("--seed", default=DEFAULTS.seed, show_default=True, help="Seed of router and sampling."),
         click.option("--dump-graphs", type=click.Path(path_type=Path), help="Folder for the graph after each pass."),
     ):
@@ -58,9 +59,14 @@ def rewriting_options(command: Any) -> Any:
     return command
 
 
+def command_line() -> str:
+    """The words this run was started with, as `main` was given them."""
+    return str(click.get_current_context().find_root().obj)
+
+
 def pick_options(values: dict[str, Any]) -> Options:
     """The rewriting options out of a command's parameters (taken out of `values`)."""
-    names = ("head_blocks", "tail_blocks", "router", "packing", "seed")
+    names = ("head_blocks", "tail_blocks", "router", "seed")
     return Options(**{name: values.pop(name) for name in names})
 
 
@@ -98,11 +104,11 @@ def convert(model: Path, out: Path | None, **values: Any) -> None:
     target = out or Path(f"{model.stem}-dc{values['ratio']:g}x")
     values["batches"] = values["batches"] or (1, 8)
     values["measure"] = not values.pop("no_measure")
-    settings = Settings(model, target, options=options, command=shlex.join(["dcconvert", *sys.argv[1:]]), **values)
+    settings = Settings(model, target, options=options, command=command_line(), **values)
     console = Console(stderr=True)
     report = run_job(settings, Stages(console))
     Console().print(terminal_table(report))
-    Console().print(f"Bundle: {target}\nReport: {target / 'report.html'}", highlight=False)
+    Console().print(escape(f"Bundle: {target}\nReport: {target / 'report.html'}"), highlight=False, soft_wrap=True)
 
 
 @commands.command()
@@ -164,10 +170,15 @@ def demo(ctx: click.Context, ratio: float, out: Path, force: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: a first word that is no command is a model to convert; errors are one line and an exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and words[0] not in {*commands.commands, *CONTEXT["help_option_names"], "--version"}:
+    known = {*commands.commands, *CONTEXT["help_option_names"], "--version"}
+    given = shlex.join(["dcconvert", *words])
+    if words and words[0] not in known:
+        near = difflib.get_close_matches(words[0], commands.commands, 1)
+        if near and not Path(words[0]).exists():
+            fail(f"there is no command and no file '{words[0]}': did you mean 'dcconvert {near[0]}'?", UsageError.exit_code)
         words.insert(0, "convert")
     try:
-        commands.main(args=words, prog_name="dcconvert", standalone_mode=False)
+        commands.main(args=words or ["--help"], prog_name="dcconvert", standalone_mode=False, obj=given)
     except DcconvertError as error:
         fail(str(error), error.exit_code)
     except click.ClickException as error:
@@ -179,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def fail(message: str, code: int) -> None:
-    Console(stderr=True).print(f"[bold red]error:[/bold red] {message}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
     sys.exit(code)
 
 

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from dcconvert.api import EXAMPLE_BATCH, dit_inputs
+from dcconvert.api import EXAMPLE_BATCH, dit_inputs, machine
 from dcconvert.checkpoint import load_checkpoint
 from dcconvert.dit import DiTConfig
 from dcconvert.evaluate import Runtime, compute_section, fidelity, latency_section, memory_section, torch_step
-from dcconvert.export.bundle import Bundle, read_bundle, write_json
+from dcconvert.export.bundle import Bundle, read_bundle, writable, write_whole
 from dcconvert.export.session import CPU, OrtModel
 from dcconvert.figures import save_comparison
 from dcconvert.passes.capture import capture
@@ -29,7 +30,7 @@ from dcconvert.passes.normalise import Normalise
 from dcconvert.passes.pipeline import PIPELINE
 from dcconvert.passes.token_stream import FindTokenStream
 from dcconvert.progress import Stages
-from dcconvert.report import terminal_table
+from dcconvert.report import report_json, terminal_table
 from dcconvert.sampling import Sampler, initial_noise, labels_for
 
 SHIPPED = "fashion_dit.safetensors"
@@ -62,7 +63,7 @@ def inspect_checkpoint(path: Path, options: Options, console: Console, *, dump_g
     try:
         records = run_passes(program, PIPELINE, dump_graphs)
     except DcconvertError as error:
-        console.print(f"[bold red]would not convert:[/bold red] {error}", highlight=False)
+        console.print(f"[bold red]would not convert:[/bold red] {escape(str(error))}", highlight=False)
         raise
     steps = Table(title="passes", title_justify="left")
     for column in ("pass", "matches", "nodes", "notes"):
@@ -96,16 +97,27 @@ def opened(bundle: Bundle, threads: int, planner: StepPlanner) -> Any:
 
 def dit_config(bundle: Bundle) -> DiTConfig:
     """The architecture a bundle was made from; UsageError for one made from another kind of module."""
-    fields = bundle.manifest.get("config")
-    if not isinstance(fields, dict):
-        raise UsageError(f"{bundle.folder} was not made from a DiT checkpoint: sample it from Python with dcconvert.load")
-    return DiTConfig(**fields)
+    try:
+        return DiTConfig(**bundle.manifest["config"])
+    except (KeyError, TypeError) as error:
+        raise UsageError(
+            f"{bundle.folder} was not made from a DiT checkpoint: use it from Python with dcconvert.load"
+        ) from error
 
 
-def run_planner(bundle: Bundle, steps: int) -> tuple[Sampler, StepPlanner]:
+def sampler_facts(bundle: Bundle) -> tuple[str, int]:
+    """Prediction and steps a bundle was made for; UsageError for one made from another kind of module."""
+    dit_config(bundle)
+    try:
+        return str(bundle.manifest["sampler"]["prediction"]), int(bundle.manifest["sampler"]["steps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{bundle.folder} does not say how to sample it: convert the checkpoint again") from error
+
+
+def run_planner(bundle: Bundle, steps: int | None) -> tuple[Sampler, StepPlanner]:
     """The sampler of a bundle and a planner whose schedule has its mean over exactly these steps."""
-    facts = bundle.manifest["sampler"]
-    sampler = Sampler(facts["prediction"], steps)
+    prediction, own = sampler_facts(bundle)
+    sampler = Sampler(prediction, steps or own)
     model = bundle.model
     return sampler, StepPlanner(model.spec, model.options, model.schedule.centred(sampler.taus))
 
@@ -127,7 +139,7 @@ def sample_bundle(
     """Sample a bundle, on request beside the original, and write a PNG grid."""
     bundle = read_bundle(folder)
     config = dit_config(bundle)
-    sampler, planner = run_planner(bundle, steps or bundle.manifest["sampler"]["steps"])
+    sampler, planner = run_planner(bundle, steps)
     noise = initial_noise(seed, count, config.in_channels, config.image_size)
     classes = torch.tensor(labels).repeat(count)[:count] if labels else labels_for(count, config.num_classes)
     if int(classes.max()) >= config.num_classes or int(classes.min()) < 0:
@@ -159,7 +171,7 @@ def sample_bundle(
         only = Runtime(bundle.model, session, None)
         draw(ratio, only.converted_step)
     save_comparison(dict(reversed(images.items())), out, vae)
-    console.print(f"Images: {out}", highlight=False)
+    console.print(escape(f"Images: {out}"), highlight=False, soft_wrap=True)
 
 
 def evaluate_bundle(
@@ -175,8 +187,9 @@ def evaluate_bundle(
 ) -> None:
     """Measure a bundle on this machine and print the table."""
     bundle = read_bundle(folder)
-    steps = bundle.manifest["sampler"]["steps"]
-    sampler, planner = run_planner(bundle, steps)
+    if json_path:
+        writable(json_path)
+    sampler, planner = run_planner(bundle, None)
     stages = Stages(Console(stderr=True))
     if threads:
         torch.set_num_threads(threads)
@@ -187,24 +200,22 @@ def evaluate_bundle(
         "model": {"tokens": bundle.model.spec.tokens},
         "conversion": {**bundle.manifest["conversion"], "kept_tokens_mean": bundle.model.spec.tokens / planner.schedule.ratio},
         "compute": compute,
-        "machine": bundle.manifest["machine"],
+        "machine": machine(),
     }
     with opened(bundle, threads, planner) as (runtime, scratch):
         size = batch or max(bundle.ladder.batches)
         with stages.stage("measure latency") as tick:
             report["latency"] = latency_section(runtime, compute, size, runs, tick=tick)
         with stages.stage("measure memory"):
-            report["memory"] = memory_section(runtime, bundle.onnx, scratch / "original.onnx", size)
+            report["memory"] = memory_section(runtime, compute, bundle.onnx, scratch / "original.onnx", size)
         if images:
             config = dit_config(bundle)
             noise = initial_noise(0, images, config.in_channels, config.image_size)
             labels = labels_for(images, config.num_classes)
             with stages.stage("compare images") as tick:
-                prediction = bundle.manifest["sampler"]["prediction"]
-                result = fidelity(runtime, prediction, noise, labels, compute, reference_steps, tick)
-            rows = {"reference": result.reference, "count": images, "rows": result.rows}
-            report["fidelity"] = {"velocity_error": result.velocity_error, "images": rows}
+                result = fidelity(runtime, sampler.prediction, noise, labels, compute, reference_steps, tick)
+            report["fidelity"] = result.section()
     console.print(terminal_table(report))
     if json_path:
-        write_json(report, json_path)
-        console.print(f"Figures: {json_path}", highlight=False)
+        write_whole(json_path, report_json(report).encode())
+        console.print(escape(f"Figures: {json_path}"), highlight=False, soft_wrap=True)

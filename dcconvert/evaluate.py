@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,12 @@ from dcconvert.export.compute import converted_gmacs, original_gmacs
 from dcconvert.export.latency import interleaved, peak_memory, spread
 from dcconvert.export.onnx_export import export_original
 from dcconvert.export.parity import as_array
-from dcconvert.export.session import CPU, OrtModel, bucket_sizes, make_session, pick
-from dcconvert.images import psnr_mean
+from dcconvert.export.session import CPU, OrtModel, make_session, pick
+from dcconvert.images import is_latent, psnr_mean
 from dcconvert.passes.model import ChunkedModel, StepPlanner
-from dcconvert.sampling import Sampler
+from dcconvert.sampling import Sampler, Step
 
 Tick = Callable[[str], None]
-Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def silent(_: str) -> None:
@@ -45,6 +44,10 @@ class Runtime:
         if not original.exists():
             export_original(model, original, model.spec.example(3))
         return cls(model, OrtModel(onnx, planner, ladder, CPU, threads), make_session(original, CPU, threads))
+
+    @property
+    def name(self) -> str:
+        return f"ONNX Runtime {self.converted.provider.removesuffix('ExecutionProvider')}"
 
     def original_step(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return torch.from_numpy(self.original.run(None, pick(self.original, self.feed(x, t, y)))[0])
@@ -114,9 +117,9 @@ def latency_section(
     candidates |= {name: on_ort(values) for name, values in feeds.items()}
     tick("ONNX Runtime")
     times = interleaved(candidates, runs, tick=lambda: tick("ONNX Runtime"))
-    row = latency_row(f"onnxruntime {runtime.converted.provider}", batch, times, weights, gmacs, compute)
+    row = latency_row(runtime.name, batch, times, weights, gmacs, compute)
     row["stages_ms"] = {stage: round(float(np.median(kept)), 3) for stage, kept in stages.items()}
-    row["buckets"] = bucket_sizes(tuple(groups))
+    row["buckets"] = [asdict(bucket) for bucket in groups]
     sections.append(row)
     if in_torch:
         flat = tuple(inputs[name] for name in spec.inputs)
@@ -128,7 +131,7 @@ def latency_section(
             candidates = {"original": lambda: runtime.model.original_graph(*flat)}
             candidates |= {name: on_torch(values) for name, values in feeds.items()}
             times = interleaved(candidates, runs, tick=lambda: tick("torch"))
-        sections.append(latency_row("torch cpu, eager", batch, times, weights, gmacs, compute))
+        sections.append(latency_row("torch CPU, eager", batch, times, weights, gmacs, compute))
     return sections
 
 
@@ -163,14 +166,16 @@ def latency_row(
     }
 
 
-def memory_section(runtime: Runtime, onnx: Path, original: Path, batch: int) -> list[dict[str, Any]]:
-    """Peak resident memory of a fresh process that runs one step at the full batch."""
+def memory_section(
+    runtime: Runtime, compute: dict[str, Any], onnx: Path, original: Path, batch: int
+) -> list[dict[str, Any]]:
+    """Peak resident memory of a fresh process that runs the step of a run that keeps most tokens, at the full batch."""
     model = runtime.model
     inputs = model.spec.example(batch)
     with torch.no_grad():
         scores, live = model.route(inputs)
     planner = runtime.converted.planner
-    plan = planner.plan(scores.numpy(), planner.counts(np.full(batch, 0.5 * model.spec.timestep_scale), batch))
+    plan = planner.plan(scores.numpy(), np.full(batch, max(step["kept"] for step in compute["per_step"])))
     given = {name: as_array(value) for name, value in {**inputs, **live, **plan.arrays()}.items()}
     sessions = (runtime.converted.route_session, runtime.converted.denoise_session)
     with tempfile.TemporaryDirectory() as tmp:
@@ -178,10 +183,10 @@ def memory_section(runtime: Runtime, onnx: Path, original: Path, batch: int) -> 
         before = peak_memory([original], [pick(runtime.original, given)], folder)
         files = [onnx / "route.onnx", onnx / "denoise.onnx"]
         after = peak_memory(files, [pick(session, given) for session in sessions], folder)
-    name = f"onnxruntime {runtime.converted.provider}, batch {batch}"
+    name = f"{runtime.name}, batch {batch}"
     return [
-        {"runtime": name, "model": "original", "peak_mb": round(before, 1)},
-        {"runtime": name, "model": "converted", "peak_mb": round(after, 1)},
+        {"runtime": name, "model": "original", "peak_mb": before},
+        {"runtime": name, "model": "converted", "peak_mb": after},
     ]
 
 
@@ -197,6 +202,12 @@ class Fidelity:
     converted: str
     keep: list[np.ndarray]  # keep mask [B, H, W] of every step of the converted run
     mid: list[Tensor]  # what the model saw at those steps
+
+    def section(self) -> dict[str, Any]:
+        """The part of a report."""
+        final = self.images[self.original]
+        facts = {"reference": self.reference, "count": len(final), "latents": is_latent(final), "rows": self.rows}
+        return {"velocity_error": self.velocity_error, "images": facts}
 
 
 def fidelity(
@@ -224,7 +235,9 @@ def fidelity(
         wanted = runtime.original_step(x, t, y)
         found = runtime.converted_step(x, t, y)
         tau = float(t[0]) / runtime.model.spec.timestep_scale
-        errors.setdefault(tau, []).append(float((found - wanted).norm() / wanted.norm()))
+        channels = x.shape[1]  # learned variances, which samplers ignore, come after the prediction
+        error = (found - wanted)[:, :channels].norm() / wanted[:, :channels].norm()
+        errors.setdefault(tau, []).append(float(error))
         return wanted
 
     def recording(x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from dcconvert.evaluate import Fidelity
-from dcconvert.images import captioned_rows, decode_latents, dim_dropped, grid_image, png_bytes, to_images
-from dcconvert.passes.errors import UsageError
+from dcconvert.export.bundle import write_whole
+from dcconvert.images import captioned_rows, decode_latents, dim_dropped, grid_image, is_latent, png_bytes, to_images
 
 COLUMNS = 8  # samples a row
 MAPS = 4  # samples shown with their chunk maps
@@ -28,14 +27,7 @@ def sample_figure(images: Mapping[str, Tensor]) -> bytes:
 
 def save_comparison(images: Mapping[str, Tensor], path: Path, vae: Path | None) -> None:
     """Write the rows as a PNG file, whole or not at all."""
-    picture = comparison(images, vae)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(png_bytes(picture))
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UsageError(f"cannot write {path}: {error.strerror}; choose another file with -o") from error
+    write_whole(path, png_bytes(comparison(images, vae)))
 
 
 def comparison(images: Mapping[str, Tensor], vae: Path | None) -> Image.Image:
@@ -43,7 +35,7 @@ def comparison(images: Mapping[str, Tensor], vae: Path | None) -> Image.Image:
     for name, samples in images.items():
         pixels = to_images(decode_latents(samples, vae) if vae else samples)
         scale = 2 if pixels.shape[1] < SMALL else 1
-        note = ", latents: first three channels" if samples.shape[1] > 3 and vae is None else ""
+        note = ", latents: first three channels" if is_latent(samples) and vae is None else ""
         rows[f"{name}{note}"] = grid_image(pixels, COLUMNS, scale)
     return captioned_rows(rows)
 

@@ -38,10 +38,23 @@ def decode_latents(x: Tensor, vae: Path) -> Tensor:
         return torch.cat([model.decode(part / LATENT_SCALE).sample for part in x.split(4)])
 
 
+def is_latent(x: Tensor) -> bool:
+    """Whether samples [B, C, H, W] are latents rather than grey or colour pixels."""
+    return x.shape[1] > 3
+
+
 def psnr(found: Tensor, wanted: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each sample, [B]: values clamped to [-1, 1], peak to peak 2."""
-    error = (found.clamp(-1, 1) - wanted.clamp(-1, 1)).square().flatten(1).mean(1)
-    return 10 * torch.log10(4 / error.clamp_min(1e-12))
+    """Peak signal-to-noise ratio in dB of each sample, [B].
+
+    Pixels are clamped to [-1, 1], so peak to peak is 2; for latents it is the range of `wanted`.
+    """
+    peak = 2.0
+    if is_latent(wanted):
+        peak = float(wanted.max() - wanted.min())
+    else:
+        found, wanted = found.clamp(-1, 1), wanted.clamp(-1, 1)
+    error = (found - wanted).square().flatten(1).mean(1)
+    return 10 * torch.log10(peak**2 / error.clamp_min(1e-12))
 
 
 def psnr_mean(found: Tensor, wanted: Tensor) -> float:

@@ -33,6 +33,10 @@ from dcconvert.report import write_report
 from dcconvert.sampling import Sampler, initial_noise, labels_for
 
 LATENCY_RUNS = 9
+ASSUMED = (
+    "The checkpoint does not say what it predicts; noise (eps) was assumed, as in DiT. For a flow model, such as SiT, "
+    "samples and fidelity are meaningless: convert again with --prediction flow."
+)
 IMAGE_BUDGET_S = 240.0  # above this estimate, images are left to `dcconvert evaluate`
 
 
@@ -120,7 +124,8 @@ def check_torch(model: Converted) -> list[Check]:
 def describe(settings: Settings, dit: LoadedDiT, model: Converted, rungs: Ladder) -> dict[str, Any]:
     """The parts of the report that need no measurement."""
     info, spec, options = dit.checkpoint_info, model.spec, model.options
-    kind = f"DiT checkpoint{f' ({info.source})' if info.source else ''}, predicts {info.prediction}"
+    assumed = " (assumed: --prediction says otherwise)" if info.prediction_assumed else ""
+    kind = f"DiT checkpoint{f' ({info.source})' if info.source else ''}, predicts {info.prediction}{assumed}"
     return {
         "command": settings.command,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -149,6 +154,7 @@ def describe(settings: Settings, dit: LoadedDiT, model: Converted, rungs: Ladder
             "expected_waste": rungs.expected_waste,
         },
         "limits": [
+            *([ASSUMED] if info.prediction_assumed else []),
             "Mode chunk drops tokens without training: its images are worse than those of the original with fewer "
             "steps at equal compute. It is the starting point for upcycling, not a finished model."
         ],
@@ -171,7 +177,7 @@ def measure(
     stages: Stages,
 ) -> dict[str, bytes]:
     """Fill in latency, memory and fidelity; returns the figures."""
-    scratch = Path(tempfile.mkdtemp(prefix="dcconvert-"))
+    scratch = Path(tempfile.mkdtemp(prefix=".original-", dir=work))  # on the disk that was chosen for large files
     try:
         with stages.stage("export original"):
             export_original(model, scratch / "original.onnx", model.spec.example(3))
@@ -181,9 +187,12 @@ def measure(
             rows = latency_section(runtime, report["compute"], batch, LATENCY_RUNS, tick=tick)
         report["latency"] = rows
         with stages.stage("measure memory"):
-            report["memory"] = memory_section(runtime, work / ONNX, scratch / "original.onnx", batch)
+            report["memory"] = memory_section(runtime, report["compute"], work / ONNX, scratch / "original.onnx", batch)
         needed = image_seconds(settings, rows[0])
-        if settings.images < 1 or needed > IMAGE_BUDGET_S:
+        if settings.images < 1:
+            report["limits"].append("Fidelity was not measured (--images 0).")
+            return {}
+        if needed > IMAGE_BUDGET_S:
             report["limits"].append(
                 f"Fidelity was not measured: {settings.images} images would take about {needed / 60:.0f} minutes on this "
                 "machine; run 'dcconvert evaluate' on the bundle with --images to do it."
@@ -191,7 +200,7 @@ def measure(
             return {}
         with stages.stage("compare images") as tick:
             result = image_fidelity(settings, info, model, runtime, report["compute"], tick)
-        report["fidelity"] = fidelity_section(settings, result)
+        report["fidelity"] = result.section()
         return {"samples": sample_figure(result.images), "chunk_maps": chunk_map_figure(result)}
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -210,13 +219,6 @@ def image_fidelity(
     noise = initial_noise(settings.options.seed, settings.images, config.in_channels, config.image_size)
     labels = labels_for(settings.images, config.num_classes)
     return fidelity(runtime, info.prediction, noise, labels, compute, settings.reference_steps, tick)
-
-
-def fidelity_section(settings: Settings, result: Fidelity) -> dict[str, Any]:
-    return {
-        "velocity_error": result.velocity_error,
-        "images": {"reference": result.reference, "count": settings.images, "rows": result.rows},
-    }
 
 
 def set_threads(threads: int) -> None:

@@ -44,11 +44,15 @@ CAPTIONS = {
 
 def write_report(folder: Path, report: dict[str, Any], figures: dict[str, bytes]) -> None:
     """Write report.json, report.html and the figures (PNG data by name) into `folder`."""
-    clean = without_nan(report)
-    (folder / "report.json").write_text(json.dumps(clean, indent=1, allow_nan=False) + "\n")
-    (folder / "report.html").write_text(page(clean, figures))
+    (folder / "report.json").write_text(report_json(report))
+    (folder / "report.html").write_text(page(without_nan(report), figures))
     for name, png in figures.items():
         (folder / f"{name}.png").write_bytes(png)
+
+
+def report_json(report: dict[str, Any]) -> str:
+    """The report as JSON text."""
+    return json.dumps(without_nan(report), indent=1, allow_nan=False) + "\n"
 
 
 def without_nan(value: Any) -> Any:
@@ -65,7 +69,7 @@ def page(report: dict[str, Any], figures: dict[str, bytes]) -> str:
     title = f"dcconvert: {report.get('source', {}).get('path', 'model')} at {conversion.get('ratio', 1):g}x"
     sections = [
         cards(report),
-        samples_section(report, figures),
+        samples_section(figures),
         checks_section(report),
         latency_section(report),
         compute_section(report),
@@ -112,11 +116,11 @@ class Number(str):
     """A formatted number."""
 
 
-def number(value: float | None, digits: int = 3, unit: str = "") -> Number:
+def number(value: float | None, digits: int = 3) -> Number:
     if value is None:
         return Number("not measured")
     text = f"{value:,.0f}" if digits == 0 else f"{value:.{digits}g}" if abs(value) < 100 else f"{value:,.1f}"
-    return Number(f"{text} {unit}".strip())
+    return Number(text)
 
 
 def cards(report: dict[str, Any]) -> str:
@@ -132,9 +136,8 @@ def cards(report: dict[str, Any]) -> str:
     return f'<div class="cards">{inner}</div>'
 
 
-def samples_section(report: dict[str, Any], figures: dict[str, bytes]) -> str:
-    captions = {**CAPTIONS, **report.get("captions", {})}
-    return section("Samples", *(picture(data, captions.get(name, name), True) for name, data in figures.items()))
+def samples_section(figures: dict[str, bytes]) -> str:
+    return section("Samples", *(picture(data, CAPTIONS.get(name, name), True) for name, data in figures.items()))
 
 
 def picture(png: bytes, caption: str, pixels: bool = False) -> str:
@@ -204,8 +207,8 @@ def fidelity_section(report: dict[str, Any]) -> str:
         if row["psnr"] is not None
     ]
     note = (
-        f"<p>PSNR of {images['count']} final images against {html.escape(images['reference'])}, same seeds, mean over the "
-        "images. The original with fewer steps is what anybody can have without converting anything.</p>"
+        f"<p>PSNR of {images['count']} final {'latents' if images['latents'] else 'images'} against {html.escape(images['reference'])}, same seeds, mean over the "
+        "samples. The original with fewer steps is what anybody can have without converting anything.</p>"
     )
     plot = line_plot(
         "relative error of one step",
@@ -298,7 +301,7 @@ def terminal_table(report: dict[str, Any]) -> Table:
         before, after = (f"{row[key]['median']:.1f} ms" for key in ("original_ms", "converted_ms"))
         reached = f"{row['speedup']:.2f}x ({row['efficiency']:.0%} of {row['flop_ratio']:.2f}x)"
         result.add_row(name, before, after, reached)
-    memory = {row["model"]: row["peak_mb"] for row in report.get("memory", [])}
+    memory = {row["model"]: row["peak_mb"] for row in report.get("memory", []) if row["peak_mb"]}
     if len(memory) == 2:
         before, after = memory["original"], memory["converted"]
         result.add_row("peak memory", f"{before:.0f} MB", f"{after:.0f} MB", f"{before / after:.2f}x")
@@ -308,6 +311,8 @@ def terminal_table(report: dict[str, Any]) -> Table:
             converted = row["name"].startswith("converted")
             cells = ("", f"{row['psnr']:.1f} dB") if converted else (f"{row['psnr']:.1f} dB", "")
             result.add_row(f"PSNR, {row['name']}", *cells, "")
+    if "buckets" in report:
+        result.add_row("padding in the buckets, expected", "", f"{report['buckets']['expected_waste']:.1%}", "")
     checks = report.get("checks", [])
     if checks:
         result.add_row("checks passed", "", f"{sum(c['passed'] for c in checks)} of {len(checks)}", "")

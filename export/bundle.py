@@ -45,9 +45,11 @@ class Bundle:
 def new_folder(target: Path, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place when the block ends without an error.
 
-    Raises UsageError if the target exists (and `force` is off) or cannot be written beside.
+    With `force` an older bundle is moved out of the way first and deleted last; it stays if anything goes wrong.
+    Raises UsageError if the target exists (and `force` is off), is something else than a bundle, or cannot be
+    written (no permission, disk full).
     """
-    target = target.absolute()
+    target = target.resolve()  # a link to a bundle stays a link
     if target.exists() and not force:
         raise UsageError(f"{target} exists already: choose another folder with -o, or replace it with --force")
     if target.exists() and not (target.is_dir() and ((target / MANIFEST).exists() or not any(target.iterdir()))):
@@ -56,17 +58,34 @@ def new_folder(target: Path, force: bool = False) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
-        raise UsageError(f"cannot write beside {target}: {error.strerror or error}; choose another folder with -o") from error
+        raise UsageError(f"cannot write beside {target}: {said(error)}; choose another folder with -o") from error
     try:
         yield work
         work.chmod(0o777 & ~current_umask())
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(work, target)
-    except OSError as error:
-        raise UsageError(f"writing {target} failed: {error.strerror or error}; nothing was left behind") from error
+        put_in_place(work, target)
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+        raise UsageError(f"writing {target} failed: {said(error)}; nothing was left behind") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def said(error: Exception) -> str:
+    """The system's words without its number and path, where there are any."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+def put_in_place(work: Path, target: Path) -> None:
+    """Rename `work` to `target`; what was there comes back if that fails."""
+    old = work.with_name(f"{work.name}-old")
+    if target.exists():
+        os.replace(target, old)
+    try:
+        os.replace(work, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def current_umask() -> int:
@@ -78,11 +97,30 @@ def current_umask() -> int:
 def write_model(model: ChunkedModel, folder: Path) -> None:
     """Weights and graphs of a model, in forms that load without pickle."""
     save_file(model_tensors(model), str(folder / WEIGHTS))
+    (folder / WEIGHTS).chmod(0o666 & ~current_umask())  # safetensors lets the owner alone read it
     write_json(model_to_dict(model), folder / GRAPH)
 
 
 def write_json(data: Any, path: Path) -> None:
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def writable(path: Path) -> None:
+    """Raise UsageError unless a file can be written at `path`."""
+    if path.is_dir() or not os.access(path.parent if path.parent.parts else Path(), os.W_OK):
+        raise UsageError(f"cannot write {path}: choose a file in a folder that exists and can be written")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; UsageError if it cannot be written."""
+    writable(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UsageError(f"cannot write {path}: {error.strerror}; choose another place") from error
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -91,6 +129,8 @@ def read_bundle(folder: Path) -> Bundle:
     if not manifest_path.is_file():
         raise UsageError(f"{folder} is not a bundle (no {MANIFEST}): make one with 'dcconvert MODEL --ratio 4x'")
     manifest = read_json(manifest_path)
+    if not isinstance(manifest, dict):
+        raise UsageError(f"cannot read {manifest_path}: it holds no JSON object; convert the model again")
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise UsageError(f"{folder} has bundle format {version}, this dcconvert reads {FORMAT_VERSION}: convert again")
@@ -105,5 +145,5 @@ def read_bundle(folder: Path) -> Bundle:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"cannot read {path}: {error}; convert the model again") from error

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcconvert.passes.model import ChunkedModel
@@ -21,11 +20,11 @@ GIGA = 1e9
 CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
 
 
-def count_macs(graph_module: GraphModule, args: tuple[Any, ...]) -> float:
+def count_macs(module: nn.Module, args: tuple[Any, ...]) -> float:
     """Multiply-accumulates of one run on inputs shaped like `args` (half of the FLOPs counted)."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, torch.no_grad():
-        graph_module(*(fake.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
+        module(*(fake.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
     return counter.get_total_flops() / 2
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-MEGABYTE = 1 << 20
+MEGABYTE = 1e6
 
 
 def interleaved(
@@ -38,16 +38,18 @@ def spread(seconds: list[float]) -> dict[str, float]:
     return {"median": round(median, 3), "p10": round(low, 3), "p90": round(high, 3), "runs": len(seconds)}
 
 
-def peak_memory(onnx_files: list[Path], feeds: list[dict[str, np.ndarray]], folder: Path) -> float:
+def peak_memory(onnx_files: list[Path], feeds: list[dict[str, np.ndarray]], folder: Path) -> float | None:
     """Peak resident megabytes of a fresh process that loads ONNX files and runs each once on its feed.
 
-    Python, numpy and ONNX Runtime themselves are in the figure.
+    Python, numpy and ONNX Runtime themselves are in the figure. None if the process died (out of memory, say).
     """
     for i, feed in enumerate(feeds):
         np.savez(folder / f"feed_{i}.npz", **feed)  # type: ignore[arg-type]  # may clash with allow_pickle
     command = [sys.executable, "-c", PROBE, str(folder), *map(str, onnx_files)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout)) / MEGABYTE
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return None
+    return round(float(json.loads(done.stdout)) / MEGABYTE, 1)
 
 
 # The high-water mark of the process itself: getrusage would count the parent it was forked from.

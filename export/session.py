@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dcconvert.export.buckets import Bucket, Ladder
+from dcconvert.export.buckets import Ladder
 from dcconvert.passes.errors import CheckFailedError, UsageError
 from dcconvert.passes.model import StepPlanner
 from dcconvert.passes.plan import Plan
@@ -26,7 +25,7 @@ def make_session(path: Path, provider: str = CPU, threads: int = 0) -> Any:
     turns (route, denoise) would otherwise burn each other's cores while they wait.
 
     Raises:
-        UsageError: onnxruntime is not installed, or the provider is not in this build.
+        UsageError: onnxruntime is not installed, the provider is not in this build, or the file cannot be read.
         CheckFailedError: the session runs on another provider than the one asked for.
     """
     try:
@@ -40,7 +39,11 @@ def make_session(path: Path, provider: str = CPU, threads: int = 0) -> Any:
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
     providers = [provider] if provider == CPU else [provider, CPU]
-    session = ort.InferenceSession(str(path), options, providers=providers)
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # the base of onnxruntime's own
+        reason = " ".join(str(error).split())
+        raise UsageError(f"cannot load {path} on {provider}: {reason}; convert the model again") from error
     running = session.get_providers()[0]
     if running != provider:
         raise CheckFailedError(f"{path.name} was asked to run on {provider} but runs on {running}")
@@ -128,7 +131,3 @@ def pick(session: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def fill_batch(value: np.ndarray, batch: int) -> np.ndarray:
     """Repeat the last sample until there are `batch`."""
     return np.concatenate([value, np.repeat(value[-1:], batch - len(value), axis=0)])
-
-
-def bucket_sizes(buckets: Sequence[Bucket]) -> list[dict[str, int]]:
-    return [dict(vars(bucket)) for bucket in buckets]

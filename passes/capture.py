@@ -71,17 +71,18 @@ def capture(
         if RESERVED.fullmatch(node.name):
             node.name = node.target = f"{node.name}_input"
     graph_module.recompile()
-    first = next(n for n in placeholders(graph_module.graph) if is_batched(n, size))
+    first = next(n for n in placeholders(graph_module.graph) if has_batch_axis(n))
     return Program(
         graph_module=graph_module,
         batch=first.meta["val"].shape[0],
         in_spec=pytree.treespec_dumps(exported.call_spec.in_spec),
         out_spec=pytree.treespec_dumps(exported.call_spec.out_spec),
         options=options or Options(),
+        example=tuple(pytree.tree_leaves((tuple(args), kwargs))),
     )
 
 
-def is_batched(node: torch.fx.Node, size: int) -> bool:
-    """Whether an input's first axis is the symbolic batch (its hint is the example's batch size)."""
+def has_batch_axis(node: torch.fx.Node) -> bool:
+    """Whether an input's first axis is the symbolic batch."""
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.ndim > 0 and isinstance(value.shape[0], torch.SymInt)

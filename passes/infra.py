@@ -66,6 +66,7 @@ class Program:
     in_spec: str
     out_spec: str
     options: Options
+    example: tuple[Any, ...] = ()  # the flat inputs it was captured on
     stream: TokenStream | None = None
     trunk: tuple[Node, Node] | None = None  # trunk input and trunk output in the graph
     scores: Node | None = None
@@ -147,10 +148,12 @@ class PassRecord:
 class Pass:
     """A rewrite of a Program in place: one file, one class, `requires / call / ensures`.
 
-    `optional` passes may match nothing; any other pass that matches nothing is an error.
+    `optional` passes may match nothing; any other pass that matches nothing is an error. After an `exact` pass
+    the graph still gives the original's outputs (with every token kept), which the numeric gate checks.
     """
 
     optional = False
+    exact = False
 
     @property
     def name(self) -> str:
@@ -166,10 +169,16 @@ class Pass:
         """Raise if the rewritten program breaks what this pass promises."""
 
 
-def run_passes(program: Program, passes: Iterable[Pass], dump: Path | None = None) -> list[PassRecord]:
+def run_passes(
+    program: Program,
+    passes: Iterable[Pass],
+    dump: Path | None = None,
+    gate: Callable[[Program, str], None] = lambda program, after: None,
+) -> list[PassRecord]:
     """Run passes in order; after each one recompile, lint and check that every value has a fake tensor.
 
-    `dump`: a folder that receives the readable graph after each pass. Raises CheckFailedError when a pass
+    `dump`: a folder that receives the readable graph after each pass. `gate` is called after each exact pass
+    with its name. Raises CheckFailedError when a pass
     breaks an invariant, and UnsupportedModelError when one that should have fired did not.
     """
     records: list[PassRecord] = []
@@ -183,6 +192,8 @@ def run_passes(program: Program, passes: Iterable[Pass], dump: Path | None = Non
         for module in live_modules(program):
             check_graph(module, current.name)
         current.ensures(program)
+        if current.exact:
+            gate(program, current.name)
         after = sum(len(m.graph.nodes) for m in live_modules(program))
         records.append(
             PassRecord(current.name, result.matches, result.notes, before, after, time.perf_counter() - start)

@@ -21,6 +21,8 @@ class InsertRouter(Pass):
     2. Its parameters and buffers appear in the program under `router.`, or `dcconvert_router.` if the model has one.
     """
 
+    exact = True
+
     def requires(self, program: Program) -> None:
         if program.options.router not in ROUTERS:
             raise UsageError(f"unknown router '{program.options.router}'; choose one of {', '.join(ROUTERS)}")

@@ -86,7 +86,7 @@ class ChunkedModel(nn.Module):
     def with_schedule(self, schedule: Schedule) -> ChunkedModel:
         """The same weights and graphs under another schedule."""
         parts = (self.route_graph, self.denoise_graph, self.original_graph, self.spec, self.options)
-        return ChunkedModel(*parts, schedule, self.records)
+        return type(self)(*parts, schedule, self.records)
 
     def flat_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's inputs by name; UsageError if it is not shaped like the call that was captured."""
@@ -105,6 +105,11 @@ class ChunkedModel(nn.Module):
                 was = f"a tensor of {spec.dtype}" if spec.dtype else repr(spec.value)
                 now = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
                 raise UsageError(f"input {spec.name} was {was} when the model was captured and is {now}: convert again")
+            if isinstance(leaf, Tensor) and spec.batched and tuple(leaf.shape[1:]) != spec.shape:
+                raise UsageError(
+                    f"input {spec.name} has shape {list(leaf.shape)}, the model was captured for [batch, "
+                    f"{', '.join(map(str, spec.shape))}]: convert again for another size"
+                )
         return dict(zip(self.spec.inputs, leaves, strict=True))
 
     def route(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -28,6 +28,9 @@ class Normalise(Pass):
     4. Nodes that nothing uses go.
     """
 
+    optional = True
+    exact = True
+
     def call(self, program: Program) -> PassResult:
         matches = 0
         for node in list(program.graph.nodes):
@@ -47,7 +50,7 @@ class Normalise(Pass):
         for name in list(program.graph_module._modules):
             if name == "_guards_fn":
                 delattr(program.graph_module, name)
-        return PassResult(max(matches, 1))
+        return PassResult(matches)
 
     def ensures(self, program: Program) -> None:
         for node in program.graph.nodes:

@@ -26,6 +26,8 @@ class PackTrunk(Pass):
     4. `dechunk` adds the update v - u to h near the tokens it was computed for.
     """
 
+    exact = True
+
     def call(self, program: Program) -> PassResult:
         stream, (start, end) = program.found_stream(), program.found_trunk()
         add_plan_inputs(program)

@@ -67,7 +67,6 @@ class Packer:
         self.rules = rules
         self.tokens = tokens
         self.packing = packing
-        self.needs_sample_rows = False  # set by ops that need row r to be sample r
         self.attentions = 0
         self._laid: dict[tuple[Node, Layout], Laid] = {}
         self._native: dict[Node, Layout] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.fx import Graph, GraphModule
 
 from dcconvert.passes.capture import capture
 from dcconvert.passes.errors import CheckFailedError
+from dcconvert.passes.gate import NumericGate
 from dcconvert.passes.infra import Options, Pass, Program, run_passes
 from dcconvert.passes.insert_router import InsertRouter
 from dcconvert.passes.model import ChunkedModel
@@ -45,11 +47,13 @@ def rewrite(
 
     `timestep` names the input that holds the timestep (guessed from TIMESTEP_NAMES when None) and
     `timestep_scale` is its value at pure noise. `dump`: folder for the graph after each pass. Raises the
-    errors of `capture` and of the passes; the module itself is not changed.
+    errors of `capture` and of the passes; the module is put in eval mode and not changed otherwise.
     """
     program = capture(module, args, kwargs, options)
     original = copy_graph(program)
-    records = run_passes(program, PIPELINE, dump)
+    records = run_passes(program, PIPELINE, dump, NumericGate(program))
+    Normalise().call(replace(program, graph_module=original))
+    original.recompile()
     if program.route is None or program.denoise is None:
         raise CheckFailedError("the pipeline ended without route and denoise graphs; this is a bug of dcconvert")
     spec = ModelSpec.of(program, timestep, timestep_scale)
@@ -58,8 +62,7 @@ def rewrite(
 
 
 def copy_graph(program: Program) -> GraphModule:
-    """The normalised original graph, before anything is rewritten; it shares the program's tensors."""
-    Normalise().call(program)
+    """The captured graph, before anything is rewritten; it shares the program's tensors."""
     graph = Graph()
     output = graph.graph_copy(program.graph, {})
     graph.output(output)

@@ -53,7 +53,6 @@ def cross_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, 
     """Queries of row r against the keys of sample r; pad queries give rows nobody reads."""
     if packer.packing != "rows":
         raise UsageError("this model has cross-attention, which needs one sample a row: use --packing rows")
-    packer.needs_sample_rows = True
     mask = given.get("attn_mask")
     if isinstance(mask, Node) and mask.meta["val"].ndim > 1 and mask.meta["val"].shape[-2] != 1:
         raise packer.refuse(node, "its mask varies with the token's position")

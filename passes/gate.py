@@ -1,0 +1,53 @@
+"""The numeric gate: after an exact pass the graph must still give the original's outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dcconvert.passes.errors import CheckFailedError
+from dcconvert.passes.infra import Program
+from dcconvert.passes.plan import Planner
+
+FULL_PRECISION = 1e-5  # relative L2 error allowed in fp32 and wider
+HALF_PRECISION = 2e-2
+
+
+class NumericGate:
+    """Remembers what the captured graph gives on the example inputs, and compares later graphs with it.
+
+    Plan inputs, once there are any, are those that keep every token. Raises CheckFailedError naming the pass.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.wanted = outputs(program)
+
+    def __call__(self, program: Program, after: str) -> None:
+        found = outputs(program)[-len(self.wanted) :]
+        for got, want in zip(found, self.wanted, strict=True):
+            tolerance = FULL_PRECISION if want.dtype in (torch.float32, torch.float64) else HALF_PRECISION
+            error = float((got - want).double().norm() / want.double().norm().clamp_min(1e-12))
+            if not error <= tolerance:
+                raise CheckFailedError(
+                    f"{after} changed the model's output by {error:.2g} (at most {tolerance:g} is rounding) on the example "
+                    "inputs: they hold values that are not finite, or this is a bug of dcconvert"
+                )
+
+
+def outputs(program: Program) -> list[Tensor]:
+    """Floating-point outputs of the program's graph, every token kept."""
+    with torch.no_grad():
+        found = program.graph_module(*program.example, *full_plan(program))
+    return [value for value in found if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def full_plan(program: Program) -> list[Tensor]:
+    """The plan inputs the graph has, keeping everything."""
+    if not program.plan_inputs:
+        return []
+    stream, options = program.found_stream(), program.options
+    planner = Planner(stream.grid, options.members, options.neighbours, options.packing)
+    batch = next(v.shape[0] for v in program.example if isinstance(v, Tensor) and v.ndim)
+    arrays = planner.full_plan(int(batch)).arrays()
+    dtypes = {name: node.meta["val"].dtype for name, node in program.plan_inputs.items()}
+    return [torch.from_numpy(arrays[name]).to(dtype) for name, dtype in dtypes.items()]

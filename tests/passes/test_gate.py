@@ -1,0 +1,67 @@
+"""The numeric gate lets exact passes through and stops one that changes the output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dcconvert.dit import DiT, DiTConfig
+from dcconvert.passes.capture import capture
+from dcconvert.passes.errors import CheckFailedError
+from dcconvert.passes.gate import NumericGate
+from dcconvert.passes.infra import Pass, PassResult, Program, run_passes
+from dcconvert.passes.insert_router import InsertRouter
+from dcconvert.passes.normalise import Normalise
+from dcconvert.passes.pack_trunk import PackTrunk
+from dcconvert.passes.token_stream import FindTokenStream
+
+
+def captured() -> Program:
+    model = DiT(DiTConfig(depth=3, width=32, heads=2, patch=2, image_size=8, in_channels=1, num_classes=4))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return capture(model, (torch.randn(3, 1, 8, 8), torch.rand(3) * 1000, torch.tensor([0, 1, 2])))
+
+
+class Double(Pass):
+    """Claims to be exact and doubles the last linear layer's output."""
+
+    exact = True
+
+    def call(self, program: Program) -> PassResult:
+        node = [n for n in program.graph.nodes if n.target is torch.ops.aten.linear.default][-1]
+        users = list(node.users)
+        with program.graph.inserting_after(node):
+            doubled = program.emit(torch.ops.aten.add.Tensor, (node, node))
+        for user in users:
+            user.replace_input_with(node, doubled)
+        return PassResult(1)
+
+
+def test_exact_passes_come_through() -> None:
+    program = captured()
+    seen: list[str] = []
+    gate = NumericGate(program)
+
+    def noting(current: Program, after: str) -> None:
+        seen.append(after)
+        gate(current, after)
+
+    run_passes(program, (Normalise(), FindTokenStream(), InsertRouter(), PackTrunk()), gate=noting)
+    assert seen == ["Normalise", "InsertRouter", "PackTrunk"]
+
+
+@pytest.mark.parametrize("before", [(), (Normalise(), FindTokenStream(), InsertRouter(), PackTrunk())])
+def test_a_pass_that_changes_the_output_is_stopped_by_name(before: tuple[Pass, ...]) -> None:
+    program = captured()
+    gate = NumericGate(program)
+    with pytest.raises(CheckFailedError, match="Double changed the model's output"):
+        run_passes(program, (*before, Double()), gate=gate)
+
+
+def test_values_that_are_not_finite_do_not_pass() -> None:
+    program = captured()
+    gate = NumericGate(program)
+    program.example = (torch.full((3, 1, 8, 8), torch.nan), *program.example[1:])
+    with pytest.raises(CheckFailedError, match="Normalise"):
+        run_passes(program, (Normalise(),), gate=gate)

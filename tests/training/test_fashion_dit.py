@@ -1,0 +1,87 @@
+"""The training script: reading the data, resuming, exporting."""
+
+from __future__ import annotations
+
+import gzip
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dcconvert
+from training import fashion_dit
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A data set of the right format: ten images a split."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for stem in ("train", "t10k"):
+        images = generator.integers(0, 256, (512, 28, 28), dtype=np.uint8)
+        labels = np.arange(512, dtype=np.uint8) % 10
+        with gzip.open(folder / f"{stem}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(bytes(16) + images.tobytes())
+        with gzip.open(folder / f"{stem}-labels-idx1-ubyte.gz", "wb") as file:
+            file.write(bytes(8) + labels.tobytes())
+    return folder
+
+
+def train(monkeypatch: pytest.MonkeyPatch, out: Path, data: Path, steps: int, stop: int | None = None) -> None:
+    """Run the script for `stop` of `steps` steps of four samples (a kill after a checkpoint), or all of them."""
+    small = dcconvert.DiTConfig(
+        depth=2, width=32, heads=2, patch=8, image_size=32, in_channels=1, num_classes=10, learn_sigma=False
+    )
+    monkeypatch.setattr(fashion_dit, "CONFIG", small)
+    words = ["--out", out, "--data", data, "--samples", 4 * steps, "--batch", 4, "--log-every", 1, "--no-compile"]
+    monkeypatch.setattr(sys, "argv", ["fashion_dit", *map(str, words)])
+    if stop is not None:
+        counted = fashion_dit.Trainer.train_step
+
+        def until_killed(self: fashion_dit.Trainer, *batch: torch.Tensor) -> float:
+            if self.step == stop:
+                raise KeyboardInterrupt
+            return counted(self, *batch)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(fashion_dit.Trainer, "train_step", until_killed)
+            fashion_dit.main()
+    else:
+        fashion_dit.main()
+
+
+def test_images_are_padded_and_scaled(data: Path) -> None:
+    x, y = fashion_dit.load_split(data, "train")
+    assert x.shape == (512, 1, 32, 32)
+    assert bool((x[:, :, :2] == -1).all())
+    assert -1 <= float(x.min()) and float(x.max()) <= 1
+    assert y.tolist()[:11] == [*range(10), 0]
+
+
+def test_rate_warms_up_then_falls_to_zero() -> None:
+    assert fashion_dit.learning_rate(0, 0, 1000) == 1 / fashion_dit.WARMUP_STEPS
+    assert fashion_dit.learning_rate(100, 10_000, 1000) == 1
+    assert fashion_dit.learning_rate(1000, 10_000, 1000) == 0
+
+
+def test_a_killed_run_ends_with_the_weights_of_one_that_ran_through(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path
+) -> None:
+    train(monkeypatch, tmp_path / "whole", data, steps=4)
+    train(monkeypatch, tmp_path / "parts", data, steps=4, stop=2)
+    train(monkeypatch, tmp_path / "parts", data, steps=4)
+    whole, parts = (load_file(tmp_path / name / "fashion_dit.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=0, atol=0)
+
+
+def test_the_export_is_a_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path) -> None:
+    train(monkeypatch, tmp_path / "run", data, steps=1)
+    dit = dcconvert.load_checkpoint(tmp_path / "run" / "fashion_dit.safetensors")
+    assert dit.checkpoint_info.prediction == "flow"
+    assert dit.checkpoint_info.class_names == fashion_dit.CLASS_NAMES
