@@ -1,0 +1,1 @@
+"""Scripts that measure dcconvert; each writes a JSON file under results/."""

@@ -32,6 +32,8 @@ ONE_AT_A_TIME: tuple[dict[str, Any], ...] = (
     {"router": "cosine"},
     {"router": "pool"},
     {"router": "random"},
+    {"coverage": False},
+    {"router": "random", "coverage": False},
     {"members": 1},
     {"neighbours": 1},
     {"members": 1, "neighbours": 1},
@@ -62,9 +64,11 @@ def main() -> None:
     with torch.inference_mode():
         reference = images(dit, args.reference_steps)
         control_steps = [args.steps, args.steps // 2, args.steps // 3, args.steps // 4]
-        gmacs = compute_section(dcconvert.convert(dit, 1), planner_of(dcconvert.convert(dit, 1), sampler), sampler.taus)
+        unchanged = dcconvert.convert(dit, 1)
+        gmacs = compute_section(unchanged, planner_of(unchanged, sampler), sampler.taus)
+        one_step = gmacs["original_gmacs"]
         rows: list[dict[str, Any]] = [
-            {"name": "original", "steps": n, "gmacs": n * gmacs["original_gmacs"], "psnr": psnr_mean(images(dit, n), reference)}
+            {"name": "original", "steps": n, "gmacs": n * one_step, "psnr": psnr_mean(images(dit, n), reference)}
             for n in control_steps
         ]
         for change in ONE_AT_A_TIME:

@@ -62,10 +62,12 @@ def demo() -> str:
     images = {row["name"]: row for row in result["fidelity"]["images"]["rows"] if row["psnr"] is not None}
     rows = [[name, f"{row['gmacs']:.1f}", f"{row['psnr']:.1f}"] for name, row in images.items()]
     text = markdown(["shipped model, 4x", "GMACs an image", "PSNR to the original with 200 steps, dB"], rows)
+    before, after = latency["original_ms"]["median"], latency["converted_ms"]["median"]
+    count = result["fidelity"]["images"]["count"]
     return (
-        f"{text}\nOne step at batch {latency['batch']} on ONNX Runtime: {latency['original_ms']['median']:.1f} ms before, "
-        f"{latency['converted_ms']['median']:.1f} ms after, {latency['speedup']:.2f} times faster for "
-        f"{compute['ratio']:.2f} times fewer operations. {result['fidelity']['images']['count']} images.\n{machine_note(result)}"
+        f"{text}\nOne step at batch {latency['batch']} on ONNX Runtime: {before:.1f} ms before, {after:.1f} ms after, "
+        f"{latency['speedup']:.2f} times faster for {compute['ratio']:.2f} times fewer operations. {count} images.\n"
+        f"{machine_note(result)}"
     )
 
 
@@ -73,8 +75,8 @@ def scale() -> str:
     result = read("scale_xl")
     row = result["rows"][0]
     return (
-        f"{row['model']} ({row['parameters'] / 1e6:.0f} M parameters, {row['checkpoint_gb']:.1f} GB in fp32) converts, verifies "
-        f"and exports in {row['seconds']:.0f} s with a peak memory of {row['peak_memory_gb']:.1f} GB, "
+        f"{row['model']} ({row['parameters'] / 1e6:.0f} M parameters, {row['checkpoint_gb']:.1f} GB in fp32) converts, "
+        f"verifies and exports in {row['seconds']:.0f} s with a peak memory of {row['peak_memory_gb']:.1f} GB, "
         f"{row['peak_memory_over_checkpoint']:.2f} times the checkpoint.\n{machine_note(result)}"
     )
 

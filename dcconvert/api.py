@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dcconvert.checkpoint import LoadedDiT
 from dcconvert.dit import DiT
 from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.bundle import FORMAT_VERSION, MANIFEST, ONNX, new_folder, read_bundle, write_json, write_model
@@ -31,12 +32,22 @@ DEFAULT_STEPS = 50
 
 
 class Converted(ChunkedModel):
-    """A ChunkedModel that can be written as a bundle."""
+    """A ChunkedModel that can be written as a bundle.
+
+    `facts` go into the bundle's manifest; of a DiT from a checkpoint they say how to sample it.
+    """
+
+    facts: dict[str, Any]
 
     @classmethod
-    def of(cls, model: ChunkedModel) -> Converted:
+    def of(cls, model: ChunkedModel, facts: dict[str, Any]) -> Converted:
         parts = (model.route_graph, model.denoise_graph, model.original_graph, model.spec, model.options)
-        return cls(*parts, model.schedule, model.records)
+        made = cls(*parts, model.schedule, model.records)
+        made.facts = facts
+        return made
+
+    def with_schedule(self, schedule: Schedule) -> Converted:
+        return self.of(super().with_schedule(schedule), self.facts)
 
     def ladder(self, batches: Sequence[int] = DEFAULT_BATCHES, steps: int = DEFAULT_STEPS) -> Ladder:
         """Buckets for batch sizes and a sampling run of `steps` evenly spaced noise levels."""
@@ -51,7 +62,7 @@ class Converted(ChunkedModel):
             rungs = self.ladder(batches)
             write_model(self, work)
             export_onnx(self, work / ONNX)
-            write_json(manifest(self, rungs), work / MANIFEST)
+            write_json(manifest(self, rungs, **self.facts), work / MANIFEST)
         return target
 
 
@@ -88,8 +99,7 @@ def convert(
         if not isinstance(module, DiT):
             raise UsageError(f"example_inputs are needed to capture a {type(module).__name__}: give one call's inputs")
         example_inputs = dit_inputs(module, EXAMPLE_BATCH)
-    by_name = isinstance(example_inputs, Mapping)
-    args: Sequence[Any] = () if by_name else example_inputs  # type: ignore[assignment]  (narrowed by by_name)
+    args: Sequence[Any] = () if isinstance(example_inputs, Mapping) else example_inputs
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     model = rewrite(
         module,
@@ -101,12 +111,23 @@ def convert(
         timestep_scale=timestep_scale,
         dump=dump_graphs,
     )
-    return Converted.of(model)
+    return Converted.of(model, sampling_facts(module, DEFAULT_STEPS))
+
+
+def sampling_facts(module: nn.Module, steps: int) -> dict[str, Any]:
+    """What a manifest says about sampling: for a DiT that came from a checkpoint, nothing for other modules."""
+    if not isinstance(module, LoadedDiT):
+        return {}
+    info = module.checkpoint_info
+    sampler = {"prediction": info.prediction, "steps": steps, "class_names": info.class_names}
+    return {"sampler": sampler, "config": module.cfg.as_dict()}
 
 
 def load(folder: str | Path) -> Converted:
     """Read a bundle back as a torch module."""
-    return Converted.of(read_bundle(Path(folder)).model)
+    bundle = read_bundle(Path(folder))
+    facts = {name: bundle.manifest[name] for name in ("sampler", "config") if name in bundle.manifest}
+    return Converted.of(bundle.model, facts)
 
 
 def dit_inputs(model: DiT, batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

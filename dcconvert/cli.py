@@ -23,7 +23,7 @@ CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_w
 DEFAULTS = Options()
 
 
-class Ratio(click.ParamType):
+class Ratio(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only
     """4x, 4 or 2.5x."""
 
     name = "ratio"
@@ -84,10 +84,16 @@ def commands() -> None:
 @click.option("--ratio", required=True, type=Ratio(), help="Tokens divided by kept tokens: 4x, 4, 2.5x; 1 keeps all.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Bundle folder [MODEL-dc4x beside you].")
 @click.option("--schedule", default="constant", show_default=True, type=click.Choice(KINDS))
-@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Batch size to export for; repeatable [1, 8].")
+@click.option(
+    "--batch", "batches", multiple=True, type=click.IntRange(1), help="Batch size to export for; repeatable [1, 8]."
+)
 @click.option("--steps", default=50, show_default=True, type=click.IntRange(1), help="Sampling steps of a run.")
-@click.option("--images", default=16, show_default=True, type=click.IntRange(0), help="Images for the fidelity figures.")
-@click.option("--reference-steps", default=200, show_default=True, type=click.IntRange(1), help="Steps of the reference.")
+@click.option(
+    "--images", default=16, show_default=True, type=click.IntRange(0), help="Images for the fidelity figures."
+)
+@click.option(
+    "--reference-steps", default=200, show_default=True, type=click.IntRange(1), help="Steps of the reference."
+)
 @click.option("--threads", default=0, type=click.IntRange(0), help="Threads [one a core].")
 @click.option("--no-measure", is_flag=True, help="Skip latency, memory and fidelity.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -175,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words and words[0] not in known:
         near = difflib.get_close_matches(words[0], commands.commands, 1)
         if near and not Path(words[0]).exists():
-            fail(f"there is no command and no file '{words[0]}': did you mean 'dcconvert {near[0]}'?", UsageError.exit_code)
+            message = f"there is no command and no file '{words[0]}': did you mean 'dcconvert {near[0]}'?"
+            fail(message, UsageError.exit_code)
         words.insert(0, "convert")
     try:
         commands.main(args=words or ["--help"], prog_name="dcconvert", standalone_mode=False, obj=given)

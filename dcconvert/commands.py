@@ -20,11 +20,11 @@ from dcconvert.checkpoint import load_checkpoint
 from dcconvert.dit import DiTConfig
 from dcconvert.evaluate import Runtime, compute_section, fidelity, latency_section, memory_section, torch_step
 from dcconvert.export.bundle import Bundle, read_bundle, writable, write_whole
-from dcconvert.export.session import CPU, OrtModel
+from dcconvert.export.session import OrtModel
 from dcconvert.figures import save_comparison
 from dcconvert.passes.capture import capture
 from dcconvert.passes.errors import DcconvertError, UsageError
-from dcconvert.passes.infra import Options, Program, dump_graphs, module_path, run_passes
+from dcconvert.passes.infra import Options, Program, module_path, run_passes
 from dcconvert.passes.model import StepPlanner
 from dcconvert.passes.normalise import Normalise
 from dcconvert.passes.pipeline import PIPELINE
@@ -44,7 +44,9 @@ def shipped_model() -> Path:
     return path
 
 
-def inspect_checkpoint(path: Path, options: Options, console: Console, *, dump_graphs: Path | None, **read: Any) -> None:
+def inspect_checkpoint(
+    path: Path, options: Options, console: Console, *, dump_graphs: Path | None, **read: Any
+) -> None:
     """Print what was recognised, the cut points and what the passes would do, or why they would not."""
     dit = load_checkpoint(path, **read)
     info, config = dit.checkpoint_info, dit.cfg
@@ -77,7 +79,8 @@ def inspect_checkpoint(path: Path, options: Options, console: Console, *, dump_g
 def print_cuts(program: Program, console: Console) -> None:
     """The cut points of the token stream, block boundaries and trunk marked."""
     stream, (start, end) = program.found_stream(), program.found_trunk()
-    table = Table(title=f"{len(stream.cuts)} cut points on {stream.grid[0]}x{stream.grid[1]} tokens", title_justify="left")
+    title = f"{len(stream.cuts)} cut points on {stream.grid[0]}x{stream.grid[1]} tokens"
+    table = Table(title=title, title_justify="left")
     for column in ("node", "op", "module", ""):
         table.add_column(column)
     numbers = {node: i for i, node in enumerate(stream.boundaries)}
@@ -198,7 +201,10 @@ def evaluate_bundle(
     report: dict[str, Any] = {
         "command": f"dcconvert evaluate {folder}",
         "model": {"tokens": bundle.model.spec.tokens},
-        "conversion": {**bundle.manifest["conversion"], "kept_tokens_mean": bundle.model.spec.tokens / planner.schedule.ratio},
+        "conversion": {
+            **bundle.manifest["conversion"],
+            "kept_tokens_mean": bundle.model.spec.tokens / planner.schedule.ratio,
+        },
         "compute": compute,
         "machine": machine(),
     }

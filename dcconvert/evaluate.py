@@ -38,7 +38,9 @@ class Runtime:
     original: Any  # an InferenceSession
 
     @classmethod
-    def open(cls, model: ChunkedModel, planner: StepPlanner, ladder: Ladder, onnx: Path, work: Path, threads: int) -> Runtime:
+    def open(
+        cls, model: ChunkedModel, planner: StepPlanner, ladder: Ladder, onnx: Path, work: Path, threads: int
+    ) -> Runtime:
         """Sessions over a bundle's files; the original is exported to `work` if it is not there."""
         original = work / "original.onnx"
         if not original.exists():
@@ -113,7 +115,9 @@ def latency_section(
         return lambda: converted(arrays)
 
     sections = []
-    candidates: dict[str, Callable[[], Any]] = {"original": lambda: runtime.original.run(None, pick(runtime.original, feed))}
+    candidates: dict[str, Callable[[], Any]] = {
+        "original": lambda: runtime.original.run(None, pick(runtime.original, feed))
+    }
     candidates |= {name: on_ort(values) for name, values in feeds.items()}
     tick("ONNX Runtime")
     times = interleaved(candidates, runs, tick=lambda: tick("ONNX Runtime"))
@@ -151,7 +155,7 @@ def latency_row(
     compute: dict[str, Any],
 ) -> dict[str, Any]:
     """One row of the latency table: run averages, weighted by how many steps use each bucket."""
-    weighted = sum(np.asarray(times[name]) * weight for name, weight in weights.items())
+    weighted = np.sum([np.asarray(times[name]) * weight for name, weight in weights.items()], axis=0)
     speedup = float(np.median(times["original"]) / np.median(weighted))
     flop_ratio = compute["original_gmacs"] / sum(gmacs[name] * weight for name, weight in weights.items())
     return {

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dcconvert.api import Converted, convert, export_onnx, machine, manifest
+from dcconvert.api import Converted, convert, export_onnx, machine, manifest, sampling_facts
 from dcconvert.checkpoint import Checkpoint, LoadedDiT, load_checkpoint
 from dcconvert.evaluate import Fidelity, Runtime, compute_section, fidelity, latency_section, memory_section
 from dcconvert.export.buckets import Ladder, ladder
@@ -107,9 +107,9 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
         else:
             report["limits"].append("Latency, memory and fidelity were not measured (--no-measure).")
         write_report(work, report, figures)
-        facts = {"command": settings.command, "source": report["source"], "sampler": sampler_facts(settings, info)}
+        facts = {"command": settings.command, "source": report["source"], **sampling_facts(dit, settings.steps)}
         parity = {check.name: check.value for check in checks}
-        write_json(manifest(model, rungs, **facts, parity=parity, config=dit.cfg.as_dict()), work / MANIFEST)
+        write_json(manifest(model, rungs, **facts, parity=parity), work / MANIFEST)
     return report
 
 
@@ -156,14 +156,10 @@ def describe(settings: Settings, dit: LoadedDiT, model: Converted, rungs: Ladder
         "limits": [
             *([ASSUMED] if info.prediction_assumed else []),
             "Mode chunk drops tokens without training: its images are worse than those of the original with fewer "
-            "steps at equal compute. It is the starting point for upcycling, not a finished model."
+            "steps at equal compute. It is the starting point for upcycling, not a finished model.",
         ],
         "machine": machine(),
     }
-
-
-def sampler_facts(settings: Settings, info: Checkpoint) -> dict[str, Any]:
-    return {"prediction": info.prediction, "steps": settings.steps, "class_names": info.class_names}
 
 
 def measure(
@@ -194,8 +190,8 @@ def measure(
             return {}
         if needed > IMAGE_BUDGET_S:
             report["limits"].append(
-                f"Fidelity was not measured: {settings.images} images would take about {needed / 60:.0f} minutes on this "
-                "machine; run 'dcconvert evaluate' on the bundle with --images to do it."
+                f"Fidelity was not measured: {settings.images} images would take about {needed / 60:.0f} minutes on "
+                "this machine; run 'dcconvert evaluate' on the bundle with --images to do it."
             )
             return {}
         with stages.stage("compare images") as tick:

@@ -127,8 +127,8 @@ def cards(report: dict[str, Any]) -> str:
     model, conversion = report.get("model", {}), report.get("conversion", {})
     items = [(f"{model.get('tokens', 0)} → {conversion.get('kept_tokens_mean', 0):.0f}", "tokens in the trunk (mean)")]
     for row in report.get("latency", [])[:1]:
-        items.append((f"{row['speedup']:.2f}×", f"faster step, {row['runtime']}, batch {row['batch']}"))
-        items.append((f"{row['flop_ratio']:.2f}×", "fewer operations (the bound)"))
+        items.append((f"{row['speedup']:.2f}x", f"faster step, {row['runtime']}, batch {row['batch']}"))
+        items.append((f"{row['flop_ratio']:.2f}x", "fewer operations (the bound)"))
     checks = report.get("checks", [])
     if checks:
         items.append((f"{sum(c['passed'] for c in checks)} of {len(checks)}", "checks passed"))
@@ -143,7 +143,8 @@ def samples_section(figures: dict[str, bytes]) -> str:
 def picture(png: bytes, caption: str, pixels: bool = False) -> str:
     data, text = base64.b64encode(png).decode(), html.escape(caption)
     kind = ' class="pixels"' if pixels else ""
-    return f'<figure><img{kind} alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+    image = f'<img{kind} alt="{text}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
 
 
 def checks_section(report: dict[str, Any]) -> str:
@@ -190,7 +191,9 @@ def compute_section(report: dict[str, Any]) -> str:
     ]
     taus = [step["tau"] for step in compute["per_step"]]
     plot = line_plot(
-        "kept tokens", "noise level (1 = noise, 0 = clean)", {"kept tokens": (taus, [s["kept"] for s in compute["per_step"]])}
+        "kept tokens",
+        "noise level (1 = noise, 0 = clean)",
+        {"kept tokens": (taus, [s["kept"] for s in compute["per_step"]])},
     )
     note = "<p>GMACs: billions of multiply-accumulates, which the DiT paper calls Gflops.</p>"
     return section("Compute", note, table(["", "GMACs"], rows), picture(plot, "Kept tokens over a sampling run."))
@@ -206,9 +209,10 @@ def fidelity_section(report: dict[str, Any]) -> str:
         for row in images["rows"]
         if row["psnr"] is not None
     ]
+    kind = "latents" if images["latents"] else "images"
     note = (
-        f"<p>PSNR of {images['count']} final {'latents' if images['latents'] else 'images'} against {html.escape(images['reference'])}, same seeds, mean over the "
-        "samples. The original with fewer steps is what anybody can have without converting anything.</p>"
+        f"<p>PSNR of {images['count']} final {kind} against {html.escape(images['reference'])}, same seeds, mean over "
+        "the samples. The original with fewer steps is what anybody can have without converting anything.</p>"
     )
     plot = line_plot(
         "relative error of one step",
@@ -251,7 +255,8 @@ def buckets_section(report: dict[str, Any]) -> str:
         return ""
     names = ("batch", "tokens", "rows", "row_tokens", "tile")
     rows = [[number(bucket[name], 0) for name in names] for bucket in buckets["rungs"]]
-    note = f"<p>Static shapes of the exported model. Expected padding: {buckets['expected_waste']:.1%} of the kept tokens.</p>"
+    waste = f"{buckets['expected_waste']:.1%} of the kept tokens"
+    note = f"<p>Static shapes of the exported model. Expected padding: {waste}.</p>"
     return section("Buckets", note, table(["batch", "packed tokens", "rows", "tokens a row", "tile"], rows))
 
 

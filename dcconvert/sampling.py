@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from dcconvert.passes.errors import UsageError
@@ -33,14 +34,18 @@ class Sampler:
             self.scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_STEPS, shift=1.0)
             self.scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
         elif prediction == "eps":
-            self.scheduler = DDIMScheduler(
+            if steps > TRAIN_STEPS:
+                raise UsageError(f"{steps} sampling steps: a model that predicts noise has {TRAIN_STEPS} at most")
+            # Of first order this is DDIM. DDIMScheduler itself misses the next timestep where 1000 / steps is no
+            # integer.
+            self.scheduler = DPMSolverMultistepScheduler(
                 num_train_timesteps=TRAIN_STEPS,
                 beta_start=1e-4,
                 beta_end=0.02,
                 beta_schedule="linear",
-                clip_sample=False,
-                set_alpha_to_one=True,
+                solver_order=1,
                 timestep_spacing="trailing",
+                final_sigmas_type="zero",
             )
             self.scheduler.set_timesteps(steps)
         else:
@@ -74,8 +79,7 @@ class Sampler:
         """
         if guidance != 1 and null_class is None:
             raise UsageError("guidance needs a model with an unconditional class")
-        scheduler = self.scheduler
-        scheduler.set_begin_index(0) if self.prediction == "flow" else None
+        scheduler = copy.deepcopy(self.scheduler)  # it counts the steps it has made
         x = noise
         for i, t in enumerate(scheduler.timesteps):
             x = scheduler.step(self._predict(step, x, float(t), labels, guidance, null_class), t, x).prev_sample

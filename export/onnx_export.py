@@ -20,6 +20,7 @@ from dcconvert.passes.plan import Plan
 from dcconvert.passes.spec import SCORES_NAME
 
 EXTERNAL_DATA_BYTES = 1_000_000_000  # above this, weights go to a file of their own beside the graph
+STACK_TRACE = "pkg.torch.onnx.stack_trace"  # what the exporter notes at every node: paths of this machine
 
 # Names of the symbolic axes of every input of `denoise` that the plan makes.
 PLAN_AXES: dict[str, tuple[str, ...]] = {
@@ -94,6 +95,8 @@ def export_graph(
             raise CheckFailedError(
                 f"the ONNX exporter gave nothing to write to {path.name}; this is a bug of dcconvert"
             )
+        for node in exported.model.graph.all_nodes():
+            node.metadata_props.pop(STACK_TRACE, None)
         exported.save(str(path), external_data=size > EXTERNAL_DATA_BYTES)
 
 

@@ -169,7 +169,7 @@ def output_names(outputs: Any) -> list[str]:
 
 
 def as_array(value: Any) -> np.ndarray:
-    return np.ascontiguousarray(value.numpy() if isinstance(value, Tensor) else value)
+    return np.ascontiguousarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value)
 
 
 def as_arrays(values: dict[str, Tensor]) -> dict[str, np.ndarray]:

@@ -29,8 +29,8 @@ class NumericGate:
             error = float((got - want).double().norm() / want.double().norm().clamp_min(1e-12))
             if not error <= tolerance:
                 raise CheckFailedError(
-                    f"{after} changed the model's output by {error:.2g} (at most {tolerance:g} is rounding) on the example "
-                    "inputs: they hold values that are not finite, or this is a bug of dcconvert"
+                    f"{after} changed the model's output by {error:.2g} (at most {tolerance:g} is rounding) on the "
+                    "example inputs: they hold values that are not finite, or this is a bug of dcconvert"
                 )
 
 

@@ -31,6 +31,7 @@ class Options:
     packing: str = "rows"
     members: int = 4
     neighbours: int = 4
+    coverage: bool = True
     seed: int = 0
 
 

@@ -27,7 +27,7 @@ class StepPlanner:
         self.options = options
         schedule.check(spec.tokens)
         self.schedule = schedule
-        self.planner = Planner(spec.grid, options.members, options.neighbours, options.packing)
+        self.planner = Planner(spec.grid, options.members, options.neighbours, options.packing, options.coverage)
 
     def counts(self, timesteps: np.ndarray | None, batch: int) -> np.ndarray:
         """Kept tokens of each of `batch` samples at their timesteps (scalar, [1] or [B])."""
@@ -86,7 +86,7 @@ class ChunkedModel(nn.Module):
     def with_schedule(self, schedule: Schedule) -> ChunkedModel:
         """The same weights and graphs under another schedule."""
         parts = (self.route_graph, self.denoise_graph, self.original_graph, self.spec, self.options)
-        return type(self)(*parts, schedule, self.records)
+        return ChunkedModel(*parts, schedule, self.records)
 
     def flat_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's inputs by name; UsageError if it is not shaped like the call that was captured."""

@@ -163,6 +163,18 @@ def test_tied_and_strided_tensors_fit_into_safetensors(tiny, tmp_path):
     assert found["table"].data_ptr() == table.data_ptr()
 
 
+def test_a_model_with_tied_weights_runs_bit_for_bit_after_files(tmp_path):
+    blocks = [Block() for _ in range(3)]
+    blocks[2].qkv.weight = blocks[0].qkv.weight  # head and tail: on both sides of the split
+    blocks[1].mlp = blocks[0].mlp
+    model = rewrite(TinyModel(blocks), tiny_inputs(), {}, Options(), HALF)
+    back = through_files(model, tmp_path)
+    inputs = tiny_inputs()
+    with torch.no_grad():
+        assert_same(back(*inputs), model(*inputs))
+        assert_same(back.original(*inputs), model.original(*inputs))
+
+
 def test_tensors_after_a_change_of_dtype():
     model = rewrite(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, Options(), HALF).double()
     found = model_tensors(model)  # every graph has its own copy of a buffer by now
