@@ -1,6 +1,6 @@
 """Make the pictures of the README and the model card.
 
-    dcconvert demo --force && python -m benchmarks.pictures demo
+dcconvert demo --force && python -m benchmarks.pictures demo
 """
 
 from __future__ import annotations

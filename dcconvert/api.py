@@ -126,7 +126,7 @@ def sampling_facts(module: nn.Module, steps: int) -> dict[str, Any]:
 def load(folder: str | Path) -> Converted:
     """Read a bundle back as a torch module."""
     bundle = read_bundle(Path(folder))
-    facts = {name: bundle.manifest[name] for name in ("sampler", "config") if name in bundle.manifest}
+    facts: dict[str, Any] = {name: bundle.manifest[name] for name in ("sampler", "config") if name in bundle.manifest}
     return Converted.of(bundle.model, facts)
 
 

@@ -45,7 +45,7 @@ CAPTIONS = {
 def write_report(folder: Path, report: dict[str, Any], figures: dict[str, bytes]) -> None:
     """Write report.json, report.html and the figures (PNG data by name) into `folder`."""
     (folder / "report.json").write_text(report_json(report))
-    (folder / "report.html").write_text(page(without_nan(report), figures))
+    (folder / "report.html").write_text(page(without_nan(report), figures), encoding="utf-8")
     for name, png in figures.items():
         (folder / f"{name}.png").write_bytes(png)
 
@@ -205,9 +205,9 @@ def fidelity_section(report: dict[str, Any]) -> str:
         return ""
     errors, images = result["velocity_error"], result["images"]
     rows = [
-        [row["name"], number(row["steps"], 0), number(row["gmacs"]), number(row["psnr"], 3)]
+        [row["name"], number(row["steps"], 0), number(row["gmacs"]), "not finite" if row["psnr"] is None else number(row["psnr"], 3)]
         for row in images["rows"]
-        if row["psnr"] is not None
+        if row["name"] != images["reference"]
     ]
     kind = "latents" if images["latents"] else "images"
     note = (
@@ -312,9 +312,9 @@ def terminal_table(report: dict[str, Any]) -> Table:
         result.add_row("peak memory", f"{before:.0f} MB", f"{after:.0f} MB", f"{before / after:.2f}x")
     images = report.get("fidelity", {}).get("images", {})
     for row in images.get("rows", []):
-        if row["psnr"] is not None:
-            converted = row["name"].startswith("converted")
-            cells = ("", f"{row['psnr']:.1f} dB") if converted else (f"{row['psnr']:.1f} dB", "")
+        if row["name"] != images["reference"]:
+            ratio = "not finite" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
+            cells = ("", ratio) if row["name"].startswith("converted") else (ratio, "")
             result.add_row(f"PSNR, {row['name']}", *cells, "")
     if "buckets" in report:
         result.add_row("padding in the buckets, expected", "", f"{report['buckets']['expected_waste']:.1%}", "")

@@ -95,7 +95,7 @@ def export_graph(
             raise CheckFailedError(
                 f"the ONNX exporter gave nothing to write to {path.name}; this is a bug of dcconvert"
             )
-        for node in exported.model.graph.all_nodes():
+        for node in exported.model.graph:
             node.metadata_props.pop(STACK_TRACE, None)
         exported.save(str(path), external_data=size > EXTERNAL_DATA_BYTES)
 

@@ -20,6 +20,7 @@ import os
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def load_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(x.astype(np.float32) / 127.5 - 1), torch.from_numpy(y.astype(np.int64))
 
 
-def flow_loss(model: nn.Module, x0: Tensor, y: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+def flow_loss(model: Callable[..., Tensor], x0: Tensor, y: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     s = sigma.view(-1, 1, 1, 1)
     with torch.autocast("cpu", torch.bfloat16):
         v = model((1 - s) * x0 + s * noise, 1000 * sigma, y)
@@ -130,7 +131,7 @@ class Trainer:
         self.generator.set_state(state["generator"])
         self.step, self.seen, self.seconds = state["counters"]
 
-    def train_step(self, forward: nn.Module, data: Tensor, labels: Tensor) -> float:
+    def train_step(self, forward: Callable[..., Tensor], data: Tensor, labels: Tensor) -> float:
         batch = self.args.batch
         pick = torch.randint(len(data), (batch,), generator=self.generator)
         x0, y = data[pick], labels[pick].clone()

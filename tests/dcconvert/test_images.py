@@ -107,7 +107,7 @@ def test_captions_stand_above_their_pictures():
     pixels = np.asarray(sheet)
     assert (pixels[CAPTION : CAPTION + 10, :30] == [255, 0, 0]).all()
     assert (pixels[-GAP - 20 : -GAP] == [0, 0, 255]).all()
-    assert (pixels[:CAPTION] == 0).all(axis=2).any()  # some ink
+    assert (pixels[:CAPTION] < 128).any()  # some ink
 
 
 def test_dropped_tokens_are_dark_blue():
@@ -129,9 +129,13 @@ def test_png():
 def test_latents_decode_to_pixels(tmp_path: Path):
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4, **{
-        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2
-    })  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        latent_channels=4,
+    )
     vae.save_pretrained(tmp_path)
     x = torch.randn(5, 4, 4, 4)
     with torch.no_grad():

@@ -169,6 +169,7 @@ def test_a_model_with_tied_weights_runs_bit_for_bit_after_files(tmp_path):
     blocks[1].mlp = blocks[0].mlp
     model = rewrite(TinyModel(blocks), tiny_inputs(), {}, Options(), HALF)
     back = through_files(model, tmp_path)
+    model.requires_grad_(False)  # as those from files: torch may choose another kernel for weights in training
     inputs = tiny_inputs()
     with torch.no_grad():
         assert_same(back(*inputs), model(*inputs))
