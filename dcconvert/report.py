@@ -128,7 +128,7 @@ def cards(report: dict[str, Any]) -> str:
     items = [(f"{model.get('tokens', 0)} → {conversion.get('kept_tokens_mean', 0):.0f}", "tokens in the trunk (mean)")]
     for row in report.get("latency", [])[:1]:
         items.append((f"{row['speedup']:.2f}x", f"faster step, {row['runtime']}, batch {row['batch']}"))
-        items.append((f"{row['flop_ratio']:.2f}x", "fewer operations (the bound)"))
+        items.append((f"{row['flop_ratio']:.2f}x", "fewer operations"))
     checks = report.get("checks", [])
     if checks:
         items.append((f"{sum(c['passed'] for c in checks)} of {len(checks)}", "checks passed"))
@@ -205,7 +205,12 @@ def fidelity_section(report: dict[str, Any]) -> str:
         return ""
     errors, images = result["velocity_error"], result["images"]
     rows = [
-        [row["name"], number(row["steps"], 0), number(row["gmacs"]), "not finite" if row["psnr"] is None else number(row["psnr"], 3)]
+        [
+            row["name"],
+            number(row["steps"], 0),
+            number(row["gmacs"]),
+            Number("not finite") if row["psnr"] is None else number(row["psnr"], 3),
+        ]
         for row in images["rows"]
         if row["name"] != images["reference"]
     ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dcconvert import job
+from dcconvert import api, job
 from dcconvert.api import Converted
 from dcconvert.evaluate import Runtime
 from dcconvert.export.bundle import Bundle, read_bundle
@@ -36,7 +35,7 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> MainJob:
     folder = tmp_path_factory.mktemp("main")
     checkpoint = write_checkpoint(folder / "tiny.safetensors")
     models: list[Converted] = []
-    convert = job.convert
+    convert = api.convert
 
     def remember(*args: Any, **options: Any) -> Converted:
         models.append(convert(*args, **options))
@@ -66,7 +65,7 @@ def original_onnx(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture
-def runtime(bundle: Bundle, original_onnx: Path) -> Iterator[Runtime]:
-    yield Runtime.open(
+def runtime(bundle: Bundle, original_onnx: Path) -> Runtime:
+    return Runtime.open(
         bundle.model, bundle.model.step_planner, bundle.ladder, bundle.onnx, original_onnx.parent, threads=1
     )

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dcconvert import figures
+from dcconvert import figures, images
 from dcconvert.evaluate import Fidelity
-from dcconvert.figures import COLUMNS, MAGNIFY, MAPS, MOMENTS, chunk_map_figure, sample_figure, save_comparison
+from dcconvert.figures import MAGNIFY, MAPS, MOMENTS, chunk_map_figure, save_comparison
 from dcconvert.images import CAPTION, GAP
 from dcconvert.passes.errors import UsageError
 
@@ -32,7 +32,7 @@ def size(columns: int, rows: int, side: int) -> tuple[int, int, int]:
 def captions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The captions that are drawn."""
     seen: list[str] = []
-    draw = figures.captioned_rows
+    draw = images.captioned_rows
 
     def spy(rows: Mapping[str, Image.Image]) -> Image.Image:
         seen.extend(rows)
@@ -65,7 +65,7 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
 
     (tmp_path / "s.png").write_text("old")
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(UsageError, match="cannot write .*: No space left on device"):
+    with pytest.raises(UsageError, match=r"cannot write .*: No space left on device"):
         save_comparison({"one": torch.zeros(1, 1, 8, 8)}, tmp_path / "s.png", None)
     assert [path.name for path in tmp_path.iterdir()] == ["s.png"]
     assert (tmp_path / "s.png").read_text() == "old"

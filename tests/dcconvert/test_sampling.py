@@ -72,7 +72,9 @@ def test_learned_variances_are_ignored(prediction, noise):
 
 @pytest.mark.parametrize("prediction", ["flow", "eps"])
 def test_the_model_sees_the_times_that_are_announced(prediction, noise):
-    sampler, seen, done = Sampler(prediction, 4), [], []
+    sampler = Sampler(prediction, 4)
+    seen: list[float] = []
+    done: list[int] = []
 
     def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         assert t.shape == (3,)
