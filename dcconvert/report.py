@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
 from rich.table import Table
 
-matplotlib.use("Agg")
-
-# Okabe and Ito's palette, told apart by colour-blind readers.
-BLUE, ORANGE, GREEN, GREY = "#0072b2", "#e69f00", "#009e73", "#777777"
+from dcconvert import plots
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -29,12 +23,23 @@ th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--
 td.number, th.number { text-align: right; white-space: nowrap }
 .wide { overflow-x: auto } figure { margin: 1rem 0 } figcaption { font-size: .9rem; opacity: .8 }
 img { max-width: 100%; height: auto; background: #fff } img.pixels { image-rendering: pixelated }
-.pass { color: #0a7d4f } .fail { color: #c4320a; font-weight: 700 }
+.pass, .fail { color: #fff; border-radius: .3rem; padding: .05rem .45rem; white-space: nowrap }
+.pass, .fail { print-color-adjust: exact }
+.pass { background: #006d50 } .fail { background: #b03a00; font-weight: 700 }
 .cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0 }
 .card { background: var(--soft); border-radius: .5rem; padding: .6rem 1rem; min-width: 9rem }
 .card b { display: block; font-size: 1.35rem } code { overflow-wrap: anywhere }
+td:last-child:not(.number) { overflow-wrap: anywhere; min-width: 9rem }
 @media print { body { max-width: none; margin: 0 } h2 { break-after: avoid } figure, tr { break-inside: avoid } }
 """
+
+# Names of facts that need a unit or more words than their key.
+FACTS = {
+    "grid": "token grid",
+    "gmacs": "GMACs a step and sample",
+    "kept_tokens_mean": "kept tokens a sample, mean",
+    "memory_gb": "memory, GB",
+}
 
 CAPTIONS = {
     "samples": "Final images, same seeds and classes in the same place.",
@@ -116,19 +121,24 @@ class Number(str):
     """A formatted number."""
 
 
-def number(value: float | None, digits: int = 3) -> Number:
+def number(value: float | None, digits: int = 3, missing: str = "not measured") -> Number:
     if value is None:
-        return Number("not measured")
+        return Number(missing)
     text = f"{value:,.0f}" if digits == 0 else f"{value:.{digits}g}" if abs(value) < 100 else f"{value:,.1f}"
     return Number(text)
+
+
+def shown(value: float | None, form: str, unit: str = "") -> str:
+    """A number in running text; `form` is a format specification."""
+    return "not measured" if value is None else f"{value:{form}}{unit}"
 
 
 def cards(report: dict[str, Any]) -> str:
     model, conversion = report.get("model", {}), report.get("conversion", {})
     items = [(f"{model.get('tokens', 0)} → {conversion.get('kept_tokens_mean', 0):.0f}", "tokens in the trunk (mean)")]
     for row in report.get("latency", [])[:1]:
-        items.append((f"{row['speedup']:.2f}x", f"faster step, {row['runtime']}, batch {row['batch']}"))
-        items.append((f"{row['flop_ratio']:.2f}x", "fewer operations"))
+        items.append((shown(row["speedup"], ".2f", "x"), f"faster step, {row['runtime']}, batch {row['batch']}"))
+        items.append((shown(row["flop_ratio"], ".2f", "x"), "fewer operations"))
     checks = report.get("checks", [])
     if checks:
         items.append((f"{sum(c['passed'] for c in checks)} of {len(checks)}", "checks passed"))
@@ -151,7 +161,8 @@ def checks_section(report: dict[str, Any]) -> str:
     rows = []
     for check in report.get("checks", []):
         badge = Markup('<span class="pass">passed</span>' if check["passed"] else '<span class="fail">failed</span>')
-        rows.append([badge, check["name"], number(check["value"]), number(check["tolerance"]), check["detail"]])
+        value = number(check["value"], missing="not finite")
+        rows.append([badge, check["name"], value, number(check["tolerance"]), check["detail"]])
     return section("Checks", table(["", "check", "value", "tolerance", "how"], rows))
 
 
@@ -162,20 +173,32 @@ def latency_section(report: dict[str, Any]) -> str:
             number(row["batch"], 0),
             milliseconds(row["original_ms"]),
             milliseconds(row["converted_ms"]),
-            number(row["speedup"]),
-            number(row["flop_ratio"]),
-            number(row["efficiency"]),
-            ", ".join(f"{stage} {value:.1f}" for stage, value in row.get("stages_ms", {}).items()),
+            Number(shown(row["speedup"], ".2f", "x")),
+            Number(shown(row["flop_ratio"], ".2f", "x")),
+            Number(shown(row["efficiency"], ".0%")),
+            ", ".join(f"{stage} {shown(value, '.1f')}" for stage, value in row.get("stages_ms", {}).items()),
         ]
         for row in report.get("latency", [])
     ]
-    headers = ["runtime", "batch", "original ms", "converted ms", "speed-up", "FLOP ratio", "reached", "stages, ms"]
-    note = "<p>One step, original and converted taking turns in one run: median (10th to 90th percentile).</p>"
-    return section("Latency", note, table(headers, rows)) if rows else ""
+    headers = ["runtime", "batch", "original, ms", "converted, ms", "speed-up", "FLOP ratio", "reached", "stages, ms"]
+    note = (
+        "<p>One step, original and converted taking turns in one run: median (10th to 90th percentile). Reached: "
+        "the speed-up as a share of the ratio of operations, which it would be if time went by operations alone.</p>"
+    )
+    drawn = [row for row in report.get("latency", []) if row["flop_ratio"] and all_measured(row)]
+    caption = "Latency of one step. Dashed: the original's, divided by the ratio of operations."
+    plot = picture(plots.latency_bars(drawn), caption) if drawn else ""
+    return section("Latency", note, table(headers, rows), plot) if rows else ""
+
+
+def all_measured(row: dict[str, Any]) -> bool:
+    times = (row[f"{model}_ms"] for model in ("original", "converted"))
+    return all(part[key] is not None for part in times for key in ("median", "p10", "p90"))
 
 
 def milliseconds(values: dict[str, Any]) -> Number:
-    return Number(f"{values['median']:.1f} ({values['p10']:.1f} to {values['p90']:.1f})")
+    middle, low, high = (shown(values[key], ".1f") for key in ("median", "p10", "p90"))
+    return Number(middle if values["median"] is None else f"{middle} ({low} to {high})")
 
 
 def compute_section(report: dict[str, Any]) -> str:
@@ -187,71 +210,51 @@ def compute_section(report: dict[str, Any]) -> str:
         ["original, one step a sample", number(compute["original_gmacs"])],
         [f"original, {run['steps']} steps a sample", number(run["original"])],
         [f"converted, {run['steps']} steps a sample", number(run["converted"])],
-        ["ratio", number(compute["ratio"])],
     ]
-    taus = [step["tau"] for step in compute["per_step"]]
-    plot = line_plot(
-        "kept tokens",
-        "noise level (1 = noise, 0 = clean)",
-        {"kept tokens": (taus, [s["kept"] for s in compute["per_step"]])},
+    note = (
+        f"<p>{shown(compute['ratio'], '.2f')} times fewer operations over a run. "
+        "GMACs: billions of multiply-accumulates, which the DiT paper calls Gflops.</p>"
     )
-    note = "<p>GMACs: billions of multiply-accumulates, which the DiT paper calls Gflops.</p>"
-    return section("Compute", note, table(["", "GMACs"], rows), picture(plot, "Kept tokens over a sampling run."))
+    plot = ""
+    if steps := compute.get("per_step"):
+        drawn = plots.spending(steps, report.get("model", {}).get("tokens"), compute["original_gmacs"])
+        plot = picture(drawn, "Kept tokens and GMACs of one sample over a sampling run.")
+    return section("Compute", note, table(["", "GMACs"], rows), plot)
 
 
 def fidelity_section(report: dict[str, Any]) -> str:
     result = report.get("fidelity")
     if not result:
         return ""
-    errors, images = result["velocity_error"], result["images"]
-    rows = [
-        [
-            row["name"],
-            number(row["steps"], 0),
-            number(row["gmacs"]),
-            Number("not finite") if row["psnr"] is None else number(row["psnr"], 3),
-        ]
-        for row in images["rows"]
-        if row["name"] != images["reference"]
-    ]
-    kind = "latents" if images["latents"] else "images"
+    parts = images_parts(result["images"]) if "images" in result else []
+    if curve := [point for point in result.get("velocity_error", []) if point["error"] is not None]:
+        caption = "Error of one step on the original's own trajectory: ||converted - original|| / ||original||."
+        parts.append(picture(plots.velocity_error(curve), caption))
+    return section("Fidelity to the original, without training", *parts)
+
+
+def images_parts(images: dict[str, Any]) -> list[str]:
+    """What the final images lost, beside the control: the original with fewer steps."""
+    kind = "latents" if images.get("latents") else "images"
     note = (
         f"<p>PSNR of {images['count']} final {kind} against {html.escape(images['reference'])}, same seeds, mean over "
         "the samples. The original with fewer steps is what anybody can have without converting anything.</p>"
     )
-    plot = line_plot(
-        "relative error of one step",
-        "noise level (1 = noise, 0 = clean)",
-        {"converted": ([e["tau"] for e in errors], [e["error"] for e in errors])},
-    )
-    caption = "Error of one step on the original's own trajectory: ||converted - original|| / ||original||."
-    return section(
-        "Fidelity to the original, without training",
-        note,
-        table(["", "steps", "GMACs an image", "PSNR, dB"], rows),
-        picture(plot, caption),
-    )
-
-
-def line_plot(ylabel: str, xlabel: str, lines: dict[str, tuple[list[float], list[float]]]) -> bytes:
-    figure = Figure(figsize=(7, 2.6), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for (name, (x, y)), colour in zip(lines.items(), (BLUE, ORANGE, GREEN, GREY), strict=False):
-        axes.plot(x, y, marker=".", color=colour, label=name)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.set_ylim(bottom=0)
-    axes.invert_xaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    compared = [row for row in images["rows"] if row["name"] != images["reference"]]
+    rows = [
+        [row["name"], number(row["steps"], 0), number(row["gmacs"]), number(row["psnr"], 3, missing="not finite")]
+        for row in compared
+    ]
+    drawn = [row for row in compared if row["psnr"] is not None]
+    caption = "Fidelity against compute. A converted model below the dashed line loses to fewer steps of the original."
+    plot = picture(plots.psnr_over_gmacs(drawn), caption) if drawn else ""
+    return [note, table(["", "steps", "GMACs an image", "PSNR, dB"], rows), plot]
 
 
 def memory_section(report: dict[str, Any]) -> str:
     rows = [[row["runtime"], row["model"], number(row["peak_mb"], 0)] for row in report.get("memory", [])]
     note = "<p>Peak resident memory of a fresh process that loads the model and runs one step.</p>"
-    return section("Memory", note, table(["runtime", "model", "MB"], rows)) if rows else ""
+    return section("Memory", note, table(["runtime", "model", "peak, MB"], rows)) if rows else ""
 
 
 def buckets_section(report: dict[str, Any]) -> str:
@@ -259,8 +262,8 @@ def buckets_section(report: dict[str, Any]) -> str:
     if not buckets:
         return ""
     names = ("batch", "tokens", "rows", "row_tokens", "tile")
-    rows = [[number(bucket[name], 0) for name in names] for bucket in buckets["rungs"]]
-    waste = f"{buckets['expected_waste']:.1%} of the kept tokens"
+    rows = [[number(bucket.get(name), 0, missing="") for name in names] for bucket in buckets["rungs"]]
+    waste = f"{shown(buckets['expected_waste'], '.1%')} of the kept tokens"
     note = f"<p>Static shapes of the exported model. Expected padding: {waste}.</p>"
     return section("Buckets", note, table(["batch", "packed tokens", "rows", "tokens a row", "tile"], rows))
 
@@ -287,9 +290,17 @@ def limits_section(report: dict[str, Any]) -> str:
 def origin_section(report: dict[str, Any]) -> str:
     facts = {**report.get("source", {}), **report.get("model", {}), "created": report.get("created")}
     facts |= {k: v for k, v in report.get("conversion", {}).items() if k != "passes"} | report.get("machine", {})
-    rows = [[name.replace("_", " "), value] for name, value in facts.items() if value is not None]
+    known = {name: fact(value) for name, value in facts.items() if value is not None}
+    rows = [[FACTS.get(name, name.replace("_", " ")), text] for name, text in known.items()]
     command = f"<p><code>{html.escape(report.get('command', ''))}</code></p>"
     return section("How this was made", command, table(["", ""], rows))
+
+
+def fact(value: Any) -> str:
+    """A value of the last table: sizes as 16 x 16, large counts with separators."""
+    if isinstance(value, list):
+        return " x ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def terminal_table(report: dict[str, Any]) -> Table:
@@ -305,12 +316,13 @@ def terminal_table(report: dict[str, Any]) -> Table:
     if compute:
         run = compute["run_gmacs"]
         name = f"GMACs an image, {run['steps']} steps"
-        result.add_row(name, f"{run['original']:.2f}", f"{run['converted']:.2f}", f"{compute['ratio']:.2f}x")
+        before, after = (shown(run[model], ".2f") for model in ("original", "converted"))
+        result.add_row(name, before, after, shown(compute["ratio"], ".2f", "x"))
     for row in report.get("latency", []):
         name = f"step, {row['runtime']}, batch {row['batch']}"
-        before, after = (f"{row[key]['median']:.1f} ms" for key in ("original_ms", "converted_ms"))
-        reached = f"{row['speedup']:.2f}x ({row['efficiency']:.0%} of {row['flop_ratio']:.2f}x)"
-        result.add_row(name, before, after, reached)
+        before, after = (shown(row[key]["median"], ".1f", " ms") for key in ("original_ms", "converted_ms"))
+        reached = f"{shown(row['efficiency'], '.0%')} of {shown(row['flop_ratio'], '.2f', 'x')}"
+        result.add_row(name, before, after, f"{shown(row['speedup'], '.2f', 'x')} ({reached})")
     memory = {row["model"]: row["peak_mb"] for row in report.get("memory", []) if row["peak_mb"]}
     if len(memory) == 2:
         before, after = memory["original"], memory["converted"]
@@ -319,10 +331,11 @@ def terminal_table(report: dict[str, Any]) -> Table:
     for row in images.get("rows", []):
         if row["name"] != images["reference"]:
             ratio = "not finite" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
-            cells = ("", ratio) if row["name"].startswith("converted") else (ratio, "")
+            cells = ("", ratio) if plots.is_converted(row) else (ratio, "")
             result.add_row(f"PSNR, {row['name']}", *cells, "")
     if "buckets" in report:
-        result.add_row("padding in the buckets, expected", "", f"{report['buckets']['expected_waste']:.1%}", "")
+        waste = shown(report["buckets"]["expected_waste"], ".1%")
+        result.add_row("padding in the buckets, expected", "", waste, "")
     checks = report.get("checks", [])
     if checks:
         result.add_row("checks passed", "", f"{sum(c['passed'] for c in checks)} of {len(checks)}", "")

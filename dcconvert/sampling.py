@@ -44,10 +44,10 @@ class Sampler:
                 beta_end=0.02,
                 beta_schedule="linear",
                 solver_order=1,
-                timestep_spacing="trailing",
                 final_sigmas_type="zero",
             )
-            self.scheduler.set_timesteps(steps)
+            # Trailing spacing, written out: the library's range of floats is one too long at 61 steps, 103 and others.
+            self.scheduler.set_timesteps(timesteps=[round(TRAIN_STEPS * (1 - i / steps)) - 1 for i in range(steps)])
         else:
             raise UsageError(f"unknown prediction '{prediction}': choose eps or flow")
         self.prediction = prediction

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,31 @@ def test_ddim_with_the_exact_noise_recovers_the_data(steps, data, noise):
 
     torch.testing.assert_close(Sampler("eps", steps).run(exact, start, LABELS), data, rtol=0, atol=2e-3)
     torch.testing.assert_close(Sampler("eps", steps).run(lambda *_: noise, start, LABELS), data, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 19, 30, 60, 61, 103, 200])
+def test_ddim_on_a_curved_path_is_ddim_written_out(steps, noise):
+    """Normal data with deviation 0.5: the expected noise is known, and a step to the wrong level shows."""
+
+    def expected(x: Tensor, share: float) -> Tensor:
+        return x * (1 - share) ** 0.5 / (0.25 * share + 1 - share)
+
+    sampler, x = Sampler("eps", steps), noise.double()
+    levels = [*map(alpha_bar, sampler.timesteps), 1.0]
+    for here, there in itertools.pairwise(levels):
+        error = expected(x, here)
+        x = there**0.5 * (x - (1 - here) ** 0.5 * error) / here**0.5 + (1 - there) ** 0.5 * error
+    found = sampler.run(lambda x, t, y: expected(x, alpha_bar(float(t[0]))), noise, LABELS)
+    torch.testing.assert_close(found.double(), x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["flow", "eps"])
+def test_as_many_timesteps_as_steps(prediction):
+    for steps in range(1, 1001, 20):  # 61 and 121 are among those that a range of floats gets wrong
+        taus = Sampler(prediction, steps).taus
+        assert len(taus) == steps
+        assert taus.min() >= 0
+        assert (np.diff(taus) < 0).all()
 
 
 @pytest.mark.parametrize("prediction", ["flow", "eps"])
