@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from dcconvert.passes.carry_plan import full_carry_plan
 from dcconvert.passes.errors import CheckFailedError
 from dcconvert.passes.infra import Program
 from dcconvert.passes.plan import Planner
@@ -23,9 +26,14 @@ class NumericGate:
         self.wanted = outputs(program)
 
     def __call__(self, program: Program, after: str) -> None:
-        found = outputs(program)[-len(self.wanted) :]
+        first = 0 if program.scores is None else 1  # the scores come before the model's own outputs
+        found = outputs(program)[first : first + len(self.wanted)]
         for got, want in zip(found, self.wanted, strict=True):
+            if not (isinstance(want, Tensor) and want.is_floating_point()):
+                continue
             tolerance = FULL_PRECISION if want.dtype in (torch.float32, torch.float64) else HALF_PRECISION
+            if program.state and program.options.state_dtype == "fp16":
+                tolerance = HALF_PRECISION
             error = float((got - want).double().norm() / want.double().norm().clamp_min(1e-12))
             if not error <= tolerance:
                 raise CheckFailedError(
@@ -34,20 +42,24 @@ class NumericGate:
                 )
 
 
-def outputs(program: Program) -> list[Tensor]:
-    """Floating-point outputs of the program's graph, every token kept."""
+def outputs(program: Program) -> list[Any]:
+    """Outputs of the program's graph, every token kept."""
     with torch.no_grad():
-        found = program.graph_module(*program.example, *full_plan(program))
-    return [value for value in found if isinstance(value, Tensor) and value.is_floating_point()]
+        return list(program.graph_module(*program.example, *full_plan(program)))
 
 
 def full_plan(program: Program) -> list[Tensor]:
-    """The plan inputs the graph has, keeping everything."""
+    """The plan inputs the graph has, keeping everything, and empty states."""
     if not program.plan_inputs:
         return []
     stream, options = program.found_stream(), program.options
-    planner = Planner(stream.grid, options.members, options.neighbours, options.packing)
-    batch = next(v.shape[0] for v in program.example if isinstance(v, Tensor) and v.ndim)
-    arrays = planner.full_plan(int(batch)).arrays()
+    batch = int(next(v.shape[0] for v in program.example if isinstance(v, Tensor) and v.ndim))
+    if program.state:
+        arrays = full_carry_plan(batch, stream.tokens).arrays()
+    else:
+        planner = Planner(stream.grid, options.members, options.neighbours, options.packing)
+        arrays = planner.full_plan(batch).arrays()
     dtypes = {name: node.meta["val"].dtype for name, node in program.plan_inputs.items()}
-    return [torch.from_numpy(arrays[name]).to(dtype) for name, dtype in dtypes.items()]
+    plan = [torch.from_numpy(arrays[name]).to(dtype) for name, dtype in dtypes.items()]
+    states = [node.meta["val"] for node in program.state.values()]
+    return plan + [torch.zeros(v.shape[0], batch, *map(int, v.shape[2:]), dtype=v.dtype) for v in states]

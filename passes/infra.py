@@ -23,16 +23,32 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Options:
-    """What the user may choose about the rewriting; defaults are the measured best (docs/choices.md)."""
+    """What the user may choose about the rewriting; defaults are the measured best (docs/carry.md, docs/choices.md).
 
-    head_blocks: int = 1
-    tail_blocks: int = 1
-    router: str = "predictability"
+    `members`, `neighbours`, `coverage` and `packing` are of mode chunk, `guard` and `state_dtype` of mode carry.
+    """
+
+    mode: str = "carry"
+    head_blocks: int = -1  # -1: as MODE_DEFAULTS says
+    tail_blocks: int = -1
+    router: str = ""
+    guard: float = 3.0
+    state_dtype: str = "model"
     packing: str = "rows"
     members: int = 4
     neighbours: int = 4
     coverage: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        blocks, router = MODE_DEFAULTS.get(self.mode, MODE_DEFAULTS["chunk"])
+        self.head_blocks = blocks if self.head_blocks == -1 else self.head_blocks
+        self.tail_blocks = blocks if self.tail_blocks == -1 else self.tail_blocks
+        self.router = self.router or router
+
+
+# Head blocks, tail blocks (each) and router of a mode.
+MODE_DEFAULTS = {"carry": (0, "drift"), "chunk": (1, "predictability")}
 
 
 @dataclass
@@ -72,8 +88,13 @@ class Program:
     trunk: tuple[Node, Node] | None = None  # trunk input and trunk output in the graph
     scores: Node | None = None
     plan_inputs: dict[str, Node] = field(default_factory=dict)
+    state: dict[str, Node] = field(default_factory=dict)  # graph inputs that hold what `carry` remembers
     route: GraphModule | None = None
     denoise: GraphModule | None = None
+    prepare: GraphModule | None = None
+    inputs: tuple[str, ...] = ()  # the original's flat inputs, in call order
+    image: str = ""  # the one that patchify reads
+    timestep: str | None = None  # the one that holds the timestep, where it is known
 
     @property
     def graph(self) -> torch.fx.Graph:
@@ -207,7 +228,7 @@ def run_passes(
 
 def live_modules(program: Program) -> list[GraphModule]:
     if program.route is not None and program.denoise is not None:
-        return [program.route, program.denoise]
+        return [program.route, program.denoise, *([program.prepare] if program.prepare else [])]
     return [program.graph_module]
 
 
@@ -227,7 +248,8 @@ def check_graph(module: GraphModule, after: str) -> None:
 def dump_graphs(program: Program, folder: Path, stem: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     modules = live_modules(program)
-    for label, module in zip(("route", "denoise") if len(modules) == 2 else ("graph",), modules, strict=True):
+    labels = ("graph",) if len(modules) == 1 else ("route", "denoise", "prepare")
+    for label, module in zip(labels, modules, strict=False):
         (folder / f"{stem}.{label}.txt").write_text(readable(module))
 
 

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.infra import Pass, PassResult, Program, placeholders
 from dcconvert.passes.normalise import Normalise
-from dcconvert.passes.routers import ROUTERS, make_router
+from dcconvert.passes.routers import CHUNK_ROUTERS, ROUTERS, make_router
 
 PREFIX = "router"
 
@@ -24,8 +24,12 @@ class InsertRouter(Pass):
     exact = True
 
     def requires(self, program: Program) -> None:
-        if program.options.router not in ROUTERS:
-            raise UsageError(f"unknown router '{program.options.router}'; choose one of {', '.join(ROUTERS)}")
+        known = ROUTERS if program.options.mode == "carry" else CHUNK_ROUTERS
+        if program.options.router not in known:
+            raise UsageError(
+                f"mode {program.options.mode} has no router '{program.options.router}': "
+                f"choose one of {', '.join(known)}"
+            )
 
     def call(self, program: Program) -> PassResult:
         stream, (start, _) = program.found_stream(), program.found_trunk()

@@ -1,4 +1,4 @@
-"""The rewritten model: route, plan, denoise, with the call signature of the original."""
+"""The rewritten model in torch: route, plan, denoise, with the call signature of the original."""
 
 from __future__ import annotations
 
@@ -12,49 +12,31 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from dcconvert.passes.errors import CheckFailedError, UsageError
+from dcconvert.passes.carry_plan import CarryPlan
+from dcconvert.passes.errors import UsageError
+from dcconvert.passes.follow import FollowedRun
 from dcconvert.passes.infra import Options, PassRecord
-from dcconvert.passes.plan import Bucket, Plan, Planner
+from dcconvert.passes.plan import Plan
+from dcconvert.passes.run import Run
 from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.spec import ModelSpec
+from dcconvert.passes.step_planner import StepPlanner
 
 
-class StepPlanner:
-    """From scores and timesteps to a plan: the schedule says how many, the router which, the planner where."""
+class TorchState:
+    """What a run remembers: a tensor [P, B, C, N, E] for every carried value."""
 
-    def __init__(self, spec: ModelSpec, options: Options, schedule: Schedule) -> None:
-        self.spec = spec
-        self.options = options
-        schedule.check(spec.tokens)
-        self.schedule = schedule
-        self.planner = Planner(spec.grid, options.members, options.neighbours, options.packing, options.coverage)
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.distance: np.ndarray | None = None
 
-    def counts(self, timesteps: np.ndarray | None, batch: int) -> np.ndarray:
-        """Kept tokens of each of `batch` samples at their timesteps (scalar, [1] or [B])."""
-        if self.schedule.kind == "constant" or self.schedule.ratio == 1:
-            tau: np.ndarray = np.full(batch, 0.5)
-        elif timesteps is None:
-            raise UsageError(
-                f"schedule '{self.schedule.kind}' needs the timestep, but no input of the model is known to be it; "
-                "name it with timestep=..., or use the constant schedule"
-            )
-        else:
-            tau = np.broadcast_to(np.asarray(timesteps, np.float64).reshape(-1) / self.spec.timestep_scale, (batch,))
-        return self.schedule.counts(np.clip(tau, 0, 1), self.spec.tokens)
-
-    def plan(self, scores: np.ndarray, counts: np.ndarray, bucket: Bucket | None = None) -> Plan:
-        """A plan for scores [B, N]; CheckFailedError naming the sample whose scores are not finite."""
-        bad = ~np.isfinite(scores).all(axis=1)
-        if bad.any():
-            raise CheckFailedError(
-                f"sample {int(bad.argmax())} of the batch has non-finite values before the trunk: check its input "
-                "(NaN would spread to other samples through padded attention)"
-            )
-        return self.planner(scores, counts, bucket)
+    def clear(self, samples: Sequence[int]) -> None:
+        index = torch.as_tensor(list(samples))
+        self.tensors = {name: t.index_fill(1, index.to(t.device), 0) for name, t in self.tensors.items()}
 
 
-class ChunkedModel(nn.Module):
-    """A dynamic-chunking model in torch: call it like the original.
+class DynamicModel(nn.Module):
+    """A converted model in torch: call it like the original, or step through a run that `start` gives.
 
     `route` and `denoise` are GraphModules over the original's parameters; between them the plan is made on
     the host from the scores, once per call.
@@ -69,24 +51,27 @@ class ChunkedModel(nn.Module):
         options: Options,
         schedule: Schedule,
         records: Sequence[PassRecord] = (),
+        prepare: GraphModule | None = None,
     ) -> None:
         super().__init__()
         self.route_graph = route
         self.denoise_graph = denoise
         self.original_graph = original
+        self.prepare_graph = prepare
         self.spec = spec
         self.options = options
         self.records = list(records)
         self.step_planner = StepPlanner(spec, options, schedule)
+        self.followed = FollowedRun(self)
 
     @property
     def schedule(self) -> Schedule:
         return self.step_planner.schedule
 
-    def with_schedule(self, schedule: Schedule) -> ChunkedModel:
+    def with_schedule(self, schedule: Schedule) -> DynamicModel:
         """The same weights and graphs under another schedule."""
         parts = (self.route_graph, self.denoise_graph, self.original_graph, self.spec, self.options)
-        return ChunkedModel(*parts, schedule, self.records)
+        return DynamicModel(*parts, schedule, self.records, self.prepare_graph)
 
     def flat_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's inputs by name; UsageError if it is not shaped like the call that was captured."""
@@ -117,32 +102,72 @@ class ChunkedModel(nn.Module):
         scores, *live = self.route_graph(*(inputs[name] for name in self.spec.route_inputs))
         return scores, dict(zip(self.spec.live, live, strict=True))
 
-    def denoise(self, inputs: dict[str, Any], live: dict[str, Tensor], plan: Plan) -> Any:
-        """Flat outputs of the model for one plan."""
+    def prepare(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """What stays the same over a run, by name; nothing for most models."""
+        if self.prepare_graph is None:
+            return {}
+        values = self.prepare_graph(*(inputs[name] for name in self.spec.prepare_inputs))
+        return dict(zip(self.spec.constants, values, strict=True))
+
+    def denoise(
+        self, inputs: dict[str, Any], live: dict[str, Tensor], plan: Plan | CarryPlan, state: TorchState | None = None
+    ) -> Any:
+        """Flat outputs of the model for one plan; in mode carry the state (None: an empty one) is brought forward.
+
+        `inputs` are the model's, and what `prepare` made of them (made here if it is missing).
+        """
+        if self.spec.constants and self.spec.constants[0] not in inputs:
+            inputs = {**inputs, **self.prepare(inputs)}
         hidden = live[self.spec.live[0]]
         arrays = {name: torch.from_numpy(a).to(hidden.device) for name, a in plan.arrays().items()}
         arrays |= {n: a.to(hidden.dtype) for n, a in arrays.items() if a.is_floating_point()}
-        given = {**inputs, **live, **arrays}
-        return self.denoise_graph(*(given[name] for name in self.spec.denoise_inputs))
+        if not self.spec.states:
+            given = {**inputs, **live, **arrays}
+            return self.denoise_graph(*(given[name] for name in self.spec.denoise_inputs))
+        state = state or self.new_state(len(hidden), hidden.device)
+        given = {**inputs, **live, **arrays, **state.tensors}
+        results = self.denoise_graph(*(given[name] for name in self.spec.denoise_inputs))
+        outputs, distance = results[: -len(state.tensors) - 1], results[-len(state.tensors) - 1]
+        state.tensors = dict(zip(state.tensors, results[-len(state.tensors) :], strict=True))
+        state.distance = distance.detach().double().cpu().numpy()
+        return outputs
+
+    def new_state(self, batch: int, device: torch.device | str | None = None) -> TorchState:
+        """An empty state for `batch` samples."""
+        device = device or next((p.device for p in self.parameters()), torch.device("cpu"))
+        tokens = self.spec.tokens
+        shapes = {spec.name: (spec.shape(batch, tokens), spec.torch_dtype) for spec in self.spec.states}
+        return TorchState({n: torch.zeros(shape, dtype=dtype, device=device) for n, (shape, dtype) in shapes.items()})
+
+    @property
+    def planner(self) -> StepPlanner:
+        return self.step_planner
+
+    def padded(self, batch: int) -> int:
+        return batch
+
+    def bucket(self, counts: np.ndarray) -> None:
+        """Torch runs shapes as they come."""
+
+    def start(self, batch: int, groups: int = 1) -> Run:
+        """A new sampling run of `batch` samples; call its `step` for every timestep. `groups` as in `Run`."""
+        return Run(self, batch, groups)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's call. In mode carry, calls that go on from the last one share its run (see `FollowedRun`)."""
         inputs = self.flat_inputs(args, kwargs)
-        scores, live = self.route(inputs)
-        counts = self.step_planner.counts(self.timesteps(inputs), len(scores))
-        plan = self.step_planner.plan(scores.detach().float().cpu().numpy(), counts)
-        outputs = self.denoise(inputs, live, plan)
+        outputs = self.followed.step(inputs)
         return pytree.tree_unflatten(outputs, pytree.treespec_loads(self.spec.out_spec))
+
+    def forget(self) -> None:
+        """Drop what calls of the model remember (mode carry), and its memory; the next call starts anew."""
+        self.followed.forget()
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The fixed-token original on the same weights."""
         inputs = self.flat_inputs(args, kwargs)
         outputs = self.original_graph(*inputs.values())
         return pytree.tree_unflatten(outputs, pytree.treespec_loads(self.spec.out_spec))
-
-    def timesteps(self, inputs: dict[str, Any]) -> np.ndarray | None:
-        if self.spec.timestep is None:
-            return None
-        return torch.as_tensor(inputs[self.spec.timestep]).detach().float().cpu().numpy()
 
     def summary(self) -> str:
         """A few lines: tokens, blocks, ratio, router, and how often each pass fired."""
@@ -152,7 +177,7 @@ class ChunkedModel(nn.Module):
             f"{spec.grid[0]}x{spec.grid[1]} = {spec.tokens} tokens, {kept:.0f} kept on average ({schedule.ratio:g}x)",
             f"{spec.depth} blocks: {options.head_blocks} head, "
             f"{spec.depth - options.head_blocks - options.tail_blocks} trunk, {options.tail_blocks} tail",
-            f"router {options.router}, schedule {schedule.kind}",
+            f"mode {options.mode}, router {options.router}, schedule {schedule.kind}",
         ]
         lines += [inspect.cleandoc(f"{r.name}: {r.matches} matches {'; '.join(r.notes)}") for r in self.records]
         return "\n".join(lines)

@@ -23,7 +23,8 @@ class Normalise(Pass):
     """Drop what has no effect on values, and rename aliases.
 
     1. Input guards and metadata assertions go.
-    2. Dropout that is off, copies, and casts to the type a tensor already has are replaced by their input.
+    2. Dropout that is off, copies, casts to the type a tensor already has and squeezes of an axis longer than one are
+       replaced by their input.
     3. `view` becomes `reshape` (a removed copy may have been what made the view legal).
     4. Nodes that nothing uses go.
     """
@@ -67,6 +68,8 @@ def is_identity(node: Node) -> bool:
         return True
     if node.target in DROPOUTS:
         return node.args[2] is False
+    if node.target is aten.squeeze.dim:  # of an axis longer than one it does nothing, and ONNX refuses it
+        return bool(node.all_input_nodes[0].meta["val"].ndim == node.meta["val"].ndim)
     if node.target in CASTS:
         before, after = node.all_input_nodes[0].meta.get("val"), node.meta.get("val")
         return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype

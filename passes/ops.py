@@ -5,7 +5,7 @@ kernel used on every device unless a faster one is registered), a fake kernel fo
 a FLOP formula. Their ONNX lowerings are in `dcconvert.export.lowerings`.
 
 Shapes: B samples of N grid tokens of width D; packed tokens in G tiles of L, each tile of one sample
-(T = G*L); R attention rows of S slots; H heads of d.
+(T = G*L); R attention rows of S slots; H heads of d; a state of P slots holds C x E values of every token.
 """
 
 from __future__ import annotations
@@ -98,6 +98,56 @@ def _(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, scale: float) -> Ten
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::address", mutates_args=())
+def address(index: Tensor, channels: int) -> Tensor:
+    """Where in a state the packed tokens go: index int64 [G, L, 4] of (slot, sample, 0, token) -> [G, C, L, 4]."""
+    every = index.unsqueeze(1).repeat(1, channels, 1, 1)
+    every[..., 2] += torch.arange(channels, device=index.device).unsqueeze(1)
+    return every
+
+
+@address.register_fake
+def _(index: Tensor, channels: int) -> Tensor:
+    return index.new_empty((index.shape[0], channels, index.shape[1], 4))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::remember", mutates_args=())
+def remember(state: Tensor, values: Tensor, address: Tensor) -> Tensor:
+    """Write what packed tokens computed into the state.
+
+    state [P, B, C, N, E]; values [G, C, L, E]; address int64 [G, C, L, 4] of (slot, sample, c, token). Returns the new
+    state. Pads write the value of the token they copy to its own place, so that their order does not matter.
+    """
+    written = state.clone()
+    written[address.unbind(-1)] = values
+    return written
+
+
+@remember.register_fake
+def _(state: Tensor, values: Tensor, address: Tensor) -> Tensor:
+    return torch.empty_like(state, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::recall", mutates_args=())
+def recall(state: Tensor, weight: Tensor) -> Tensor:
+    """Read every token from the state: sum_p weight[p, b, 0, n] * state[p, b, :, n].
+
+    state [P, B, C, N, E], weight [P, B, 1, N, E], the same number all along E (which is not left to broadcasting,
+    because ONNX Runtime is slow at that); returns [B, C, N, E] in the weights' precision. The weights are those of a
+    Lagrange extrapolation in time: 1 and 0 for a token computed at this step.
+    """
+    terms = (part.to(weight.dtype) * w for part, w in zip(state, weight, strict=True))
+    total = next(terms)
+    for term in terms:
+        total += term
+    return total
+
+
+@recall.register_fake
+def _(state: Tensor, weight: Tensor) -> Tensor:
+    return weight.new_empty(state.shape[1:])
+
+
 def weighted_gather(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """sum_m weight[i, m] * rows[index[i, m]]: rows [X, D], index and weight [Y, M] -> [Y, D]."""
     if index.shape[1] == 1:
@@ -106,7 +156,7 @@ def weighted_gather(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 
 REFERENCES: dict[str, Callable[..., Tensor]] = {
-    op._name: op._init_fn for op in (chunk, dechunk, regroup, row_attention, segment_attention)
+    op._name: op._init_fn for op in (chunk, dechunk, regroup, row_attention, segment_attention, remember, recall)
 }
 
 
@@ -152,6 +202,12 @@ def chunk_flops(h: Any, index: Any, *_: object, **__: object) -> int:
 def dechunk_flops(h: Any, update: Any, fill_index: Any, *_: object, **__: object) -> int:
     """One multiply-add for each gathered value: 2 B N K D."""
     return 2 * math.prod(fill_index) * h[2]
+
+
+@register_flop_formula([torch.ops.dcconvert.recall])
+def recall_flops(state: Any, *_: object, **__: object) -> int:
+    """One multiply-add for each value of the state: 2 P B C N E."""
+    return 2 * math.prod(state)
 
 
 register_flop_formula([torch.ops.dcconvert.row_attention, torch.ops.dcconvert.segment_attention])(attention_flops)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -29,22 +31,19 @@ class PackTrunk(Pass):
     exact = True
 
     def call(self, program: Program) -> PassResult:
-        stream, (start, end) = program.found_stream(), program.found_trunk()
-        add_plan_inputs(program)
+        start, end = program.found_trunk()
         nodes = trunk_nodes(program, start, end)
-        packer = Packer(program, find_rule, stream.tokens, program.options.packing)
+        packer = self.prepare(program)
         users = [user for user in end.users if user not in nodes]
         with program.graph.inserting_after(end):
             marker = program.graph.call_function(aten.alias.default, (end,))  # new nodes go before it
         with program.graph.inserting_before(marker):
-            members = (packer.plan_input("chunk_index"), packer.plan_input("chunk_weight"))
-            packed = packer.emit(torch.ops.dcconvert.chunk.default, start, *members)
+            packed = self.enter(packer, start)
             packer.start(start, packed)
             for node in nodes:
                 packer.visit(node)
             update = packer.emit(aten.sub.Tensor, packer.get(end, "packed").node, packed)
-            fill = (packer.plan_input("fill_index"), packer.plan_input("fill_weight"))
-            result = packer.emit(torch.ops.dcconvert.dechunk.default, start, update, *fill)
+            result = self.leave(packer, start, update)
         program.graph.erase_node(marker)
         for user in users:
             user.replace_input_with(end, result)
@@ -52,6 +51,21 @@ class PackTrunk(Pass):
         drop_unused_inputs(program)
         program.trunk = (start, result)
         return PassResult(packer.attentions, (f"{len(nodes)} trunk nodes rewritten, {packer.attentions} attentions",))
+
+    def prepare(self, program: Program) -> Packer:
+        """The packer of this trunk, the plan's inputs declared."""
+        add_plan_inputs(program, chunk_inputs(program))
+        return Packer(program, find_rule, program.found_stream().tokens, program.options.packing)
+
+    def enter(self, packer: Packer, start: Node) -> Node:
+        """The trunk's input [B, N, D] packed [G, L, D]."""
+        members = (packer.plan_input("chunk_index"), packer.plan_input("chunk_weight"))
+        return packer.emit(torch.ops.dcconvert.chunk.default, start, *members)
+
+    def leave(self, packer: Packer, start: Node, update: Node) -> Node:
+        """The trunk's output [B, N, D] from its packed update [G, L, D]."""
+        fill = (packer.plan_input("fill_index"), packer.plan_input("fill_weight"))
+        return packer.emit(torch.ops.dcconvert.dechunk.default, start, update, *fill)
 
     def ensures(self, program: Program) -> None:
         start, end = program.found_trunk()
@@ -76,25 +90,42 @@ def trunk_nodes(program: Program, start: Node, end: Node) -> list[Node]:
     return found[::-1]
 
 
-def add_plan_inputs(program: Program) -> None:
-    """Graph inputs for the plan; names and shapes are those of `dcconvert.passes.plan.Plan`."""
-    stream, options = program.found_stream(), program.options
-    batch, tiles, tile = program.batch, program.new_size(HINT_TILES), program.new_size(HINT_TILE)
-    slots = program.new_size(HINT_SLOTS)
-    rows = batch if options.packing == "rows" else program.new_size(HINT_ROWS)  # one sample a row
-    index, weight = torch.int64, program.found_trunk()[0].meta["val"].dtype
-    for name, shape, dtype in (
-        ("chunk_index", (tiles, tile, options.members), index),
-        ("chunk_weight", (tiles, tile, options.members), weight),
-        ("sample_ids", (tiles,), index),
-        ("grid_index", (rows, slots), index),
-        ("packed_index", (tiles, tile), index),
-        ("row_lengths", (rows,), index),
-        ("segment_ids", (rows, slots), index),
-        ("fill_index", (batch, stream.tokens, options.neighbours), index),
-        ("fill_weight", (batch, stream.tokens, options.neighbours), weight),
-    ):
+PlanInputs = dict[str, tuple[tuple[Any, ...], torch.dtype]]
+
+
+def add_plan_inputs(program: Program, inputs: PlanInputs) -> None:
+    """Graph inputs for the plan."""
+    for name, (shape, dtype) in inputs.items():
         program.plan_inputs[name] = program.placeholder(name, shape, dtype)
+
+
+def layout_inputs(program: Program) -> PlanInputs:
+    """The inputs that say how kept tokens are laid out; names and shapes are those of both modes' plans."""
+    options = program.options
+    tiles, tile, slots = (program.new_size(hint) for hint in (HINT_TILES, HINT_TILE, HINT_SLOTS))
+    rows = program.batch if options.packing == "rows" else program.new_size(HINT_ROWS)  # one sample a row
+    return {
+        "sample_ids": ((tiles,), torch.int64),
+        "packed_index": ((tiles, tile), torch.int64),
+        "grid_index": ((rows, slots), torch.int64),
+    }
+
+
+def chunk_inputs(program: Program) -> PlanInputs:
+    """Inputs as `dcconvert.passes.plan.Plan` makes them."""
+    stream, options, batch = program.found_stream(), program.options, program.batch
+    laid = layout_inputs(program)
+    (tiles, tile), (rows, slots) = laid["packed_index"][0], laid["grid_index"][0]
+    index, weight = torch.int64, program.found_trunk()[0].meta["val"].dtype
+    return {
+        "chunk_index": ((tiles, tile, options.members), index),
+        "chunk_weight": ((tiles, tile, options.members), weight),
+        **laid,
+        "row_lengths": ((rows,), index),
+        "segment_ids": ((rows, slots), index),
+        "fill_index": ((batch, stream.tokens, options.neighbours), index),
+        "fill_weight": ((batch, stream.tokens, options.neighbours), weight),
+    }
 
 
 def drop_unused_inputs(program: Program) -> None:

@@ -62,8 +62,16 @@ class Rule:
 class Packer:
     """State of one packing: which original node became what, in which layout."""
 
-    def __init__(self, program: Program, rules: Callable[[Node], Rule], tokens: int, packing: str) -> None:
+    def __init__(
+        self,
+        program: Program,
+        rules: Callable[[Node], Rule],
+        tokens: int,
+        packing: str,
+        carry: Callable[[str, Node], Node] | None = None,
+    ) -> None:
         self.program = program
+        self.carry = carry  # in mode carry: packed values [G, C, L, E] -> those of all tokens [B, C, N, E]
         self.rules = rules
         self.tokens = tokens
         self.packing = packing
@@ -105,6 +113,12 @@ class Packer:
         laid = rule.apply(self, node, layout) if rule else self._convert(self._laid[node, self._native[node]], layout)
         self._laid[node, layout] = laid
         return laid
+
+    def moved(self, node: Node, layout: Layout) -> Laid:
+        """A visited node's value as it was written, moved to the layout asked for."""
+        if (node, layout) not in self._laid:
+            self._laid[node, layout] = self._convert(self._laid[node, self._native[node]], layout)
+        return self._laid[node, layout]
 
     def _movable_rule(self, node: Node) -> Rule | None:
         """The rule of a node that only moves data (the trunk's input has none)."""

@@ -1,4 +1,4 @@
-"""The pipeline: which passes turn a captured DiT into a dynamic-chunking one, in order."""
+"""The pipelines: which passes turn a captured DiT into a dynamic-chunking one, in order, for each mode."""
 
 from __future__ import annotations
 
@@ -11,25 +11,55 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from dcconvert.passes.capture import capture
-from dcconvert.passes.errors import CheckFailedError
+from dcconvert.passes.carry_trunk import CarryTrunk
+from dcconvert.passes.errors import CheckFailedError, UsageError
 from dcconvert.passes.gate import NumericGate
+from dcconvert.passes.hoist_constants import HoistConstants
 from dcconvert.passes.infra import Options, Pass, Program, run_passes
 from dcconvert.passes.insert_router import InsertRouter
-from dcconvert.passes.model import ChunkedModel
+from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.normalise import Normalise
 from dcconvert.passes.pack_trunk import PackTrunk
 from dcconvert.passes.schedule import Schedule
-from dcconvert.passes.spec import ModelSpec
+from dcconvert.passes.spec import ModelSpec, find_inputs
 from dcconvert.passes.split_route import SplitRoute
 from dcconvert.passes.token_stream import FindTokenStream
 
-PIPELINE: tuple[Pass, ...] = (
-    Normalise(),  #       one spelling for each op
-    FindTokenStream(),  # patchify, cut points, blocks, trunk
-    InsertRouter(),  #    h -> scores
-    PackTrunk(),  #       h -> chunk -> packed trunk -> dechunk -> h'
-    SplitRoute(),  #      route | plan on the host | denoise
-)
+PIPELINES: dict[str, tuple[Pass, ...]] = {
+    "carry": (
+        Normalise(),  #       one spelling for each op
+        FindTokenStream(),  # patchify, cut points, blocks, trunk
+        InsertRouter(),  #    h -> scores
+        CarryTrunk(),  #      h -> kept tokens -> packed trunk -> state -> h'
+        SplitRoute(),  #      route | plan on the host | denoise
+        HoistConstants(),  #  what stays the same over a run, out of denoise
+    ),
+    "chunk": (
+        Normalise(),
+        FindTokenStream(),
+        InsertRouter(),
+        PackTrunk(),  #       h -> chunk -> packed trunk -> dechunk -> h'
+        SplitRoute(),
+    ),
+}
+MODES = tuple(PIPELINES)
+
+
+def captured(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    options: Options,
+    timestep: str | None = None,
+) -> Program:
+    """Capture `module` on the example inputs, ready for the pipeline of the mode; errors as `rewrite`."""
+    if options.mode not in PIPELINES:
+        raise UsageError(f"unknown mode '{options.mode}': choose one of {', '.join(MODES)}")
+    if options.mode == "chunk" and options.state_dtype != "model":
+        raise UsageError("mode chunk has no state whose precision could be chosen: leave --state out")
+    program = capture(module, args, kwargs, options)
+    find_inputs(program, timestep)
+    return program
 
 
 def rewrite(
@@ -42,23 +72,23 @@ def rewrite(
     timestep: str | None = None,
     timestep_scale: float = 1000.0,
     dump: Path | None = None,
-) -> ChunkedModel:
+) -> DynamicModel:
     """Capture `module` on the example inputs and run the pipeline.
 
     `timestep` names the input that holds the timestep (guessed from TIMESTEP_NAMES when None) and
     `timestep_scale` is its value at pure noise. `dump`: folder for the graph after each pass. Raises the
     errors of `capture` and of the passes; the module is put in eval mode and not changed otherwise.
     """
-    program = capture(module, args, kwargs, options)
+    program = captured(module, args, kwargs, options, timestep)
     original = copy_graph(program)
-    records = run_passes(program, PIPELINE, dump, NumericGate(program))
+    records = run_passes(program, PIPELINES[options.mode], dump, NumericGate(program))
     Normalise().call(replace(program, graph_module=original))
     original.recompile()
     if program.route is None or program.denoise is None:
         raise CheckFailedError("the pipeline ended without route and denoise graphs; this is a bug of dcconvert")
-    spec = ModelSpec.of(program, timestep, timestep_scale)
+    spec = ModelSpec.of(program, timestep_scale)
     schedule.check(spec.tokens)
-    return ChunkedModel(program.route, program.denoise, original, spec, options, schedule, records)
+    return DynamicModel(program.route, program.denoise, original, spec, options, schedule, records, program.prepare)
 
 
 def copy_graph(program: Program) -> GraphModule:

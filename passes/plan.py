@@ -5,14 +5,13 @@ All of it runs on the host in numpy, once a denoising step. Packed tokens are or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dcconvert.passes.errors import CheckFailedError, UsageError
+from dcconvert.passes.layout import PACKINGS, Bucket, lay_out
 from dcconvert.passes.neighbourhood import Ints, Mask, Nearest, Neighbourhood
 
 Floats = NDArray[np.float32]
@@ -28,63 +27,6 @@ PLAN_ARRAYS = (
     "fill_index",
     "fill_weight",
 )
-PACKINGS = ("rows", "bins")
-
-# Tile length when samples keep different numbers of tokens: on average half a tile a sample is padding.
-MIXED_TILE = 8
-
-
-class BucketShape(Protocol):
-    """Anything with the five static sizes of a bucket."""
-
-    @property
-    def batch(self) -> int:
-        """Samples (B)."""
-
-    @property
-    def tokens(self) -> int:
-        """Packed tokens (T)."""
-
-    @property
-    def rows(self) -> int:
-        """Rows of the attention grid."""
-
-    @property
-    def row_tokens(self) -> int:
-        """Slots a row (S)."""
-
-    @property
-    def tile(self) -> int:
-        """Packed tokens a tile (L)."""
-
-
-@dataclass(frozen=True, order=True)
-class Bucket:
-    """Static shapes of one profile: ``batch`` samples, ``tokens`` packed tokens (T), ``rows`` x ``row_tokens`` slots.
-
-    The packed tokens come in tiles of ``tile`` (L), each tile of one sample. UsageError for a size below 1 or a T that
-    is not a multiple of L.
-    """
-
-    batch: int
-    tokens: int
-    rows: int
-    row_tokens: int
-    tile: int
-
-    def __post_init__(self) -> None:
-        if min(self.batch, self.tokens, self.rows, self.row_tokens, self.tile) < 1 or self.tokens % self.tile:
-            raise UsageError(f"{self}: every size must be at least 1, and tokens a multiple of the tile")
-
-    def fits(self, counts: ArrayLike) -> bool:
-        """Whether samples with these kept counts, the last repeated up to ``batch``, fit with one sample a row."""
-        kept = np.asarray(counts)
-        spare = self.batch - len(kept)
-        if len(kept) == 0 or spare < 0:
-            return False
-        tiled = -(-kept // self.tile) * self.tile
-        total = int(tiled.sum()) + spare * int(tiled[-1])
-        return self.rows >= self.batch and self.row_tokens >= int(kept.max()) and self.tokens >= total
 
 
 @dataclass(frozen=True)
@@ -173,11 +115,11 @@ class Planner:
         self._cell_size = _cell_sizes(height, width)
         self._cells: dict[int, Ints] = {}
 
-    def __call__(self, scores: np.ndarray, counts: ArrayLike, bucket: BucketShape | None = None) -> Plan:
+    def __call__(self, scores: np.ndarray, counts: ArrayLike, bucket: Bucket | None = None) -> Plan:
         """Select ``counts`` [B] tokens a sample by ``scores`` [B, N] and plan them; errors as in those two."""
         return self.plan(self.select(scores, counts), bucket)
 
-    def full_plan(self, batch: int, bucket: BucketShape | None = None) -> Plan:
+    def full_plan(self, batch: int, bucket: Bucket | None = None) -> Plan:
         """Plan that keeps every token of ``batch`` samples."""
         return self.plan(np.ones((batch, self.tokens), dtype=bool), bucket)
 
@@ -227,51 +169,29 @@ class Planner:
             left[samples] -= len(cells)
         return keep, left
 
-    def plan(self, keep: Mask, bucket: BucketShape | None = None) -> Plan:
+    def plan(self, keep: Mask, bucket: Bucket | None = None) -> Plan:
         """Plan a keep mask [B, N]; with a bucket the arrays have exactly its sizes, else the smallest that do.
 
         CheckFailedError if a sample keeps nothing; UsageError if the mask is misshapen or does not fit the bucket.
         """
         keep = np.ascontiguousarray(keep, dtype=bool)
-        if keep.ndim != 2 or len(keep) == 0 or keep.shape[1] != self.tokens:
-            raise UsageError(f"keep mask has shape {list(keep.shape)}: expected [batch, {self.tokens}]")
-        counts = keep.sum(axis=1, dtype=np.int64)
-        if counts.min() == 0:
-            raise CheckFailedError(f"sample {int(counts.argmin())} keeps no token: every sample needs at least one")
-        row, start, sizes = self._layout(counts, bucket)
-        kept = np.flatnonzero(keep)
-        place = _places(counts, sizes.tile)
-        near = self._neighbourhood.nearest(keep, counts, self.neighbours)
-        chunk_index, chunk_weight = self._chunks(kept, place, near, sizes)
-        fill_index, fill_weight = self._fill(kept, place, near, counts)
+        laid = lay_out(keep, self.tokens, self.packing, bucket)
+        near = self._neighbourhood.nearest(keep, laid.counts, self.neighbours)
+        chunk_index, chunk_weight = self._chunks(laid.kept, laid.place, near, laid.sizes)
+        fill_index, fill_weight = self._fill(laid.kept, laid.place, near, laid.counts)
         return Plan(
             keep,
-            counts,
+            laid.counts,
             chunk_index,
             chunk_weight,
-            *_grid(counts, place, row, start, sizes),
+            laid.sample_ids,
+            laid.grid_index,
+            laid.packed_index,
+            laid.row_lengths,
+            laid.segment_ids,
             fill_index=fill_index.reshape(*keep.shape, -1),
             fill_weight=fill_weight.reshape(*keep.shape, -1),
         )
-
-    def _layout(self, counts: Ints, bucket: BucketShape | None) -> tuple[Ints, Ints, Bucket]:
-        """Row and first slot of each sample, and the sizes of the plan: the bucket's, or the smallest possible."""
-        row, start = np.arange(len(counts)), np.zeros(len(counts), dtype=np.int64)
-        longest = int(counts.max())
-        if self.packing == "bins":
-            row, start = shortest_pack_first(counts, max(longest, bucket.row_tokens if bucket else 0))
-        even = int(counts.min()) == longest
-        tile = bucket.tile if bucket else longest if even else MIXED_TILE
-        tiled = int((-(-counts // tile)).sum()) * tile
-        need = Bucket(len(counts), tiled, int(row.max()) + 1, longest, tile)
-        if bucket is None:
-            return row, start, need
-        given = Bucket(bucket.batch, bucket.tokens, bucket.rows, bucket.row_tokens, bucket.tile)
-        if given.batch != need.batch:
-            raise UsageError(f"a batch of {need.batch} cannot run in a bucket of batch {given.batch}: pad it first")
-        if given.tokens < need.tokens or given.rows < need.rows or given.row_tokens < need.row_tokens:
-            raise UsageError(f"the kept tokens need {need} and do not fit {given}: choose a larger bucket")
-        return row, start, given
 
     def _chunks(self, kept: Ints, place: Ints, near: Nearest, sizes: Bucket) -> tuple[Ints, Floats]:
         """Members and weights [G, L, M] of every packed token; pads repeat the batch's first kept token."""
@@ -327,57 +247,6 @@ def fill_sigma(ratio: ArrayLike) -> NDArray[np.float64]:
     one-step error on a small trained model; close to half the spacing from there on (2 at 16x).
     """
     return 0.5 * np.log2(np.asarray(ratio, dtype=np.float64))
-
-
-def shortest_pack_first(lengths: Sequence[int] | Ints, capacity: int) -> tuple[Ints, Ints]:
-    """Row and first slot of every sample: longest first, each into the row with the most room left, else a new one.
-
-    SPFHP of Krell et al. (arXiv 2107.02027) without its histogram, which pays only for far larger batches. Ties go to
-    the lower sample and the lower row. UsageError if a sample is longer than ``capacity``.
-    """
-    lengths = np.asarray(lengths, dtype=np.int64)
-    if lengths.max() > capacity:
-        raise UsageError(f"a sample keeps {lengths.max()} tokens and rows hold {capacity}: choose longer rows")
-    row, start, used = np.zeros_like(lengths), np.zeros_like(lengths), [0]
-    for sample in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[sample])
-        best = used.index(min(used))
-        if used[best] + length > capacity:
-            best = len(used)
-            used.append(0)
-        row[sample], start[sample] = best, used[best]
-        used[best] += length
-    return row, start
-
-
-def _places(counts: Ints, tile: int) -> Ints:
-    """Packed position of every kept token: each sample starts on a new tile."""
-    tiles = -(-counts // tile)
-    first = (np.cumsum(tiles) - tiles) * tile
-    return np.arange(int(counts.sum())) + np.repeat(first - (np.cumsum(counts) - counts), counts)
-
-
-def _grid(counts: Ints, place: Ints, row: Ints, start: Ints, sizes: Bucket) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """sample_ids, grid_index, packed_index, row_lengths and segment_ids of a layout."""
-    first = np.cumsum(counts) - counts
-    total = int(counts.sum())
-    sample = np.repeat(np.arange(len(counts)), counts)
-    sample_ids = np.zeros(sizes.tokens // sizes.tile, dtype=np.int64)
-    sample_ids[place // sizes.tile] = sample
-    slots = np.arange(total) + (row * sizes.row_tokens + start - first)[sample]
-    packed_index = np.full(sizes.tokens, slots[0])
-    packed_index[place] = slots
-    row_first = np.zeros(sizes.rows, dtype=np.int64)
-    row_first[row[start == 0]] = place[first[start == 0]]
-    grid_index = np.repeat(row_first, sizes.row_tokens)
-    grid_index[slots] = place
-    segment_ids = np.full(sizes.rows * sizes.row_tokens, -1, dtype=np.int64)
-    segment_ids[slots] = sample
-    row_lengths = np.zeros(sizes.rows, dtype=np.int64)
-    np.add.at(row_lengths, row, counts)
-    shape = (sizes.rows, sizes.row_tokens)
-    tiled = packed_index.reshape(-1, sizes.tile)
-    return sample_ids, grid_index.reshape(shape), tiled, np.maximum(row_lengths, 1), segment_ids.reshape(shape)
 
 
 def _cell_sizes(height: int, width: int) -> Ints:

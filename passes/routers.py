@@ -92,7 +92,10 @@ def make_router(name: str, grid: tuple[int, int], seed: int) -> nn.Module:
         "cosine": lambda: CosineRouter(grid),
         "pool": lambda: FixedRouter(even_priorities(grid)),
         "random": lambda: FixedRouter(random_priorities(grid, seed)),
+        "age": lambda: FixedRouter(even_priorities(grid)),
+        "drift": lambda: FixedRouter(even_priorities(grid)),
     }[name]()
 
 
-ROUTERS = ("predictability", "cosine", "pool", "random")
+CHUNK_ROUTERS = ("predictability", "cosine", "pool", "random")
+ROUTERS = ("drift", "age", *CHUNK_ROUTERS)  # the first two look at a token's history: mode carry only

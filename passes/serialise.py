@@ -7,12 +7,10 @@ so only plain identifiers pass; some ATen ops open files; and torch imports modu
 
 from __future__ import annotations
 
-import json
 import keyword
 import math
 import operator
 import re
-import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,15 +23,21 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from dcconvert.passes import ops  # noqa: F401  (registers torch.ops.dcconvert)
+from dcconvert.passes.carry_plan import CARRY_ARRAYS
 from dcconvert.passes.errors import CheckFailedError, DcconvertError, UnsupportedModelError, UsageError
 from dcconvert.passes.infra import Options, PassRecord, placeholders
-from dcconvert.passes.model import ChunkedModel
+from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.plan import PLAN_ARRAYS
+from dcconvert.passes.routers import ROUTERS
 from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.spec import ModelSpec
+from dcconvert.passes.treespec import shown, treespec_fault
 
-VERSION = 1
-GRAPHS = ("route", "denoise", "original")
+VERSION = 2
+GRAPHS = ("route", "denoise", "original")  # and prepare, where a model has it
+PREPARE = "prepare"
+STATE_DTYPES = ("float16", "bfloat16", "float32", "float64")
+MAX_STATE = 1 << 20  # numbers a token and value
 NAMESPACES = ("aten", "dcconvert")
 
 _SIZES = {
@@ -58,12 +62,9 @@ RESERVED_NAMES = {"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytre
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 T = TypeVar("T")
-_shown = reprlib.Repr()
-_shown.maxstring = _shown.maxother = 80
-shown = _shown.repr  # one short line, whatever a file holds
 
 
-def model_to_dict(model: ChunkedModel) -> dict[str, Any]:
+def model_to_dict(model: DynamicModel) -> dict[str, Any]:
     """Everything about a converted model but its tensors, as JSON values without NaN or infinity.
 
     Raises UnsupportedModelError for a model with a call, an argument or an input structure that has no such form.
@@ -84,7 +85,7 @@ def model_to_dict(model: ChunkedModel) -> dict[str, Any]:
     }
 
 
-def model_from_dict(data: Any, tensors: Mapping[str, Tensor]) -> ChunkedModel:
+def model_from_dict(data: Any, tensors: Mapping[str, Tensor]) -> DynamicModel:
     """Rebuild a model on its tensors; the graphs share them.
 
     Raises UsageError for data that is damaged, of another version, or asks for anything outside the lists above.
@@ -96,12 +97,13 @@ def model_from_dict(data: Any, tensors: Mapping[str, Tensor]) -> ChunkedModel:
         records = [plainly(PassRecord(**{**r, "notes": tuple(map(str, r["notes"]))})) for r in data["passes"]]
         pool = dict(tensors)
         route, denoise, original = (read_graph(data["graphs"][name], pool) for name in GRAPHS)
-        model = ChunkedModel(route, denoise, original, spec, options, schedule, records)
+        prepare = read_graph(data["graphs"][PREPARE], pool) if spec.constants else None
+        model = DynamicModel(route, denoise, original, spec, options, schedule, records, prepare)
         check_seams(model)
         return model
 
 
-def model_tensors(model: ChunkedModel) -> dict[str, Tensor]:
+def model_tensors(model: DynamicModel) -> dict[str, Tensor]:
     """Every tensor the three graphs read, once, by name: contiguous, and no two in the same memory (safetensors
     refuses that), so of tied weights all but the first are copied.
 
@@ -122,8 +124,9 @@ def model_tensors(model: ChunkedModel) -> dict[str, Tensor]:
     return found
 
 
-def named_graphs(model: ChunkedModel) -> dict[str, GraphModule]:
-    return dict(zip(GRAPHS, (model.route_graph, model.denoise_graph, model.original_graph), strict=True))
+def named_graphs(model: DynamicModel) -> dict[str, GraphModule]:
+    graphs = dict(zip(GRAPHS, (model.route_graph, model.denoise_graph, model.original_graph), strict=True))
+    return graphs if model.prepare_graph is None else {**graphs, PREPARE: model.prepare_graph}
 
 
 def read_spec(fields: dict[str, Any]) -> ModelSpec:
@@ -136,48 +139,37 @@ def read_spec(fields: dict[str, Any]) -> ModelSpec:
     for name in ("in_spec", "out_spec"):
         if reason := treespec_fault(getattr(spec, name)):
             raise UsageError(f"the graph file's {name} cannot be used: {reason}")
+    for state in spec.states:
+        plainly(state)
+        if state.dtype not in STATE_DTYPES or not 1 <= state.channels * state.width <= MAX_STATE:
+            raise damaged(f"gives the state {shown(state.name)} a shape or dtype that it cannot have")
     if len(spec.grid) != 2 or not all(type(size) is int and size > 0 for size in spec.grid):
         raise damaged(f"gives {shown(spec.grid)} as token grid, not two positive integers")
     return spec
 
 
-def treespec_fault(text: str) -> str:
-    """Why a serialised pytree spec is refused, or nothing.
-
-    A context that holds a JSON object makes torch import a module by the name given there (enums, defaultdict).
-    """
-    stack = [json.loads(text)[1]]
-    while stack:
-        item = stack.pop()
-        stack.extend(item["children_spec"])
-        kind, context = item["type"], item["context"]
-        if kind is None:
-            continue
-        if kind not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
-            return f"it holds a {shown(kind)}, unknown here: import the library that defines it first"
-        if not isinstance(context, str) or "{" in context:
-            return f"its {shown(kind)} asks for Python objects by name, which is not allowed"
-    pytree.treespec_loads(text)
-    return ""
-
-
-def check_seams(model: ChunkedModel) -> None:
+def check_seams(model: DynamicModel) -> None:
     """The graphs and the spec must name the same inputs, or a call would fail far from its cause."""
     spec = model.spec
     results = pytree.treespec_loads(spec.out_spec).num_leaves
     wanted = {
         "route": (spec.route_inputs, 1 + len(spec.live)),
-        "denoise": (spec.denoise_inputs, results),
+        "denoise": (spec.denoise_inputs, results + (1 + len(spec.states) if spec.states else 0)),
         "original": (spec.inputs, results),
+        PREPARE: (spec.prepare_inputs, len(spec.constants)),
     }
     for name, graph in named_graphs(model).items():
         output = next(iter(reversed(graph.graph.nodes)))
         found = (tuple(node.name for node in placeholders(graph.graph)), len(output.args[0]))
         if found != wanted[name]:
             raise damaged(f"has {shown(found)} as inputs and outputs of {name}, its spec {shown(wanted[name])}")
-    unknown = {*spec.route_inputs} - {*spec.inputs}
-    unknown |= {*spec.denoise_inputs} - {*spec.inputs, *spec.live, *PLAN_ARRAYS}
-    unknown |= {spec.timestep or spec.inputs[0]} - {*spec.inputs}
+    unknown = {*spec.route_inputs, *spec.prepare_inputs, spec.timestep or spec.image, spec.image} - {*spec.inputs}
+    arrays = {*CARRY_ARRAYS, *(state.name for state in spec.states)} if spec.states else {*PLAN_ARRAYS}
+    unknown |= {*spec.denoise_inputs} - {*spec.inputs, *spec.live, *spec.constants, *arrays}
+    if model.options.router not in ROUTERS or not model.options.guard > 0:
+        raise damaged(f"has the router {shown(model.options.router)} with the guard {shown(model.options.guard)}")
+    if bool(spec.states) != (model.options.mode == "carry"):
+        raise damaged(f"has {len(spec.states)} states in mode {shown(model.options.mode)}")
     if unknown or pytree.treespec_loads(spec.in_spec).num_leaves != len(spec.inputs):
         raise damaged(f"asks for other inputs than its in_spec holds ({shown(sorted(unknown))})")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from dcconvert.passes.errors import CheckFailedError, UsageError
+from dcconvert.passes.history import SLOTS
 from dcconvert.passes.infra import Program, placeholders
 
 TIMESTEP_NAMES = ("t", "timestep", "timesteps")
@@ -49,6 +51,32 @@ class InputSpec:
 
 
 @dataclass(frozen=True)
+class StateSpec:
+    """What mode carry remembers of one value: C x E numbers of every token, in SLOTS slots [P, B, C, N, E]."""
+
+    name: str
+    channels: int
+    width: int
+    dtype: str
+
+    def shape(self, batch: int, tokens: int) -> tuple[int, ...]:
+        return (SLOTS, batch, self.channels, tokens, self.width)
+
+    def bytes(self, tokens: int) -> int:
+        """Its size for one sample."""
+        return math.prod(self.shape(1, tokens)) * self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return cast(torch.dtype, getattr(torch, self.dtype))
+
+    @classmethod
+    def of(cls, node: Node) -> StateSpec:
+        value = node.meta["val"]
+        return cls(node.name, int(value.shape[2]), int(value.shape[4]), str(value.dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Names and shapes at the seams of a rewritten model; all of it fits into JSON."""
 
@@ -64,6 +92,10 @@ class ModelSpec:
     depth: int
     timestep: str | None
     timestep_scale: float  # the timestep that means pure noise
+    image: str  # the input that patchify reads
+    constants: tuple[str, ...] = ()  # mode carry: what prepare makes once in a run and denoise takes at every step
+    prepare_inputs: tuple[str, ...] = ()
+    states: tuple[StateSpec, ...] = ()  # mode carry: last inputs and last outputs of denoise, in this order
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -74,6 +106,11 @@ class ModelSpec:
         generator = torch.Generator().manual_seed(seed)
         scale = {self.timestep: self.timestep_scale}
         return {s.name: s.example(batch, generator, scale.get(s.name, 0.0)) for s in self.input_specs}
+
+    @property
+    def state_bytes(self) -> int:
+        """What mode carry remembers of one sample, in bytes."""
+        return sum(state.bytes(self.tokens) for state in self.states)
 
     @property
     def tokens(self) -> int:
@@ -87,23 +124,22 @@ class ModelSpec:
         def frozen(value: Any) -> Any:
             return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
 
-        values = {name: frozen(value) for name, value in fields.items() if name != "input_specs"}
+        values = {name: frozen(value) for name, value in fields.items() if name not in ("input_specs", "states")}
         inputs = tuple(InputSpec(**{n: frozen(v) for n, v in item.items()}) for item in fields["input_specs"])
-        return cls(**values, input_specs=inputs)
+        states = tuple(StateSpec(**item) for item in fields["states"])
+        return cls(**values, input_specs=inputs, states=states)
 
     @classmethod
-    def of(cls, program: Program, timestep: str | None, timestep_scale: float) -> ModelSpec:
+    def of(cls, program: Program, timestep_scale: float) -> ModelSpec:
         stream = program.found_stream()
         if program.route is None or program.denoise is None:
             raise CheckFailedError("the program was not split into route and denoise; fix the pipeline order")
-        specs = tuple(InputSpec.of(n) for n in placeholders(program.graph) if n.name not in program.plan_inputs)
-        inputs = tuple(spec.name for spec in specs)
-        if timestep is None:
-            timestep = next((name for name in TIMESTEP_NAMES if name in inputs), None)
-        elif timestep not in inputs:
-            found = ", ".join(inputs)
-            raise UsageError(f"the model has no input '{timestep}' to take the timestep from; it has {found}")
-        live = [n for n in placeholders(program.denoise.graph) if n.name not in {*inputs, *program.plan_inputs}]
+        added = {*program.plan_inputs, *program.state}
+        specs = tuple(InputSpec.of(n) for n in placeholders(program.graph) if n.name not in added)
+        constants = count_outputs(program.prepare) if program.prepare else 0
+        names = tuple(f"constant_{number}" for number in range(constants))
+        known = {*program.inputs, *added, *names}
+        live = [n for n in placeholders(program.denoise.graph) if n.name not in known]
         denoise_inputs = tuple(n.name for n in placeholders(program.denoise.graph))
         return cls(
             input_specs=specs,
@@ -116,6 +152,34 @@ class ModelSpec:
             grid=stream.grid,
             width=stream.width,
             depth=stream.depth,
-            timestep=timestep,
+            timestep=program.timestep,
             timestep_scale=timestep_scale,
+            image=program.image,
+            constants=names,
+            prepare_inputs=tuple(n.name for n in placeholders(program.prepare.graph)) if program.prepare else (),
+            states=tuple(StateSpec.of(node) for node in program.state.values()),
         )
+
+
+def find_inputs(program: Program, timestep: str | None) -> None:
+    """Note in the program which inputs the model has, and which of them are image and timestep.
+
+    `timestep` is its name, or None to guess it from TIMESTEP_NAMES. UsageError if there is no such input, or if mode
+    carry, which cannot do without, finds none.
+    """
+    program.inputs = tuple(node.name for node in placeholders(program.graph))
+    if timestep is None:
+        timestep = next((name for name in TIMESTEP_NAMES if name in program.inputs), None)
+    elif timestep not in program.inputs:
+        found = ", ".join(program.inputs)
+        raise UsageError(f"the model has no input '{timestep}' to take the timestep from; it has {found}")
+    if timestep is None and program.options.mode == "carry":
+        raise UsageError(
+            "mode carry needs to know which input is the timestep: name it with timestep=..., or use mode chunk"
+        )
+    program.timestep = timestep
+
+
+def count_outputs(graph_module: GraphModule) -> int:
+    output = next(iter(reversed(graph_module.graph.nodes)))
+    return len(output.args[0])

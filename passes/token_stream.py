@@ -36,6 +36,7 @@ class FindTokenStream(Pass):
         width = int(boundaries[0].meta["val"].shape[2])
         stream = TokenStream(patchify, grid, width, cuts, boundaries)
         program.stream = stream
+        program.image = image_input(program, patchify)
         program.trunk = choose_trunk(stream, program.options.head_blocks, program.options.tail_blocks)
         note = f"{grid[0]}x{grid[1]} tokens of width {width}, {len(cuts)} cut points, {stream.depth} blocks"
         return PassResult(len(cuts), (note,))
@@ -51,6 +52,17 @@ def find_patchify(program: Program) -> Node:
         "no patchify convolution (conv2d giving [B, D, H, W]) found; "
         f"nearest miss: {', '.join(seen) or 'no convolution'}"
     )
+
+
+def image_input(program: Program, patchify: Node) -> str:
+    """The model input that patchify reads first."""
+    stack = [patchify]
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder":
+            return node.name
+        stack.extend(reversed(node.all_input_nodes))
+    raise UnsupportedModelError("patchify depends on no input of the model: there is no image to take apart")
 
 
 def dependents(program: Program, root: Node) -> list[Node]:

@@ -23,7 +23,8 @@ def attention(packer: Packer, node: Node, layout: Layout) -> Laid:
     given: dict[str, Any] = dict(zip(ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
     if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
         raise packer.refuse(node, "attention with dropout, a causal mask or grouped queries has no rule")
-    q = packer.get(given["query"], "grid")
+    # What is carried is taken where it was computed: then only the queries move to the rows, not all three.
+    q = packer.moved(given["query"], "grid") if packer.carry else packer.get(given["query"], "grid")
     if (q.batch, q.token, q.node.meta["val"].ndim) != (0, 2, 4):
         raise packer.refuse(node, "queries must be laid out [B, H, N, d]")
     scale = given.get("scale") or 1 / math.sqrt(int(given["query"].meta["val"].shape[-1]))
@@ -39,6 +40,8 @@ def attention(packer: Packer, node: Node, layout: Layout) -> Laid:
 def self_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:
     if given.get("attn_mask") is not None:
         raise packer.refuse(node, "self-attention with a mask has no rule")
+    if packer.carry is not None:
+        return carried_attention(packer, node, given, q, scale)
     k, v = (packer.get(given[name], "grid") for name in ("key", "value"))
     if any((x.batch, x.token) != (q.batch, q.token) for x in (k, v)):
         raise packer.refuse(node, "keys and values must be laid out [B, H, N, d]")
@@ -47,6 +50,19 @@ def self_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, s
     else:
         op, separator = torch.ops.dcconvert.segment_attention.default, packer.plan_input("segment_ids")
     return q.at(packer.emit(op, q.node, k.node, v.node, separator, scale))
+
+
+def carried_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:
+    """Kept queries against the keys of all N tokens of their sample, fresh or carried over from earlier steps."""
+    assert packer.carry is not None
+    everywhere = []
+    for name in ("key", "value"):
+        packed = packer.get(given[name], "packed")
+        if (packed.batch, packed.token) != (q.batch, q.token):
+            raise packer.refuse(node, "keys and values must be laid out [B, H, N, d]")
+        everywhere.append(packer.carry(f"{name}_{packer.attentions - 1}", packed.node))
+    operands = (q.node, *everywhere, None)
+    return q.at(packer.emit(aten.scaled_dot_product_attention.default, *operands, scale=scale))
 
 
 def cross_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ from torch.utils import _pytree as pytree
 from dcconvert.dit import DiT, DiTConfig
 from dcconvert.passes.capture import capture
 from dcconvert.passes.infra import Options, Program, TokenStream, check_graph, placeholders
-from dcconvert.passes.model import ChunkedModel
+from dcconvert.passes.layout import Bucket
+from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.normalise import Normalise
 from dcconvert.passes.pack_trunk import PackTrunk
-from dcconvert.passes.plan import Bucket, Plan, Planner
+from dcconvert.passes.plan import Plan, Planner
 
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
@@ -43,6 +44,16 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 def first_tensor(value: Any) -> Tensor:
     """The first tensor of a model's output, whatever it is wrapped in."""
     return next(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def pick(call: Call, samples: Sequence[int]) -> Call:
+    """The same call with its samples in another order, or only some of them."""
+    module, args, kwargs = call
+
+    def picked(value: Any) -> Any:
+        return value[list(samples)] if isinstance(value, Tensor) and value.ndim and len(value) == BATCH else value
+
+    return module, tuple(map(picked, args)), {name: picked(value) for name, value in kwargs.items()}
 
 
 def count(module: GraphModule | Iterable[Node], target: Any, *operands: str) -> int:
@@ -154,7 +165,9 @@ def tiny_inputs(batch: int = BATCH) -> tuple[Tensor, Tensor]:
 
 def tiny_program(module: nn.Module | None = None, **options: Any) -> Program:
     """A captured and normalised TinyModel (three plain blocks unless a module is given)."""
-    program = capture(module or TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, Options(**options))
+    program = capture(
+        module or TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, Options(**{"mode": "chunk", **options})
+    )
     Normalise().call(program)
     return program
 
@@ -180,7 +193,7 @@ def plan_tensors(plan: Plan, dtype: torch.dtype = torch.float32) -> dict[str, Te
     return {name: a.to(dtype) if a.is_floating_point() else a for name, a in arrays.items()}
 
 
-def run_with_plan(model: ChunkedModel, call: Call, plan: Plan) -> Tensor:
+def run_with_plan(model: DynamicModel, call: Call, plan: Plan) -> Tensor:
     """One call of a converted model under a plan of our choice."""
     with torch.no_grad():
         inputs = model.flat_inputs(call[1], call[2])
@@ -204,7 +217,7 @@ class Body(nn.Module):
 
 def trunk_program(body: Callable[..., Tensor], h: Tensor, outside: tuple[Tensor, ...], packing: str) -> Program:
     """The program whose whole graph is the trunk `body(h, *outside)`, captured and ready for PackTrunk."""
-    program = capture(Body(body), (h, outside), {}, Options(packing=packing, members=2, neighbours=2))
+    program = capture(Body(body), (h, outside), {}, Options(mode="chunk", packing=packing, members=2, neighbours=2))
     Normalise().call(program)
     start = placeholders(program.graph)[0]
     (end,) = next(iter(reversed(program.graph.nodes))).args[0]

@@ -7,20 +7,22 @@ import torch
 
 from dcconvert.dit import DiT, DiTConfig
 from dcconvert.passes.capture import capture
+from dcconvert.passes.carry_trunk import CarryTrunk
 from dcconvert.passes.errors import CheckFailedError
-from dcconvert.passes.gate import NumericGate
-from dcconvert.passes.infra import Pass, PassResult, Program, run_passes
+from dcconvert.passes.gate import HALF_PRECISION, NumericGate, outputs
+from dcconvert.passes.infra import Options, Pass, PassResult, Program, run_passes
 from dcconvert.passes.insert_router import InsertRouter
 from dcconvert.passes.normalise import Normalise
 from dcconvert.passes.pack_trunk import PackTrunk
 from dcconvert.passes.token_stream import FindTokenStream
 
 
-def captured() -> Program:
+def captured(**options: str) -> Program:
     model = DiT(DiTConfig(depth=3, width=32, heads=2, patch=2, image_size=8, in_channels=1, num_classes=4))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    return capture(model, (torch.randn(3, 1, 8, 8), torch.rand(3) * 1000, torch.tensor([0, 1, 2])))
+    inputs = (torch.randn(3, 1, 8, 8), torch.rand(3) * 1000, torch.tensor([0, 1, 2]))
+    return capture(model, inputs, {}, Options(**{"mode": "chunk", **options}))  # type: ignore[arg-type]
 
 
 class Double(Pass):
@@ -38,8 +40,15 @@ class Double(Pass):
         return PassResult(1)
 
 
-def test_exact_passes_come_through() -> None:
-    program = captured()
+BEFORE = {
+    "chunk": (Normalise(), FindTokenStream(), InsertRouter(), PackTrunk()),
+    "carry": (Normalise(), FindTokenStream(), InsertRouter(), CarryTrunk()),
+}
+
+
+@pytest.mark.parametrize("mode", BEFORE)
+def test_exact_passes_come_through(mode: str) -> None:
+    program = captured(mode=mode)
     seen: list[str] = []
     gate = NumericGate(program)
 
@@ -47,16 +56,27 @@ def test_exact_passes_come_through() -> None:
         seen.append(after)
         gate(current, after)
 
-    run_passes(program, (Normalise(), FindTokenStream(), InsertRouter(), PackTrunk()), gate=noting)
-    assert seen == ["Normalise", "InsertRouter", "PackTrunk"]
+    run_passes(program, BEFORE[mode], gate=noting)
+    assert seen == ["Normalise", "InsertRouter", BEFORE[mode][-1].name]
 
 
-@pytest.mark.parametrize("before", [(), (Normalise(), FindTokenStream(), InsertRouter(), PackTrunk())])
-def test_a_pass_that_changes_the_output_is_stopped_by_name(before: tuple[Pass, ...]) -> None:
-    program = captured()
+@pytest.mark.parametrize(("mode", "passes"), [("chunk", 0), ("chunk", 4), ("carry", 4)])
+def test_a_pass_that_changes_the_output_is_stopped_by_name(mode: str, passes: int) -> None:
+    program, before = captured(mode=mode), BEFORE[mode][:passes]
     gate = NumericGate(program)
     with pytest.raises(CheckFailedError, match="Double changed the model's output"):
         run_passes(program, (*before, Double()), gate=gate)
+
+
+def test_a_state_in_half_precision_may_round() -> None:
+    """By what halves round, and no more."""
+    program = captured(mode="carry", state_dtype="fp16")
+    gate = NumericGate(program)
+    run_passes(program, BEFORE["carry"], gate=gate)
+    found, wanted = outputs(program)[1], gate.wanted[0]
+    assert 1e-5 < float((found - wanted).norm() / wanted.norm()) < HALF_PRECISION
+    with pytest.raises(CheckFailedError, match="Double changed the model's output"):
+        run_passes(program, (Double(),), gate=gate)
 
 
 def test_values_that_are_not_finite_do_not_pass() -> None:

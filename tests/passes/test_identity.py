@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.infra import Options
-from dcconvert.passes.model import ChunkedModel
+from dcconvert.passes.layout import Bucket
+from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.plan import Bucket, Planner
+from dcconvert.passes.plan import Planner
 from dcconvert.passes.schedule import Schedule
 from tests.passes.harness import (
     BATCH,
@@ -24,6 +25,7 @@ from tests.passes.harness import (
     dit_call,
     first_tensor,
     larger,
+    pick,
     pixart_call,
     relative,
     run_with_plan,
@@ -46,27 +48,16 @@ every_case = pytest.mark.parametrize(("name", "packing"), CASES)
 
 
 @cache
-def converted(name: str, packing: str) -> tuple[ChunkedModel, Call]:
+def converted(name: str, packing: str) -> tuple[DynamicModel, Call]:
     """One conversion for all tests and examples; weights and inputs are random but fixed."""
     torch.manual_seed(0)
     call = MODELS[name]()
-    return rewrite(*call, Options(packing=packing), ALL), call
+    return rewrite(*call, Options(mode="chunk", packing=packing), ALL), call
 
 
 def plain(call: Call) -> torch.Tensor:
     with torch.no_grad():
         return first_tensor(call[0](*call[1], **call[2]))
-
-
-def permuted(call: Call, order: list[int]) -> Call:
-    """The same call with its samples in another order, or only some of them."""
-    module, args, kwargs = call
-
-    def pick(value: object) -> object:
-        batched = isinstance(value, torch.Tensor) and value.ndim and len(value) == BATCH
-        return value[order] if batched else value  # type: ignore[index]
-
-    return module, tuple(map(pick, args)), {name: pick(value) for name, value in kwargs.items()}
 
 
 @every_case
@@ -103,20 +94,20 @@ def test_in_another_sample_order_and_batch(name, packing):
     model, call = converted(name, packing)
     wanted = plain(call)
     for order in ([2, 0, 1], [1], [0, 2]):
-        found = run_with_plan(model, permuted(call, order), model.step_planner.planner.full_plan(len(order)))
+        found = run_with_plan(model, pick(call, order), model.step_planner.planner.full_plan(len(order)))
         assert relative(found, wanted[order]) < TOLERANCE
 
 
 @pytest.mark.parametrize(("head", "tail"), [(0, 0), (2, 0), (0, 2)])
 def test_with_other_head_and_tail_blocks(head, tail):
     call = dit_call()
-    model = rewrite(*call, Options(head_blocks=head, tail_blocks=tail), ALL)
+    model = rewrite(*call, Options(mode="chunk", head_blocks=head, tail_blocks=tail), ALL)
     assert relative(first_tensor(model(*call[1])), plain(call)) < TOLERANCE
 
 
 def test_pixart_in_bins_is_refused():
     with pytest.raises(UsageError, match="one sample a row: use --packing rows"):
-        rewrite(*pixart_call(), Options(packing="bins"), ALL)
+        rewrite(*pixart_call(), Options(mode="chunk", packing="bins"), ALL)
 
 
 @pytest.mark.parametrize("pixels", [256, 512])
@@ -126,7 +117,7 @@ def test_the_real_size(pixels):
     torch.nn.init.normal_(call[0].pos_embed)  # type: ignore[arg-type]
     for parameter in call[0].parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    model = rewrite(*call, Options(), ALL)
+    model = rewrite(*call, Options(mode="chunk"), ALL)
     planner = model.step_planner.planner
     wanted = plain(call)
     keep = np.ones((2, model.spec.tokens), dtype=bool)
@@ -169,7 +160,7 @@ def test_batch_invariance(case, keep, alone, padded):
     model, call = converted(*case)
     planner = model.step_planner.planner
     together = run_with_plan(model, call, planner.plan(keep, larger(planner, keep) if padded else None))
-    single = run_with_plan(model, permuted(call, [alone]), planner.plan(keep[[alone]]))
+    single = run_with_plan(model, pick(call, [alone]), planner.plan(keep[[alone]]))
     assert relative(single[0], together[alone]) < TOLERANCE
 
 
@@ -178,5 +169,5 @@ def test_batch_invariance(case, keep, alone, padded):
 def test_sample_order_does_not_matter(case, keep, order):
     model, call = converted(*case)
     planner = model.step_planner.planner
-    found = run_with_plan(model, permuted(call, order), planner.plan(keep[order]))
+    found = run_with_plan(model, pick(call, order), planner.plan(keep[order]))
     assert relative(found, run_with_plan(model, call, planner.plan(keep))[order]) < TOLERANCE

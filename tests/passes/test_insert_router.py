@@ -9,33 +9,36 @@ from torch import Tensor, nn
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.infra import Program, run_passes
 from dcconvert.passes.insert_router import InsertRouter, inline
-from dcconvert.passes.routers import ROUTERS, make_router
+from dcconvert.passes.routers import CHUNK_ROUTERS, ROUTERS, make_router
 from dcconvert.passes.token_stream import FindTokenStream
 from tests.passes.harness import BATCH, GRID, TOKENS, Block, TinyModel, tiny_inputs, tiny_program
 
 
-def with_router(name: str, module: nn.Module | None = None) -> Program:
-    program = tiny_program(module, router=name, seed=3)
+def with_router(name: str, module: nn.Module | None = None, mode: str = "chunk") -> Program:
+    program = tiny_program(module, router=name, seed=3, mode=mode)
     run_passes(program, (FindTokenStream(), InsertRouter()))
     return program
 
 
-def hidden_state(module: TinyModel, x: Tensor, t: Tensor) -> Tensor:
-    """What the trunk's input is, computed by the original: the stream after the one head block."""
+def hidden_state(module: TinyModel, x: Tensor, t: Tensor, mode: str = "chunk") -> Tensor:
+    """What the trunk's input is, computed by the original: the stream before the first block, or after it."""
     seen: list[Tensor] = []
-    hook = module.blocks[0].register_forward_hook(lambda *call: seen.append(call[2]))
+    take = {"chunk": lambda block, args, result: result, "carry": lambda block, args, result: args[0]}[mode]
+    hook = module.blocks[0].register_forward_hook(lambda *call: seen.append(take(*call)))
     module(x, t)
     hook.remove()
     return seen[0]
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_scores_are_the_routers_and_come_first(name):
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "chunk") for name in CHUNK_ROUTERS), *((name, "carry") for name in ROUTERS)]
+)
+def test_scores_are_the_routers_and_come_first(name, mode):
     module, inputs = TinyModel(Block() for _ in range(3)), tiny_inputs(5)
-    program = with_router(name, module)
+    program = with_router(name, module, mode)
     with torch.no_grad():
         scores, output = program.graph_module(*inputs)
-        wanted = make_router(name, GRID, 3)(hidden_state(module, *inputs))
+        wanted = make_router(name, GRID, 3)(hidden_state(module, *inputs, mode))
         torch.testing.assert_close(output, module(*inputs), rtol=0, atol=0)
     torch.testing.assert_close(scores, wanted)
     assert program.scores is not None
@@ -92,6 +95,15 @@ def test_random_scores_differ_with_the_seed():
     assert not torch.equal(scores[0], scores[2])
 
 
-def test_an_unknown_router_is_a_usage_error():
-    with pytest.raises(UsageError, match="unknown router 'norm'; choose one of predictability, cosine, pool, random"):
-        with_router("norm")
+@pytest.mark.parametrize(
+    ("mode", "name", "choices"),
+    [
+        ("chunk", "norm", "predictability, cosine, pool, random"),
+        ("chunk", "drift", "predictability, cosine, pool, random"),
+        ("chunk", "age", "predictability, cosine, pool, random"),
+        ("carry", "norm", "drift, age, predictability, cosine, pool, random"),
+    ],
+)
+def test_a_router_that_the_mode_has_not_is_a_usage_error(mode, name, choices):
+    with pytest.raises(UsageError, match=f"mode {mode} has no router '{name}': choose one of {choices}$"):
+        with_router(name, mode=mode)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from dcconvert.passes.errors import CheckFailedError, UsageError
 from dcconvert.passes.infra import Options
-from dcconvert.passes.model import ChunkedModel
+from dcconvert.passes.layout import Bucket
+from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.plan import Bucket
 from dcconvert.passes.schedule import Schedule
 from tests.passes.harness import BATCH, Block, TinyModel, diffusers_call, relative, tiny_inputs
 
@@ -34,17 +34,17 @@ def keyworded_call(batch: int = BATCH) -> tuple[tuple[Tensor], dict[str, object]
 
 
 @pytest.fixture(scope="module")
-def tiny() -> tuple[nn.Module, ChunkedModel]:
+def tiny() -> tuple[nn.Module, DynamicModel]:
     torch.manual_seed(0)
     module = TinyModel(Block() for _ in range(3))
-    return module, rewrite(module, tiny_inputs(), {}, Options(), HALF, timestep_scale=1.0)
+    return module, rewrite(module, tiny_inputs(), {}, Options(mode="chunk"), HALF, timestep_scale=1.0)
 
 
 @pytest.fixture(scope="module")
-def keyworded() -> tuple[nn.Module, ChunkedModel]:
+def keyworded() -> tuple[nn.Module, DynamicModel]:
     torch.manual_seed(0)
     module = Keyworded(Block() for _ in range(3))
-    return module, rewrite(module, *keyworded_call(), Options(), ALL, timestep_scale=1.0)
+    return module, rewrite(module, *keyworded_call(), Options(mode="chunk"), ALL, timestep_scale=1.0)
 
 
 def test_call_returns_what_the_original_returns(keyworded):
@@ -60,7 +60,7 @@ def test_call_returns_what_the_original_returns(keyworded):
 def test_a_ready_made_output_class_comes_back_as_itself():
     module, args, kwargs = diffusers_call()
     kwargs["return_dict"] = True
-    model = rewrite(module, args, kwargs, Options(), ALL)
+    model = rewrite(module, args, kwargs, Options(mode="chunk"), ALL)
     found = model(*args, **kwargs)
     assert type(found).__name__ == "Transformer2DModelOutput"
     assert relative(found.sample, module(*args, **kwargs).sample) < 1e-5
@@ -101,19 +101,23 @@ def test_the_timestep_is_found_by_name_or_given(tiny, keyworded):
     assert tiny[1].spec.timestep == "t"
     assert keyworded[1].spec.timestep == "timestep"
     module, inputs = tiny[0], tiny_inputs()
-    assert rewrite(module, inputs, {}, Options(), HALF, timestep="x").spec.timestep == "x"
+    assert rewrite(module, inputs, {}, Options(mode="chunk"), HALF, timestep="x").spec.timestep == "x"
     with pytest.raises(UsageError, match="no input 'sigma' to take the timestep from; it has x, t"):
-        rewrite(module, inputs, {}, Options(), HALF, timestep="sigma")
+        rewrite(module, inputs, {}, Options(mode="chunk"), HALF, timestep="sigma")
 
 
 def test_a_schedule_that_follows_the_timestep(tiny):
     model = tiny[1].with_schedule(Schedule("falling", 2))
-    counts = model.step_planner.counts(np.array([0.0, 0.5, 1.0]), 3)
-    assert counts.tolist() == [2, 4, 6]  # a quarter, half and three quarters of 8
-    assert model.step_planner.counts(np.array(1.0), 2).tolist() == [6, 6]  # one timestep for the batch
-    assert model.step_planner.counts(np.array([7.0]), 2).tolist() == [6, 6]  # beyond the end of the run
+    planner = model.step_planner
+    taus = planner.taus({"t": torch.tensor([0.0, 0.5, 1.0])}, 3)
+    assert planner.counts(taus).tolist() == [2, 4, 6]  # a quarter, half and three quarters of 8
+    assert planner.taus({"t": torch.tensor(1.0)}, 2).tolist() == [1, 1]  # one timestep for the batch
+    assert planner.taus({"t": torch.tensor([7.0])}, 2).tolist() == [1, 1]  # beyond the end of the run
     x, _ = tiny_inputs()
-    assert model(x, torch.tensor([0.0, 0.5, 1.0])).shape == (3, 8, 8)
+    run = model.start(3)
+    run.step({"x": x, "t": torch.tensor([0.0, 0.5, 1.0])})
+    assert run.last_plan is not None
+    assert run.last_plan.counts.tolist() == [2, 4, 6]
 
 
 def test_a_schedule_without_a_timestep_is_a_usage_error():
@@ -121,7 +125,7 @@ def test_a_schedule_without_a_timestep_is_a_usage_error():
         def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
             return super().forward(x, sigma)
 
-    model = rewrite(Nameless(Block() for _ in range(3)), tiny_inputs(), {}, Options(), HALF)
+    model = rewrite(Nameless(Block() for _ in range(3)), tiny_inputs(), {}, Options(mode="chunk"), HALF)
     assert model.spec.timestep is None
     model(*tiny_inputs())
     with pytest.raises(UsageError, match=r"schedule 'rising' needs the timestep.*timestep=\.\.\."):
@@ -141,7 +145,7 @@ def test_a_ratio_beyond_the_tokens_is_a_usage_error(tiny):
     module, model = tiny
     for make in (
         lambda: model.with_schedule(Schedule("constant", 9)),
-        lambda: rewrite(module, tiny_inputs(), {}, Options(), Schedule("constant", 9)),
+        lambda: rewrite(module, tiny_inputs(), {}, Options(mode="chunk"), Schedule("constant", 9)),
     ):
         with pytest.raises(UsageError, match="8x"):
             make()
@@ -172,7 +176,7 @@ def test_a_bucket_gives_the_same_result(tiny):
 
 def test_gradients_reach_every_parameter_but_none_through_the_plan():
     module = TinyModel(Block() for _ in range(3))
-    model = rewrite(module, tiny_inputs(), {}, Options(), HALF)
+    model = rewrite(module, tiny_inputs(), {}, Options(mode="chunk"), HALF)
     model(*tiny_inputs()).square().mean().backward()
     missing = [name for name, parameter in module.named_parameters() if parameter.grad is None]
     assert not missing
@@ -190,7 +194,7 @@ def test_an_input_with_a_name_that_the_conversion_uses_too(name):
     )
     module = scope["Named"](Block() for _ in range(3))  # type: ignore[operator]
     inputs = (*tiny_inputs(), torch.randn(BATCH, 8))
-    model = rewrite(module, inputs, {}, Options(), ALL)
+    model = rewrite(module, inputs, {}, Options(mode="chunk"), ALL)
     assert relative(model(*inputs), module(*inputs)) < 1e-5
 
 
@@ -211,7 +215,7 @@ def test_half_precision():
             return inner.final(x)
 
     x, t = tiny_inputs()
-    model = rewrite(Cast(), (x.bfloat16(), t), {}, Options(), HALF)
+    model = rewrite(Cast(), (x.bfloat16(), t), {}, Options(mode="chunk"), HALF)
     assert model(x.bfloat16(), t).dtype == torch.bfloat16
 
 

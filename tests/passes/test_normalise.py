@@ -49,8 +49,9 @@ def calls(program: Program) -> list[str]:
         lambda x: x.to(torch.float32),
         lambda x: x.type_as(x),
         lambda x: F.dropout(x, 0.5, training=False),
+        lambda x: x.squeeze(1),
     ],
-    ids=["contiguous", "clone", "detach", "float", "to", "type_as", "dropout off"],
+    ids=["contiguous", "clone", "detach", "float", "to", "type_as", "dropout off", "squeeze of a long axis"],
 )
 def test_ops_without_effect_go(function):
     assert calls(normalised(lambda x: function(x) + 1)) == ["aten.add.Tensor"]
@@ -73,6 +74,10 @@ def test_unused_nodes_and_guards_go():
     Normalise().call(program)
     assert calls(program) == ["aten.add.Tensor"]
     assert not any(node.op == "call_module" for node in program.graph.nodes)
+
+
+def test_a_squeeze_that_drops_an_axis_stays():
+    assert calls(normalised(lambda x: x[:, :1].squeeze(1)))[-1] == "aten.squeeze.dim"
 
 
 def test_what_changes_values_stays():

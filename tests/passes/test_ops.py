@@ -15,6 +15,7 @@ from dcconvert.passes import ops
 B, N, D = 2, 6, 4  # samples, grid tokens, width
 G, L, M, K = 3, 2, 3, 2  # tiles, tokens a tile, members, neighbours
 R, H, S, d = 3, 2, 4, 5  # rows, heads, slots, width of a head
+P, C, E = 2, 3, 2  # state slots, and C x E values of every token
 
 Arguments = tuple[Tensor | float, ...]
 
@@ -25,6 +26,18 @@ def normal(*shape: int) -> Tensor:
 
 def weights(*shape: int) -> Tensor:
     return torch.rand(*shape, dtype=torch.float64).requires_grad_()
+
+
+def places(channels: int = C) -> Tensor:
+    """Addresses [G, C, L, 4] of tokens that are all different."""
+    flat = torch.randperm(P * B * N)[: G * L].view(G, 1, L).expand(G, channels, L)
+    c = torch.arange(channels).view(1, -1, 1).expand_as(flat)
+    return torch.stack([flat // (B * N), flat // N % B, c, flat % N], dim=-1)
+
+
+def spread(weight: Tensor) -> Tensor:
+    """Weights [P, B, N] as recall takes them, [P, B, 1, N, E]."""
+    return weight[:, :, None, :, None].repeat(1, 1, 1, 1, E)
 
 
 def arguments() -> dict[str, list[Arguments]]:
@@ -45,6 +58,13 @@ def arguments() -> dict[str, list[Arguments]]:
         ],
         "row_attention": [(*heads, torch.tensor(lengths), 0.3) for lengths in ([4, 1, 3], [4, 4, 4])],
         "segment_attention": [(*heads, segments, 0.3)],
+        "remember": [
+            (normal(P, B, channels, N, E), normal(G, channels, L, E), places(channels)) for channels in (1, C)
+        ],
+        "recall": [
+            (normal(P, B, C, N, E), spread(weights(P, B, N))),
+            (normal(1, B, 1, N, E), spread(weights(1, B, N))),
+        ],
     }
 
 
@@ -84,6 +104,22 @@ def attend_by_hand(q, k, v, visible, scale):
     return out
 
 
+def remember_by_hand(state, values, address):
+    out = state.clone()
+    for g, c, t in torch.cartesian_prod(*map(torch.arange, address.shape[:3])).tolist():
+        slot, sample, channel, token = address[g, c, t].tolist()
+        out[slot, sample, channel, token] = values[g, c, t]
+    return out
+
+
+def recall_by_hand(state, weight):
+    out = torch.zeros_like(state[0])
+    slots, samples, _, tokens, _ = weight.shape
+    for p, b, n in torch.cartesian_prod(*map(torch.arange, (slots, samples, tokens))).tolist():
+        out[b, :, n] += weight[p, b, 0, n, 0] * state[p, b, :, n]
+    return out
+
+
 BY_HAND: dict[str, Callable[..., Tensor]] = {
     "chunk": chunk_by_hand,
     "dechunk": dechunk_by_hand,
@@ -92,6 +128,8 @@ BY_HAND: dict[str, Callable[..., Tensor]] = {
     "segment_attention": lambda q, k, v, ids, scale: attend_by_hand(
         q, k, v, lambda r, i, j: ids[r, i] == ids[r, j], scale
     ),
+    "remember": remember_by_hand,
+    "recall": recall_by_hand,
 }
 
 
@@ -139,6 +177,54 @@ def test_unused_slots_never_reach_the_result():
         torch.testing.assert_close(plain[:, :, :2], wild[:, :, :2], rtol=0, atol=0)
 
 
+def test_an_address_is_repeated_for_every_channel():
+    index = torch.randint(0, 6, (G, L, 4)) * torch.tensor([1, 1, 0, 1])
+    for channels in (1, C):
+        found = torch.ops.dcconvert.address(index, channels)
+        assert found.shape == (G, channels, L, 4)
+        assert found.dtype == torch.int64
+        for g, c, t in torch.cartesian_prod(*map(torch.arange, found.shape[:3])).tolist():
+            slot, sample, _, token = index[g, t].tolist()
+            assert found[g, c, t].tolist() == [slot, sample, c, token]
+        torch.library.opcheck(torch.ops.dcconvert.address.default, (index, channels))
+
+
+def test_remember_leaves_its_inputs_alone():
+    state, values = torch.zeros(P, B, C, N, E), torch.ones(G, C, L, E)
+    written = torch.ops.dcconvert.remember(state, values, places())
+    assert not state.any()
+    assert written.sum() == values.numel()
+
+
+def test_pads_that_copy_a_token_write_what_it_writes():
+    """Whatever the order in which equal values are written to one place."""
+    address = places(1)
+    values = torch.randn(G, 1, L, E)
+    pads = torch.tensor([[0, 0], [0, 0]])
+    padded = torch.cat([address[:1, :, [0, 0]], address, address[pads[:, 0]][..., [0, 0], :]])
+    copies = torch.cat([values[:1, :, [0, 0]], values, values[pads[:, 0]][..., [0, 0], :]])
+    state = torch.randn(P, B, 1, N, E)
+    found, wanted = (torch.ops.dcconvert.remember(state, *given) for given in ((copies, padded), (values, address)))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_recall_computes_in_the_precision_of_the_weights():
+    """A state in half precision is read exactly, and its extrapolation does not overflow."""
+    state = torch.tensor([60000.0, 100.0]).view(P, 1, 1, 1, 1).half()
+    weight = torch.tensor([3.0, -2.0]).view(P, 1, 1, 1, 1)
+    found = torch.ops.dcconvert.recall(state, weight)
+    assert found.dtype == torch.float32
+    assert found.item() == 3 * 60000 - 2 * 100
+    assert torch.ops.dcconvert.recall(state.float(), weight.half()).dtype == torch.float16
+
+
+def test_a_weight_of_zero_hides_a_stale_slot():
+    state = torch.randn(P, B, C, N, E)
+    state[1] = 1e4
+    weight = spread(torch.stack([torch.ones(B, N), torch.zeros(B, N)]))
+    torch.testing.assert_close(torch.ops.dcconvert.recall(state, weight), state[0], rtol=0, atol=0)
+
+
 def flops(name: str, *args: Tensor | float) -> int:
     with FlopCounterMode(display=False) as counter:
         getattr(torch.ops.dcconvert, name)(*args)
@@ -149,7 +235,9 @@ def test_flop_formulas():
     plain = {name: cases[-1] for name, cases in arguments().items()}
     assert flops("chunk", *plain["chunk"]) == 2 * G * L * M * D
     assert flops("dechunk", *plain["dechunk"]) == 2 * B * N * K * D
-    assert flops("regroup", *plain["regroup"]) == 0
+    assert flops("regroup", *plain["regroup"]) == flops("remember", *plain["remember"]) == 0
+    state, weight = arguments()["recall"][0]
+    assert flops("recall", state, weight) == 2 * P * B * C * N * E
     attention = R * H * 2 * (2 * S * S * d)  # two products of S x S x d, two FLOPs each multiply-add
     assert flops("row_attention", *plain["row_attention"]) == attention
     assert flops("segment_attention", *plain["segment_attention"]) == attention

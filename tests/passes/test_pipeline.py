@@ -8,46 +8,75 @@ from torch import nn
 
 from dcconvert.passes.errors import UnsupportedModelError
 from dcconvert.passes.infra import Options
-from dcconvert.passes.pipeline import PIPELINE, rewrite
+from dcconvert.passes.pipeline import MODES, PIPELINES, rewrite
 from dcconvert.passes.schedule import Schedule
-from tests.passes.harness import Block, TinyModel, tiny_inputs
+from tests.passes.harness import Block, TinyModel, pixart_call, tiny_inputs
 
 HALF = Schedule("constant", 2)
 
 
 def test_order():
-    assert [p.name for p in PIPELINE] == ["Normalise", "FindTokenStream", "InsertRouter", "PackTrunk", "SplitRoute"]
+    before, after = ["Normalise", "FindTokenStream", "InsertRouter"], ["SplitRoute"]
+    assert MODES == ("carry", "chunk")
+    assert [p.name for p in PIPELINES["chunk"]] == [*before, "PackTrunk", *after]
+    assert [p.name for p in PIPELINES["carry"]] == [*before, "CarryTrunk", *after, "HoistConstants"]
+
+
+def test_defaults_of_each_mode():
+    assert (Options().mode, Options().head_blocks, Options().tail_blocks, Options().router) == ("carry", 0, 0, "drift")
+    chunk = Options(mode="chunk")
+    assert (chunk.head_blocks, chunk.tail_blocks, chunk.router) == (1, 1, "predictability")
+    given = Options(mode="chunk", head_blocks=0, router="pool")
+    assert (given.head_blocks, given.tail_blocks, given.router) == (0, 1, "pool")
+
+
+def test_carry_is_logged_and_dumped_and_its_last_pass_may_find_nothing(tmp_path):
+    model = rewrite(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, Options(), HALF, dump=tmp_path / "tiny")
+    assert [record.name for record in model.records] == [p.name for p in PIPELINES["carry"]]
+    assert [record.matches > 0 for record in model.records] == [True] * 5 + [False]
+    assert model.prepare_graph is None
+    assert "dcconvert.remember" in (tmp_path / "tiny" / "05_HoistConstants.denoise.txt").read_text()
+    model = rewrite(*pixart_call(), Options(), HALF, dump=tmp_path / "pixart")
+    assert all(record.matches > 0 for record in model.records)
+    assert model.prepare_graph is not None
+    assert "aten.linear" in (tmp_path / "pixart" / "05_HoistConstants.prepare.txt").read_text()
 
 
 def test_every_pass_fires_and_is_logged_and_dumped(tmp_path):
-    model = rewrite(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, Options(), HALF, dump=tmp_path)
-    assert [record.name for record in model.records] == [p.name for p in PIPELINE]
+    model = rewrite(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, Options(mode="chunk"), HALF, dump=tmp_path)
+    assert [record.name for record in model.records] == [p.name for p in PIPELINES["chunk"]]
     assert all(record.matches > 0 for record in model.records)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names[:4] == [f"{i:02d}_{p.name}.graph.txt" for i, p in enumerate(PIPELINE[:4])]
+    assert names[:4] == [f"{i:02d}_{p.name}.graph.txt" for i, p in enumerate(PIPELINES["chunk"][:4])]
     assert names[4:] == ["04_SplitRoute.denoise.txt", "04_SplitRoute.route.txt"]
     assert "dcconvert.chunk" in (tmp_path / "04_SplitRoute.denoise.txt").read_text()
 
 
-def test_the_module_is_not_changed():
+every_mode = pytest.mark.parametrize("mode", MODES)
+
+
+@every_mode
+def test_the_module_is_not_changed(mode):
     module, inputs = TinyModel(Block() for _ in range(3)), tiny_inputs()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     wanted = module(*inputs)
     for _ in range(2):
-        rewrite(module, inputs, {}, Options(), HALF)
+        rewrite(module, inputs, {}, Options(mode=mode), HALF)
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
     torch.testing.assert_close(module(*inputs), wanted, rtol=0, atol=0)
 
 
-def test_weights_are_shared_with_the_module():
+@every_mode
+def test_weights_are_shared_with_the_module(mode):
     """Scale: a converted model must not hold its weights twice."""
     module = TinyModel(Block() for _ in range(3))
-    model = rewrite(module, tiny_inputs(), {}, Options(), HALF)
+    model = rewrite(module, tiny_inputs(), {}, Options(mode=mode), HALF)
     own = {parameter.data_ptr() for parameter in module.parameters()}
     assert {parameter.data_ptr() for parameter in model.parameters()} == own
 
 
-def test_a_model_that_is_no_transformer_is_unsupported():
+@every_mode
+def test_a_model_that_is_no_transformer_is_unsupported(mode):
     class Convolutional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -57,4 +86,4 @@ def test_a_model_that_is_no_transformer_is_unsupported():
             return self.layers(x)
 
     with pytest.raises(UnsupportedModelError, match="0 attention ops"):
-        rewrite(Convolutional(), tiny_inputs(), {}, Options(), HALF)
+        rewrite(Convolutional(), tiny_inputs(), {}, Options(mode=mode), HALF)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dcconvert.passes.errors import UsageError
-from dcconvert.passes.schedule import KINDS, Schedule, parse_ratio
+from dcconvert.passes.schedule import AUTO, CURVE, KINDS, Schedule, parse_ratio
 
 
 @pytest.mark.parametrize(
@@ -41,15 +43,20 @@ def test_low_ratio_stops_at_everything_and_keeps_its_mean():
 def test_ratio_one_keeps_everything(kind):
     taus = np.linspace(0, 1, 11)
     assert (Schedule(kind, 1).counts(taus, 256) == 256).all()
-    assert (Schedule(kind, 1).centred(taus[3:]).counts(taus, 256) == 256).all()
+    assert (Schedule(kind, 1).fitted(taus[3:]).counts(taus, 256) == 256).all()
+
+
+def test_a_curve_at_ratio_one_keeps_everything():
+    taus = np.linspace(0, 1, 11)
+    assert (Schedule(CURVE, 1, knots=((0.1, 0.2), (0.5, 1.0))).fitted(taus).counts(taus, 256) == 256).all()
 
 
 @given(st.sampled_from(KINDS), st.floats(1, 64), st.integers(1, 250), st.booleans())
 def test_mean_over_a_run_is_the_inverse_ratio(kind, ratio, steps, from_noise):
     # The tau before each Euler step, so their mean is not 0.5.
     taus = 1 - np.arange(steps) / steps if from_noise else (np.arange(steps) + 0.5) / steps
-    schedule = Schedule(kind, ratio).centred(taus)
-    assert schedule.mean_fraction(taus) == pytest.approx(1 / ratio, rel=1e-9)
+    schedule = Schedule(kind, ratio).fitted(taus)
+    assert np.mean(schedule.fraction(taus)) == pytest.approx(1 / ratio, rel=1e-9)
     fraction = schedule.fraction(np.linspace(0, 1, 50))
     assert (fraction <= 1).all()
     assert (fraction >= 0.5 / ratio - 1e-12).all()
@@ -81,6 +88,101 @@ def test_ratio_that_leaves_no_tokens():
     Schedule("constant", 256).check(256)
 
 
+# Dense steps
+
+
+def test_warm_up_and_refresh_steps_keep_everything():
+    steps = np.arange(10)
+    plain = Schedule("constant", 4)
+    assert plain.counts(np.full(10, 0.5), 64, steps).tolist() == [16] * 10
+
+    def dense(**options: Any) -> list[int]:
+        counts = Schedule("constant", 4, **options).counts(np.full(10, 0.5), 64, steps)
+        assert set(counts.tolist()) <= {16, 64}
+        return np.flatnonzero(counts == 64).tolist()
+
+    assert dense(warm_up=3) == [0, 1, 2]
+    assert dense(refresh=3) == [2, 5, 8]
+    assert dense(refresh=1) == list(range(10))
+    assert dense(warm_up=2, refresh=4) == [0, 1, 5, 9]
+    assert dense(warm_up=AUTO) == []  # not fitted to a run yet
+    assert dense(warm_up=1, dense_first=4) == [0, 1, 2, 3]
+
+
+def test_steps_may_differ_from_sample_to_sample():
+    schedule = Schedule("falling", 4, warm_up=2)
+    assert schedule.counts([1.0, 0.5, 0.5, 0.0], 64, [1, 1, 2, 7]).tolist() == [64, 64, 16, 8]
+    assert schedule.counts([1.0, 0.5, 0.5, 0.0], 64).tolist() == [24, 16, 16, 8]
+
+
+@pytest.mark.parametrize(
+    ("steps", "ratio", "first"), [(100, 4, 10), (50, 4, 5), (20, 4, 2), (20, 2, 3), (8, 4, 1), (7, 4, 1), (100, 20, 2)]
+)
+def test_automatic_warm_up(steps, ratio, first):
+    """A tenth of the steps and at least 3, but no more than half of what the run may cost; one in any case."""
+    schedule = Schedule("constant", ratio, warm_up=AUTO).fitted(1 - np.arange(steps) / steps)
+    assert schedule.dense_first == first
+    counts = schedule.run_counts(1 - np.arange(steps) / steps, 1000)
+    assert (counts == 1000).sum() == first
+    assert counts[:first].tolist() == [1000] * first
+
+
+KNOTS = ((0.1, 0.2), (0.5, 1.0), (0.8, 0.4))
+
+
+def test_a_curve_goes_through_its_knots_and_is_level_beyond():
+    curve = Schedule(CURVE, 2, knots=KNOTS)
+    np.testing.assert_allclose(curve.fraction([0, 0.1, 0.3, 0.5, 0.65, 0.8, 1]), [0.2, 0.2, 0.6, 1, 0.7, 0.4, 0.4])
+    assert Schedule(CURVE, 2, knots=((0.5, 3.0),)).fraction(0.2) == 1  # cut off
+    from_json: Any = [[0.5, 0.25]]
+    assert Schedule(CURVE, 2, knots=from_json).knots == ((0.5, 0.25),)
+
+
+@given(
+    st.sampled_from([*KINDS, CURVE]),
+    st.floats(1.01, 8),
+    st.integers(4, 120),
+    st.integers(-1, 4),
+    st.sampled_from([0, 0, 4, 10]),
+)
+def test_a_fitted_run_costs_the_inverse_ratio(kind, ratio, steps, warm_up, refresh):
+    taus = 1 - np.arange(steps) / steps
+    schedule = Schedule(kind, ratio, warm_up=warm_up, refresh=refresh, knots=KNOTS if kind == CURVE else ())
+    try:
+        fitted = schedule.fitted(taus)
+    except UsageError:
+        first = warm_up if warm_up >= 0 else min(max(3, steps // 10), max(1, int(steps / ratio / 2)))
+        dense = sum(i < first or (refresh and (i - first + 1) % refresh == 0) for i in range(steps))
+        assert dense in (steps, *range(int(np.ceil(steps / ratio)), steps))
+        return
+    tokens = 100_000
+    counts = fitted.run_counts(taus, tokens)
+    assert counts.mean() == pytest.approx(tokens / ratio, rel=1e-4)
+    assert (counts <= tokens).all()
+    assert fitted.fitted(taus).run_counts(taus, tokens).tolist() == pytest.approx(counts.tolist(), abs=1)
+
+
+def test_fitting_keeps_the_shape_of_a_curve():
+    taus = np.linspace(1, 0, 21)
+    gentle = Schedule(CURVE, 8, knots=KNOTS).fitted(taus)
+    levels = np.array([kept for _, kept in gentle.knots])
+    np.testing.assert_allclose(levels / levels[1], [0.2, 1, 0.4])
+    cut = Schedule(CURVE, 1.5, knots=KNOTS).fitted(taus)
+    assert cut.fraction(0.5) == 1 < dict(cut.knots)[0.5]
+    assert np.mean(cut.fraction(taus)) == pytest.approx(1 / 1.5)
+
+
+def test_dense_steps_that_cost_more_than_the_run_are_refused():
+    taus = np.linspace(1, 0.1, 10)
+    bad: list[dict[str, Any]] = [{"warm_up": 5}, {"warm_up": 10}, {"refresh": 2}, {"refresh": 1}]
+    for options in bad:
+        with pytest.raises(UsageError, match="steps that keep everything, of 10, leave nothing for the others at 2x"):
+            Schedule("constant", 2, **options).fitted(taus)
+    Schedule("constant", 2, warm_up=4).fitted(taus)
+    for options in bad[1::2]:
+        assert (Schedule("constant", 1, **options).fitted(taus).run_counts(taus, 64) == 64).all()
+
+
 def test_bad_arguments():
     with pytest.raises(UsageError, match="constant, rising, falling"):
         Schedule("sideways", 4)
@@ -92,3 +194,25 @@ def test_bad_arguments():
     for tau in outside:
         with pytest.raises(UsageError, match="outside"):
             Schedule("rising", 4).fraction(tau)
+    bad: list[dict[str, Any]] = [{"warm_up": -2}, {"refresh": -1}, {"mean": -0.1}, {"mean": 1.5}]
+    for options in bad:
+        with pytest.raises(UsageError, match="must not be negative"):
+            Schedule("constant", 4, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "knots", "message"),
+    [
+        (CURVE, (), "a curve needs knots"),
+        ("constant", KNOTS, "no other schedule has them"),
+        (CURVE, ((0.5, 0.0),), "positive kept fractions"),
+        (CURVE, ((0.5, float("nan")),), "positive kept fractions"),
+        (CURVE, ((0.5, float("inf")),), "positive kept fractions"),
+        (CURVE, ((0.5, 0.5), (0.5, 0.6)), "rising noise levels"),
+        (CURVE, ((0.8, 0.5), (0.5, 0.6)), "rising noise levels"),
+        (CURVE, ((0.5, 0.5), (1.5, 0.6)), "outside"),
+    ],
+)
+def test_bad_knots(kind, knots, message):
+    with pytest.raises(UsageError, match=message):
+        Schedule(kind, 4, knots=knots)

@@ -18,9 +18,9 @@ from torch.fx import Graph, GraphModule
 
 from dcconvert.passes.errors import CheckFailedError, UnsupportedModelError
 from dcconvert.passes.infra import Options, placeholders
-from dcconvert.passes.model import ChunkedModel
+from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.schedule import Schedule
+from dcconvert.passes.schedule import CURVE, Schedule
 from dcconvert.passes.serialise import (
     decode,
     encode,
@@ -30,7 +30,8 @@ from dcconvert.passes.serialise import (
     model_tensors,
     model_to_dict,
 )
-from tests.passes.harness import Block, Call, TinyModel, diffusers_call, dit_call, pixart_call, tiny_inputs
+from tests.passes.carry_harness import TAUS, at, carried, flat
+from tests.passes.harness import BATCH, Block, Call, TinyModel, diffusers_call, dit_call, pixart_call, tiny_inputs
 
 aten = torch.ops.aten
 HALF = Schedule("constant", 2)
@@ -42,7 +43,7 @@ def through_json(data: Any) -> Any:
     return json.loads(json.dumps(data, allow_nan=False))
 
 
-def through_files(model: ChunkedModel, folder: Path) -> ChunkedModel:
+def through_files(model: DynamicModel, folder: Path) -> DynamicModel:
     save_file(model_tensors(model), folder / "model.safetensors")
     (folder / "graph.json").write_text(json.dumps(model_to_dict(model), allow_nan=False))
     return model_from_dict(json.loads((folder / "graph.json").read_text()), load_file(folder / "model.safetensors"))
@@ -58,17 +59,43 @@ def assert_same(found: Any, wanted: Any) -> None:
 @pytest.mark.parametrize(("name", "packing"), CASES)
 def test_a_model_runs_bit_for_bit_after_files(name, packing, tmp_path):
     module, args, kwargs = CALLS[name]()
-    model = rewrite(module, args, kwargs, Options(packing=packing), HALF)
+    model = rewrite(module, args, kwargs, Options(mode="chunk", packing=packing), HALF)
     back = through_files(model, tmp_path)
     with torch.no_grad():
         assert_same(back(*args, **kwargs), model(*args, **kwargs))
         assert_same(back.original(*args, **kwargs), model.original(*args, **kwargs))
 
 
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("dtype", ["model", "fp16"])
+def test_a_carry_model_runs_bit_for_bit_after_files(name, dtype, tmp_path):
+    """Every step of a run, and calls that follow each other."""
+    module, args, kwargs = CALLS[name]()
+    schedule = Schedule("falling", 2, warm_up=1, refresh=3).fitted(TAUS)
+    model = rewrite(module, args, kwargs, Options(state_dtype=dtype), schedule)
+    back = through_files(model, tmp_path)
+    assert (back.spec, back.options, back.schedule) == (model.spec, model.options, schedule)
+    runs = back.start(BATCH), model.start(BATCH)
+    with torch.no_grad():
+        for number, tau in enumerate(TAUS):
+            now = at(model, (module, args, kwargs), tau, number)
+            assert_same(*(run.step(flat(model, now)) for run in runs))
+            assert_same(back(*now[1], **now[2]), model(*now[1], **now[2]))
+            assert_same(back.original(*now[1], **now[2]), model.original(*now[1], **now[2]))
+        assert runs[0].last_plan is not None
+        assert not runs[0].last_plan.keep.all()
+    assert through_json(model_to_dict(back)) == through_json(model_to_dict(model))
+
+
+def test_the_knots_of_a_curve_come_back(tmp_path):
+    model = carried("tiny")[0].with_schedule(Schedule(CURVE, 2, knots=((0.25, 0.5), (0.75, 0.25))))
+    assert through_files(model, tmp_path).schedule == model.schedule
+
+
 @pytest.fixture(scope="module")
-def tiny() -> ChunkedModel:
+def tiny() -> DynamicModel:
     torch.manual_seed(0)
-    options = Options(router="cosine", seed=3)
+    options = Options(mode="chunk", router="cosine", seed=3)
     schedule = Schedule("rising", 2, centre=0.25)
     return rewrite(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, options, schedule, timestep_scale=1.0)
 
@@ -143,8 +170,8 @@ def reading(**tensors: Tensor) -> GraphModule:
     return GraphModule(Holder(**tensors), graph)
 
 
-def holding(tiny: ChunkedModel, route: GraphModule, denoise: GraphModule) -> ChunkedModel:
-    return ChunkedModel(route, denoise, reading(), tiny.spec, tiny.options, HALF)
+def holding(tiny: DynamicModel, route: GraphModule, denoise: GraphModule) -> DynamicModel:
+    return DynamicModel(route, denoise, reading(), tiny.spec, tiny.options, HALF)
 
 
 def test_tied_and_strided_tensors_fit_into_safetensors(tiny, tmp_path):
@@ -167,7 +194,7 @@ def test_a_model_with_tied_weights_runs_bit_for_bit_after_files(tmp_path):
     blocks = [Block() for _ in range(3)]
     blocks[2].qkv.weight = blocks[0].qkv.weight  # head and tail: on both sides of the split
     blocks[1].mlp = blocks[0].mlp
-    model = rewrite(TinyModel(blocks), tiny_inputs(), {}, Options(), HALF)
+    model = rewrite(TinyModel(blocks), tiny_inputs(), {}, Options(mode="chunk"), HALF)
     back = through_files(model, tmp_path)
     model.requires_grad_(False)  # as those from files: torch may choose another kernel for weights in training
     inputs = tiny_inputs()
@@ -177,7 +204,7 @@ def test_a_model_with_tied_weights_runs_bit_for_bit_after_files(tmp_path):
 
 
 def test_tensors_after_a_change_of_dtype():
-    model = rewrite(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, Options(), HALF).double()
+    model = rewrite(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, Options(mode="chunk"), HALF).double()
     found = model_tensors(model)  # every graph has its own copy of a buffer by now
     assert {t.dtype for t in found.values() if t.is_floating_point()} == {torch.float64}
     model_from_dict(through_json(model_to_dict(model)), found)
@@ -310,7 +337,7 @@ class Defaulting(TinyModel):
 
 
 def test_a_structure_that_could_not_be_read_is_not_written():
-    model = rewrite(Defaulting(Block() for _ in range(3)), tiny_inputs(), {}, Options(), HALF)
+    model = rewrite(Defaulting(Block() for _ in range(3)), tiny_inputs(), {}, Options(mode="chunk"), HALF)
     with pytest.raises(UnsupportedModelError, match="out_spec cannot be written"):
         model_to_dict(model)
 
@@ -318,7 +345,7 @@ def test_a_structure_that_could_not_be_read_is_not_written():
 def test_ready_made_output_classes_come_back():
     module, args, kwargs = diffusers_call()
     kwargs["return_dict"] = True
-    model = rewrite(module, args, kwargs, Options(), HALF)
+    model = rewrite(module, args, kwargs, Options(mode="chunk"), HALF)
     back = model_from_dict(through_json(model_to_dict(model)), model_tensors(model))
     with torch.no_grad():
         found = back(*args, **kwargs)

@@ -14,25 +14,27 @@ from torch.utils import _pytree as pytree
 
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.infra import Options
-from dcconvert.passes.model import ChunkedModel
+from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.serialise import (
     RESERVED_NAMES,
+    VERSION,
     graph_from_dict,
     graph_to_dict,
     model_from_dict,
     model_tensors,
     model_to_dict,
 )
+from tests.passes.carry_harness import carried
 from tests.passes.harness import Block, TinyModel, tiny_inputs
 
 
 @pytest.fixture(scope="module")
-def tiny() -> ChunkedModel:
+def tiny() -> DynamicModel:
     torch.manual_seed(0)
     module = TinyModel(Block() for _ in range(3))
-    return rewrite(module, tiny_inputs(), {}, Options(), Schedule("constant", 2), timestep_scale=1.0)
+    return rewrite(module, tiny_inputs(), {}, Options(mode="chunk"), Schedule("constant", 2), timestep_scale=1.0)
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def small() -> dict[str, Any]:
         },
         {"name": "output", "op": "output", "target": "output", "args": [{"tuple": [{"node": "add"}]}], "kwargs": {}},
     ]
-    return {"version": 1, "nodes": nodes}
+    return {"version": VERSION, "nodes": nodes}
 
 
 WEIGHTS = {"weight": torch.ones(2)}
@@ -182,9 +184,9 @@ def deep(depth: int) -> Any:
 
 SPOILED = {
     "version missing": lambda data: data.pop("version"),
-    "version unknown": lambda data: data.update(version=2),
-    "version as text": lambda data: data.update(version="1"),
-    "version of another type": lambda data: data.update(version=[1, {}]),
+    "version unknown": lambda data: data.update(version=VERSION + 1),
+    "version as text": lambda data: data.update(version=str(VERSION)),
+    "version of another type": lambda data: data.update(version=[VERSION, {}]),
     "no nodes": lambda data: data.pop("nodes"),
     "empty nodes": lambda data: data.update(nodes=[]),
     "nodes as number": lambda data: data.update(nodes=3),
@@ -294,6 +296,40 @@ def test_spoiled_facts_are_refused(change, value, data, tensors):
     change(data, value)
     with pytest.raises(UsageError) as error:
         model_from_dict(data, tensors)
+    assert "\n" not in str(error.value)
+
+
+CARRY_FACTS: dict[str, tuple[Any, Any]] = {
+    "no states": (at("spec", "states"), []),
+    "states of nothing": (at("spec", "states"), None),
+    "state name": (at("spec", "states", 0, "name"), "y"),
+    "state twice": (at("spec", "states", 1, "name"), "key_0"),
+    "state dtype": (at("spec", "states", 0, "dtype"), "load"),
+    "state channels": (at("spec", "states", 0, "channels"), 0),
+    "state width": (at("spec", "states", 0, "width"), -1),
+    "state width as text": (at("spec", "states", 0, "width"), "6"),
+    "state field": (at("spec", "states", 0, "more"), 1),
+    "image": (at("spec", "image"), "y"),
+    "constants": (at("spec", "constants"), ["constant_0"]),
+    "prepare inputs": (at("spec", "prepare_inputs"), ["y"]),
+    "denoise input": (at("spec", "denoise_inputs", 0), "y"),
+    "mode": (at("options", "mode"), "chunk"),
+    "mode type": (at("options", "mode"), None),
+    "guard": (at("options", "guard"), "3"),
+    "warm-up": (at("schedule", "warm_up"), -5),
+    "refresh": (at("schedule", "refresh"), "2"),
+    "knots": (at("schedule", "knots"), [[0.5, 0.5]]),
+    "knots of text": (at("schedule", "knots"), "ab"),
+}
+
+
+@pytest.mark.parametrize(("change", "value"), CARRY_FACTS.values(), ids=CARRY_FACTS)
+def test_spoiled_facts_of_a_carry_model_are_refused(change, value):
+    model = carried("tiny")[0]
+    data = json.loads(json.dumps(model_to_dict(model)))
+    change(data, value)
+    with pytest.raises(UsageError) as error:
+        model_from_dict(data, model_tensors(model))
     assert "\n" not in str(error.value)
 
 

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from dcconvert.passes.errors import CheckFailedError
-from dcconvert.passes.infra import Options
+from dcconvert.passes.history import SLOTS
+from dcconvert.passes.infra import Options, run_passes
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.schedule import Schedule
-from dcconvert.passes.spec import InputSpec, ModelSpec
+from dcconvert.passes.spec import InputSpec, ModelSpec, StateSpec
+from dcconvert.passes.token_stream import FindTokenStream
+from tests.passes.carry_harness import carried
 from tests.passes.harness import BATCH, GRID, TOKENS, WIDTH, Block, TinyModel, tiny_inputs, tiny_program
 
 
@@ -27,7 +30,7 @@ class Mixed(TinyModel):
 def spec() -> ModelSpec:
     torch.manual_seed(0)
     inputs = (*tiny_inputs(), torch.tensor([1, 2, 3]), torch.randn(5), 2.0)
-    return rewrite(Mixed(Block() for _ in range(3)), inputs, {}, Options(), Schedule("constant", 2)).spec
+    return rewrite(Mixed(Block() for _ in range(3)), inputs, {}, Options(mode="chunk"), Schedule("constant", 2)).spec
 
 
 def test_inputs_with_shape_type_and_value(spec):
@@ -76,13 +79,64 @@ def test_all_that_passes_from_route_to_denoise_has_a_batch_axis():
                 x = block(x, t.unsqueeze(1) * scale)
             return self.final(x * scale)
 
-    model = rewrite(Scaled(Block() for _ in range(3)), tiny_inputs(), {}, Options(), Schedule("constant", 2))
+    model = rewrite(
+        Scaled(Block() for _ in range(3)), tiny_inputs(), {}, Options(mode="chunk"), Schedule("constant", 2)
+    )
     with torch.no_grad():
         _, live = model.route(model.flat_inputs(tiny_inputs(BATCH + 1), {}))
     assert [tuple(value.shape) for value in live.values()] == [(BATCH + 1, *s) for s in model.spec.live_shapes]
 
 
+def test_states_of_mode_carry():
+    spec = carried("tiny")[0].spec
+    names = [f"{part}_{block}" for block in range(3) for part in ("key", "value")]
+    heads = [StateSpec(name, 2, WIDTH // 2, "float32") for name in names]
+    assert spec.states == (*heads, StateSpec("update", 1, WIDTH, "float32"))
+    assert spec.denoise_inputs[-len(spec.states) :] == tuple(state.name for state in spec.states)
+    assert spec.states[0].shape(5, TOKENS) == (SLOTS, 5, 2, TOKENS, WIDTH // 2)
+    assert spec.states[0].torch_dtype == torch.float32
+    # Two slots of keys and values of three blocks, and of the update, in four bytes each.
+    assert spec.state_bytes == 2 * (3 * 2 + 1) * TOKENS * WIDTH * 4
+    assert carried("tiny", state_dtype="fp16")[0].spec.state_bytes == spec.state_bytes / 2
+    model = carried("tiny")[0]
+    state = model.new_state(4)
+    assert {n: tuple(t.shape) for n, t in state.tensors.items()} == {s.name: s.shape(4, TOKENS) for s in spec.states}
+    assert sum(t.nbytes for t in state.tensors.values()) == 4 * spec.state_bytes
+
+
+def test_mode_chunk_has_no_states(spec):
+    assert (spec.states, spec.state_bytes, spec.constants, spec.prepare_inputs) == ((), 0, (), ())
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "timestep"),
+    [("tiny", "x", "t"), ("dit", "x", "t"), ("diffusers", "hidden_states", "timestep"),
+     ("pixart", "hidden_states", "timestep")],
+)  # fmt: skip
+def test_image_and_timestep_are_known(name, image, timestep):
+    spec = carried(name)[0].spec
+    assert (spec.image, spec.timestep) == (image, timestep)
+
+
+def test_what_is_the_same_over_a_run():
+    for name in ("tiny", "dit", "diffusers"):
+        assert (carried(name)[0].spec.constants, carried(name)[0].spec.prepare_inputs) == ((), ())
+    spec = carried("pixart")[0].spec
+    assert spec.constants == tuple(f"constant_{number}" for number in range(len(spec.constants)))
+    assert len(spec.constants) >= 6  # text keys and values of three blocks
+    assert set(spec.constants) <= set(spec.denoise_inputs)
+    assert "encoder_hidden_states" in spec.prepare_inputs
+    assert not {"hidden_states", "timestep"} & {*spec.prepare_inputs}
+
+
+@pytest.mark.parametrize("name", ["tiny", "pixart"])
+def test_carry_through_json_and_back(name):
+    spec = carried(name)[0].spec
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.as_dict()))) == spec
+
+
 def test_a_program_that_was_not_split_has_no_spec():
     program = tiny_program()
-    with pytest.raises(CheckFailedError):
-        ModelSpec.of(program, None, 1000.0)
+    run_passes(program, (FindTokenStream(),))
+    with pytest.raises(CheckFailedError, match="not split into route and denoise"):
+        ModelSpec.of(program, 1000.0)

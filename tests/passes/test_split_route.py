@@ -173,7 +173,9 @@ def test_an_early_value_that_is_an_output_and_nothing_else():
 
 def test_values_without_a_batch_axis_are_computed_again():
     """One timestep for the whole batch: its embedding is made in both halves, and only h passes."""
-    program = capture(TinyModel(Block() for _ in range(3)), (tiny_inputs()[0], torch.rand(1)), {}, Options())
+    program = capture(
+        TinyModel(Block() for _ in range(3)), (tiny_inputs()[0], torch.rand(1)), {}, Options(mode="chunk")
+    )
     run_passes(program, (Normalise(), FindTokenStream(), InsertRouter(), PackTrunk(), SplitRoute()))
     live = [name for name in inputs_of(program.denoise) if name not in program.plan_inputs]
     assert live == ["h", "t"]

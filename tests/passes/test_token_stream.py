@@ -161,7 +161,7 @@ def test_too_many_head_and_tail_blocks_are_a_usage_error(head, tail):
 
 def test_negative_head_blocks_are_a_usage_error():
     with pytest.raises(UsageError, match="must not be negative"):
-        found(head_blocks=-1)
+        found(head_blocks=-2)  # -1 stands for the default
 
 
 def test_asking_before_the_pass_ran_is_an_error():

@@ -67,7 +67,7 @@ class CentredBlock(Block):
 def test_the_refusal_names_op_module_source_line_and_remedy():
     model = TinyModel(CentredBlock() for _ in range(3))
     with pytest.raises(UnsupportedModelError) as refused:
-        rewrite(model, tiny_inputs(), {}, Options(), Schedule("constant", 2))
+        rewrite(model, tiny_inputs(), {}, Options(mode="chunk"), Schedule("constant", 2))
     message = str(refused.value)
     assert "aten.mean.dim in blocks.1.centred (test_find_rule.py:" in message
     assert "--head-blocks" in message

@@ -1,0 +1,134 @@
+"""From scores and timesteps to the plan of a step, in either mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from dcconvert.passes.carry_plan import CarryPlan, carry_plan
+from dcconvert.passes.errors import CheckFailedError, UsageError
+from dcconvert.passes.history import Doubles, History
+from dcconvert.passes.infra import Options
+from dcconvert.passes.layout import Bucket
+from dcconvert.passes.neighbourhood import Mask
+from dcconvert.passes.plan import Plan, Planner
+from dcconvert.passes.schedule import Schedule
+from dcconvert.passes.spec import ModelSpec
+
+CARRY = "carry"
+
+
+class StepPlanner:
+    """The schedule says how many tokens a step keeps, router and history which, the plan where they go."""
+
+    def __init__(self, spec: ModelSpec, options: Options, schedule: Schedule) -> None:
+        self.spec = spec
+        self.options = options
+        schedule.check(spec.tokens)
+        self.schedule = schedule
+        self.planner = Planner(spec.grid, options.members, options.neighbours, options.packing, options.coverage)
+
+    @property
+    def carries(self) -> bool:
+        return self.options.mode == CARRY
+
+    def taus(self, inputs: dict[str, Any], batch: int) -> Doubles:
+        """Noise levels [B] of a step's inputs; 0.5 where the schedule is the same at all of them.
+
+        UsageError if the schedule needs the timestep and no input is known to be it; CheckFailedError naming a sample
+        whose timestep is not finite.
+        """
+        if self.spec.timestep is not None:
+            timesteps = torch.as_tensor(inputs[self.spec.timestep]).detach().double().cpu().numpy().reshape(-1)
+            levels = np.broadcast_to(timesteps / self.spec.timestep_scale, (batch,))
+            check_finite(levels[:, None])
+            return np.clip(levels, 0, 1)
+        if self.schedule.kind == "constant" or self.schedule.ratio == 1:
+            return np.full(batch, 0.5)
+        raise UsageError(
+            f"schedule '{self.schedule.kind}' needs the timestep, but no input of the model is known to be it; "
+            "name it with timestep=..., or use the constant schedule"
+        )
+
+    def counts(self, taus: Doubles, steps: np.ndarray | None = None) -> np.ndarray:
+        """Kept tokens of each sample at its noise level, `steps` [B] after its run began."""
+        return self.schedule.counts(taus, self.spec.tokens, steps)
+
+    def run_counts(self, taus: np.ndarray) -> np.ndarray:
+        """Kept tokens a sample at every step of a run; the first of mode carry has nothing to go by."""
+        counts = self.schedule.run_counts(taus, self.spec.tokens)
+        if self.carries:
+            counts[0] = self.spec.tokens
+        return counts
+
+    def plan(self, scores: np.ndarray, counts: np.ndarray, bucket: Bucket | None = None) -> Plan:
+        """Mode chunk: a plan for scores [B, N]; CheckFailedError naming a sample whose scores are not finite."""
+        check_finite(scores)
+        return self.planner(scores, counts, bucket)
+
+    def carry(
+        self,
+        history: History,
+        scores: np.ndarray,
+        counts: np.ndarray,
+        taus: Doubles,
+        bucket: Bucket | None = None,
+        adjust: Callable[[Doubles], Doubles] | None = None,
+    ) -> CarryPlan:
+        """Mode carry: the plan of a step, noted in the history; errors as in `plan`.
+
+        `adjust` may change the urgency [B, N] of the tokens before the choice is made.
+        """
+        check_finite(scores)
+        urgency = self.urgency(history, scores, counts, taus)
+        return carry_plan(history, most_urgent(adjust(urgency) if adjust else urgency, counts), taus, bucket)
+
+    def of_mask(self, keep: Mask, bucket: Bucket | None = None) -> Plan | CarryPlan:
+        """The plan of a keep mask [B, N] for a step that nothing came before, in either mode."""
+        if self.carries:
+            return carry_plan(History(*keep.shape), keep, np.ones(len(keep)), bucket)
+        return self.planner.plan(keep, bucket)
+
+    def full_plan(self, batch: int, bucket: Bucket | None = None) -> Plan | CarryPlan:
+        """The plan that keeps everything, for a step that nothing came before."""
+        return self.of_mask(np.ones((batch, self.spec.tokens), bool), bucket)
+
+    def urgency(self, history: History, scores: np.ndarray, counts: np.ndarray, taus: Doubles) -> Doubles:
+        """How much each token needs computing [B, N]: noise levels since it was, times what the router says.
+
+        `drift` takes the square root of the speed at which the token's update moved, `age` takes nothing more; ties go
+        by the scores, which of these two cover the grid evenly. Any other router's scores are the factor themselves. A
+        token that waited `guard` times as long as taking turns would have it wait comes before all others.
+        """
+        elapsed = history.elapsed(taus)
+        router = self.options.router
+        if router == "drift":
+            factor = np.sqrt(history.drift())
+        else:
+            factor = np.ones_like(elapsed) if router == "age" else scores.astype(np.float64)
+        level = elapsed * (factor + 1e-6)
+        starving = history.age * counts[:, None] >= self.options.guard * self.spec.tokens
+        return level + TIE * scores + np.where(starving, 1e6 * (1 + history.age), 0.0)
+
+
+TIE = 1e-6  # weight of the scores between tokens of equal urgency
+
+
+def most_urgent(urgency: np.ndarray, counts: np.ndarray) -> Mask:
+    """Keep mask [B, N] of the counts[b] most urgent tokens of each sample, ties by lower index."""
+    order = np.argsort(-urgency, axis=1, kind="stable")
+    keep = np.zeros(urgency.shape, bool)
+    np.put_along_axis(keep, order, np.arange(urgency.shape[1]) < np.asarray(counts)[:, None], 1)
+    return keep
+
+
+def check_finite(scores: np.ndarray) -> None:
+    bad = ~np.isfinite(scores).all(axis=1)
+    if bad.any():
+        raise CheckFailedError(
+            f"sample {int(bad.argmax())} of the batch has non-finite values before the trunk: check its input "
+            "(NaN would spread to other samples through padded attention)"
+        )
