@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dcconvert.passes.errors import UsageError
-from dcconvert.passes.plan import Bucket
+from dcconvert.passes.layout import Bucket
 
 __all__ = ["Bucket", "Ladder", "ladder"]
 

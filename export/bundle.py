@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from dcconvert.export.buckets import Ladder
 from dcconvert.passes.errors import UsageError
-from dcconvert.passes.model import ChunkedModel
+from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.serialise import model_from_dict, model_tensors, model_to_dict
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 GRAPH = "graph.json"
@@ -33,7 +33,7 @@ class Bundle:
 
     folder: Path
     manifest: dict[str, Any]
-    model: ChunkedModel
+    model: DynamicModel
     ladder: Ladder
 
     @property
@@ -94,7 +94,7 @@ def current_umask() -> int:
     return mask
 
 
-def write_model(model: ChunkedModel, folder: Path) -> None:
+def write_model(model: DynamicModel, folder: Path) -> None:
     """Weights and graphs of a model, in forms that load without pickle."""
     save_file(model_tensors(model), str(folder / WEIGHTS))
     (folder / WEIGHTS).chmod(0o666 & ~current_umask())  # safetensors lets the owner alone read it

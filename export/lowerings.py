@@ -65,10 +65,56 @@ def segment_attention(q: Any, k: Any, v: Any, segment_ids: Any, scale: float) ->
     return output
 
 
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """q [B, H, S, d], k and v [B, H, N, d]; a mask is spread over the queries, as ONNX Runtime does not do it."""
+    if attn_mask is not None:
+        queries = op.Concat(row(1), row(1), op.Shape(q, start=2, end=3), row(1), axis=0)
+        attn_mask = op.Expand(attn_mask, queries)
+    attributes = {"scale": scale} if scale is not None else {}
+    output, *_ = op.Attention(q, k, v, attn_mask, is_causal=int(is_causal), **attributes)
+    return output
+
+
+def address(index: Any, channels: int) -> Any:
+    """[G, L, 4] -> [G, C, L, 4]."""
+    offsets = [value for channel in range(channels) for value in (0, 0, channel, 0)]
+    shape = op.Constant(value_ints=[1, channels, 1, 4])
+    return op.Add(op.Unsqueeze(index, row(1)), op.Reshape(op.Constant(value_ints=offsets), shape))
+
+
+def remember(state: Any, values: Any, address: Any) -> Any:
+    """[P, B, C, N, E], [G, C, L, E], [G, C, L, 4] -> [P, B, C, N, E]; in place where both ends share a buffer."""
+    return op.ScatterND(state, address, values)
+
+
+def recall(state: Any, weight: Any) -> Any:
+    """[P, B, C, N, E], [P, B, 1, N, E] -> [B, C, N, E]."""
+    total = None
+    for slot in range(int(state.shape[0])):
+        which = op.Constant(value_int=slot)
+        part = op.CastLike(op.Gather(state, which, axis=0), weight)
+        term = op.Mul(part, op.Gather(weight, which, axis=0))
+        total = term if total is None else op.Add(total, term)
+    return total
+
+
 PORTABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.dcconvert.chunk.default: chunk,
     torch.ops.dcconvert.dechunk.default: dechunk,
     torch.ops.dcconvert.regroup.default: regroup,
     torch.ops.dcconvert.row_attention.default: row_attention,
     torch.ops.dcconvert.segment_attention.default: segment_attention,
+    torch.ops.aten.scaled_dot_product_attention.default: attention,
+    torch.ops.dcconvert.address.default: address,
+    torch.ops.dcconvert.remember.default: remember,
+    torch.ops.dcconvert.recall.default: recall,
 }

@@ -13,16 +13,19 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from dcconvert.export.lowerings import OPSET, PORTABLE
+from dcconvert.passes.carry_plan import CarryPlan
 from dcconvert.passes.errors import CheckFailedError
 from dcconvert.passes.infra import placeholders
-from dcconvert.passes.model import ChunkedModel
+from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.plan import Plan
-from dcconvert.passes.spec import SCORES_NAME
+from dcconvert.passes.spec import SCORES_NAME, count_outputs
 
 EXTERNAL_DATA_BYTES = 1_000_000_000  # above this, weights go to a file of their own beside the graph
 STACK_TRACE = "pkg.torch.onnx.stack_trace"  # what the exporter notes at every node: paths of this machine
 
-# Names of the symbolic axes of every input of `denoise` that the plan makes.
+DISTANCE_NAME = "distance"
+
+# Names of the symbolic axes of every input of `denoise` that the plan makes ("" for one that is fixed).
 PLAN_AXES: dict[str, tuple[str, ...]] = {
     "chunk_index": ("tiles", "tile_tokens"),
     "chunk_weight": ("tiles", "tile_tokens"),
@@ -33,10 +36,13 @@ PLAN_AXES: dict[str, tuple[str, ...]] = {
     "segment_ids": ("rows", "row_tokens"),
     "fill_index": ("batch",),
     "fill_weight": ("batch",),
+    "token_index": ("tiles", "tile_tokens"),
+    "write_index": ("tiles", "tile_tokens"),
+    "recall_weight": ("", "batch"),
 }
 
 
-def export_route(model: ChunkedModel, path: Path, inputs: dict[str, Any]) -> None:
+def export_route(model: DynamicModel, path: Path, inputs: dict[str, Any]) -> None:
     """`route.onnx`: model inputs -> scores [B, N] and the values denoise needs."""
     names = model.spec.route_inputs
     args = tuple(inputs[name] for name in names)
@@ -44,30 +50,54 @@ def export_route(model: ChunkedModel, path: Path, inputs: dict[str, Any]) -> Non
     export_graph(model.route_graph, path, args, axes, (SCORES_NAME, *model.spec.live))
 
 
+def export_prepare(model: DynamicModel, path: Path, inputs: dict[str, Any]) -> None:
+    """`prepare.onnx`: model inputs -> what stays the same over a run. Only for models that have such values."""
+    if model.prepare_graph is None:
+        return
+    args = tuple(inputs[name] for name in model.spec.prepare_inputs)
+    axes = [("batch",) if isinstance(a, Tensor) and a.ndim else () for a in args]
+    export_graph(model.prepare_graph, path, args, axes, model.spec.constants)
+
+
 def export_denoise(
-    model: ChunkedModel, path: Path, inputs: dict[str, Any], live: dict[str, Tensor], plan: Plan
+    model: DynamicModel, path: Path, inputs: dict[str, Any], live: dict[str, Tensor], plan: Plan | CarryPlan
 ) -> None:
-    """`denoise.onnx`: the values of route and the plan's arrays -> the model's output."""
-    given = {**inputs, **live, **{name: torch.from_numpy(a) for name, a in plan.arrays().items()}}
+    """`denoise.onnx`: the values of route and the plan's arrays -> the model's output.
+
+    In mode carry the states are inputs too, and after the model's output come `distance` and the new states.
+    """
+    state = model.new_state(len(plan.counts)).tensors
+    arrays = {name: torch.from_numpy(a) for name, a in plan.arrays().items()}
+    given = {**inputs, **model.prepare(inputs), **live, **arrays, **state}
     args = tuple(given[name] for name in model.spec.denoise_inputs)
     axes = []
     for name, value in zip(model.spec.denoise_inputs, args, strict=True):
-        named = PLAN_AXES.get(name, ("batch",) if isinstance(value, Tensor) and value.ndim else ())
+        named = (
+            ("", "batch")
+            if name in state
+            else PLAN_AXES.get(name, ("batch",) if isinstance(value, Tensor) and value.ndim else ())
+        )
         one_row = model.options.packing == "rows"
         axes.append(tuple("batch" if axis == "rows" and one_row else axis for axis in named))
-    export_graph(model.denoise_graph, path, args, axes, output_names(model.denoise_graph))
+    carried = (DISTANCE_NAME, *map(state_output, state)) if state else ()
+    names = output_names(count_outputs(model.denoise_graph) - len(carried))
+    export_graph(model.denoise_graph, path, args, axes, (*names, *carried))
 
 
-def export_original(model: ChunkedModel, path: Path, inputs: dict[str, Any]) -> None:
+def export_original(model: DynamicModel, path: Path, inputs: dict[str, Any]) -> None:
     """The fixed-token original, to be measured beside the converted model."""
     args = tuple(inputs[name] for name in model.spec.inputs)
     axes = [("batch",) if isinstance(a, Tensor) and a.ndim else () for a in args]
-    export_graph(model.original_graph, path, args, axes, output_names(model.original_graph))
+    export_graph(model.original_graph, path, args, axes, output_names(count_outputs(model.original_graph)))
 
 
-def output_names(graph_module: GraphModule) -> tuple[str, ...]:
-    output = next(iter(reversed(graph_module.graph.nodes)))
-    count = len(output.args[0])
+def state_output(name: str) -> str:
+    """What the new value of a state is called."""
+    return f"next_{name}"
+
+
+def output_names(count: int) -> tuple[str, ...]:
+    """What the model's own outputs are called."""
     return ("output",) if count == 1 else tuple(f"output_{i}" for i in range(count))
 
 
@@ -75,8 +105,9 @@ def export_graph(
     graph_module: GraphModule, path: Path, args: Sequence[Any], axes: Sequence[tuple[str, ...]], outputs: Sequence[str]
 ) -> None:
     """Export one graph at opset 24 with named symbolic axes (leading axes of each input, in order)."""
-    dims = {name: torch.export.Dim(name, min=1, max=1 << 22) for name in {axis for named in axes for axis in named}}
-    shapes = tuple({i: dims[name] for i, name in enumerate(named)} if named else None for named in axes)
+    symbols = {axis for named in axes for axis in named if axis}
+    dims = {name: torch.export.Dim(name, min=1, max=1 << 22) for name in symbols}
+    shapes = tuple({i: dims[name] for i, name in enumerate(named) if name} or None for named in axes)
     names = [node.name for node in placeholders(graph_module.graph)]
     size = sum(t.numel() * t.element_size() for t in graph_module.state_dict().values())
     with quiet_exporter(), torch.no_grad():

@@ -14,13 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcconvert.export.buckets import Bucket
+from dcconvert.export.onnx_export import DISTANCE_NAME, output_names, state_output
+from dcconvert.passes.carry_plan import CarryPlan, carry_plan
 from dcconvert.passes.errors import CheckFailedError
-from dcconvert.passes.model import ChunkedModel
+from dcconvert.passes.history import History
+from dcconvert.passes.layout import Bucket
+from dcconvert.passes.model import DynamicModel, TorchState
+from dcconvert.passes.neighbourhood import Mask
 from dcconvert.passes.plan import Plan
 from dcconvert.passes.spec import SCORES_NAME
 
 IDENTITY_TOLERANCE = 1e-5  # relative, keep-everything output against the original
+HALF_STATE_TOLERANCE = 1e-2  # the same where keys and values pass through a state in fp16
 ISOLATION_TOLERANCE = 1e-6  # relative, a sample's output when another one is replaced
 RUNTIME_TOLERANCE = 1e-4  # torch against ONNX Runtime in fp32: relative to a value, or to the output's scale
 LOUD = 1e4  # what another sample is replaced with
@@ -63,33 +68,67 @@ def largest(errors: Iterable[float]) -> float:
 
 
 @torch.no_grad()
-def check_identity(model: ChunkedModel, inputs: dict[str, Any]) -> Check:
+def check_identity(model: DynamicModel, inputs: dict[str, Any]) -> Check:
     """Keep everything: the output is the original's, in a tight plan and in buckets larger than needed."""
     wanted = model.original_graph(*(inputs[name] for name in model.spec.inputs))[0]
     _, live = model.route(inputs)
     batch, tokens = len(wanted), model.spec.tokens
-    planner = model.step_planner.planner
     loose = Bucket(batch, (batch + 1) * (tokens + 8), batch, tokens + 8, tokens + 8)
     tiled = Bucket(batch, batch * (tokens + 16 - tokens % 8), batch, tokens + 3, 8)
-    plans = [planner.full_plan(batch, bucket) for bucket in (None, loose, tiled)]
+    plans = [model.step_planner.full_plan(batch, bucket) for bucket in (None, loose, tiled)]
     worst = largest(relative_error(model.denoise(inputs, live, plan)[0], wanted) for plan in plans)
-    return Check("keep everything equals the original", worst, IDENTITY_TOLERANCE, f"{len(plans)} packings, torch fp32")
+    tolerance = allowed(model, IDENTITY_TOLERANCE)
+    return Check("keep everything equals the original", worst, tolerance, f"{len(plans)} packings, torch fp32")
+
+
+def allowed(model: DynamicModel, tolerance: float) -> float:
+    """A tolerance of fp32, or the one of values that pass through a state in half precision."""
+    return HALF_STATE_TOLERANCE if model.options.state_dtype == "fp16" else tolerance
+
+
+def second_step(model: DynamicModel, inputs: dict[str, Any]) -> tuple[np.ndarray, dict[str, Tensor], TorchState | None]:
+    """Scores, live values and (mode carry) the state of samples that have made one step, keeping everything."""
+    scores, live = model.route(inputs)
+    state = model.new_state(len(scores)) if model.spec.states else None
+    if state is not None:
+        model.denoise(inputs, live, model.step_planner.full_plan(len(scores)), state)
+    return scores.numpy(), live, state
+
+
+def mixed_plan(model: DynamicModel, scores: np.ndarray, counts: np.ndarray) -> Plan | CarryPlan:
+    """A plan in which samples keep different numbers of tokens; in mode carry that of a second step."""
+    keep = model.step_planner.planner.select(scores, np.maximum(counts, 1))
+    return plan_second(model, keep)
+
+
+def plan_second(model: DynamicModel, keep: Mask, bucket: Bucket | None = None) -> Plan | CarryPlan:
+    if not model.spec.states:
+        return model.step_planner.of_mask(keep, bucket)
+    history = History(*keep.shape)
+    carry_plan(history, np.ones_like(keep), np.full(len(keep), 1.0))
+    return carry_plan(history, keep, np.full(len(keep), 0.9), bucket)
 
 
 @torch.no_grad()
-def check_isolation(model: ChunkedModel, inputs: dict[str, Any]) -> Check:
-    """Replace the values of the last sample by 1e4: the other outputs stay."""
-    scores, live = model.route(inputs)
+def check_isolation(model: DynamicModel, inputs: dict[str, Any]) -> Check:
+    """Replace the values of the last sample by 1e4, what it remembers included: the other outputs stay."""
+    scores, live, state = second_step(model, inputs)
     mixed = np.linspace(model.spec.tokens / 8, model.spec.tokens / 2, len(scores)).astype(np.int64)
-    plan = model.step_planner.planner(scores.numpy(), np.maximum(mixed, 1))
-    before = model.denoise(inputs, live, plan)[0][:-1]
+    plan = mixed_plan(model, scores, mixed)
     loud = {name: torch.cat([value[:-1], torch.full_like(value[-1:], LOUD)]) for name, value in live.items()}
+    loud_state = state and TorchState({n: with_loud_sample(t) for n, t in state.tensors.items()})
+    before = model.denoise(inputs, live, plan, state)[0][:-1]
     shouted = {name: drown_last(value) for name, value in inputs.items()}
     louder, _ = model.route(shouted)
-    router = relative_error(louder[:-1], scores[:-1])
-    after = model.denoise(shouted, loud, plan)[0][:-1]
+    router = relative_error(louder[:-1], torch.from_numpy(scores[:-1]))
+    after = model.denoise(shouted, loud, plan, loud_state)[0][:-1]
     error = largest([relative_error(after, before), router])
     return Check("no sample sees another", error, ISOLATION_TOLERANCE, f"input and trunk of another set to {LOUD:g}")
+
+
+def with_loud_sample(state: Tensor) -> Tensor:
+    """A state [P, B, C, N, E] whose last sample remembers loud values."""
+    return torch.cat([state[:, :-1], torch.full_like(state[:, -1:], LOUD)], dim=1)
 
 
 def drown_last(value: Any) -> Any:
@@ -100,25 +139,27 @@ def drown_last(value: Any) -> Any:
 
 
 @torch.no_grad()
-def check_batch_invariance(model: ChunkedModel, inputs: dict[str, Any]) -> Check:
-    """A sample alone gives what it gives in the batch, on the same keep mask."""
-    scores, live = model.route(inputs)
-    planner = model.step_planner.planner
+def check_batch_invariance(model: DynamicModel, inputs: dict[str, Any]) -> Check:
+    """A sample alone gives what it gives in the batch, on the same keep mask and with the same memory."""
+    scores, live, state = second_step(model, inputs)
     mixed = np.linspace(model.spec.tokens / 2, model.spec.tokens / 8, len(scores)).astype(np.int64)
-    plan = planner(scores.numpy(), np.maximum(mixed, 1))
-    together = model.denoise(inputs, live, plan)[0]
+    plan = mixed_plan(model, scores, mixed)
+    alone_states = [
+        state and TorchState({n: t[:, i : i + 1] for n, t in state.tensors.items()}) for i in range(len(scores))
+    ]
+    together = model.denoise(inputs, live, plan, state)[0]
     errors = []
-    for i in range(len(scores)):
+    for i, own_state in enumerate(alone_states):
         alone = {n: v[i : i + 1] if isinstance(v, Tensor) and v.ndim else v for n, v in inputs.items()}
-        own = planner.plan(plan.keep[i : i + 1])
-        single = model.denoise(alone, {n: v[i : i + 1] for n, v in live.items()}, own)[0]
+        own = plan_second(model, plan.keep[i : i + 1])
+        single = model.denoise(alone, {n: v[i : i + 1] for n, v in live.items()}, own, own_state)[0]
         errors.append(relative_error(single[0], together[i]))
     detail = f"{len(scores)} samples, torch"
-    return Check("a sample does not depend on its batch", largest(errors), IDENTITY_TOLERANCE, detail)
+    return Check("a sample does not depend on its batch", largest(errors), allowed(model, IDENTITY_TOLERANCE), detail)
 
 
 def check_runtime(
-    model: ChunkedModel,
+    model: DynamicModel,
     folder: Path,
     inputs_of: Callable[[int], dict[str, Any]],
     buckets: tuple[Bucket, ...],
@@ -126,26 +167,53 @@ def check_runtime(
 ) -> list[Check]:
     """Torch against ONNX Runtime (CPU) on `route` for every batch size and `denoise` for every bucket.
 
-    Compared by polygraphy. `inputs_of(batch)` gives model inputs; `tick` is told about each comparison.
+    Compared by polygraphy, new states included. `inputs_of(batch)` gives model inputs; `tick` is told about each
+    comparison.
     """
+    prepares: list[Case] = []
     routes: list[Case] = []
     denoises: list[Case] = []
     for batch in sorted({bucket.batch for bucket in buckets}):
         inputs = inputs_of(batch)
         with torch.no_grad():
-            scores, live = model.route(inputs)
+            scores, live, state = second_step(model, inputs)
         feed = {name: as_array(inputs[name]) for name in model.spec.route_inputs}
-        routes.append(Case(f"route, batch {batch}", feed, {SCORES_NAME: as_array(scores), **as_arrays(live)}))
+        routes.append(Case(f"route, batch {batch}", feed, {SCORES_NAME: scores, **as_arrays(live)}))
+        if made := as_arrays(model.prepare(inputs)):
+            taken = {name: as_array(inputs[name]) for name in model.spec.prepare_inputs}
+            prepares.append(Case(f"prepare, batch {batch}", taken, made))
         for bucket in (b for b in buckets if b.batch == batch):
-            counts = np.full(batch, bucket.row_tokens)
-            plan = model.step_planner.planner(scores.numpy(), counts, bucket)
-            with torch.no_grad():
-                outputs = model.denoise(inputs, live, plan)
-            wanted = {name: as_array(v) for name, v in zip(output_names(outputs), outputs, strict=True)}
             label = f"denoise, batch {batch}, {bucket.row_tokens} tokens a sample"
             tick(label)
-            denoises.append(Case(label, denoise_feed(model, inputs, live, plan), wanted))
-    return [*compare(folder / "route.onnx", routes), *compare(folder / "denoise.onnx", denoises)]
+            keep = model.step_planner.planner.select(scores, np.full(batch, bucket.row_tokens))
+            plan = plan_second(model, keep, bucket)
+            denoises.append(denoise_case(label, model, inputs, live, plan, state))
+    prepared = compare(folder / "prepare.onnx", prepares) if prepares else []
+    tolerance = allowed(model, RUNTIME_TOLERANCE)
+    return [*prepared, *compare(folder / "route.onnx", routes), *compare(folder / "denoise.onnx", denoises, tolerance)]
+
+
+def denoise_case(
+    label: str,
+    model: DynamicModel,
+    inputs: dict[str, Any],
+    live: dict[str, Tensor],
+    plan: Any,
+    state: TorchState | None,
+) -> Case:
+    """What goes into `denoise` for one plan, and what torch makes of it."""
+    known = dict(state.tensors) if state else {}
+    given = {**inputs, **model.prepare(inputs), **live, **plan.arrays(), **known}
+    feed = {name: as_array(given[name]) for name in model.spec.denoise_inputs}
+    after = TorchState(known)
+    with torch.no_grad():
+        outputs = model.denoise(inputs, live, plan, after if state else None)
+    wanted = dict(zip(output_names(len(outputs)), map(as_array, outputs), strict=True))
+    if state:
+        assert after.distance is not None
+        wanted |= {DISTANCE_NAME: after.distance.astype(np.float32)}
+        wanted |= {state_output(name): as_array(value) for name, value in after.tensors.items()}
+    return Case(label, feed, wanted)
 
 
 @dataclass(frozen=True)
@@ -157,17 +225,6 @@ class Case:
     wanted: dict[str, np.ndarray]
 
 
-def denoise_feed(
-    model: ChunkedModel, inputs: dict[str, Any], live: dict[str, Tensor], plan: Plan
-) -> dict[str, np.ndarray]:
-    given = {**inputs, **live, **plan.arrays()}
-    return {name: as_array(given[name]) for name in model.spec.denoise_inputs}
-
-
-def output_names(outputs: Any) -> list[str]:
-    return ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
-
-
 def as_array(value: Any) -> np.ndarray:
     return np.ascontiguousarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value)
 
@@ -177,7 +234,7 @@ def as_arrays(values: dict[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 @np.errstate(invalid="ignore")  # what is not finite fails the check; no need for warnings as well
-def compare(path: Path, cases: list[Case]) -> list[Check]:
+def compare(path: Path, cases: list[Case], tolerance: float = RUNTIME_TOLERANCE) -> list[Check]:
     """Run an ONNX file through polygraphy on every case and compare with torch's outputs."""
     with quiet_polygraphy():
         from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
@@ -189,17 +246,17 @@ def compare(path: Path, cases: list[Case]) -> list[Check]:
         both.add([case.wanted for case in cases], runner_name="torch")
         both.append(results[0])
         scale = scales(cases)
-        absolute = {name: RUNTIME_TOLERANCE * size for name, size in scale.items()}
-        function = CompareFunc.simple(atol=absolute, rtol=RUNTIME_TOLERANCE, check_error_stat="elemwise")
+        absolute = {name: tolerance * size for name, size in scale.items()}
+        function = CompareFunc.simple(atol=absolute, rtol=tolerance, check_error_stat="elemwise")
         accuracy = Comparator.compare_accuracy(both, compare_func=function)
         agreed = next(iter(accuracy[0].values()))
     checks = []
     for case, found, matches in zip(cases, results[0][1], agreed, strict=True):
         errors = [scaled_error(found[name], value, scale[name]) for name, value in case.wanted.items()]
         agree = all(bool(match) for match in matches.values())
-        value = largest(errors) if agree else largest([*errors, 2 * RUNTIME_TOLERANCE])
+        value = largest(errors) if agree else largest([*errors, 2 * tolerance])
         detail = "largest difference, absolute or relative, torch against ONNX Runtime CPU"
-        checks.append(Check(case.label, value, RUNTIME_TOLERANCE, detail))
+        checks.append(Check(case.label, value, tolerance, detail))
     return checks
 
 

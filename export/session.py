@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dcconvert.export.buckets import Ladder
+from dcconvert.export.onnx_export import state_output
+from dcconvert.passes.carry_plan import CarryPlan
 from dcconvert.passes.errors import CheckFailedError, UsageError
-from dcconvert.passes.model import StepPlanner
+from dcconvert.passes.layout import Bucket
 from dcconvert.passes.plan import Plan
+from dcconvert.passes.run import Run
+from dcconvert.passes.spec import SCORES_NAME, StateSpec
+from dcconvert.passes.step_planner import StepPlanner
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -50,21 +54,42 @@ def make_session(path: Path, provider: str = CPU, threads: int = 0) -> Any:
     return session
 
 
-@dataclass
-class StageTimes:
-    """Seconds spent in the stages of one step."""
+class OrtState:
+    """What a run remembers, in buffers on a session's device that it reads and writes in place.
 
-    route: float
-    plan: float
-    denoise: float
+    Between steps nothing is copied: every step binds the same memory as input and output. That is safe because the
+    only reader of a state in the graph is the node that writes it, and that node copies only between two buffers.
+    """
 
-    @property
-    def total(self) -> float:
-        return self.route + self.plan + self.denoise
+    def __init__(self, specs: Sequence[StateSpec], batch: int, tokens: int, device: str = "cpu") -> None:
+        shapes = {spec.name: (spec.shape(batch, tokens), spec.dtype) for spec in specs}
+        self.values = {name: on_device(np.zeros(shape, dtype), device) for name, (shape, dtype) in shapes.items()}
+        self.distance: np.ndarray | None = None
+
+    def clear(self, samples: Sequence[int]) -> None:
+        for value in self.values.values():
+            array = value.numpy()
+            array[:, list(samples)] = 0
+            value.update_inplace(array)
+
+    def bind(self, binding: Any) -> None:
+        """Name the buffers as inputs and as outputs of a session's binding."""
+        for name, value in self.values.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(state_output(name), value)
+
+
+def on_device(array: np.ndarray, device: str) -> Any:
+    """An OrtValue of ONNX Runtime's own memory: on the CPU one made from an array would go on using that."""
+    import onnxruntime as ort
+
+    value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype, device, 0)
+    value.update_inplace(np.ascontiguousarray(array))
+    return value
 
 
 class OrtModel:
-    """A converted model on ONNX Runtime; call it with the original's inputs as numpy arrays, by name.
+    """A converted model on ONNX Runtime: the backend of a `Run` over the original's inputs as numpy arrays, by name.
 
     A batch that is not on the ladder is filled up by repeating its last sample, and the copies are cut off
     the result. Without a ladder every step runs in the smallest shape that holds it.
@@ -80,54 +105,86 @@ class OrtModel:
     ) -> None:
         self.route_session = make_session(folder / "route.onnx", provider, threads)
         self.denoise_session = make_session(folder / "denoise.onnx", provider, threads)
+        constants = planner.spec.constants
+        self.prepare_session = make_session(folder / "prepare.onnx", provider, threads) if constants else None
         self.planner = planner
         self.ladder = ladder
         self.provider = provider
-        self.last_plan: Plan | None = None
-        self.last_times: StageTimes | None = None
-        self._live = [output.name for output in self.route_session.get_outputs()][1:]
+        self.device = "cpu" if provider == CPU else "cuda"
+        self._outputs = [output.name for output in self.denoise_session.get_outputs()]
+        states = {spec.name for spec in planner.spec.states}
+        self._plain_inputs = [node.name for node in self.denoise_session.get_inputs() if node.name not in states]
 
-    def __call__(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """Flat outputs of one step; the schedule says how many tokens are kept."""
-        batch = len(next(value for value in inputs.values() if np.ndim(value)))
-        return self.step(inputs, self.planner.counts(self._timesteps(inputs), batch))
+    def start(self, batch: int, groups: int = 1) -> Run:
+        """A new sampling run of `batch` samples; call its `step` for every timestep. `groups` as in `Run`."""
+        return Run(self, batch, groups)
 
-    def step(self, inputs: dict[str, np.ndarray], counts: np.ndarray) -> list[np.ndarray]:
-        """Flat outputs of one step in which sample b keeps counts[b] tokens."""
-        start = time.perf_counter()
-        batch = len(counts)
-        bucket = self.ladder.choose(batch, counts) if self.ladder else None
-        if bucket is not None and bucket.batch > batch:
-            batched = {spec.name for spec in self.planner.spec.input_specs if spec.batched}
-            inputs = {n: fill_batch(value, bucket.batch) if n in batched else value for n, value in inputs.items()}
-            counts = fill_batch(counts, bucket.batch)
-        scores, live = self.route(inputs)
-        routed = time.perf_counter()
-        plan = self.planner.plan(scores, counts, bucket)
-        planned = time.perf_counter()
-        outputs = self.denoise(inputs, live, plan)
-        self.last_plan = plan
-        self.last_times = StageTimes(routed - start, planned - routed, time.perf_counter() - planned)
-        return [output[:batch] for output in outputs]
+    def padded(self, batch: int) -> int:
+        """The smallest batch size on the ladder that holds `batch` samples; UsageError if none does."""
+        if self.ladder is None:
+            return batch
+        return self.ladder.choose(batch, self.planner.spec.tokens).batch
 
-    def route(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Scores [B, N] and the values denoise needs, by name."""
-        scores, *live = self.route_session.run(None, pick(self.route_session, inputs))
-        return scores, dict(zip(self._live, live, strict=True))
+    def bucket(self, counts: np.ndarray) -> Bucket | None:
+        return self.ladder.choose(len(counts), counts) if self.ladder else None
 
-    def denoise(self, inputs: dict[str, np.ndarray], live: dict[str, np.ndarray], plan: Plan) -> list[np.ndarray]:
-        return self.denoise_session.run(None, pick(self.denoise_session, {**inputs, **live, **plan.arrays()}))
+    def prepare(self, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+        """What stays the same over a run, by name, on the device; nothing for most models."""
+        if self.prepare_session is None:
+            return {}
+        return self._on_device(self.prepare_session, inputs)
 
-    def _timesteps(self, inputs: dict[str, np.ndarray]) -> np.ndarray | None:
-        name = self.planner.spec.timestep
-        return None if name is None else np.asarray(inputs[name])
+    def route(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, Any]]:
+        """Scores [B, N], and the values denoise needs, by name, on the device."""
+        live = self._on_device(self.route_session, inputs)
+        return live.pop(SCORES_NAME).numpy(), live
+
+    def _on_device(self, session: Any, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Outputs of a session, by name, left where they were made."""
+        binding = session.io_binding()
+        for node in session.get_inputs():
+            binding.bind_cpu_input(node.name, np.ascontiguousarray(inputs[node.name]))
+        names = [output.name for output in session.get_outputs()]
+        for name in names:
+            binding.bind_output(name, self.device)
+        session.run_with_iobinding(binding)
+        return dict(zip(names, binding.get_outputs(), strict=True))
+
+    def denoise(
+        self,
+        inputs: dict[str, np.ndarray],
+        live: dict[str, Any],
+        plan: Plan | CarryPlan,
+        state: OrtState | None = None,
+    ) -> list[np.ndarray]:
+        """Flat outputs of the model; in mode carry the state (None: an empty one) is brought forward."""
+        constants = self.planner.spec.constants
+        if constants and constants[0] not in inputs:
+            inputs = {**inputs, **self.prepare(inputs)}
+        given = {**inputs, **live, **plan.arrays()}
+        binding, plain = self.denoise_session.io_binding(), self._outputs
+        if self.planner.spec.states:
+            state = state or self.new_state(len(plan.counts))
+            state.bind(binding)
+            plain = self._outputs[: -len(self.planner.spec.states)]
+        for name in self._plain_inputs:
+            if isinstance(given[name], np.ndarray):
+                binding.bind_cpu_input(name, np.ascontiguousarray(given[name]))
+            else:
+                binding.bind_ortvalue_input(name, given[name])
+        for name in plain:
+            binding.bind_output(name)
+        self.denoise_session.run_with_iobinding(binding)
+        outputs = [value.numpy() for value in binding.get_outputs()[-len(plain) :]]
+        if state is not None:
+            state.distance = outputs.pop()
+        return outputs
+
+    def new_state(self, batch: int) -> OrtState:
+        """An empty state for `batch` samples."""
+        return OrtState(self.planner.spec.states, batch, self.planner.spec.tokens, self.device)
 
 
 def pick(session: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The inputs a session takes, out of all there are."""
     return {node.name: given[node.name] for node in session.get_inputs()}
-
-
-def fill_batch(value: np.ndarray, batch: int) -> np.ndarray:
-    """Repeat the last sample until there are `batch`."""
-    return np.concatenate([value, np.repeat(value[-1:], batch - len(value), axis=0)])

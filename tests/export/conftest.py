@@ -6,25 +6,35 @@ from pathlib import Path
 
 import pytest
 
-from dcconvert.passes.model import ChunkedModel
+from dcconvert.passes.model import DynamicModel
 from tests.export.harness import convert, export
 
 
 @pytest.fixture(scope="session")
-def rows_model() -> ChunkedModel:
+def rows_model() -> DynamicModel:
     return convert()
 
 
 @pytest.fixture(scope="session")
-def rows_onnx(rows_model: ChunkedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rows_onnx(rows_model: DynamicModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(rows_model, tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="session")
-def bins_model() -> ChunkedModel:
+def carry_model() -> DynamicModel:
+    return convert("carry")
+
+
+@pytest.fixture(scope="session")
+def carry_onnx(carry_model: DynamicModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(carry_model, tmp_path_factory.mktemp("carry"))
+
+
+@pytest.fixture(scope="session")
+def bins_model() -> DynamicModel:
     return convert(packing="bins")
 
 
 @pytest.fixture(scope="session")
-def bins_onnx(bins_model: ChunkedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bins_onnx(bins_model: DynamicModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(bins_model, tmp_path_factory.mktemp("bins"))

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from dcconvert.dit import DiT, DiTConfig
 from dcconvert.export.onnx_export import export_denoise, export_route
+from dcconvert.export.session import OrtModel
 from dcconvert.passes.infra import Options
-from dcconvert.passes.model import ChunkedModel
+from dcconvert.passes.layout import Bucket
+from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.plan import Bucket
 from dcconvert.passes.schedule import Schedule
 from tests.passes.harness import randomise
 
@@ -38,21 +39,40 @@ def tensors(given: dict[str, np.ndarray]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(value) for name, value in given.items()}
 
 
-def convert(**options: Any) -> ChunkedModel:
+def convert(mode: str = "chunk", **options: Any) -> DynamicModel:
     """Two tokens in one kept; weights so small that rounding in float32 stays small too."""
     torch.manual_seed(0)
     dit = randomise(DiT(CONFIG), std=0.08)
-    return rewrite(dit, tuple(inputs().values()), {}, Options(**options), Schedule("constant", 2))
+    return rewrite(dit, tuple(inputs().values()), {}, Options(mode=mode, **options), Schedule("constant", 2))
 
 
-def export(model: ChunkedModel, folder: Path) -> Path:
+class OneStep:
+    """Single steps of a model on ONNX Runtime, each a run of its own."""
+
+    def __init__(self, model: OrtModel) -> None:
+        self.model = model
+        self.last_plan: Any = None
+        self.last_times: Any = None
+
+    def __call__(self, given: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return self.step(given, None)
+
+    def step(self, given: dict[str, np.ndarray], counts: np.ndarray | None) -> list[np.ndarray]:
+        run = self.model.start(len(given["x"]))
+        outputs = run.step(given, counts)
+        self.last_plan, self.last_times = run.last_plan, run.last_times
+        return outputs
+
+
+def export(model: DynamicModel, folder: Path) -> Path:
     """`route.onnx` and `denoise.onnx`, exported with sizes that are all different."""
     given = inputs()
     with torch.no_grad():
         scores, live = model.route(given)
     rows = BATCH if model.options.packing == "rows" else BATCH + 1
     bucket = Bucket(BATCH, tokens=35, rows=rows, row_tokens=9, tile=5)
-    plan = model.step_planner.planner(scores.numpy(), np.full(BATCH, 8), bucket)
+    keep = model.step_planner.planner.select(scores.numpy(), np.full(BATCH, 8))
+    plan = model.step_planner.of_mask(keep, bucket)
     export_route(model, folder / "route.onnx", given)
     export_denoise(model, folder / "denoise.onnx", given, live, plan)
     return folder

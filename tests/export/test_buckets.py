@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dcconvert.export.buckets import Bucket, Ladder, ladder
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.plan import Planner
-from dcconvert.passes.schedule import KINDS, Schedule
+from dcconvert.passes.schedule import AUTO, KINDS, Schedule
 
 
 def padding(rungs, counts):
@@ -59,7 +59,17 @@ def test_everything_kept_has_one_rung():
 @pytest.mark.parametrize("steps", [4, 25, 250])
 def test_waste_of_the_schedules_stays_under_ten_percent(kind, ratio, steps):
     taus = 1 - np.arange(steps) / steps
-    assert ladder([1, 8], Schedule(kind, ratio).centred(taus).counts(taus, 256), 256).expected_waste < 0.1
+    assert ladder([1, 8], Schedule(kind, ratio).fitted(taus).run_counts(taus, 256), 256).expected_waste < 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_steps_have_the_full_rung_and_little_waste(kind):
+    taus = 1 - np.arange(50) / 50
+    counts = Schedule(kind, 4, warm_up=AUTO, refresh=10).fitted(taus).run_counts(taus, 256)
+    found = ladder([1, 8], counts, 256)
+    assert (counts == 256).sum() > 5
+    assert found.rungs[-1] == 256
+    assert found.expected_waste < 0.1
 
 
 def test_choose():

@@ -29,7 +29,7 @@ from dcconvert.export.bundle import (
     write_model,
 )
 from dcconvert.passes.errors import UsageError
-from dcconvert.passes.model import ChunkedModel
+from dcconvert.passes.model import DynamicModel
 from tests.export.harness import TOKENS, inputs
 
 LADDER = ladder([1, 4], [4, 8], TOKENS)
@@ -39,7 +39,7 @@ class StoppedError(Exception):
     """What a test stops a conversion with."""
 
 
-def write(folder: Path, model: ChunkedModel, **manifest: Any) -> None:
+def write(folder: Path, model: DynamicModel, **manifest: Any) -> None:
     write_model(model, folder)
     write_json({"format_version": FORMAT_VERSION, "ladder": LADDER.to_dict(), **manifest}, folder / MANIFEST)
 

@@ -10,7 +10,7 @@ from torch import nn
 from dcconvert.dit import DiT, DiTConfig
 from dcconvert.export.compute import batch_size, converted_gmacs, count_macs, even_plan, live_values, original_gmacs
 from dcconvert.passes.infra import Options
-from dcconvert.passes.model import ChunkedModel
+from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.schedule import Schedule
 from tests.export.harness import CONFIG, TOKENS, convert, inputs
@@ -55,10 +55,10 @@ def test_published_sizes(name):
 
 
 @pytest.fixture(scope="module")
-def small() -> ChunkedModel:
+def small() -> DynamicModel:
     """DiT-S/2 at 4x."""
     config = PUBLISHED["S/2"][0]
-    return rewrite(DiT(config), args(config, 3), {}, Options(), Schedule("constant", 4))
+    return rewrite(DiT(config), args(config, 3), {}, Options(mode="chunk"), Schedule("constant", 4))
 
 
 @pytest.fixture(scope="module")

@@ -87,6 +87,29 @@ def segment_inputs(rows: int, slots: int) -> tuple[Tensor, ...]:
     return (*operands(rows, slots), ids)
 
 
+def address_inputs(tiles: int, tile: int) -> tuple[Tensor, ...]:
+    return (torch.randint(9, (tiles, tile, 3, 1)).squeeze(3).repeat_interleave(torch.tensor([2, 1, 1]), 2)[..., :4],)
+
+
+def remember_inputs(batch: int, tiles: int, tile: int) -> tuple[Tensor, ...]:
+    """Every packed token to a place of its own."""
+    places = torch.randperm(2 * batch * TOKENS)[: tiles * tile].view(tiles, tile)
+    index = torch.stack([places // (batch * TOKENS), places // TOKENS % batch, 0 * places, places % TOKENS], 2)
+    values = torch.randn(tiles, HEADS, tile, HEAD_WIDTH)
+    return torch.randn(2, batch, HEADS, TOKENS, HEAD_WIDTH), values, ops.address(index, HEADS)
+
+
+def recall_inputs(batch: int) -> tuple[Tensor, ...]:
+    weight = torch.randn(2, batch, 1, TOKENS, 1).expand(-1, -1, -1, -1, HEAD_WIDTH)
+    return torch.randn(2, batch, HEADS, TOKENS, HEAD_WIDTH), weight.contiguous()
+
+
+def masked_inputs(batch: int, queries: int) -> tuple[Tensor, ...]:
+    """A mask of the keys alone, to be spread over the queries."""
+    k, v = (torch.randn(batch, HEADS, TOKENS, HEAD_WIDTH) for _ in range(2))
+    return torch.randn(batch, HEADS, queries, HEAD_WIDTH), k, v, torch.randn(batch, 1, 1, TOKENS)
+
+
 TILED = ("tiles", "tile_tokens")
 ROWS = ("rows", "heads", "row_tokens")
 CHUNK_SIZES = ((3, 4, 6), (1, 1, 1), (5, 2, 9), (2, 8, 3))
@@ -121,6 +144,20 @@ CASES: dict[str, Case] = {
         GRID_SIZES,
         constants=(SCALE,),
     ),
+    "attention with a mask": Case(
+        torch.ops.aten.scaled_dot_product_attention.default,
+        masked_inputs,
+        (("batch", "", "row_tokens"), ("batch",), ("batch",), ("batch",)),
+        ((3, 8), (1, 1), (2, 17)),
+    ),
+    "address": Case(ops.address.default, address_inputs, (TILED,), ((4, 6), (1, 1), (3, 9)), constants=(HEADS,)),
+    "remember": Case(
+        ops.remember.default,
+        remember_inputs,
+        (("", "batch"), ("tiles", "", "tile_tokens"), ("tiles", "", "tile_tokens")),
+        ((3, 4, 6), (1, 1, 1), (2, 5, 7)),
+    ),
+    "recall": Case(ops.recall.default, recall_inputs, (("", "batch"), ("", "batch")), ((3,), (1,), (5,))),
 }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dcconvert.export import parity
 from dcconvert.export.buckets import Bucket
+from dcconvert.export.onnx_export import output_names
 from dcconvert.export.parity import (
     IDENTITY_TOLERANCE,
     RUNTIME_TOLERANCE,
@@ -31,13 +32,12 @@ from dcconvert.export.parity import (
     check_isolation,
     check_runtime,
     compare,
-    denoise_feed,
-    output_names,
+    denoise_case,
     relative_error,
     require,
 )
 from dcconvert.passes.errors import CheckFailedError
-from dcconvert.passes.model import ChunkedModel
+from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.plan import Plan
 from tests.export.harness import BATCH, CONFIG, inputs
 
@@ -52,7 +52,7 @@ LABELS = [
 ]
 
 
-def run(check: Callable[..., Check], model: ChunkedModel) -> Check:
+def run(check: Callable[..., Check], model: DynamicModel) -> Check:
     """A check on fresh inputs; it is consistent with `require` and fits into JSON."""
     result = check(model, inputs())
     if result.passed:
@@ -64,14 +64,14 @@ def run(check: Callable[..., Check], model: ChunkedModel) -> Check:
 
 
 @pytest.fixture
-def broken(rows_model, monkeypatch) -> Callable[..., ChunkedModel]:
+def broken(rows_model, monkeypatch) -> Callable[..., DynamicModel]:
     """A model whose outputs go through `spoil(output, live, plan)`, and whose plans through `replan(plan)`."""
 
-    def make(spoil: Any = lambda output, live, plan: output, replan: Any = lambda plan: plan) -> ChunkedModel:
+    def make(spoil: Any = lambda output, live, plan: output, replan: Any = lambda plan: plan) -> DynamicModel:
         model = rows_model.with_schedule(rows_model.schedule)  # another object on the same graphs
         denoise = model.denoise
 
-        def spoiled(given: dict[str, Any], live: dict[str, Tensor], plan: Plan) -> list[Tensor]:
+        def spoiled(given: dict[str, Any], live: dict[str, Tensor], plan: Plan, state: None = None) -> list[Tensor]:
             return [spoil(output, live, plan) for output in denoise(given, live, replan(plan))]
 
         monkeypatch.setattr(model, "denoise", spoiled)
@@ -307,12 +307,12 @@ def test_what_denoise_is_fed(rows_model):
     given = inputs()
     with torch.no_grad():
         _, live = rows_model.route(given)
-    feed = denoise_feed(rows_model, given, live, rows_model.step_planner.planner.full_plan(BATCH))
+    feed = denoise_case("all", rows_model, given, live, rows_model.step_planner.full_plan(BATCH), None).feed
     assert tuple(feed) == rows_model.spec.denoise_inputs
     assert all(isinstance(value, np.ndarray) and value.flags.c_contiguous for value in feed.values())
 
 
 def test_arrays_and_names():
     assert as_array(torch.arange(6).view(2, 3).t()).flags.c_contiguous
-    assert output_names([1]) == ["output"]
-    assert output_names([1, 2]) == ["output_0", "output_1"]
+    assert output_names(1) == ("output",)
+    assert output_names(2) == ("output_0", "output_1")

@@ -11,20 +11,23 @@ import pytest
 import torch
 
 from dcconvert.export.buckets import Ladder, ladder
-from dcconvert.export.session import CPU, CUDA, OrtModel, StageTimes, fill_batch, make_session, pick
+from dcconvert.export.session import CPU, CUDA, OrtModel, make_session, pick
 from dcconvert.passes.errors import CheckFailedError, UsageError
-from dcconvert.passes.model import ChunkedModel, StepPlanner
-from dcconvert.passes.plan import Bucket, Plan
+from dcconvert.passes.layout import Bucket
+from dcconvert.passes.model import DynamicModel
+from dcconvert.passes.plan import Plan
+from dcconvert.passes.run import StageTimes, fill_batch
 from dcconvert.passes.schedule import Schedule
-from tests.export.harness import TOKENS, arrays, tensors
+from dcconvert.passes.step_planner import StepPlanner
+from tests.export.harness import TOKENS, OneStep, arrays, tensors
 
 LADDER = ladder([1, 4], [4, 7, 11], TOKENS)
 
 
 @pytest.fixture(scope="module")
-def runtime(rows_model, rows_onnx) -> OrtModel:
+def runtime(rows_model, rows_onnx) -> OneStep:
     """A runtime on LADDER that nothing has run yet when a test starts."""
-    return OrtModel(rows_onnx, rows_model.step_planner, LADDER, threads=1)
+    return OneStep(OrtModel(rows_onnx, rows_model.step_planner, LADDER, threads=1))
 
 
 @pytest.fixture(autouse=True)
@@ -32,16 +35,16 @@ def _unused(runtime):
     runtime.last_plan = runtime.last_times = None
 
 
-def plan_of(runtime: OrtModel) -> Plan:
+def plan_of(runtime: OneStep) -> Plan:
     assert runtime.last_plan is not None
     return runtime.last_plan
 
 
-def falling(model: ChunkedModel) -> StepPlanner:
+def falling(model: DynamicModel) -> StepPlanner:
     return model.with_schedule(Schedule("falling", 2)).step_planner
 
 
-def by_torch(model: ChunkedModel, given: dict[str, np.ndarray], keep: np.ndarray) -> np.ndarray:
+def by_torch(model: DynamicModel, given: dict[str, np.ndarray], keep: np.ndarray) -> np.ndarray:
     """The converted model in torch on a keep mask, in the smallest plan."""
     with torch.no_grad():
         _, live = model.route(tensors(given))
@@ -81,7 +84,7 @@ def test_a_call_does_what_the_converted_module_does(runtime, rows_model):
 
 @pytest.mark.parametrize("counts", [[4, 4, 4], [7, 3, 5], [16, 1, 11]])
 def test_without_a_ladder_the_plan_is_as_small_as_it_can_be(counts, rows_model, rows_onnx):
-    runtime = OrtModel(rows_onnx, rows_model.step_planner, threads=1)
+    runtime = OneStep(OrtModel(rows_onnx, rows_model.step_planner, threads=1))
     given = arrays(3)
     (found,) = runtime.step(given, np.array(counts))
     plan = plan_of(runtime)
@@ -94,7 +97,7 @@ def test_several_samples_share_a_row_when_packing_in_bins(bins_model, bins_onnx)
     given = arrays(4)
     keep = []
     for rungs in (None, Ladder((Bucket(4, 64, 4, 16, 4),), TOKENS, 0.0)):
-        runtime = OrtModel(bins_onnx, bins_model.step_planner, rungs, threads=1)
+        runtime = OneStep(OrtModel(bins_onnx, bins_model.step_planner, rungs, threads=1))
         (found,) = runtime.step(given, np.array([9, 3, 16, 4]))
         keep.append(plan_of(runtime).keep)
         assert len(set(plan_of(runtime).segment_ids[1]) - {-1}) > 1
@@ -115,7 +118,8 @@ def test_a_batch_between_the_buckets_is_filled_with_copies_of_its_last_sample(ru
 
 def test_mixed_timesteps_follow_a_falling_schedule(rows_model, rows_onnx):
     planner = falling(rows_model)
-    runtime = OrtModel(rows_onnx, planner, ladder([4], planner.schedule.counts(np.linspace(0, 1, 9), TOKENS), TOKENS))
+    rungs = ladder([4], planner.schedule.counts(np.linspace(0, 1, 9), TOKENS), TOKENS)
+    runtime = OneStep(OrtModel(rows_onnx, planner, rungs))
     given = arrays(4) | {"t": np.array([1000, 500, 0, 250], np.float32)}
     (found,) = runtime(given)
     assert plan_of(runtime).counts.tolist() == [12, 8, 4, 6]  # 0.5/ratio to 1.5/ratio of 16
@@ -216,7 +220,7 @@ def test_the_number_of_threads_reaches_the_session(rows_onnx):
 
 def test_a_session_is_given_what_it_takes(runtime):
     given = arrays(1) | {"unrelated": np.zeros(1)}
-    assert set(pick(runtime.route_session, given)) == {"x", "t", "y"}
+    assert set(pick(runtime.model.route_session, given)) == {"x", "t", "y"}
 
 
 def test_fill_batch():
