@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,22 @@ from dcconvert.dit import DiT
 from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.bundle import FORMAT_VERSION, MANIFEST, ONNX, new_folder, read_bundle, write_json, write_model
 from dcconvert.export.lowerings import OPSET
-from dcconvert.export.onnx_export import export_denoise, export_route
+from dcconvert.export.onnx_export import export_denoise, export_prepare, export_route
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.infra import Options
-from dcconvert.passes.model import ChunkedModel
+from dcconvert.passes.layout import Bucket
+from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.plan import Bucket
-from dcconvert.passes.schedule import Schedule, parse_ratio
+from dcconvert.passes.schedule import AUTO, Schedule, parse_ratio
+from dcconvert.passes.step_planner import StepPlanner
 
 EXAMPLE_BATCH = 3  # sizes above one and unlike any other size, so that export cannot mistake the axis
 DEFAULT_BATCHES = (1, 8)
 DEFAULT_STEPS = 50
 
 
-class Converted(ChunkedModel):
-    """A ChunkedModel that can be written as a bundle.
+class Converted(DynamicModel):
+    """A DynamicModel that can be written as a bundle.
 
     `facts` go into the bundle's manifest; of a DiT from a checkpoint they say how to sample it.
     """
@@ -40,19 +41,21 @@ class Converted(ChunkedModel):
     facts: dict[str, Any]
 
     @classmethod
-    def of(cls, model: ChunkedModel, facts: dict[str, Any]) -> Converted:
+    def of(cls, model: DynamicModel, facts: dict[str, Any]) -> Converted:
         parts = (model.route_graph, model.denoise_graph, model.original_graph, model.spec, model.options)
-        made = cls(*parts, model.schedule, model.records)
+        made = cls(*parts, model.schedule, model.records, model.prepare_graph)
         made.facts = facts
         return made
 
     def with_schedule(self, schedule: Schedule) -> Converted:
         return self.of(super().with_schedule(schedule), self.facts)
 
-    def ladder(self, batches: Sequence[int] = DEFAULT_BATCHES, steps: int = DEFAULT_STEPS) -> Ladder:
-        """Buckets for batch sizes and a sampling run of `steps` evenly spaced noise levels."""
+    def ladder(self, batches: Sequence[int] = DEFAULT_BATCHES) -> Ladder:
+        """Buckets for batch sizes and a sampling run at evenly spaced noise levels, of the steps it was made for."""
+        steps = int(self.facts.get("steps", DEFAULT_STEPS))
         taus = 1 - np.arange(steps) / steps
-        counts = self.schedule.centred(taus).counts(taus, self.spec.tokens)
+        planner = StepPlanner(self.spec, self.options, self.schedule.fitted(taus))
+        counts = planner.run_counts(taus)
         return ladder(batches, counts, self.spec.tokens)
 
     def save(self, folder: str | Path, batches: Sequence[int] = DEFAULT_BATCHES, force: bool = False) -> Path:
@@ -72,6 +75,9 @@ def convert(
     *,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     schedule: str = "constant",
+    steps: int = DEFAULT_STEPS,
+    warm_up: int = AUTO,
+    refresh: int = 0,
     options: Options | None = None,
     timestep: str | None = None,
     timestep_scale: float = 1000.0,
@@ -86,7 +92,9 @@ def convert(
         example_inputs: one call's inputs, positional (a sequence) or by name (a mapping), with a batch of at
             least 2. May be left out for a `dcconvert.DiT`.
         schedule: kept fraction over time: constant, rising or falling (toward clean images).
-        options: head and tail blocks, router, packing, seed.
+        steps: sampling steps of a run, over which the ratio is meant.
+        warm_up, refresh: mode carry: how many first steps, and every how many steps after them, compute everything.
+        options: mode, head and tail blocks, router, seed.
         timestep: the input that holds the timestep, where its name does not tell.
         timestep_scale: its value at pure noise.
         dump_graphs: folder that receives the readable graph after each pass.
@@ -101,33 +109,41 @@ def convert(
         example_inputs = dit_inputs(module, EXAMPLE_BATCH)
     args: Sequence[Any] = () if isinstance(example_inputs, Mapping) else example_inputs
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    options = options or Options()
+    spending = Schedule(schedule, parse_ratio(ratio))
+    if options.mode == "chunk" and (warm_up > 0 or refresh):
+        raise UsageError("warm-up and refresh steps are of mode carry: mode chunk remembers nothing")
+    if options.mode == "carry":
+        if warm_up == 0:
+            raise UsageError("mode carry needs at least one warm-up step: before it there is nothing to carry over")
+        spending = replace(spending, warm_up=warm_up, refresh=refresh).fitted(1 - np.arange(steps) / steps)
     model = rewrite(
         module,
         args,
         kwargs,
-        options or Options(),
-        Schedule(schedule, parse_ratio(ratio)),
+        options,
+        spending,
         timestep=timestep,
         timestep_scale=timestep_scale,
         dump=dump_graphs,
     )
-    return Converted.of(model, sampling_facts(module, DEFAULT_STEPS))
+    return Converted.of(model, {"steps": steps, **sampling_facts(module, steps)})
 
 
-def sampling_facts(module: nn.Module, steps: int) -> dict[str, Any]:
+def sampling_facts(module: nn.Module, steps: int, solver: str = "euler") -> dict[str, Any]:
     """What a manifest says about sampling: for a DiT that came from a checkpoint, nothing for other modules."""
     if not isinstance(module, LoadedDiT):
         return {}
     info = module.checkpoint_info
-    sampler = {"prediction": info.prediction, "steps": steps, "class_names": info.class_names}
+    sampler = {"prediction": info.prediction, "steps": steps, "solver": solver, "class_names": info.class_names}
     return {"sampler": sampler, "config": module.cfg.as_dict()}
 
 
 def load(folder: str | Path) -> Converted:
     """Read a bundle back as a torch module."""
     bundle = read_bundle(Path(folder))
-    facts: dict[str, Any] = {name: bundle.manifest[name] for name in ("sampler", "config") if name in bundle.manifest}
-    return Converted.of(bundle.model, facts)
+    kept = ("steps", "sampler", "config")
+    return Converted.of(bundle.model, {name: bundle.manifest[name] for name in kept if name in bundle.manifest})
 
 
 def dit_inputs(model: DiT, batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,11 +154,12 @@ def dit_inputs(model: DiT, batch: int, seed: int = 0) -> tuple[Tensor, Tensor, T
     return x, t, torch.arange(batch) % cfg.num_classes
 
 
-def export_onnx(model: ChunkedModel, folder: Path) -> None:
+def export_onnx(model: DynamicModel, folder: Path) -> None:
     """Write `route.onnx` and `denoise.onnx`."""
     folder.mkdir(parents=True, exist_ok=True)
     inputs = model.spec.example(EXAMPLE_BATCH)
     export_route(model, folder / "route.onnx", inputs)
+    export_prepare(model, folder / "prepare.onnx", inputs)
     with torch.no_grad():
         scores, live = model.route(inputs)
     tokens = model.spec.tokens
@@ -151,16 +168,15 @@ def export_onnx(model: ChunkedModel, folder: Path) -> None:
     tiles = EXAMPLE_BATCH * -(-row // tile) + 1
     bucket = Bucket(EXAMPLE_BATCH, tiles * tile, EXAMPLE_BATCH, row, tile)
     keep = model.step_planner.planner.select(scores.numpy(), np.full(EXAMPLE_BATCH, max(1, row - 2)))
-    export_denoise(model, folder / "denoise.onnx", inputs, live, model.step_planner.planner.plan(keep, bucket))
+    export_denoise(model, folder / "denoise.onnx", inputs, live, model.step_planner.of_mask(keep, bucket))
 
 
-def manifest(model: ChunkedModel, rungs: Ladder, **more: Any) -> dict[str, Any]:
+def manifest(model: DynamicModel, rungs: Ladder, **more: Any) -> dict[str, Any]:
     """What a bundle says about itself; `more` is added at the top level."""
     return {
         "format_version": FORMAT_VERSION,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "conversion": {
-            "mode": "chunk",
             "ratio": model.schedule.ratio,
             "schedule": model.schedule.kind,
             **asdict(model.options),

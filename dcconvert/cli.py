@@ -14,10 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from dcconvert import __version__
+from dcconvert.passes.carry_trunk import STATE_DTYPES
 from dcconvert.passes.errors import DcconvertError, UsageError
-from dcconvert.passes.infra import Options
+from dcconvert.passes.infra import MODE_DEFAULTS, Options
+from dcconvert.passes.pipeline import MODES
 from dcconvert.passes.routers import ROUTERS
-from dcconvert.passes.schedule import KINDS, parse_ratio
+from dcconvert.passes.schedule import AUTO, KINDS, parse_ratio
+from dcconvert.sampling import SOLVERS
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 DEFAULTS = Options()
@@ -49,14 +52,34 @@ def checkpoint_options(command: Any) -> Any:
 def rewriting_options(command: Any) -> Any:
     """What the passes can be told."""
     for decorate in (
-        click.option("--head-blocks", default=DEFAULTS.head_blocks, show_default=True, help="Blocks before the trunk."),
-        click.option("--tail-blocks", default=DEFAULTS.tail_blocks, show_default=True, help="Blocks after the trunk."),
-        click.option("--router", default=DEFAULTS.router, show_default=True, type=click.Choice(ROUTERS)),
+        click.option(
+            "--mode",
+            default=DEFAULTS.mode,
+            show_default=True,
+            type=click.Choice(MODES),
+            help="carry: dropped tokens are carried over from earlier steps. chunk: they are absent from the trunk.",
+        ),
+        click.option("--head-blocks", type=click.IntRange(0), help=f"Blocks before the trunk [{both(0)}]."),
+        click.option("--tail-blocks", type=click.IntRange(0), help=f"Blocks after the trunk [{both(0)}]."),
+        click.option("--router", type=click.Choice(ROUTERS), help=f"Which tokens are kept [{both(1)}]."),
+        click.option(
+            "--state",
+            "state_dtype",
+            default=DEFAULTS.state_dtype,
+            show_default=True,
+            type=click.Choice(list(STATE_DTYPES)),
+            help="Precision of what mode carry remembers.",
+        ),
         click.option("--seed", default=DEFAULTS.seed, show_default=True, help="Seed of router and sampling."),
         click.option("--dump-graphs", type=click.Path(path_type=Path), help="Folder for the graph after each pass."),
     ):
         command = decorate(command)
     return command
+
+
+def both(which: int) -> str:
+    """A default of both modes, for the help."""
+    return ", ".join(f"{mode}: {defaults[which]}" for mode, defaults in MODE_DEFAULTS.items())
 
 
 def command_line() -> str:
@@ -66,8 +89,9 @@ def command_line() -> str:
 
 def pick_options(values: dict[str, Any]) -> Options:
     """The rewriting options out of a command's parameters (taken out of `values`)."""
-    names = ("head_blocks", "tail_blocks", "router", "seed")
-    return Options(**{name: values.pop(name) for name in names})
+    names = ("mode", "head_blocks", "tail_blocks", "router", "state_dtype", "seed")
+    given = {name: values.pop(name) for name in names}
+    return Options(**{name: value for name, value in given.items() if value is not None})
 
 
 @click.group(context_settings=CONTEXT)
@@ -87,7 +111,14 @@ def commands() -> None:
 @click.option(
     "--batch", "batches", multiple=True, type=click.IntRange(1), help="Batch size to export for; repeatable [1, 8]."
 )
+@click.option(
+    "--warm-up", type=click.IntRange(1), help="First steps of a run that keep everything [carry: a tenth, at least 3]."
+)
+@click.option(
+    "--refresh", default=0, type=click.IntRange(0), help="Keep everything at every N-th step after them [never]."
+)
 @click.option("--steps", default=50, show_default=True, type=click.IntRange(1), help="Sampling steps of a run.")
+@click.option("--solver", default="euler", show_default=True, type=click.Choice(SOLVERS), help="euler is DDIM for eps.")
 @click.option(
     "--images", default=16, show_default=True, type=click.IntRange(0), help="Images for the fidelity figures."
 )
@@ -108,6 +139,7 @@ def convert(model: Path, out: Path | None, **values: Any) -> None:
     set_threads(values["threads"])
     options = pick_options(values)
     target = out or Path(f"{model.stem}-dc{values['ratio']:g}x")
+    values["warm_up"] = AUTO if values["warm_up"] is None else values["warm_up"]
     values["batches"] = values["batches"] or (1, 8)
     values["measure"] = not values.pop("no_measure")
     settings = Settings(model, target, options=options, command=command_line(), **values)
@@ -133,6 +165,7 @@ def inspect(model: Path, **values: Any) -> None:
 @click.option("--runtime", default="ort", show_default=True, type=click.Choice(["ort", "torch"]))
 @click.option("-n", "--count", default=16, show_default=True, type=click.IntRange(1), help="Images.")
 @click.option("--steps", type=click.IntRange(1), help="Sampling steps [those of the bundle].")
+@click.option("--solver", type=click.Choice(SOLVERS), help="Sampler [that of the bundle].")
 @click.option("--guidance", default=1.0, show_default=True, help="Classifier-free guidance scale; 1 is none.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--label", "labels", multiple=True, type=int, help="Class; repeatable [all classes in turn].")
@@ -159,6 +192,22 @@ def evaluate(bundle: Path, **values: Any) -> None:
     from dcconvert.commands import evaluate_bundle
 
     evaluate_bundle(bundle, Console(), **values)
+
+
+@commands.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--ratio", type=Ratio(), help="Divides the compute of a run of the bundle's steps [that of the bundle].")
+@click.option("--solver", type=click.Choice(SOLVERS), help="Sampler to calibrate for and to store [the bundle's].")
+@click.option("--images", default=32, show_default=True, type=click.IntRange(1), help="Images to judge by.")
+@click.option("--reference-steps", default=200, show_default=True, type=click.IntRange(1))
+@click.option("--seed", default=0, show_default=True, help="Of the first image; fresh ones follow for the comparison.")
+@click.option("--threads", default=0, type=click.IntRange(0), help="Threads [one a core].")
+@click.option("--batch", default=0, type=click.IntRange(0), help="Images at a time [the bundle's largest batch].")
+def calibrate(bundle: Path, **values: Any) -> None:
+    """Find the steps, warm-up and kept-fraction curve with the best final images at a given compute, and store them."""
+    from dcconvert.calibrate import Settings, calibrate_bundle
+
+    calibrate_bundle(Settings(bundle, command=command_line(), **values), Console())
 
 
 @commands.command()

@@ -18,19 +18,20 @@ from torch import Tensor
 from dcconvert.api import EXAMPLE_BATCH, dit_inputs, machine
 from dcconvert.checkpoint import load_checkpoint
 from dcconvert.dit import DiTConfig
-from dcconvert.evaluate import Runtime, compute_section, fidelity, latency_section, memory_section, torch_step
+from dcconvert.evaluate import ConvertedStep, Runtime, compute_section
 from dcconvert.export.bundle import Bundle, read_bundle, writable, write_whole
 from dcconvert.export.session import OrtModel
 from dcconvert.figures import save_comparison
-from dcconvert.passes.capture import capture
+from dcconvert.measure import Effort, Subject, measure
 from dcconvert.passes.errors import DcconvertError, UsageError
 from dcconvert.passes.infra import Options, Program, module_path, run_passes
-from dcconvert.passes.model import StepPlanner
 from dcconvert.passes.normalise import Normalise
-from dcconvert.passes.pipeline import PIPELINE
+from dcconvert.passes.pipeline import PIPELINES, captured
+from dcconvert.passes.spec import StateSpec
+from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.passes.token_stream import FindTokenStream
 from dcconvert.progress import Stages
-from dcconvert.report import report_json, terminal_table
+from dcconvert.report import report_json, state_note, terminal_table
 from dcconvert.sampling import Sampler, initial_noise, labels_for
 
 SHIPPED = "fashion_dit.safetensors"
@@ -58,12 +59,13 @@ def inspect_checkpoint(
     table.add_row("parameters", f"{sum(p.numel() for p in dit.parameters()) / 1e6:.1f} M")
     table.add_row("sha256", info.sha256)
     console.print(table)
-    program = capture(dit, dit_inputs(dit, EXAMPLE_BATCH), options=options)
+    example = dit_inputs(dit, EXAMPLE_BATCH)
+    program = captured(dit, example, None, options)
     run_passes(program, (Normalise(), FindTokenStream()))
     print_cuts(program, console)
-    program = capture(dit, dit_inputs(dit, EXAMPLE_BATCH), options=options)
+    program = captured(dit, example, None, options)
     try:
-        records = run_passes(program, PIPELINE, dump_graphs)
+        records = run_passes(program, PIPELINES[options.mode], dump_graphs)
     except DcconvertError as error:
         console.print(f"[bold red]would not convert:[/bold red] {escape(str(error))}", highlight=False)
         raise
@@ -74,6 +76,9 @@ def inspect_checkpoint(
         nodes = f"{record.nodes_before} -> {record.nodes_after}"
         steps.add_row(record.name, str(record.matches), nodes, "; ".join(record.notes))
     console.print(steps)
+    if states := [StateSpec.of(node) for node in program.state.values()]:
+        tokens = program.found_stream().tokens
+        console.print(state_note(sum(state.bytes(tokens) for state in states), (1, 8)), highlight=False)
 
 
 def print_cuts(program: Program, console: Console) -> None:
@@ -108,21 +113,19 @@ def dit_config(bundle: Bundle) -> DiTConfig:
         ) from error
 
 
-def sampler_facts(bundle: Bundle) -> tuple[str, int]:
-    """Prediction and steps a bundle was made for; UsageError for one made from another kind of module."""
+def run_planner(bundle: Bundle, steps: int | None, solver: str | None = None) -> tuple[Sampler, StepPlanner]:
+    """The sampler of a bundle and a planner whose schedule has its mean over exactly these steps.
+
+    UsageError for a bundle made from another kind of module than a DiT.
+    """
     dit_config(bundle)
     try:
-        return str(bundle.manifest["sampler"]["prediction"]), int(bundle.manifest["sampler"]["steps"])
+        facts = bundle.manifest["sampler"]
+        sampler = Sampler(str(facts["prediction"]), steps or int(facts["steps"]), solver or str(facts["solver"]))
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{bundle.folder} does not say how to sample it: convert the checkpoint again") from error
-
-
-def run_planner(bundle: Bundle, steps: int | None) -> tuple[Sampler, StepPlanner]:
-    """The sampler of a bundle and a planner whose schedule has its mean over exactly these steps."""
-    prediction, own = sampler_facts(bundle)
-    sampler = Sampler(prediction, steps or own)
     model = bundle.model
-    return sampler, StepPlanner(model.spec, model.options, model.schedule.centred(sampler.taus))
+    return sampler, StepPlanner(model.spec, model.options, model.schedule.fitted(sampler.taus))
 
 
 def sample_bundle(
@@ -132,6 +135,7 @@ def sample_bundle(
     runtime: str,
     count: int,
     steps: int | None,
+    solver: str | None,
     guidance: float,
     seed: int,
     labels: tuple[int, ...],
@@ -142,7 +146,7 @@ def sample_bundle(
     """Sample a bundle, on request beside the original, and write a PNG grid."""
     bundle = read_bundle(folder)
     config = dit_config(bundle)
-    sampler, planner = run_planner(bundle, steps)
+    sampler, planner = run_planner(bundle, steps, solver)
     noise = initial_noise(seed, count, config.in_channels, config.image_size)
     classes = torch.tensor(labels).repeat(count)[:count] if labels else labels_for(count, config.num_classes)
     if int(classes.max()) >= config.num_classes or int(classes.min()) < 0:
@@ -157,22 +161,21 @@ def sample_bundle(
                 step, noise, classes, guidance=guidance, null_class=null_class, on_step=lambda *_: tick("steps")
             )
 
-    ratio = f"converted, {bundle.model.schedule.ratio:g}x"
+    model, options = bundle.model, bundle.model.options
+    name = f"{options.mode}, {model.schedule.ratio:g}x"
+    if model.spec.states:
+        console.print(state_note(model.spec.state_bytes, (count * (1 if guidance == 1 else 2),)), highlight=False)
     if runtime == "torch":
         with torch.inference_mode():
-            names = bundle.model.spec.inputs
-            draw(ratio, lambda *v: torch_step(bundle.model, planner, dict(zip(names, v, strict=True)))[0])
+            draw(name, ConvertedStep(model, model.with_schedule(planner.schedule)))
             if compare:
-                draw("original", lambda *v: bundle.model.original_graph(*v)[0])
-    elif compare:
-        with opened(bundle, 0, planner) as (sessions, _):
-            sessions.converted.ladder = None  # guidance doubles the batch; run each step in its own shape
-            draw(ratio, sessions.converted_step)
-            draw("original", sessions.original_step)
+                draw("original", lambda *v: model.original_graph(*v)[0])
     else:
-        session = OrtModel(bundle.onnx, planner)
-        only = Runtime(bundle.model, session, None)
-        draw(ratio, only.converted_step)
+        session = OrtModel(bundle.onnx, planner)  # no ladder: guidance doubles the batch, each step has its own shape
+        draw(name, ConvertedStep(model, session))
+        if compare:
+            with opened(bundle, 0, planner) as (sessions, _):
+                draw("original", sessions.original_step)
     save_comparison(dict(reversed(images.items())), out, vae)
     console.print(escape(f"Images: {out}"), highlight=False, soft_wrap=True)
 
@@ -208,19 +211,11 @@ def evaluate_bundle(
         "compute": compute,
         "machine": machine(),
     }
-    with opened(bundle, threads, planner) as (runtime, scratch):
-        size = batch or max(bundle.ladder.batches)
-        with stages.stage("measure latency") as tick:
-            report["latency"] = latency_section(runtime, compute, size, runs, tick=tick)
-        with stages.stage("measure memory"):
-            report["memory"] = memory_section(runtime, compute, bundle.onnx, scratch / "original.onnx", size)
-        if images:
-            config = dit_config(bundle)
-            noise = initial_noise(0, images, config.in_channels, config.image_size)
-            labels = labels_for(images, config.num_classes)
-            with stages.stage("compare images") as tick:
-                result = fidelity(runtime, sampler.prediction, noise, labels, compute, reference_steps, tick)
-            report["fidelity"] = result.section()
+    effort = Effort(batch or max(bundle.ladder.batches), runs, images, reference_steps, threads)
+    config = dit_config(bundle) if images else None
+    subject = Subject(bundle.model, planner, bundle.ladder, bundle.onnx, sampler, config)
+    with tempfile.TemporaryDirectory(prefix="dcconvert-") as scratch:
+        measure(subject, effort, Path(scratch), report, stages)
     console.print(terminal_table(report))
     if json_path:
         write_whole(json_path, report_json(report).encode())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dcconvert.evaluate import Fidelity
 from dcconvert.export.bundle import write_whole
+from dcconvert.fidelity import Fidelity
 from dcconvert.images import captioned_rows, decode_latents, dim_dropped, grid_image, is_latent, png_bytes, to_images
 
 COLUMNS = 8  # samples a row
@@ -20,9 +21,17 @@ SMALL = 64  # images below this side are magnified
 MAGNIFY = 3  # of chunk maps
 
 
-def sample_figure(images: Mapping[str, Tensor]) -> bytes:
-    """Rows of samples, one for each way of making them, same seeds in the same place."""
-    return png_bytes(comparison(images, None))
+def sample_figure(result: Fidelity) -> bytes:
+    """Rows of samples, one for each way of making them with what it costs, same seeds in the same place."""
+    captions = {row["name"]: f"{row['name']}{costs(row)}" for row in result.rows}
+    return png_bytes(comparison({captions[name]: images for name, images in result.images.items()}, None))
+
+
+def costs(row: Mapping[str, Any]) -> str:
+    parts = [f"{row['gmacs']:.1f} GMACs"]
+    parts += [] if row["latency_ms"] is None else [f"{row['latency_ms']:.0f} ms"]
+    parts += [] if row["psnr"] is None else [f"{row['psnr']:.1f} dB"]
+    return ": " + ", ".join(parts)
 
 
 def save_comparison(images: Mapping[str, Tensor], path: Path, vae: Path | None) -> None:
@@ -40,7 +49,7 @@ def comparison(images: Mapping[str, Tensor], vae: Path | None) -> Image.Image:
     return captioned_rows(rows)
 
 
-def chunk_map_figure(result: Fidelity) -> bytes:
+def token_map_figure(result: Fidelity) -> bytes:
     """For a few samples: what the model saw at some steps, dropped tokens dimmed; then converted and original."""
     moments = np.unique(np.linspace(0, len(result.keep) - 1, MOMENTS).round().astype(int))
     original, converted = (to_images(result.images[name]) for name in (result.original, result.converted))

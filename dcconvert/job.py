@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 from dcconvert.api import Converted, convert, export_onnx, machine, manifest, sampling_facts
-from dcconvert.checkpoint import Checkpoint, LoadedDiT, load_checkpoint
-from dcconvert.evaluate import Fidelity, Runtime, compute_section, fidelity, latency_section, memory_section
+from dcconvert.checkpoint import LoadedDiT, load_checkpoint
+from dcconvert.evaluate import compute_section
 from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.bundle import MANIFEST, ONNX, new_folder, write_json, write_model
-from dcconvert.export.onnx_export import export_original
 from dcconvert.export.parity import (
     Check,
     check_batch_invariance,
@@ -25,18 +24,25 @@ from dcconvert.export.parity import (
     check_runtime,
     require,
 )
-from dcconvert.figures import chunk_map_figure, sample_figure
+from dcconvert.figures import sample_figure, token_map_figure
+from dcconvert.measure import Effort, Subject, measure
 from dcconvert.passes.infra import Options
-from dcconvert.passes.model import StepPlanner
+from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.progress import Stages
-from dcconvert.report import write_report
-from dcconvert.sampling import Sampler, initial_noise, labels_for
+from dcconvert.report import state_note, write_report
+from dcconvert.sampling import Sampler
 
 LATENCY_RUNS = 9
 ASSUMED = (
     "The checkpoint does not say what it predicts; noise (eps) was assumed, as in DiT. For a flow model, such as SiT, "
     "samples and fidelity are meaningless: convert again with --prediction flow."
 )
+LIMITS = {
+    "chunk": "Mode chunk drops tokens without training: its images are worse than those of the original with fewer "
+    "steps at equal compute. It is the starting point for upcycling, not a finished model.",
+    "carry": "Mode carry needs the steps of one image in order: a run keeps a state for every sample, and a sampler "
+    "that goes back to more noise has to start another run.",
+}
 IMAGE_BUDGET_S = 240.0  # above this estimate, images are left to `dcconvert evaluate`
 
 
@@ -48,9 +54,12 @@ class Settings:
     out: Path
     ratio: float
     schedule: str
+    warm_up: int
+    refresh: int
     options: Options
     batches: tuple[int, ...]
     steps: int
+    solver: str
     images: int
     reference_steps: int
     command: str
@@ -82,14 +91,20 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
                 dit,
                 settings.ratio,
                 schedule=settings.schedule,
+                steps=settings.steps,
+                warm_up=settings.warm_up,
+                refresh=settings.refresh,
                 options=settings.options,
                 dump_graphs=settings.dump_graphs,
             )
-        taus = Sampler(info.prediction, settings.steps).taus
-        planner = StepPlanner(model.spec, model.options, model.schedule.centred(taus))
-        counts = planner.schedule.counts(taus, model.spec.tokens)
+        sampler = Sampler(info.prediction, settings.steps, settings.solver)
+        taus = sampler.taus
+        planner = StepPlanner(model.spec, model.options, model.schedule.fitted(taus))
+        counts = planner.run_counts(taus)
         rungs = ladder(settings.batches, counts, model.spec.tokens)
-        report = describe(settings, dit, model, rungs)
+        report = describe(settings, dit, model, planner, rungs)
+        if model.spec.states:
+            stages.note(state_note(model.spec.state_bytes, settings.batches))
         with stages.stage("verify in torch"):
             checks = check_torch(model)
         with stages.stage("export ONNX"):
@@ -103,14 +118,32 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
             report["compute"] = compute_section(model, planner, taus)
         figures: dict[str, bytes] = {}
         if settings.measure:
-            figures = measure(settings, info, model, planner, rungs, work, report, stages)
+            subject = Subject(model, planner, rungs, work / ONNX, sampler, info.config, dit)
+            figures = measured_figures(subject, settings, work, report, stages)
         else:
             report["limits"].append("Latency, memory and fidelity were not measured (--no-measure).")
         write_report(work, report, figures)
-        facts = {"command": settings.command, "source": report["source"], **sampling_facts(dit, settings.steps)}
+        facts = {
+            "command": settings.command,
+            "source": report["source"],
+            "steps": settings.steps,
+            **sampling_facts(dit, settings.steps, settings.solver),
+        }
         parity = {check.name: check.value for check in checks}
         write_json(manifest(model, rungs, **facts, parity=parity), work / MANIFEST)
     return report
+
+
+def state_facts(model: Converted, batch: int) -> dict[str, Any]:
+    """What mode carry remembers, in MB of a sample and of a full batch."""
+    if not model.spec.states:
+        return {}
+    megabytes = model.spec.state_bytes / 1e6
+    return {
+        "state_dtype": model.spec.states[0].dtype,
+        "state_mb_a_sample": megabytes,
+        f"state_mb_batch_{batch}": megabytes * batch,
+    }
 
 
 def check_torch(model: Converted) -> list[Check]:
@@ -121,7 +154,9 @@ def check_torch(model: Converted) -> list[Check]:
     return checks
 
 
-def describe(settings: Settings, dit: LoadedDiT, model: Converted, rungs: Ladder) -> dict[str, Any]:
+def describe(
+    settings: Settings, dit: LoadedDiT, model: Converted, planner: StepPlanner, rungs: Ladder
+) -> dict[str, Any]:
     """The parts of the report that need no measurement."""
     info, spec, options = dit.checkpoint_info, model.spec, model.options
     assumed = " (assumed: --prediction says otherwise)" if info.prediction_assumed else ""
@@ -139,14 +174,18 @@ def describe(settings: Settings, dit: LoadedDiT, model: Converted, rungs: Ladder
         },
         "conversion": {
             "ratio": model.schedule.ratio,
-            "mode": "chunk",
+            "mode": options.mode,
             "schedule": model.schedule.kind,
+            "warm_up_steps": planner.schedule.dense_first,
+            "refresh_every": planner.schedule.refresh,
+            "sampler": f"{settings.solver}, {settings.steps} steps",
             "router": options.router,
             "head_blocks": options.head_blocks,
             "tail_blocks": options.tail_blocks,
             "packing": options.packing,
             "seed": options.seed,
             "kept_tokens_mean": spec.tokens / model.schedule.ratio,
+            **state_facts(model, max(settings.batches)),
             "passes": [record.as_dict() for record in model.records],
         },
         "buckets": {
@@ -155,66 +194,31 @@ def describe(settings: Settings, dit: LoadedDiT, model: Converted, rungs: Ladder
         },
         "limits": [
             *([ASSUMED] if info.prediction_assumed else []),
-            "Mode chunk drops tokens without training: its images are worse than those of the original with fewer "
-            "steps at equal compute. It is the starting point for upcycling, not a finished model.",
+            LIMITS[options.mode],
         ],
         "machine": machine(),
     }
 
 
-def measure(
-    settings: Settings,
-    info: Checkpoint,
-    model: Converted,
-    planner: StepPlanner,
-    rungs: Ladder,
-    work: Path,
-    report: dict[str, Any],
-    stages: Stages,
+def measured_figures(
+    subject: Subject, settings: Settings, work: Path, report: dict[str, Any], stages: Stages
 ) -> dict[str, bytes]:
-    """Fill in latency, memory and fidelity; returns the figures."""
+    """Fill in what is measured; returns the figures."""
+    effort = Effort(
+        batch=max(settings.batches),
+        runs=LATENCY_RUNS,
+        images=settings.images,
+        reference_steps=settings.reference_steps,
+        threads=settings.threads,
+        seed=settings.options.seed,
+        image_budget_s=IMAGE_BUDGET_S,
+    )
     scratch = Path(tempfile.mkdtemp(prefix=".original-", dir=work))  # on the disk that was chosen for large files
     try:
-        with stages.stage("export original"):
-            export_original(model, scratch / "original.onnx", model.spec.example(3))
-        runtime = Runtime.open(model, planner, rungs, work / ONNX, scratch, settings.threads)
-        batch = max(settings.batches)
-        with stages.stage("measure latency") as tick:
-            rows = latency_section(runtime, report["compute"], batch, LATENCY_RUNS, tick=tick)
-        report["latency"] = rows
-        with stages.stage("measure memory"):
-            report["memory"] = memory_section(runtime, report["compute"], work / ONNX, scratch / "original.onnx", batch)
-        needed = image_seconds(settings, rows[0])
-        if settings.images < 1:
-            report["limits"].append("Fidelity was not measured (--images 0).")
-            return {}
-        if needed > IMAGE_BUDGET_S:
-            report["limits"].append(
-                f"Fidelity was not measured: {settings.images} images would take about {needed / 60:.0f} minutes on "
-                "this machine; run 'dcconvert evaluate' on the bundle with --images to do it."
-            )
-            return {}
-        with stages.stage("compare images") as tick:
-            result = image_fidelity(settings, info, model, runtime, report["compute"], tick)
-        report["fidelity"] = result.section()
-        return {"samples": sample_figure(result.images), "chunk_maps": chunk_map_figure(result)}
+        result = measure(subject, effort, scratch, report, stages)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def image_seconds(settings: Settings, latency: dict[str, Any]) -> float:
-    """About how long the fidelity runs will take, from the measured step latency."""
-    passes = settings.reference_steps + 3 * settings.steps
-    return passes * settings.images / latency["batch"] * latency["original_ms"]["median"] / 1e3
-
-
-def image_fidelity(
-    settings: Settings, info: Checkpoint, model: Converted, runtime: Runtime, compute: dict[str, Any], tick: Any
-) -> Fidelity:
-    config = info.config
-    noise = initial_noise(settings.options.seed, settings.images, config.in_channels, config.image_size)
-    labels = labels_for(settings.images, config.num_classes)
-    return fidelity(runtime, info.prediction, noise, labels, compute, settings.reference_steps, tick)
+    return {} if result is None else {"samples": sample_figure(result), "token_maps": token_map_figure(result)}
 
 
 def set_threads(threads: int) -> None:

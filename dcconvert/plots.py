@@ -43,23 +43,96 @@ def spending(steps: Sequence[dict[str, float]], tokens: int | None, gmacs: float
     return png(figure)
 
 
-def psnr_over_gmacs(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Fidelity against compute: the control (original, fewer steps) as a curve, converted models as points."""
-    figure, (axes,) = new_figure(3.2)
-    control = sorted((row for row in rows if not is_converted(row)), key=lambda row: row["gmacs"])
-    for name, points, style, colour in (
-        ("original, fewer steps (control)", control, "o--", ORANGE),
-        ("converted", list(filter(is_converted, rows)), "s", BLUE),
+def psnr_over_cost(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Fidelity against compute and latency: the control (original, fewer steps) as a curve, converted as points."""
+    costs = [("gmacs", "GMACs an image (whole run)"), ("latency_ms", "ms an image (whole run)")]
+    costs = [cost for cost in costs if all(row[cost[0]] is not None for row in rows)]
+    figure, panels = new_figure(2.9 * len(costs), len(costs), shared=False)
+    for axes, (key, label) in zip(panels, costs, strict=True):
+        control = sorted((row for row in rows if row["mode"] == "original"), key=lambda row: row[key])
+        axes.plot(*points_of(control, key), "o--", color=ORANGE, label="original, fewer steps (control)")
+        for row in control:
+            annotate(axes, (row[key], row["psnr"]), f"{row['steps']} steps")
+        for row in (row for row in rows if row["mode"] != "original"):
+            axes.plot(row[key], row["psnr"], "s", color=BLUE if row["mode"] == "carry" else GREY)
+            annotate(axes, (row[key], row["psnr"]), row["name"])
+        axes.set(xlabel=label, ylabel="PSNR, dB")
+        axes.margins(x=0.15, y=0.2)
+        axes.set_xlim(left=0)
+    panels[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
+    return png(figure)
+
+
+def points_of(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    return [row[key] for row in rows], [row["psnr"] for row in rows]
+
+
+def annotate(axes: Axes, place: tuple[float, float], text: str) -> None:
+    axes.annotate(text, place, (7, -4), textcoords="offset points", fontsize=8, va="top")
+
+
+def frontier(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Fidelity against compute and against latency: the original with fewer steps, and the upper edge of `carry`.
+
+    Rows as `benchmarks.frontier` writes them; one colour a solver, dashes for the original.
+    """
+    figure, panels = new_figure(7.0, 2, shared=False)
+    colours = dict(zip(dict.fromkeys(row["solver"] for row in rows), (BLUE, ORANGE, GREY), strict=False))
+    for axes, key, label in zip(
+        panels, ("gmacs", "latency_ms"), ("GMACs an image", "ms an image, ONNX Runtime CPU"), strict=True
     ):
-        if points:
-            gmacs, psnr = zip(*((row["gmacs"], row["psnr"]) for row in points), strict=True)
-            axes.plot(gmacs, psnr, style, color=colour, label=name)
-        for row in points:
-            place = (row["gmacs"], row["psnr"])
-            axes.annotate(f"{row['steps']} steps", place, (7, -4), textcoords="offset points", fontsize=8, va="top")
-    axes.set(xlabel="GMACs an image (whole run)", ylabel="PSNR, dB")
-    axes.margins(x=0.15, y=0.2)
-    axes.set_xlim(left=0)
+        for solver, colour in colours.items():
+            for mode, style in (("original", "o--"), ("carry", "s-")):
+                points = [(r[key], r["psnr"]) for r in rows if r["mode"] == mode and r["solver"] == solver]
+                line = sorted(points) if mode == "original" else upper_edge(points)
+                if line:
+                    axes.plot(*zip(*line, strict=True), style, color=colour, label=f"{mode}, {solver}", markersize=4)
+        axes.set(xlabel=label, ylabel="PSNR, dB", xscale="log")
+    panels[0].legend(frameon=False, ncols=2, loc="lower right")
+    return png(figure)
+
+
+def upper_edge(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (cost, value) that no cheaper or equally dear one surpasses, by rising cost."""
+    edge: list[tuple[float, float]] = []
+    for cost, value in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not edge or value > edge[-1][1]:
+            edge.append((cost, value))
+    return edge
+
+
+def kept_curves(curves: dict[str, Sequence[dict[str, float]]]) -> bytes:
+    """Kept fraction at every step of a run, before calibration and, where that changed anything, after it."""
+    figure, (axes,) = new_figure(3.0)
+    for name, style, colour in (("before", "o--", GREY), ("after", "s-", BLUE)):
+        if points := curves.get(name):
+            label = f"{name}, {len(points)} steps"
+            taus, kept = zip(*((point["tau"], point["kept"]) for point in points), strict=True)
+            axes.plot(taus, kept, style, color=colour, label=label, markersize=4)
+    axes.set(xlabel=NOISE_LEVEL, ylabel="kept fraction of the tokens")
+    axes.set_ylim(0, 1.05)
+    axes.invert_xaxis()
+    axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    return png(figure)
+
+
+def calibration_trials(found: dict[str, Any]) -> bytes:
+    """PSNR of every candidate over its number of steps, and of the present schedule and the original."""
+    figure, (axes,) = new_figure(3.2)
+    tried = [trial for trial in found["candidates"] if trial["psnr_screen"] is not None]
+    points = [[trial[name] for trial in tried] for name in ("steps", "psnr_screen")]
+    axes.plot(*points, "s", color=BLUE, label="candidates", markersize=4, alpha=0.6)
+    for row in found["rows"]:
+        if row["psnr_screen"] is None or row["kind"] == "candidate":
+            continue
+        if row["kind"] == "present":
+            axes.plot(row["steps"], row["psnr_screen"], "o", color=GREY, label=f"{row['name']}, {row['solver']}")
+        elif row["solver"] == found["solver"]:
+            axes.plot(row["steps"], row["psnr_screen"], "^", color=ORANGE)
+            name = f"original, {row['steps']} steps"
+            axes.annotate(name, (row["steps"], row["psnr_screen"]), (7, -4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="sampling steps", ylabel="PSNR, dB")
+    axes.margins(x=0.1, y=0.15)
     axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return png(figure)
 
@@ -82,11 +155,6 @@ def latency_bars(rows: Sequence[dict[str, Any]]) -> bytes:
     panels[0].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, fontsize=9)
     panels[-1].set_xlabel("one step, ms (median; whiskers: 10th to 90th percentile)")
     return png(figure)
-
-
-def is_converted(row: dict[str, Any]) -> bool:
-    """Whether a fidelity row is of the converted model; the others are of the original."""
-    return str(row["name"]).startswith("converted")
 
 
 def new_figure(height: float, panels: int = 1, *, shared: bool = True) -> tuple[Figure, list[Axes]]:

@@ -15,6 +15,10 @@ class Stages:
     def __init__(self, console: Console) -> None:
         self.console = console
 
+    def note(self, text: str) -> None:
+        """A line of information between the stages."""
+        self.console.print(f"[cyan]note[/cyan]  {text}", highlight=False)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[str], None]]:
         """Run a stage; what is yielded takes notes on what is being worked at, and counts them."""

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from dcconvert import plots
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
-td.number, th.number { text-align: right; white-space: nowrap }
-.wide { overflow-x: auto } figure { margin: 1rem 0 } figcaption { font-size: .9rem; opacity: .8 }
-img { max-width: 100%; height: auto; background: #fff } img.pixels { image-rendering: pixelated }
-.pass, .fail { color: #fff; border-radius: .3rem; padding: .05rem .45rem; white-space: nowrap }
-.pass, .fail { print-color-adjust: exact }
-.pass { background: #006d50 } .fail { background: #b03a00; font-weight: 700 }
-.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0 }
-.card { background: var(--soft); border-radius: .5rem; padding: .6rem 1rem; min-width: 9rem }
-.card b { display: block; font-size: 1.35rem } code { overflow-wrap: anywhere }
-td:last-child:not(.number) { overflow-wrap: anywhere; min-width: 9rem }
-@media print { body { max-width: none; margin: 0 } h2 { break-after: avoid } figure, tr { break-inside: avoid } }
-"""
+from dcconvert.html_parts import STYLE, Markup, Number, milliseconds, number, picture, section, shown, table
 
 # Names of facts that need a unit or more words than their key.
 FACTS = {
@@ -43,7 +24,7 @@ FACTS = {
 
 CAPTIONS = {
     "samples": "Final images, same seeds and classes in the same place.",
-    "chunk_maps": "What the model saw at some steps, dropped tokens dimmed; on the right the final images.",
+    "token_maps": "What the model saw at some steps, dropped tokens dimmed; on the right the final images.",
 }
 
 
@@ -79,6 +60,7 @@ def page(report: dict[str, Any], figures: dict[str, bytes]) -> str:
         latency_section(report),
         compute_section(report),
         fidelity_section(report),
+        calibration_section(report),
         memory_section(report),
         buckets_section(report),
         passes_section(report),
@@ -91,46 +73,6 @@ def page(report: dict[str, Any], figures: dict[str, bytes]) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
         f"<body><h1>{html.escape(title)}</h1>{body}</body></html>\n"
     )
-
-
-def section(title: str, *parts: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{''.join(parts)}</section>" if any(parts) else ""
-
-
-def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Cells are escaped; numbers are right-aligned; a Markup cell goes in as it is."""
-    lines = [list(row) for row in rows]
-    numeric = [all(isinstance(line[i], Number) for line in lines) for i in range(len(headers))]
-
-    def cells(tag: str, values: Sequence[Any]) -> str:
-        parts = []
-        for value, number in zip(values, numeric, strict=True):
-            text = value if isinstance(value, Markup) else html.escape(str(value))
-            parts.append(f"<{tag}{' class=number' if number else ''}>{text}</{tag}>")
-        return f"<tr>{''.join(parts)}</tr>"
-
-    head, body = cells("th", headers), "".join(cells("td", line) for line in lines)
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>' if lines else ""
-
-
-class Markup(str):
-    """Text that is HTML already."""
-
-
-class Number(str):
-    """A formatted number."""
-
-
-def number(value: float | None, digits: int = 3, missing: str = "not measured") -> Number:
-    if value is None:
-        return Number(missing)
-    text = f"{value:,.0f}" if digits == 0 else f"{value:.{digits}g}" if abs(value) < 100 else f"{value:,.1f}"
-    return Number(text)
-
-
-def shown(value: float | None, form: str, unit: str = "") -> str:
-    """A number in running text; `form` is a format specification."""
-    return "not measured" if value is None else f"{value:{form}}{unit}"
 
 
 def cards(report: dict[str, Any]) -> str:
@@ -148,13 +90,6 @@ def cards(report: dict[str, Any]) -> str:
 
 def samples_section(figures: dict[str, bytes]) -> str:
     return section("Samples", *(picture(data, CAPTIONS.get(name, name), True) for name, data in figures.items()))
-
-
-def picture(png: bytes, caption: str, pixels: bool = False) -> str:
-    data, text = base64.b64encode(png).decode(), html.escape(caption)
-    kind = ' class="pixels"' if pixels else ""
-    image = f'<img{kind} alt="{text}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
 
 
 def checks_section(report: dict[str, Any]) -> str:
@@ -194,11 +129,6 @@ def latency_section(report: dict[str, Any]) -> str:
 def all_measured(row: dict[str, Any]) -> bool:
     times = (row[f"{model}_ms"] for model in ("original", "converted"))
     return all(part[key] is not None for part in times for key in ("median", "p10", "p90"))
-
-
-def milliseconds(values: dict[str, Any]) -> Number:
-    middle, low, high = (shown(values[key], ".1f") for key in ("median", "p10", "p90"))
-    return Number(middle if values["median"] is None else f"{middle} ({low} to {high})")
 
 
 def compute_section(report: dict[str, Any]) -> str:
@@ -242,13 +172,71 @@ def images_parts(images: dict[str, Any]) -> list[str]:
     )
     compared = [row for row in images["rows"] if row["name"] != images["reference"]]
     rows = [
-        [row["name"], number(row["steps"], 0), number(row["gmacs"]), number(row["psnr"], 3, missing="not finite")]
+        [
+            row["name"],
+            number(row["steps"], 0),
+            number(row["gmacs"]),
+            number(row["latency_ms"]),
+            number(row["psnr"], 3, missing="not finite"),
+        ]
         for row in compared
     ]
     drawn = [row for row in compared if row["psnr"] is not None]
-    caption = "Fidelity against compute. A converted model below the dashed line loses to fewer steps of the original."
-    plot = picture(plots.psnr_over_gmacs(drawn), caption) if drawn else ""
-    return [note, table(["", "steps", "GMACs an image", "PSNR, dB"], rows), plot]
+    caption = (
+        "Fidelity against compute and against measured latency, whole runs. A converted model below the dashed line "
+        "loses to fewer steps of the original."
+    )
+    plot = picture(plots.psnr_over_cost(drawn), caption) if drawn else ""
+    return [note, table(["", "steps", "GMACs an image", "ms an image", "PSNR, dB"], rows), plot]
+
+
+CALIBRATION_COLUMNS = (
+    "",
+    "solver",
+    "steps",
+    "warm-up",
+    "kept at noise level 0, 0.5, 1",
+    "GMACs an image",
+    "PSNR, search, dB",
+    "PSNR, fresh, dB",
+)
+
+
+def calibration_rows(found: dict[str, Any]) -> list[list[Number | str]]:
+    """What `dcconvert calibrate` compared, cells as `CALIBRATION_COLUMNS` names them."""
+    rows: list[list[Number | str]] = []
+    for row in found["rows"]:
+        kept = ", ".join(f"{level:.3f}" for level in row["kept"]) if row["kept"] else ""
+        warm_up = "" if row["warm_up"] is None else str(row["warm_up"])
+        figures = [Number(shown(row[name], ".2f") if row[name] is not None else "") for name in ("psnr", "psnr_fresh")]
+        cells = [Number(row["steps"]), Number(warm_up), Number(kept), Number(f"{row['gmacs']:.3g}"), *figures]
+        rows.append([row["name"], row["solver"], *cells])
+    return rows
+
+
+def calibration_section(report: dict[str, Any]) -> str:
+    found = report.get("calibration")
+    if not found:
+        return ""
+    outcome = (
+        "Candidate 1 is stored." if found["changed"] else "No candidate beat the present schedule: it was not changed."
+    )
+    note = (
+        f"<p>{len(found['candidates'])} schedules that cost as much as {found['budget']:.4g} steps of the original, "
+        f"compared by the PSNR of {found['screen_images']} final images against the original with "
+        f"{found['reference_steps']} Euler steps, without guidance, and the best of them by that of {found['images']}. "
+        f"{outcome} Fresh: as many images that the search did not see. The original "
+        "with fewer steps is what anybody can have at this compute without converting anything.</p>"
+    )
+    curves = "Kept fraction over a sampling run; every marker is a step."
+    trials = f"Every schedule that was tried, by its number of steps; PSNR of {found['screen_images']} images."
+    return section(
+        "Calibration",
+        note,
+        table(CALIBRATION_COLUMNS, calibration_rows(found)),
+        picture(plots.kept_curves(found["curves"]), curves),
+        picture(plots.calibration_trials(found), trials),
+    )
 
 
 def memory_section(report: dict[str, Any]) -> str:
@@ -303,6 +291,12 @@ def fact(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def state_note(bytes_a_sample: int, batches: Sequence[int]) -> str:
+    """How much memory mode carry needs beside the model."""
+    sizes = ", ".join(f"{bytes_a_sample * batch / 1e6:,.1f} MB at batch {batch}" for batch in batches)
+    return f"State of a sampling run: {sizes}"
+
+
 def terminal_table(report: dict[str, Any]) -> Table:
     """The short version: original against converted."""
     conversion = report.get("conversion", {})
@@ -330,9 +324,11 @@ def terminal_table(report: dict[str, Any]) -> Table:
     images = report.get("fidelity", {}).get("images", {})
     for row in images.get("rows", []):
         if row["name"] != images["reference"]:
-            ratio = "not finite" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
-            cells = ("", ratio) if plots.is_converted(row) else (ratio, "")
-            result.add_row(f"PSNR, {row['name']}", *cells, "")
+            psnr = "not finite" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
+            cells = (psnr, "") if row["mode"] == "original" else ("", psnr)
+            cost = [f"{row['gmacs']:.1f} GMACs"]
+            cost += [] if row["latency_ms"] is None else [f"{row['latency_ms']:.0f} ms"]
+            result.add_row(f"PSNR, {row['name']}", *cells, ", ".join(cost))
     if "buckets" in report:
         waste = shown(report["buckets"]["expected_waste"], ".1%")
         result.add_row("padding in the buckets, expected", "", waste, "")

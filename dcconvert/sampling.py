@@ -8,49 +8,40 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from dcconvert.passes.errors import UsageError
 
 TRAIN_STEPS = 1000  # timesteps run from 0 (clean) to 1000 (noise) in every published DiT and SiT
 
+SOLVERS = ("euler", "dpm++", "unipc")
+
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Sampler:
-    """A deterministic sampling run of `steps` evaluations.
+    """A deterministic sampling run of `steps` evaluations, each at a lower noise level than the one before.
 
-    `prediction` "flow": the model sees t = 1000 sigma and predicts noise - data (rectified flow, arXiv
-    2209.03003); Euler steps. "eps": it predicts noise under DiT's linear schedule of betas (arXiv 2212.09748),
-    learned variances are ignored; DDIM steps (arXiv 2010.02502), trailing spacing.
+    `prediction` "flow": the model sees t = 1000 sigma and predicts noise - data (rectified flow, arXiv 2209.03003).
+    "eps": it predicts noise under DiT's linear schedule of betas (arXiv 2212.09748), learned variances are ignored.
+    `solver` "euler": first order; for "eps" that is DDIM (arXiv 2010.02502), trailing spacing. "dpm++": DPM-Solver++ 2M
+    (arXiv 2211.01095). "unipc": UniPC of order 2 (arXiv 2302.04867). Both look at earlier steps instead of evaluating
+    the model twice.
     """
 
-    def __init__(self, prediction: str, steps: int) -> None:
+    def __init__(self, prediction: str, steps: int, solver: str = "euler") -> None:
         if steps < 1:
             raise UsageError(f"{steps} sampling steps: at least 1 is needed")
-        self.scheduler: Any
-        if prediction == "flow":
-            self.scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_STEPS, shift=1.0)
-            self.scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
-        elif prediction == "eps":
-            if steps > TRAIN_STEPS:
-                raise UsageError(f"{steps} sampling steps: a model that predicts noise has {TRAIN_STEPS} at most")
-            # Of first order this is DDIM. DDIMScheduler itself misses the next timestep where 1000 / steps is no
-            # integer.
-            self.scheduler = DPMSolverMultistepScheduler(
-                num_train_timesteps=TRAIN_STEPS,
-                beta_start=1e-4,
-                beta_end=0.02,
-                beta_schedule="linear",
-                solver_order=1,
-                final_sigmas_type="zero",
-            )
-            # Trailing spacing, written out: the library's range of floats is one too long at 61 steps, 103 and others.
-            self.scheduler.set_timesteps(timesteps=[round(TRAIN_STEPS * (1 - i / steps)) - 1 for i in range(steps)])
-        else:
+        if prediction not in ("eps", "flow"):
             raise UsageError(f"unknown prediction '{prediction}': choose eps or flow")
+        if solver not in SOLVERS:
+            raise UsageError(f"unknown solver '{solver}': choose one of {', '.join(SOLVERS)}")
+        if steps > TRAIN_STEPS and (prediction, solver) != ("flow", "euler"):
+            raise UsageError(f"{steps} sampling steps: there are {TRAIN_STEPS} timesteps, except for Euler on a flow")
         self.prediction = prediction
+        self.steps = steps
+        self.solver = solver
+        self.scheduler = flow_scheduler(steps, solver) if prediction == "flow" else eps_scheduler(steps, solver)
 
     @property
     def timesteps(self) -> np.ndarray:
@@ -94,6 +85,50 @@ class Sampler:
         both = step(torch.cat([x, x]), torch.full((2 * batch,), t), torch.cat([y, torch.full_like(y, null_class)]))
         conditional, unconditional = both[:, :channels].chunk(2)
         return unconditional + guidance * (conditional - unconditional)
+
+
+def flow_scheduler(steps: int, solver: str) -> Any:
+    """diffusers' scheduler for a model that predicts noise - data."""
+    # Here, because it takes seconds and the command line wants nothing but the names of the solvers.
+    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+    if solver == "euler":
+        euler: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_STEPS, shift=1.0)
+        euler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+        return euler
+    kind: Any = DPMSolverMultistepScheduler if solver == "dpm++" else UniPCMultistepScheduler
+    scheduler = kind(
+        num_train_timesteps=TRAIN_STEPS, use_flow_sigmas=True, prediction_type="flow_prediction", solver_order=2
+    )
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def eps_scheduler(steps: int, solver: str) -> Any:
+    """diffusers' scheduler for a model that predicts noise, with DiT's betas and trailing spacing."""
+    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+    scheduler: Any
+    betas: dict[str, Any] = {
+        "num_train_timesteps": TRAIN_STEPS,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+    }
+    if solver == "unipc":
+        # Even spacing: this class takes no timesteps, and its own trailing ones are one too many at 61 steps.
+        scheduler = UniPCMultistepScheduler(
+            **betas, solver_order=2, timestep_spacing="linspace", final_sigmas_type="zero"
+        )
+        scheduler.set_timesteps(steps)
+        return scheduler
+    # Of first order this is DDIM. DDIMScheduler itself misses the next timestep where 1000 / steps is no integer.
+    scheduler = DPMSolverMultistepScheduler(
+        **betas, solver_order=1 if solver == "euler" else 2, final_sigmas_type="zero"
+    )
+    # Trailing spacing, written out: the library's range of floats is one too long at 61 steps, 103 and others.
+    scheduler.set_timesteps(timesteps=[round(TRAIN_STEPS * (1 - i / steps)) - 1 for i in range(steps)])
+    return scheduler
 
 
 def initial_noise(seed: int, count: int, channels: int, size: int) -> Tensor:

@@ -1,7 +1,8 @@
-"""The main job, run once for all tests of this floor: nothing may change what it left."""
+"""The main job, run once in each mode for all tests of this floor: nothing may change what it left."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import pytest
 
 from dcconvert import api, job
 from dcconvert.api import Converted
+from dcconvert.commands import run_planner
 from dcconvert.evaluate import Runtime
 from dcconvert.export.bundle import Bundle, read_bundle
+from dcconvert.passes.pipeline import MODES
+from dcconvert.passes.step_planner import StepPlanner
 from tests.dcconvert.harness import Run, run_cli, write_checkpoint
 
 
@@ -24,15 +28,28 @@ class MainJob:
     run: Run
     model: Converted
 
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return json.loads((self.folder / "manifest.json").read_text())
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return json.loads((self.folder / "report.json").read_text())
+
+
+SHARED = ("--ratio", "4x", "--schedule", "falling", "--batch", 1, "--batch", 2, "--images", 3, "--reference-steps", 14)
+WORDS = {
+    "carry": ("--steps", 12),
+    "chunk": ("--mode", "chunk", "--steps", 4, "--solver", "dpm++"),
+}
+
 
 @pytest.fixture(autouse=True)
 def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
 
-@pytest.fixture(scope="session")
-def main_job(tmp_path_factory: pytest.TempPathFactory) -> MainJob:
-    folder = tmp_path_factory.mktemp("main")
+def run_job(mode: str, folder: Path) -> MainJob:
     checkpoint = write_checkpoint(folder / "tiny.safetensors")
     models: list[Converted] = []
     convert = api.convert
@@ -45,27 +62,55 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> MainJob:
         patch.setenv("COLUMNS", "200")
         patch.chdir(folder)
         patch.setattr(job, "convert", remember)
-        words = ("--ratio", "4x", "--schedule", "falling", "--batch", 1, "--batch", 2, "--steps", 4, "--images", 3)
-        run = run_cli("tiny.safetensors", *words, "--reference-steps", 6, "--dump-graphs", "graphs")
+        run = run_cli("tiny.safetensors", *SHARED, *WORDS[mode], "--dump-graphs", "graphs")
     assert run.code == 0, run.err
     return MainJob(checkpoint, folder / "tiny-dc4x", run, models[0])
 
 
 @pytest.fixture(scope="session")
-def bundle(main_job: MainJob) -> Bundle:
-    return read_bundle(main_job.folder)
+def main_job(tmp_path_factory: pytest.TempPathFactory) -> MainJob:
+    """In the default mode."""
+    return run_job("carry", tmp_path_factory.mktemp("main"))
 
 
 @pytest.fixture(scope="session")
-def original_onnx(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chunk_job(tmp_path_factory: pytest.TempPathFactory) -> MainJob:
+    return run_job("chunk", tmp_path_factory.mktemp("chunk"))
+
+
+@pytest.fixture(params=MODES)
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def each_job(mode: str, request: pytest.FixtureRequest) -> MainJob:
+    """The job of one mode after the other."""
+    found = request.getfixturevalue({"carry": "main_job", "chunk": "chunk_job"}[mode])
+    assert isinstance(found, MainJob)
+    return found
+
+
+@pytest.fixture
+def bundle(each_job: MainJob) -> Bundle:
+    return read_bundle(each_job.folder)
+
+
+@pytest.fixture
+def planner(bundle: Bundle) -> StepPlanner:
+    """The one of the run that the bundle was made for."""
+    return run_planner(bundle, None)[1]
+
+
+@pytest.fixture(scope="session")
+def original_onnx(main_job: MainJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The original, exported once."""
+    found = read_bundle(main_job.folder)
     work = tmp_path_factory.mktemp("original")
-    Runtime.open(bundle.model, bundle.model.step_planner, bundle.ladder, bundle.onnx, work, 1)
+    Runtime.open(found.model, found.model.step_planner, found.ladder, found.onnx, work, 1)
     return work / "original.onnx"
 
 
 @pytest.fixture
-def runtime(bundle: Bundle, original_onnx: Path) -> Runtime:
-    return Runtime.open(
-        bundle.model, bundle.model.step_planner, bundle.ladder, bundle.onnx, original_onnx.parent, threads=1
-    )
+def runtime(bundle: Bundle, planner: StepPlanner, original_onnx: Path) -> Runtime:
+    return Runtime.open(bundle.model, planner, bundle.ladder, bundle.onnx, original_onnx.parent, threads=1)

@@ -40,7 +40,7 @@ def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path, code: int, *words
     with pytest.raises(SystemExit) as ended:
         main([str(word) for word in words])
     assert ended.value.code == code
-    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("done ")]
+    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith(("done ", "note "))]
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     assert sorted(tmp_path.rglob("*")) == before
@@ -134,8 +134,11 @@ def test_target_that_cannot_be_written(
     assert "cannot write" in refused(capfd, tmp_path, 2, *convert(checkpoint, tmp_path))
 
 
-def test_no_trunk_left(capfd: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: Path) -> None:
-    assert "no trunk" in refused(capfd, tmp_path, 2, *convert(checkpoint, tmp_path, "--head-blocks", 2))
+@pytest.mark.parametrize("words", [("--mode", "chunk", "--head-blocks", 2), ("--head-blocks", 2, "--tail-blocks", 1)])
+def test_no_trunk_left(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: Path, words: tuple[object, ...]
+) -> None:
+    assert "no trunk" in refused(capfd, tmp_path, 2, *convert(checkpoint, tmp_path, *words))
 
 
 def test_a_failed_check_is_exit_1(

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from dcconvert import figures, images
-from dcconvert.evaluate import Fidelity
-from dcconvert.figures import MAGNIFY, MAPS, MOMENTS, chunk_map_figure, save_comparison
+from dcconvert.fidelity import Fidelity
+from dcconvert.figures import MAGNIFY, MAPS, MOMENTS, sample_figure, save_comparison, token_map_figure
 from dcconvert.images import CAPTION, GAP
 from dcconvert.passes.errors import UsageError
 
@@ -48,7 +48,7 @@ def result(steps: int, samples: int) -> Fidelity:
     keep[:, :2] = True
     mid = [torch.full((samples, 1, 8, 8), 2 * i / steps - 1) for i in range(steps)]
     images = {name: torch.full((samples, 1, 8, 8), value) for name, value in (("long", 0), ("same", -1), ("less", 1))}
-    return Fidelity([], [], images, "long", "same", "less", [keep] * steps, mid)
+    return Fidelity("long", "same", "less", images, keep=[keep] * steps, mid=mid)
 
 
 @pytest.mark.parametrize("place", ["", "nothing/s.png"])
@@ -72,8 +72,8 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("steps", "samples"), [(50, 6), (3, 2), (1, 1)])
-def test_chunk_maps_show_some_steps_of_some_samples(steps, samples, captions):
-    pixels = opened(chunk_map_figure(result(steps, samples)))
+def test_token_maps_show_some_steps_of_some_samples(steps, samples, captions):
+    pixels = opened(token_map_figure(result(steps, samples)))
     side = MAGNIFY * 8
     assert pixels.shape == size(min(steps, MOMENTS) + 2, min(samples, MAPS), side)
     [caption] = captions
@@ -81,12 +81,25 @@ def test_chunk_maps_show_some_steps_of_some_samples(steps, samples, captions):
     assert f"{steps} of {steps} | less | same" in caption
 
 
-def test_chunk_maps_dim_what_was_dropped():
+def test_token_maps_dim_what_was_dropped():
     side = MAGNIFY * 8
-    pixels = opened(chunk_map_figure(result(steps=2, samples=1)))[CAPTION : CAPTION + side]
+    pixels = opened(token_map_figure(result(steps=2, samples=1)))[CAPTION : CAPTION + side]
     first, second, converted, original = (pixels[:, i * (side + GAP) :][:, :side] for i in range(4))
     assert (first[: side // 2] == 0).all()
     assert (second[: side // 2] == 128).all()
     assert (second[side // 2 :] == [47, 54, 99]).all()
     assert (converted == 255).all()
     assert (original == 0).all()
+
+
+def test_samples_are_captioned_with_what_they_cost(captions):
+    shown = result(1, 2)
+    costs = [("long", 40.0, None, None), ("same", 4.0, 800.4, 30.25), ("less", 1.26, 300.0, 24.0)]
+    shown.rows = [dict(zip(("name", "gmacs", "latency_ms", "psnr"), row, strict=True)) for row in costs]
+    pixels = opened(sample_figure(shown))
+    assert pixels.shape[0] == 3 * (2 * 8 + CAPTION + GAP)
+    assert captions == [
+        "long: 40.0 GMACs",
+        "same: 4.0 GMACs, 800 ms, 30.2 dB",
+        "less: 1.3 GMACs, 300 ms, 24.0 dB",
+    ]

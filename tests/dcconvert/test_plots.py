@@ -15,9 +15,10 @@ from dcconvert import plots
 CURVE = [{"tau": 1.0, "error": 0.1}, {"tau": 0.5, "error": 0.2}, {"tau": 0.0, "error": 0.4}]
 STEPS = [{"tau": 1.0, "kept": 96, "gmacs": 0.3}, {"tau": 0.5, "kept": 64, "gmacs": 0.2}]
 ROWS = [
-    {"name": "original, 50 steps", "steps": 50, "gmacs": 26.9, "psnr": 41.9},
-    {"name": "original, 20 steps", "steps": 20, "gmacs": 10.8, "psnr": 35.2},
-    {"name": "converted, 50 steps", "steps": 50, "gmacs": 11.2, "psnr": 15.7},
+    {"name": "original, 50 steps", "mode": "original", "steps": 50, "gmacs": 26.9, "latency_ms": 300.0, "psnr": 41.9},
+    {"name": "original, 20 steps", "mode": "original", "steps": 20, "gmacs": 10.8, "latency_ms": 120.0, "psnr": 35.2},
+    {"name": "carry 4x, 50 steps", "mode": "carry", "steps": 50, "gmacs": 11.2, "latency_ms": 140.0, "psnr": 38.0},
+    {"name": "chunk 4x, 50 steps", "mode": "chunk", "steps": 50, "gmacs": 10.1, "latency_ms": 130.0, "psnr": 15.7},
 ]
 LATENCY = {
     "runtime": "ONNX Runtime CPU",
@@ -47,7 +48,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     [
         lambda: plots.velocity_error(CURVE),
         lambda: plots.spending(STEPS, 256, 0.54),
-        lambda: plots.psnr_over_gmacs(ROWS),
+        lambda: plots.psnr_over_cost(ROWS),
         lambda: plots.latency_bars([LATENCY, LATENCY]),
     ],
 )
@@ -82,18 +83,31 @@ def test_spending_of_a_model_of_unknown_size(drawn):
     assert [len(axes.lines) for axes in drawn[0].axes] == [1, 1]
 
 
-def test_the_control_is_a_curve_by_compute_and_the_converted_model_a_point(drawn):
-    plots.psnr_over_gmacs(ROWS)
-    control, converted = drawn[0].axes[0].lines
-    assert np.asarray(control.get_xydata()).tolist() == [[10.8, 35.2], [26.9, 41.9]]
-    assert np.asarray(converted.get_xydata()).tolist() == [[11.2, 15.7]]
-    assert (control.get_linestyle(), converted.get_linestyle()) == ("--", "None")
-    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["20 steps", "50 steps", "50 steps"]
+def test_the_control_is_a_curve_by_cost_and_converted_models_are_points(drawn):
+    plots.psnr_over_cost(ROWS)
+    by_compute, by_latency = drawn[0].axes
+    for axes, control, carry, chunk in (
+        (by_compute, [[10.8, 35.2], [26.9, 41.9]], [[11.2, 38.0]], [[10.1, 15.7]]),
+        (by_latency, [[120.0, 35.2], [300.0, 41.9]], [[140.0, 38.0]], [[130.0, 15.7]]),
+    ):
+        assert [np.asarray(line.get_xydata()).tolist() for line in axes.lines] == [control, carry, chunk]
+        assert [line.get_linestyle() for line in axes.lines] == ["--", "None", "None"]
+        assert len({line.get_color() for line in axes.lines}) == 3
+        texts = ["20 steps", "50 steps", "carry 4x, 50 steps", "chunk 4x, 50 steps"]
+        assert [text.get_text() for text in axes.texts] == texts
+    assert "GMACs" in by_compute.get_xlabel()
+    assert "ms" in by_latency.get_xlabel()
+
+
+def test_without_latencies_there_is_compute_alone(drawn):
+    plots.psnr_over_cost([{**ROWS[0], "latency_ms": None}, *ROWS[1:]])
+    [axes] = drawn[0].axes
+    assert "GMACs" in axes.get_xlabel()
 
 
 def test_only_the_control_is_left(drawn):
-    plots.psnr_over_gmacs(ROWS[:2])
-    assert len(drawn[0].axes[0].lines) == 1
+    plots.psnr_over_cost(ROWS[:2])
+    assert [len(axes.lines) for axes in drawn[0].axes] == [1, 1]
 
 
 def test_the_dashed_line_is_the_originals_time_by_the_ratio_of_operations(drawn):

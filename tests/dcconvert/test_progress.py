@@ -71,3 +71,11 @@ def test_a_terminal_shows_the_stage_while_it_runs():
     with Stages(console).stage("rewrite"):
         pass
     assert 0 < printed(console).index("rewrite ...") < printed(console).index("done")
+
+
+def test_a_note_stands_between_the_stages(console):
+    stages = Stages(console)
+    with stages.stage("rewrite"):
+        pass
+    stages.note("State of a sampling run: [1.5] MB")
+    assert printed(console).splitlines()[1] == "note  State of a sampling run: [1.5] MB"

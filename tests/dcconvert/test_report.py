@@ -16,20 +16,19 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from dcconvert.html_parts import Markup, number, section, table
 from dcconvert.images import png_bytes
 from dcconvert.report import (
-    Markup,
-    number,
     page,
     report_json,
-    section,
-    table,
+    state_note,
     terminal_table,
     without_nan,
     write_report,
 )
 
 VOID = {"meta", "img", "br"}
+ORIGINAL, CARRY = {"mode": "original", "solver": "euler"}, {"mode": "carry", "solver": "euler"}
 SPREAD = {"median": 8.0, "p10": 7.0, "p90": 9.5, "runs": 9}
 
 
@@ -84,9 +83,12 @@ def report() -> dict[str, Any]:
                 "count": 16,
                 "latents": False,
                 "rows": [
-                    {"name": "original, 200 steps", "steps": 200, "gmacs": 400.0, "psnr": None},
-                    {"name": "original, 1 steps", "steps": 1, "gmacs": 2.0, "psnr": 21.5},
-                    {"name": "converted, 2 steps", "steps": 2, "gmacs": 1.6, "psnr": 17.25},
+                    {"name": "original, 200 steps", "mode": "original", "solver": "euler", "steps": 200,
+                     "gmacs": 400.0, "latency_ms": 3200.0, "psnr": None},
+                    {"name": "original, 1 steps", "mode": "original", "solver": "euler", "steps": 1,
+                     "gmacs": 2.0, "latency_ms": 16.5, "psnr": 21.5},
+                    {"name": "chunk 4x, 2 steps", "mode": "chunk", "solver": "euler", "steps": 2,
+                     "gmacs": 1.6, "latency_ms": None, "psnr": 17.25},
                 ],
             },
         },
@@ -156,6 +158,8 @@ def test_the_figures_are_there(report):
     for text in ("passed", "failed", "2e-07", "16.0 (7.0 to 9.5)", "route 2.0, plan 0.1, denoise 5.9", "21.5", "17.2",
                  "1,200", "600", "7 → 9", "one; two", "abc123", "a processor"):  # fmt: skip
         assert text in cells
+    assert cells[cells.index("original, 1 steps") :][:5] == ["original, 1 steps", "1", "2", "16.5", "21.5"]
+    assert cells[cells.index("chunk 4x, 2 steps") :][:5] == ["chunk 4x, 2 steps", "2", "1.6", "not measured", "17.2"]
     assert "400.0" not in cells  # the reference is no row of its own comparison
     assert "3.4% of the kept tokens" in page(report, {})
 
@@ -224,9 +228,9 @@ def test_images_that_blew_up_are_not_hidden(report):
     report["fidelity"]["velocity_error"][-1]["error"] = math.nan
     clean = without_nan(report)
     cells = Page(page(clean, {})).cells
-    assert cells[cells.index("converted, 2 steps") + 3] == "not finite"
-    assert rows_of(clean)["PSNR, converted, 2 steps"] == ["", "not finite", ""]
-    assert rows_of(report)["PSNR, converted, 2 steps"] == ["", "nan dB", ""]
+    assert cells[cells.index("chunk 4x, 2 steps") + 4] == "not finite"
+    assert rows_of(clean)["PSNR, chunk 4x, 2 steps"] == ["", "not finite", "1.6 GMACs"]
+    assert rows_of(report)["PSNR, chunk 4x, 2 steps"] == ["", "nan dB", "1.6 GMACs"]
 
 
 @pytest.mark.parametrize(
@@ -332,8 +336,8 @@ def test_terminal_rows(report):
         "GMACs an image, 2 steps": ["4.00", "1.60", "2.50x"],
         "step, ONNX Runtime CPU, batch 8": ["16.0 ms", "8.0 ms", "2.00x (80% of 2.50x)"],
         "peak memory": ["1200 MB", "600 MB", "2.00x"],
-        "PSNR, original, 1 steps": ["21.5 dB", "", ""],
-        "PSNR, converted, 2 steps": ["", "17.2 dB", ""],
+        "PSNR, original, 1 steps": ["21.5 dB", "", "2.0 GMACs, 16 ms"],
+        "PSNR, chunk 4x, 2 steps": ["", "17.2 dB", "1.6 GMACs"],
         "padding in the buckets, expected": ["", "3.4%", ""],
         "checks passed": ["", "1 of 2", ""],
     }
@@ -347,3 +351,19 @@ def test_memory_that_could_not_be_measured(report):
 
 def test_the_terminal_table_says_what_it_is_about(report):
     assert terminal_table(report).title == "chunk at 4x"
+    report["conversion"]["mode"] = "carry"
+    assert terminal_table(report).title == "carry at 4x"
+
+
+def test_what_mode_carry_adds_is_among_the_facts(report):
+    facts = {"state_dtype": "float16", "state_mb_a_sample": 0.5, "state_mb_batch_8": 4.0, "warm_up_steps": 3}
+    report["conversion"] |= {"mode": "carry", **facts, "sampler": "unipc, 50 steps"}
+    cells = Page(page(report, {})).cells
+    for name, text in (("state dtype", "float16"), ("state mb batch 8", "4.0"), ("warm up steps", "3")):
+        assert cells[cells.index(name) + 1] == text
+    assert cells[cells.index("sampler") + 1] == "unipc, 50 steps"
+
+
+def test_the_size_of_the_state_is_told_for_every_batch():
+    assert state_note(2_500_000, (1, 8)) == "State of a sampling run: 2.5 MB at batch 1, 20.0 MB at batch 8"
+    assert state_note(33_000_000, (64,)) == "State of a sampling run: 2,112.0 MB at batch 64"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dcconvert.passes.errors import UsageError
-from dcconvert.sampling import Sampler, initial_noise, labels_for
+from dcconvert.sampling import SOLVERS, Sampler, initial_noise, labels_for
 
 SHAPE = (3, 2, 4, 4)
 
@@ -40,6 +40,14 @@ def test_euler_follows_a_straight_path_to_its_end(steps, data, noise):
     torch.testing.assert_close(result, data, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+def test_every_solver_ends_where_a_straight_path_does(solver, steps, data, noise):
+    """dpm++ takes the noise for what it is at 0.999, where its timesteps begin."""
+    result = Sampler("flow", steps, solver).run(lambda x, t, y: noise - data, noise, LABELS)
+    torch.testing.assert_close(result, data, rtol=0, atol=1e-5 if solver != "dpm++" else 5e-3)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
 def test_euler_finds_the_point_that_a_field_points_at(steps, data, noise):
     """(x - data) / sigma depends on where the sampler is and on what t says."""
@@ -47,16 +55,18 @@ def test_euler_finds_the_point_that_a_field_points_at(steps, data, noise):
     torch.testing.assert_close(result, data, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 7, 50, 300])
-def test_ddim_with_the_exact_noise_recovers_the_data(steps, data, noise):
+def test_the_exact_noise_recovers_the_data(solver, steps, data, noise):
     start = alpha_bar(999) ** 0.5 * data + (1 - alpha_bar(999)) ** 0.5 * noise
 
     def exact(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         share = alpha_bar(float(t[0]))
         return (x - share**0.5 * data) / (1 - share) ** 0.5
 
-    torch.testing.assert_close(Sampler("eps", steps).run(exact, start, LABELS), data, rtol=0, atol=2e-3)
-    torch.testing.assert_close(Sampler("eps", steps).run(lambda *_: noise, start, LABELS), data, rtol=0, atol=2e-3)
+    for field in (exact, lambda *_: noise):
+        found = Sampler("eps", steps, solver).run(field, start, LABELS)
+        torch.testing.assert_close(found, data, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 7, 19, 30, 60, 61, 103, 200])
@@ -76,29 +86,64 @@ def test_ddim_on_a_curved_path_is_ddim_written_out(steps, noise):
 
 
 @pytest.mark.parametrize("prediction", ["flow", "eps"])
-def test_as_many_timesteps_as_steps(prediction):
-    for steps in range(1, 1001, 20):  # 61 and 121 are among those that a range of floats gets wrong
-        taus = Sampler(prediction, steps).taus
+@pytest.mark.parametrize("solver", ["dpm++", "unipc"])
+def test_solvers_of_second_order_are_closer_to_a_curved_path(solver, prediction, noise):
+    """Normal data with deviation 0.5: every sample ends at a known multiple of its noise."""
+
+    def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        sigma = (t / 1000).reshape(-1, 1, 1, 1)
+        return x * (sigma - 0.25 * (1 - sigma)) / (0.25 * (1 - sigma) ** 2 + sigma**2)
+
+    def error(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        share = alpha_bar(float(t[0]))
+        return x * (1 - share) ** 0.5 / (0.25 * share + 1 - share)
+
+    field = velocity if prediction == "flow" else error
+    misses = {}
+    for name in ("euler", solver):
+        for steps in (10, 40):
+            found = Sampler(prediction, steps, name).run(field, noise, LABELS)
+            misses[name, steps] = float((found - 0.5 * noise).norm() / noise.norm())
+    assert misses[solver, 10] < 0.75 * misses["euler", 10]
+    assert misses[solver, 40] < 0.25 * misses["euler", 40]
+
+
+@pytest.mark.parametrize("prediction", ["flow", "eps"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_as_many_timesteps_as_steps(solver, prediction):
+    for steps in (*range(1, 998, 20), 998):  # 61 and 121 are among those that a range of floats gets wrong
+        taus = Sampler(prediction, steps, solver).taus
         assert len(taus) == steps
         assert taus.min() >= 0
         assert (np.diff(taus) < 0).all()
 
 
 @pytest.mark.parametrize("prediction", ["flow", "eps"])
-def test_learned_variances_are_ignored(prediction, noise):
+def test_the_solvers_look_at_nearly_the_same_noise_levels(prediction):
+    """To within one of the thousand timesteps, so that they may share a schedule and a bundle."""
+    euler, *others = (Sampler(prediction, 25, solver).timesteps for solver in SOLVERS)
+    for other in others:
+        np.testing.assert_allclose(other, euler, atol=2)
+
+
+@pytest.mark.parametrize("prediction", ["flow", "eps"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_learned_variances_are_ignored(solver, prediction, noise):
     def plain(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return 0.1 * x
 
     def with_variances(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return torch.cat([0.1 * x, torch.full_like(x, 1e6)], dim=1)
 
-    wanted = Sampler(prediction, 3).run(plain, noise, LABELS)
-    torch.testing.assert_close(Sampler(prediction, 3).run(with_variances, noise, LABELS), wanted, rtol=0, atol=0)
+    wanted = Sampler(prediction, 3, solver).run(plain, noise, LABELS)
+    found = Sampler(prediction, 3, solver).run(with_variances, noise, LABELS)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("prediction", ["flow", "eps"])
-def test_the_model_sees_the_times_that_are_announced(prediction, noise):
-    sampler = Sampler(prediction, 4)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_model_sees_the_times_that_are_announced(solver, prediction, noise):
+    sampler = Sampler(prediction, 4, solver)
     seen: list[float] = []
     done: list[int] = []
 
@@ -114,8 +159,9 @@ def test_the_model_sees_the_times_that_are_announced(prediction, noise):
 
 
 @pytest.mark.parametrize("prediction", ["flow", "eps"])
-def test_a_sampler_can_be_used_again(prediction, noise):
-    sampler = Sampler(prediction, 3)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_sampler_can_be_used_again(solver, prediction, noise):
+    sampler = Sampler(prediction, 3, solver)
     first, second = (sampler.run(lambda x, t, y: 0.3 * x, noise, LABELS) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
@@ -167,8 +213,17 @@ def test_what_is_no_sampler():
         Sampler("v", 2)
     with pytest.raises(UsageError, match="0 sampling steps"):
         Sampler("flow", 0)
-    with pytest.raises(UsageError, match="1001 sampling steps"):
-        Sampler("eps", 1001)
+    for prediction, solver in (("eps", "euler"), ("flow", "dpm++"), ("flow", "unipc")):
+        with pytest.raises(UsageError, match="1001 sampling steps: there are 1000 timesteps"):
+            Sampler(prediction, 1001, solver)
+    with pytest.raises(UsageError, match=r"unknown solver 'heun': choose one of euler, dpm\+\+, unipc"):
+        Sampler("flow", 2, "heun")
+
+
+def test_euler_on_a_flow_takes_any_number_of_steps():
+    taus = Sampler("flow", 1500).taus
+    assert len(taus) == 1500
+    assert (np.diff(taus) < 0).all()
 
 
 def test_noise_depends_on_seed_and_place_alone():
