@@ -1,4 +1,4 @@
-"""What the training-free choices cost in fidelity: router, chunk, dechunk, schedule, head and tail blocks.
+"""What training-free choices of mode chunk cost in fidelity: router, chunk, dechunk, schedule, head and tail blocks.
 
     python -m benchmarks.choices              # the shipped model, a few minutes on two cores
 
@@ -20,13 +20,13 @@ import dcconvert
 from benchmarks.common import write_result
 from dcconvert.api import Converted
 from dcconvert.commands import shipped_model
-from dcconvert.evaluate import compute_section, torch_step
+from dcconvert.evaluate import ConvertedStep, compute_section
 from dcconvert.images import psnr_mean
 from dcconvert.passes.infra import Options
-from dcconvert.passes.model import StepPlanner
+from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.sampling import Sampler, Step, initial_noise, labels_for
 
-BASE = Options()
+BASE = Options(mode="chunk")
 ONE_AT_A_TIME: tuple[dict[str, Any], ...] = (
     {},
     {"router": "cosine"},
@@ -64,7 +64,7 @@ def main() -> None:
     with torch.inference_mode():
         reference = images(dit, args.reference_steps)
         control_steps = [args.steps, args.steps // 2, args.steps // 3, args.steps // 4]
-        unchanged = dcconvert.convert(dit, 1)
+        unchanged = dcconvert.convert(dit, 1, options=BASE)
         gmacs = compute_section(unchanged, planner_of(unchanged, sampler), sampler.taus)
         one_step = gmacs["original_gmacs"]
         rows: list[dict[str, Any]] = [
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def planner_of(model: Converted, sampler: Sampler) -> StepPlanner:
-    return StepPlanner(model.spec, model.options, model.schedule.centred(sampler.taus))
+    return StepPlanner(model.spec, model.options, model.schedule.fitted(sampler.taus))
 
 
 def measure(
@@ -98,8 +98,8 @@ def measure(
     planner = planner_of(model, sampler)
     errors: list[float] = []
 
-    def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return torch_step(model, planner, dict(zip(model.spec.inputs, (x, t, y), strict=True)))[0]
+    scheduled = model.with_schedule(planner.schedule)
+    step = ConvertedStep(scheduled, scheduled)
 
     def probe(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         wanted = dit(x, t, y)

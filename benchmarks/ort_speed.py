@@ -1,4 +1,4 @@
-"""Step latency on ONNX Runtime, CPU: converted against the fixed-token original, interleaved in one run.
+"""Step latency of mode chunk on ONNX Runtime, CPU: converted against the fixed-token original, interleaved in one run.
 
     python -m benchmarks.ort_speed                      # DiT-S/2 and DiT-B/2, 256 px, batch 8, 1x 4x 16x
     python -m benchmarks.ort_speed --sizes S --runs 5
@@ -48,7 +48,7 @@ def main() -> None:
 
 def measure_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     dit = random_dit(size, args.patch, args.pixels)
-    options = Options(head_blocks=args.head_blocks, tail_blocks=args.tail_blocks)
+    options = Options(mode="chunk", head_blocks=args.head_blocks, tail_blocks=args.tail_blocks)
     model = dcconvert.convert(dit, 4, options=options)
     tokens, batch = model.spec.tokens, args.batch
     cases = {f"{ratio:g}x": np.full(batch, round(tokens / ratio)) for ratio in args.ratios}
@@ -75,11 +75,12 @@ def measure_case(
     """One row: every sample of the batch keeps its count of tokens."""
     feed = {key: as_array(value) for key, value in model.spec.example(args.batch).items()}
     stages: dict[str, list[float]] = {"route": [], "plan": [], "denoise": []}
+    run = session.start(args.batch)
 
     def step() -> None:
-        session.step(feed, counts)
+        run.step(feed, counts)
         for stage, kept in stages.items():
-            kept.append(getattr(session.last_times, stage))
+            kept.append(getattr(run.last_times, stage))
 
     calls = {"original": lambda: original.run(None, pick(original, feed)), "converted": step}
     times = interleaved(calls, args.runs, warm_up=2)

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = ("README.md", "docs/choices.md")
+PAGES = ("README.md", "docs/choices.md", "docs/carry.md")
 MARKER = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -60,8 +63,12 @@ def demo() -> str:
     result = read("demo")
     compute, latency = result["compute"], result["latency"][0]
     images = {row["name"]: row for row in result["fidelity"]["images"]["rows"] if row["psnr"] is not None}
-    rows = [[name, f"{row['gmacs']:.1f}", f"{row['psnr']:.1f}"] for name, row in images.items()]
-    text = markdown(["shipped model, 4x", "GMACs an image", "PSNR to the original with 200 steps, dB"], rows)
+    rows = [
+        [name, f"{row['gmacs']:.1f}", f"{row['latency_ms']:.0f}", f"{row['psnr']:.1f}"] for name, row in images.items()
+    ]
+    reference = result["fidelity"]["images"]["reference"].removesuffix(", reference")
+    headers = ["shipped model", "GMACs an image", "ms an image", f"PSNR to the {reference}, dB"]
+    text = markdown(headers, rows)
     before, after = latency["original_ms"]["median"], latency["converted_ms"]["median"]
     count = result["fidelity"]["images"]["count"]
     return (
@@ -96,7 +103,104 @@ def choices() -> str:
     return markdown(headers, rows) + machine_note(result)
 
 
-TABLES: dict[str, Callable[[], str]] = {"speed": speed, "demo": demo, "scale": scale, "choices": choices}
+def frontier() -> str:
+    """Of every solver and budget the best carry row, beside the original at equal compute and at equal latency."""
+    result = read("frontier")
+    rows = []
+    for solver in result["settings"]["solvers"]:
+        mine = [row for row in result["rows"] if row["solver"] == solver]
+        control = [row for row in mine if row["mode"] == "original"]
+        best: dict[float, dict[str, Any]] = {}
+        for row in mine:
+            if row["mode"] == "carry":
+                budget = round(row["share_of_base"] * 8) / 8 if row["share_of_base"] > 0.2 else 0.15
+                best[budget] = max(row, best.get(budget, row), key=lambda r: r["psnr"])
+        for row in best.values():
+            at_compute, at_latency = (interpolated(control, key, row[key]) for key in ("gmacs", "latency_ms"))
+            rows.append(
+                [
+                    f"{row['share_of_base']:.0%}, {solver}",
+                    f"{row['steps']} steps, {row['psnr']:.1f} dB",
+                    f"{at_compute:.1f} dB ({row['psnr'] - at_compute:+.1f})",
+                    f"{row['latency_ms']:.0f} ms",
+                    f"{at_latency:.1f} dB ({row['psnr'] - at_latency:+.1f})",
+                ]
+            )
+    headers = ["compute, solver", "carry", "original, equal compute", "latency", "original, equal latency"]
+    count = result["settings"]["images"]
+    return (
+        markdown(headers, rows)
+        + f"\n{count} images; the original is interpolated between step counts.\n"
+        + machine_note(result)
+    )
+
+
+def interpolated(control: Sequence[dict[str, Any]], key: str, cost: float) -> float:
+    """PSNR of the original at a cost, on a line in the logarithm of the cost between the nearest step counts."""
+    points = sorted((math.log(row[key]), row["psnr"]) for row in control)
+    return float(np.interp(math.log(cost), [point[0] for point in points], [point[1] for point in points]))
+
+
+def carry_speed() -> str:
+    result = read("carry_speed_cpu")
+    rows = [
+        [
+            f"{row['model']}, {row['ratio']:g}x",
+            f"{row['original_ms']['median']:.0f}",
+            f"{row['converted_ms']['median']:.0f}",
+            f"{row['speedup']:.2f}",
+            f"{row['flop_ratio']:.2f}",
+            f"{row['efficiency']:.2f}",
+            f"{row['state_share']:.0%}",
+        ]
+        for row in result["rows"]
+    ]
+    headers = ["batch 8, 256 px, mean over 50 steps", "original, ms", "carry, ms", "times faster", "fewer operations"]
+    return markdown([*headers, "share reached", "of it the state"], rows) + machine_note(result)
+
+
+def state_memory() -> str:
+    rows = [
+        [
+            f"{row['model']}, {row['pixels']} px, batch {row['batch']}",
+            f"{row['fp16_mb']:,.0f}",
+            f"{row['fp32_mb']:,.0f}",
+        ]
+        for row in read("carry_speed_cpu")["settings"]["state_memory"]
+    ]
+    return markdown(["state of a run", "fp16, MB", "fp32, MB"], rows)
+
+
+def carry_variants() -> str:
+    result = read("carry_variants")
+    names = dict.fromkeys(row["name"] for row in result["rows"] if row["name"] != "original")
+    solvers = list(dict.fromkeys(row["solver"] for row in result["rows"]))
+    known = {(row["name"], row["solver"]): row for row in result["rows"]}
+    rows = []
+    for name in names:
+        found = [known[name, solver] for solver in solvers]
+        shipped = [known["as shipped", solver] for solver in solvers]
+        cells = [
+            f"{row['psnr']:.1f} ({row['psnr'] - base['psnr']:+.1f})" for row, base in zip(found, shipped, strict=True)
+        ]
+        rows.append([name, f"{found[0]['full_steps']:.1f}", *cells])
+    for steps in sorted({row["steps"] for row in result["rows"] if row["name"] == "original"}):
+        found = [r for r in result["rows"] if r["name"] == "original" and r["steps"] == steps]
+        rows.append([f"original, {steps} steps", f"{steps}", *(f"{row['psnr']:.1f}" for row in found)])
+    headers = ["one change to mode carry, 25 steps", "cost in full steps", *(f"{solver}, dB" for solver in solvers)]
+    return markdown(headers, rows) + f"\n{result['settings']['images']} images.\n" + machine_note(result)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "speed": speed,
+    "demo": demo,
+    "scale": scale,
+    "choices": choices,
+    "frontier": frontier,
+    "carry_speed": carry_speed,
+    "state_memory": state_memory,
+    "carry_variants": carry_variants,
+}
 
 
 def rewritten(text: str) -> str:

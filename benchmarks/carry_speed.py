@@ -1,0 +1,101 @@
+"""Whole-run speed of mode carry on ONNX Runtime, CPU, against the fixed-token original, interleaved in one run.
+
+    python -m benchmarks.carry_speed                  # DiT-S/2 and DiT-B/2, 256 px, batch 8, 2x 4x 8x
+
+Weights are random. A run's steps keep everything while they warm up and a constant number of tokens after it; each kind
+of step is timed in turns with the original and counted as often as the run has it. What handling the state costs is the
+difference between a step that keeps everything and the original's. The memory table needs no run: it is arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import dcconvert
+from benchmarks.common import SIZES, random_dit, write_result
+from dcconvert.api import export_onnx
+from dcconvert.evaluate import Runtime, compute_section, latency_section
+from dcconvert.export.buckets import ladder
+from dcconvert.passes.history import SLOTS
+from dcconvert.passes.schedule import AUTO, Schedule
+from dcconvert.passes.step_planner import StepPlanner
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Whole-run speed of mode carry on ONNX Runtime, CPU.")
+    parser.add_argument("--sizes", nargs="+", default=["S", "B"], choices=list(SIZES))
+    parser.add_argument("--pixels", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--ratios", nargs="+", type=float, default=[2, 4, 8])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--runs", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--name", default="carry_speed_cpu", help="result file, without .json")
+    args = parser.parse_args()
+    rows = [row for size in args.sizes for row in measure_size(size, args)]
+    memory = [state_memory("XL", pixels, batch) for pixels in (256, 512) for batch in (1, 8)]
+    settings = {"runtime": "onnxruntime CPUExecutionProvider, fp32", **vars(args), "state_memory": memory}
+    print(f"Results: {write_result(args.name, settings, rows)}")
+
+
+def measure_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    model = dcconvert.convert(random_dit(size, 2, args.pixels), 4)
+    taus = 1 - np.arange(args.steps) / args.steps
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = Path(tmp)
+        export_onnx(model, folder)
+        rows = []
+        for ratio in args.ratios:
+            schedule = Schedule("constant", ratio, warm_up=AUTO).fitted(taus)
+            planner = StepPlanner(model.spec, model.options, schedule)
+            compute = compute_section(model, planner, taus)
+            rungs = ladder((args.batch,), planner.run_counts(taus), model.spec.tokens)
+            runtime = Runtime.open(model, planner, rungs, folder, folder, args.threads)
+            row = latency_section(runtime, compute, args.batch, args.runs, in_torch=False)[0]
+            dense = row["by_bucket_ms"][f"{model.spec.tokens} tokens"]["median"]
+            state = dense - row["original_ms"]["median"]
+            del row["buckets"]
+            rows.append(
+                {
+                    "model": f"DiT-{size}/2",
+                    "tokens": model.spec.tokens,
+                    "ratio": ratio,
+                    "steps": args.steps,
+                    "warm_up": schedule.dense_first,
+                    "kept": int(planner.run_counts(taus)[-1]),
+                    **row,
+                    "state_ms": round(state, 3),
+                    "state_share": round(state / row["converted_ms"]["median"], 4),
+                    "state_mb_a_sample": round(model.spec.state_bytes / 1e6, 2),
+                }
+            )
+            print(
+                f"DiT-{size}/2 {ratio:g}x: {row['speedup']:.2f} times faster, {row['efficiency']:.2f} of the FLOP "
+                f"ratio; the state takes {rows[-1]['state_share']:.0%} of a step",
+                flush=True,
+            )
+        return rows
+
+
+def state_memory(size: str, pixels: int, batch: int) -> dict[str, Any]:
+    """What mode carry remembers of a DiT with patch 2 and no head or tail blocks, in MB."""
+    depth, width, _ = SIZES[size]
+    tokens = (pixels // 16) ** 2
+    values = SLOTS * (2 * depth + 1) * tokens * width * batch
+    return {
+        "model": f"DiT-{size}/2",
+        "pixels": pixels,
+        "batch": batch,
+        "fp16_mb": values * 2 / 1e6,
+        "fp32_mb": values * 4 / 1e6,
+    }
+
+
+if __name__ == "__main__":
+    main()

