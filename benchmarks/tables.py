@@ -138,6 +138,8 @@ def frontier() -> str:
 def interpolated(control: Sequence[dict[str, Any]], key: str, cost: float) -> float:
     """PSNR of the original at a cost, on a line in the logarithm of the cost between the nearest step counts."""
     points = sorted((math.log(row[key]), row["psnr"]) for row in control)
+    if not points[0][0] <= math.log(cost) <= points[-1][0]:
+        raise ValueError(f"the control does not reach a {key} of {cost}: measure it with more step counts")
     return float(np.interp(math.log(cost), [point[0] for point in points], [point[1] for point in points]))
 
 

@@ -127,7 +127,18 @@ def convert(
         timestep_scale=timestep_scale,
         dump=dump_graphs,
     )
+    if model.spec.timestep is not None:
+        check_scale(model.flat_inputs(tuple(args), kwargs)[model.spec.timestep], timestep_scale)
     return Converted.of(model, {"steps": steps, **sampling_facts(module, steps)})
+
+
+def check_scale(times: Tensor, timestep_scale: float) -> None:
+    """UsageError if the example timesteps count from 0 to 1 and `timestep_scale` does not."""
+    if timestep_scale > 1 and times.is_floating_point() and bool(((times > 0) & (times < 1)).all()):
+        raise UsageError(
+            f"the example inputs have timesteps such as {float(times.flatten()[0]):.3g}, but timestep_scale, the value "
+            f"at pure noise, is {timestep_scale:g}: give timestep_scale=1, or examples from 0 to {timestep_scale:g}"
+        )
 
 
 def sampling_facts(module: nn.Module, steps: int, solver: str = "euler") -> dict[str, Any]:

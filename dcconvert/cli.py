@@ -107,7 +107,13 @@ def commands() -> None:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--ratio", required=True, type=Ratio(), help="Tokens divided by kept tokens: 4x, 4, 2.5x; 1 keeps all.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Bundle folder [MODEL-dc4x beside you].")
-@click.option("--schedule", default="constant", show_default=True, type=click.Choice(KINDS))
+@click.option(
+    "--schedule",
+    default="constant",
+    show_default=True,
+    type=click.Choice(KINDS),
+    help="Kept tokens from noise to image: the same, more or fewer toward the image.",
+)
 @click.option(
     "--batch", "batches", multiple=True, type=click.IntRange(1), help="Batch size to export for; repeatable [1, 8]."
 )

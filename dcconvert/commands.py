@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,13 @@ from dcconvert.checkpoint import load_checkpoint
 from dcconvert.dit import DiTConfig
 from dcconvert.evaluate import ConvertedStep, Runtime, compute_section
 from dcconvert.export.bundle import Bundle, read_bundle, writable, write_whole
-from dcconvert.export.session import OrtModel
+from dcconvert.export.onnx_export import export_original
+from dcconvert.export.session import OrtModel, make_session
 from dcconvert.figures import save_comparison
 from dcconvert.measure import Effort, Subject, measure
 from dcconvert.passes.errors import DcconvertError, UsageError
 from dcconvert.passes.infra import Options, Program, module_path, run_passes
+from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.normalise import Normalise
 from dcconvert.passes.pipeline import PIPELINES, captured
 from dcconvert.passes.spec import StateSpec
@@ -96,11 +97,12 @@ def print_cuts(program: Program, console: Console) -> None:
     console.print(table)
 
 
-@contextmanager
-def opened(bundle: Bundle, threads: int, planner: StepPlanner) -> Any:
-    """ONNX Runtime over a bundle, with the original exported to a temporary folder."""
+def original_runtime(model: DynamicModel, converted: OrtModel) -> Runtime:
+    """A session of a bundle's model, and one of its original."""
     with tempfile.TemporaryDirectory(prefix="dcconvert-") as scratch:
-        yield Runtime.open(bundle.model, planner, bundle.ladder, bundle.onnx, Path(scratch), threads), Path(scratch)
+        file = Path(scratch) / "original.onnx"
+        export_original(model, file, model.spec.example(EXAMPLE_BATCH))
+        return Runtime(model, converted, make_session(file))
 
 
 def dit_config(bundle: Bundle) -> DiTConfig:
@@ -174,8 +176,7 @@ def sample_bundle(
         session = OrtModel(bundle.onnx, planner)  # no ladder: guidance doubles the batch, each step has its own shape
         draw(name, ConvertedStep(model, session))
         if compare:
-            with opened(bundle, 0, planner) as (sessions, _):
-                draw("original", sessions.original_step)
+            draw("original", original_runtime(model, session).original_step)
     save_comparison(dict(reversed(images.items())), out, vae)
     console.print(escape(f"Images: {out}"), highlight=False, soft_wrap=True)
 

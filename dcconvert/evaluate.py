@@ -215,7 +215,11 @@ def memory_section(
         folder = Path(tmp)
         before = peak_memory([original], [pick(runtime.original, given)], folder)
         files = [onnx / "route.onnx", onnx / "denoise.onnx"]
-        after = peak_memory(files, [pick(session, given) for session in sessions], folder)
+        feeds = [pick(session, given) for session in sessions]
+        if model.spec.constants:
+            files.insert(0, onnx / "prepare.onnx")
+            feeds.insert(0, {name: given[name] for name in model.spec.prepare_inputs})
+        after = peak_memory(files, feeds, folder)
     name = f"{runtime.name}, batch {batch}"
     return [
         {"runtime": name, "model": "original", "peak_mb": before},

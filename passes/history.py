@@ -69,10 +69,15 @@ class History:
         return np.where(self.written > 1, older - newer, 0.0)
 
     def drift(self) -> Doubles:
-        """How far each token's update moved per unit of noise level [B, N]; 1 where it is not known yet."""
+        """How far each token's update moved per unit of noise level [B, N].
+
+        A token that was not computed twice yet is taken to move like the fastest of its sample; 1 where none was.
+        """
         gaps = self.gaps()
         known = gaps > 0
-        return np.divide(self.distance, gaps, out=np.ones_like(gaps), where=known)
+        drift = np.divide(self.distance, gaps, out=np.zeros_like(gaps), where=known)
+        fastest = np.where(known.any(axis=1), drift.max(axis=1), 1.0)
+        return np.where(known, drift, fastest[:, None])
 
     def write(self, keep: Mask, tau: Doubles) -> Ints:
         """Note that a step at `tau` [B] computes the tokens of `keep`; the slot each token is written to [B, N]."""

@@ -38,13 +38,18 @@ class StepPlanner:
     def taus(self, inputs: dict[str, Any], batch: int) -> Doubles:
         """Noise levels [B] of a step's inputs; 0.5 where the schedule is the same at all of them.
 
-        UsageError if the schedule needs the timestep and no input is known to be it; CheckFailedError naming a sample
-        whose timestep is not finite.
+        UsageError if the schedule needs the timestep and no input is known to be it, or if a timestep is outside its
+        range; CheckFailedError naming a sample whose timestep is not finite.
         """
         if self.spec.timestep is not None:
             timesteps = torch.as_tensor(inputs[self.spec.timestep]).detach().double().cpu().numpy().reshape(-1)
             levels = np.broadcast_to(timesteps / self.spec.timestep_scale, (batch,))
             check_finite(levels[:, None])
+            if (outside := np.abs(levels - 0.5) > 0.51).any():
+                raise UsageError(
+                    f"timestep {levels[outside][0] * self.spec.timestep_scale:g} is outside 0 to "
+                    f"{self.spec.timestep_scale:g}: convert with timestep_scale=..., its value at pure noise"
+                )
             return np.clip(levels, 0, 1)
         if self.schedule.kind == "constant" or self.schedule.ratio == 1:
             return np.full(batch, 0.5)

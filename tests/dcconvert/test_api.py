@@ -142,6 +142,12 @@ def test_options_that_cannot_be(options, words):
     assert "\n" not in str(error.value)
 
 
+def test_timesteps_of_another_scale_than_was_said():
+    x, t, y = dit_inputs(tiny_dit(), 3)
+    with pytest.raises(UsageError, match=r"timesteps such as 0\.\d+, but timestep_scale.* is 1000"):
+        convert(tiny_dit(), 4, example_inputs=(x, t / 1000, y))
+
+
 def test_a_module_without_tokens():
     with pytest.raises(UnsupportedModelError) as error:
         convert(nn.Linear(4, 4), example_inputs=(torch.randn(3, 4),), options=Options(mode="chunk"))

@@ -161,10 +161,15 @@ def test_ages_steps_and_times():
     np.testing.assert_allclose(history.gaps(), [[0, 0.25, 0.75, 0]])
 
 
-def test_drift_is_distance_by_noise_level_and_one_where_unknown():
+def test_drift_is_distance_by_noise_level_and_that_of_the_fastest_where_unknown():
     history = after((1.0, EVERY), (0.75, only(1, 2)))
     history.distance = np.array([[9.0, 0.5, 2.0, 9.0]])
-    np.testing.assert_allclose(history.drift(), [[1, 2, 8, 1]])
+    np.testing.assert_allclose(history.drift(), [[8, 2, 8, 8]])
+
+
+def test_drift_is_one_as_long_as_nothing_was_computed_twice():
+    history = after((1.0, EVERY))
+    np.testing.assert_array_equal(history.drift(), np.ones((1, 4)))
 
 
 def test_restart_forgets_these_samples_and_no_others():
