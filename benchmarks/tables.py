@@ -193,6 +193,26 @@ def carry_variants() -> str:
     return markdown(headers, rows) + f"\n{result['settings']['images']} images.\n" + machine_note(result)
 
 
+def guidance() -> str:
+    result = read("guidance")
+    scales = list(dict.fromkeys(row["guidance"] for row in result["rows"]))
+    rows = []
+    for name in dict.fromkeys(row["name"] for row in result["rows"]):
+        found = [row for row in result["rows"] if row["name"] == name]
+        rows.append([name, f"{found[0]['full_steps']:g}", *(f"{row['psnr']:.1f}" for row in found)])
+    headers = ["with guidance", "cost in full steps", *(f"guidance {scale:g}, dB" for scale in scales)]
+    return markdown(headers, rows) + f"\n{result['settings']['images']} images.\n" + machine_note(result)
+
+
+def distance() -> str:
+    result = read("distance")
+    settings, rows = result["settings"], []
+    for row in result["rows"]:
+        rows.append([row["name"], f"{row['gmacs']:.1f}" if "gmacs" in row else "", f"{row['fd']:.1f}"])
+    note = f"\n{settings['images']} images of each against {settings['real']} test images.\n"
+    return markdown(["shipped model", "GMACs an image", "FD"], rows) + note + machine_note(result)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "demo": demo,
@@ -202,6 +222,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "carry_speed": carry_speed,
     "state_memory": state_memory,
     "carry_variants": carry_variants,
+    "guidance": guidance,
+    "distance": distance,
 }
 
 

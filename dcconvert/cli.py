@@ -173,6 +173,11 @@ def inspect(model: Path, **values: Any) -> None:
 @click.option("--steps", type=click.IntRange(1), help="Sampling steps [those of the bundle].")
 @click.option("--solver", type=click.Choice(SOLVERS), help="Sampler [that of the bundle].")
 @click.option("--guidance", default=1.0, show_default=True, help="Classifier-free guidance scale; 1 is none.")
+@click.option(
+    "--separate-halves",
+    is_flag=True,
+    help="With guidance, let conditional and unconditional half each choose their tokens (mode carry shares them).",
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--label", "labels", multiple=True, type=int, help="Class; repeatable [all classes in turn].")
 @click.option("--compare", is_flag=True, help="Show the fixed-token original beside it, same seeds.")

@@ -139,6 +139,7 @@ def sample_bundle(
     steps: int | None,
     solver: str | None,
     guidance: float,
+    separate_halves: bool,
     seed: int,
     labels: tuple[int, ...],
     compare: bool,
@@ -164,17 +165,18 @@ def sample_bundle(
             )
 
     model, options = bundle.model, bundle.model.options
+    groups = 1 if guidance == 1 or separate_halves else 2
     name = f"{options.mode}, {model.schedule.ratio:g}x"
     if model.spec.states:
         console.print(state_note(model.spec.state_bytes, (count * (1 if guidance == 1 else 2),)), highlight=False)
     if runtime == "torch":
         with torch.inference_mode():
-            draw(name, ConvertedStep(model, model.with_schedule(planner.schedule)))
+            draw(name, ConvertedStep(model, model.with_schedule(planner.schedule), groups))
             if compare:
                 draw("original", lambda *v: model.original_graph(*v)[0])
     else:
         session = OrtModel(bundle.onnx, planner)  # no ladder: guidance doubles the batch, each step has its own shape
-        draw(name, ConvertedStep(model, session))
+        draw(name, ConvertedStep(model, session, groups))
         if compare:
             draw("original", original_runtime(model, session).original_step)
     save_comparison(dict(reversed(images.items())), out, vae)

@@ -90,10 +90,12 @@ class Run:
         self._constants: dict[str, Any] | None = None
 
     def restart(self, samples: Sequence[int] | None = None) -> None:
-        """Forget what these samples (all of them, if None) remember."""
-        chosen = list(range(self.batch) if samples is None else samples)
-        if not all(0 <= sample < self.batch for sample in chosen):
-            raise UsageError(f"samples {chosen}: this run has samples 0 to {self.batch - 1}")
+        """Forget what these samples (all of them, if None) remember, and with them those they share tokens with."""
+        named = list(range(self.batch) if samples is None else samples)
+        if not all(0 <= sample < self.batch for sample in named):
+            raise UsageError(f"samples {named}: this run has samples 0 to {self.batch - 1}")
+        part = self.batch // self.groups
+        chosen = sorted({sample % part + group * part for sample in named for group in range(self.groups)})
         if self.batch - 1 in chosen:
             chosen += range(self.batch, self.size)  # the copies that fill up the batch
         if self.history is not None and self.state is not None:

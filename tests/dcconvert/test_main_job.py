@@ -152,6 +152,13 @@ def test_sample_draws_both_rows_in_every_runtime(guidance, each_job, tmp_path):
     assert np.abs(pixels["ort"] - pixels["torch"]).max() <= 2
 
 
+def test_halves_of_guidance_share_their_tokens_unless_told_otherwise(main_job, tmp_path):
+    words = (main_job.folder, tmp_path / "one.png", "-n", 2, "--guidance", 3)
+    shared, again, separate = sample(*words), sample(*words), sample(*words, "--separate-halves")
+    np.testing.assert_array_equal(shared, again)
+    assert (shared != separate).any()
+
+
 def test_the_solver_can_be_chosen(main_job, tmp_path):
     """Every solver draws another picture; the bundle's own is the default."""
     draw = {

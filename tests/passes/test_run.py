@@ -379,6 +379,14 @@ def test_groups_choose_by_the_mean_of_their_urgencies():
     np.testing.assert_allclose(found[4], urgency[4])
 
 
+@pytest.mark.parametrize(("sample", "left"), [(1, [3, 0, 3, 0]), (2, [0, 3, 0, 3])])
+def test_restart_takes_the_partner_along(sample, left):
+    run = Run(carried("tiny")[0], 4, groups=2)
+    run.history.steps[:] = 3
+    run.restart([sample])
+    assert run.history.steps.tolist() == left
+
+
 def test_groups_must_be_equal():
     with pytest.raises(UsageError, match="a batch of 3 cannot be 2 groups"):
         Run(carried("tiny")[0], 3, groups=2)
