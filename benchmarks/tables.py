@@ -193,6 +193,20 @@ def carry_variants() -> str:
     return markdown(headers, rows) + f"\n{result['settings']['images']} images.\n" + machine_note(result)
 
 
+def calibrated() -> str:
+    result = read("calibrated")
+    rows = []
+    for row in result["rows"]:
+        name = "calibrated" if row["kind"] == "candidate" else row["name"]
+        kept = ", ".join(f"{level:.2f}" for level in row["kept"] or ())
+        cells = [f"{row['steps']}", f"{row['warm_up'] or ''}", kept, f"{row['gmacs']:.1f}", f"{row['psnr_fresh']:.1f}"]
+        rows.append([f"{name}, {row['solver']}", *cells])
+    headers = ["at 4x", "steps", "warm-up", "kept at noise 0, 0.5, 1", "GMACs an image", "PSNR, dB"]
+    known = result["settings"]["calibrations"][0]
+    note = f"\n{known['images']} fresh images, to {known['reference_steps']} Euler steps.\n"
+    return markdown(headers, list(map(list, dict.fromkeys(map(tuple, rows))))) + note + machine_note(result)
+
+
 def guidance() -> str:
     result = read("guidance")
     scales = list(dict.fromkeys(row["guidance"] for row in result["rows"]))
@@ -206,9 +220,10 @@ def guidance() -> str:
 
 def distance() -> str:
     result = read("distance")
-    settings, rows = result["settings"], []
-    for row in result["rows"]:
-        rows.append([row["name"], f"{row['gmacs']:.1f}" if "gmacs" in row else "", f"{row['fd']:.1f}"])
+    settings = result["settings"]
+    rows = [
+        [row["name"], f"{row['gmacs']:.1f}" if "gmacs" in row else "", f"{row['fd']:.1f}"] for row in result["rows"]
+    ]
     note = f"\n{settings['images']} images of each against {settings['real']} test images.\n"
     return markdown(["shipped model", "GMACs an image", "FD"], rows) + note + machine_note(result)
 
@@ -222,6 +237,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "carry_speed": carry_speed,
     "state_memory": state_memory,
     "carry_variants": carry_variants,
+    "calibrated": calibrated,
     "guidance": guidance,
     "distance": distance,
 }

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from dcconvert import __version__
+from dcconvert.distill import TRAINABLE, Recipe
 from dcconvert.passes.carry_trunk import STATE_DTYPES
 from dcconvert.passes.errors import DcconvertError, UsageError
 from dcconvert.passes.infra import MODE_DEFAULTS, Options
@@ -23,7 +24,7 @@ from dcconvert.passes.schedule import AUTO, KINDS, parse_ratio
 from dcconvert.sampling import SOLVERS
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-DEFAULTS = Options()
+DEFAULTS, RECIPE = Options(), Recipe()
 
 
 class Ratio(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only
@@ -219,6 +220,40 @@ def calibrate(bundle: Path, **values: Any) -> None:
     from dcconvert.calibrate import Settings, calibrate_bundle
 
     calibrate_bundle(Settings(bundle, command=command_line(), **values), Console())
+
+
+@commands.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Another folder [the bundle is replaced].")
+@click.option(
+    "--data",
+    default="teacher",
+    show_default=True,
+    help="Folder of pictures (a sub-folder a class), .npy or .npz; teacher: samples of the original.",
+)
+@click.option("--teacher-samples", default=1024, show_default=True, type=click.IntRange(1), help="How many of them.")
+@click.option("--train", default=RECIPE.train, show_default=True, type=click.Choice(TRAINABLE), help="What is trained.")
+@click.option("--samples", default=RECIPE.samples, show_default=True, type=click.IntRange(1), help="Seen in training.")
+@click.option("--batch", default=RECIPE.batch, show_default=True, type=click.IntRange(2))
+@click.option("--lr", default=RECIPE.lr, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--rank", default=RECIPE.rank, show_default=True, type=click.IntRange(1), help="Of lora.")
+@click.option("--ratios", multiple=True, type=Ratio(), help="Trained for; repeatable [that of the bundle].")
+@click.option("--feature-weight", default=RECIPE.feature_weight, show_default=True, type=click.FloatRange(0))
+@click.option("--ema", default=RECIPE.ema, show_default=True, type=click.FloatRange(0, 1, max_open=True))
+@click.option("--bf16", is_flag=True, help="Autocast to bfloat16, for processors that have it.")
+@click.option("--images", default=16, show_default=True, type=click.IntRange(1), help="Of the validation curve.")
+@click.option("--reference-steps", default=200, show_default=True, type=click.IntRange(1))
+@click.option("--save-every", default=100, show_default=True, type=click.IntRange(1), help="Steps between saves.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", default=0, type=click.IntRange(0), help="Threads [one a core].")
+def upcycle(bundle: Path, out: Path | None, **values: Any) -> None:
+    """Train a bundle of mode chunk with its original as the teacher. Stopped, the same command goes on."""
+    from dcconvert.upcycle import Settings, upcycle_bundle
+
+    names = ("train", "samples", "batch", "lr", "rank", "ratios", "feature_weight", "ema", "seed")
+    recipe = Recipe(**{name: values.pop(name) for name in names})
+    settings = Settings(bundle, out or bundle, recipe=recipe, command=command_line(), **values)
+    upcycle_bundle(settings, Console())
 
 
 @commands.command()

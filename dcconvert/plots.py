@@ -43,6 +43,18 @@ def spending(steps: Sequence[dict[str, float]], tokens: int | None, gmacs: float
     return png(figure)
 
 
+def upcycling_curve(log: Sequence[dict[str, Any]]) -> bytes:
+    """Fidelity and training loss over the samples that were seen."""
+    figure, (above, below) = new_figure(4.0, 2)
+    above.plot([row["samples"] for row in log], [row["psnr"] for row in log], marker="o", color=BLUE)
+    above.set_ylabel("PSNR, dB")
+    known = [row for row in log if row["output"] is not None]
+    below.plot([row["samples"] for row in known], [row["output"] for row in known], marker="o", color=ORANGE)
+    below.set(xlabel="training samples", ylabel="relative squared error\nof one step")
+    below.set_ylim(bottom=0)
+    return png(figure)
+
+
 def psnr_over_cost(rows: Sequence[dict[str, Any]]) -> bytes:
     """Fidelity against compute and latency: the control (original, fewer steps) as a curve, converted as points."""
     costs = [("gmacs", "GMACs an image (whole run)"), ("latency_ms", "ms an image (whole run)")]

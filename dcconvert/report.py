@@ -61,6 +61,7 @@ def page(report: dict[str, Any], figures: dict[str, bytes]) -> str:
         compute_section(report),
         fidelity_section(report),
         calibration_section(report),
+        upcycling_section(report),
         memory_section(report),
         buckets_section(report),
         passes_section(report),
@@ -237,6 +238,24 @@ def calibration_section(report: dict[str, Any]) -> str:
         picture(plots.kept_curves(found["curves"]), curves),
         picture(plots.calibration_trials(found), trials),
     )
+
+
+def upcycling_section(report: dict[str, Any]) -> str:
+    found = report.get("upcycling")
+    if not found:
+        return ""
+    log = found["log"]
+    first, last = log[0], log[-1]
+    note = (
+        f"<p>Trained ({html.escape(found['train'])}) on {last['samples']} samples of {found['data_samples']} images "
+        f"({html.escape(found['data'])}) in {last['seconds'] / 60:.1f} minutes, the original as the teacher. PSNR of "
+        f"{found['images']} final images to those of the original at the same number of steps: "
+        f"{first['psnr']:.2f} dB before, {last['psnr']:.2f} dB after.</p>"
+    )
+    caption = (
+        "Above: averaged weights, on noise that training did not see. Below: mean over the steps since the last point."
+    )
+    return section("Upcycling", note, picture(plots.upcycling_curve(log), caption))
 
 
 def memory_section(report: dict[str, Any]) -> str:

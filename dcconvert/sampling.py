@@ -53,6 +53,21 @@ class Sampler:
         """Noise level in [0, 1] at each step."""
         return self.timesteps / TRAIN_STEPS
 
+    def times(self, levels: Tensor) -> Tensor:
+        """What the model sees as t at noise levels (0, 1], float of their shape."""
+        if self.prediction == "flow":
+            return levels * TRAIN_STEPS
+        return (levels * TRAIN_STEPS).round().clamp(1, TRAIN_STEPS) - 1
+
+    def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Data [B, C, H, W] at the noise of timesteps t [B], as the model saw it in training."""
+        shape = (-1, *[1] * (clean.ndim - 1))
+        if self.prediction == "flow":
+            sigma = (t / TRAIN_STEPS).view(shape)
+            return (1 - sigma) * clean + sigma * noise
+        kept = self.scheduler.alphas_cumprod.to(clean)[t.long()].view(shape)
+        return kept.sqrt() * clean + (1 - kept).sqrt() * noise
+
     def run(
         self,
         step: Step,

@@ -28,6 +28,7 @@ IDENTITY_TOLERANCE = 1e-5  # relative, keep-everything output against the origin
 HALF_STATE_TOLERANCE = 1e-2  # the same where keys and values pass through a state in fp16
 ISOLATION_TOLERANCE = 1e-6  # relative, a sample's output when another one is replaced
 RUNTIME_TOLERANCE = 1e-4  # torch against ONNX Runtime in fp32: relative to a value, or to the output's scale
+IDENTITY = "keep everything equals the original"
 LOUD = 1e4  # what another sample is replaced with
 
 
@@ -78,7 +79,7 @@ def check_identity(model: DynamicModel, inputs: dict[str, Any]) -> Check:
     plans = [model.step_planner.full_plan(batch, bucket) for bucket in (None, loose, tiled)]
     worst = largest(relative_error(model.denoise(inputs, live, plan)[0], wanted) for plan in plans)
     tolerance = allowed(model, IDENTITY_TOLERANCE)
-    return Check("keep everything equals the original", worst, tolerance, f"{len(plans)} packings, torch fp32")
+    return Check(IDENTITY, worst, tolerance, f"{len(plans)} packings, torch fp32")
 
 
 def allowed(model: DynamicModel, tolerance: float) -> float:

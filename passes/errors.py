@@ -1,4 +1,4 @@
-"""The three ways a conversion can end early, each with the exit code the command line gives it."""
+"""The ways a command can end early, each with the exit code the command line gives it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ class UsageError(DcconvertError):
     """The user's input cannot be used: bad option, unreadable file, wrong shapes (exit 2)."""
 
     exit_code = 2
+
+
+class StoppedError(DcconvertError):
+    """The user stopped long work that can go on later (exit 130, as shells have it for Ctrl-C)."""
+
+    exit_code = 130
 
 
 class UnsupportedModelError(DcconvertError):

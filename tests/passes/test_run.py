@@ -382,6 +382,7 @@ def test_groups_choose_by_the_mean_of_their_urgencies():
 @pytest.mark.parametrize(("sample", "left"), [(1, [3, 0, 3, 0]), (2, [0, 3, 0, 3])])
 def test_restart_takes_the_partner_along(sample, left):
     run = Run(carried("tiny")[0], 4, groups=2)
+    assert run.history is not None
     run.history.steps[:] = 3
     run.restart([sample])
     assert run.history.steps.tolist() == left

@@ -1,0 +1,139 @@
+"""Graphs that read other weights: what training needs around a rewritten model.
+
+A model after training holds two sets of weights: the original's, under their own names, and those that were trained,
+under the same names after ``trained.``. So one file of weights serves the original, which stays the control and the
+teacher of more training, and the model that came out of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from dcconvert.passes.errors import CheckFailedError
+from dcconvert.passes.model import DynamicModel
+
+PREFIX = "trained."
+
+aten = torch.ops.aten
+
+
+def tensors_of(graph_module: GraphModule) -> dict[str, Tensor]:
+    """The tensors a graph reads, by name."""
+    found: dict[str, Any] = {name: reduce(getattr, name.split("."), graph_module) for name in names_of(graph_module)}
+    return found
+
+
+def names_of(graph_module: GraphModule) -> list[str]:
+    """Names of the tensors a graph reads, each once, in its order."""
+    return list(dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"))
+
+
+def original_name(name: str) -> str:
+    return name.removeprefix(PREFIX)
+
+
+def with_tensors(source: GraphModule, tensors: Mapping[str, tuple[str, Tensor]]) -> GraphModule:
+    """A copy of a graph in which each tensor is read under another name, with another value.
+
+    `tensors`: new name and value for every name that `names_of` gives.
+    """
+    graph, root = copy.deepcopy(source.graph), nn.Module()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            node.target, value = tensors[str(node.target)]
+            put(root, node.target, value)
+    return GraphModule(root, graph)
+
+
+def put(root: nn.Module, name: str, value: Tensor) -> None:
+    """Make `value` the parameter or buffer called `name`, a dotted path."""
+    *parents, leaf = name.split(".")
+    for part in parents:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    if leaf in root._parameters or leaf in root._buffers:
+        return
+    if isinstance(value, nn.Parameter):
+        root.register_parameter(leaf, value)
+    else:
+        root.register_buffer(leaf, value)
+
+
+def rebuilt(model: DynamicModel, tensors: Mapping[str, tuple[str, Tensor]]) -> DynamicModel:
+    """The model with other tensors in route and denoise, by their present names; the original stays as it is."""
+    route, denoise = (with_tensors(graph, tensors) for graph in (model.route_graph, model.denoise_graph))
+    prepare = None if model.prepare_graph is None else with_tensors(model.prepare_graph, tensors)
+    parts = (route, denoise, model.original_graph, model.spec, model.options, model.schedule, model.records)
+    return DynamicModel(*parts, prepare)
+
+
+def all_tensors(model: DynamicModel) -> dict[str, Tensor]:
+    """Every tensor of route, denoise and prepare, by its present name."""
+    graphs = (model.route_graph, model.denoise_graph, model.prepare_graph)
+    return {name: value for graph in graphs if graph is not None for name, value in tensors_of(graph).items()}
+
+
+def teacher_of(model: DynamicModel) -> DynamicModel:
+    """The original in the form of the rewritten model: the same passes, the original's weights.
+
+    Keeping every token it gives what the original gives, and shows the values inside at the same places.
+    CheckFailedError if the bundle holds no original weight of a name.
+    """
+    own = tensors_of(model.original_graph)
+    found = {}
+    for name, value in all_tensors(model).items():
+        plain = original_name(name)
+        if name != plain and plain not in own:
+            raise CheckFailedError(f"the original has no tensor {plain}, which was trained: convert the model again")
+        found[name] = (plain, own.get(plain, value))
+    return rebuilt(model, found)
+
+
+def plainly_named(model: DynamicModel) -> DynamicModel:
+    """The model with its own weights under the original's names."""
+    return rebuilt(model, {name: (original_name(name), value) for name, value in all_tensors(model).items()})
+
+
+def trained_model(model: DynamicModel, trained: Mapping[str, Tensor]) -> DynamicModel:
+    """The model with these tensors, by their original names, in place of its own."""
+    found: dict[str, tuple[str, Tensor]] = {}
+    for name, value in all_tensors(model).items():
+        plain = original_name(name)
+        if plain in trained:
+            weight = nn.Parameter(trained[plain].detach().clone(), requires_grad=False)
+            found[name] = (PREFIX + plain, weight)
+        else:
+            found[name] = (name, value)
+    return rebuilt(model, found)
+
+
+def linear_weights(model: DynamicModel) -> set[str]:
+    """Names of the matrices that linear layers of route and denoise multiply by."""
+    graphs = (model.route_graph, model.denoise_graph)
+    return {
+        str(node.args[1].target)
+        for graph in graphs
+        for node in graph.graph.nodes
+        if node.target is aten.linear.default and isinstance(node.args[1], Node) and node.args[1].op == "get_attr"
+    }
+
+
+def show_features(model: DynamicModel) -> None:
+    """Make what leaves the trunk, h' [B, N, D], the last output of `denoise`; CheckFailedError without a dechunk."""
+    graph = model.denoise_graph.graph
+    found = [node for node in graph.nodes if node.target is torch.ops.dcconvert.dechunk.default]
+    if len(found) != 1:
+        raise CheckFailedError(
+            f"the graph has {len(found)} dechunks where one was expected; this is a bug of dcconvert"
+        )
+    output = next(iter(reversed(graph.nodes)))
+    output.args = ((*output.args[0], found[0]),)
+    model.denoise_graph.recompile()

@@ -1,0 +1,206 @@
+"""`dcconvert upcycle` from the command line: a trained bundle, whole or not at all, whatever stops it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dcconvert import upcycle
+from dcconvert.export.bundle import read_bundle
+from dcconvert.export.parity import IDENTITY
+from dcconvert.export.session import OrtModel
+from dcconvert.passes.trained import PREFIX
+from dcconvert.upcycle import validation_steps
+from tests.dcconvert.harness import contents, run_cli, write_checkpoint
+
+WORDS = ("--samples", 48, "--batch", 8, "--teacher-samples", 12, "--images", 2, "--lr", "1e-3", "--save-every", 2)
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("chunk")
+    checkpoint = write_checkpoint(folder / "tiny.safetensors")
+    words = ("--ratio", "4x", "--mode", "chunk", "--steps", 4, "--batch", 2, "--no-measure")
+    run = run_cli(checkpoint, *words, "-o", folder / "bundle")
+    assert run.code == 0, run.err
+    return folder / "bundle"
+
+
+@pytest.fixture
+def bundle(converted, tmp_path) -> Path:
+    return Path(shutil.copytree(converted, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def trained(converted, tmp_path_factory):
+    """The bundle that a run without a stop makes, and what the command printed."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    run = run_cli("upcycle", converted, "-o", out, *WORDS)
+    assert run.code == 0, run.err
+    return out, run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(str(folder / "model.safetensors"))
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """As Ctrl-C before this step."""
+    real = upcycle.Training.one_step
+
+    def one_step(self: upcycle.Training) -> None:
+        if self.distillation.step == step:
+            raise KeyboardInterrupt
+        real(self)
+
+    monkeypatch.setattr(upcycle.Training, "one_step", one_step)
+
+
+def test_a_trained_bundle_says_how_it_was_made(trained, converted):
+    out, run = trained
+    manifest, report = (json.loads((out / name).read_text()) for name in ("manifest.json", "report.json"))
+    found = manifest["upcycling"]
+    assert found["samples"] == 48
+    assert found["data"] == "teacher"
+    assert found["data_samples"] == 12
+    assert [row["step"] for row in found["log"]] == [0, *sorted(validation_steps(STEPS))]
+    assert all(row["output"] > 0 and row["psnr"] > 0 for row in found["log"][1:])
+    assert report["upcycling"] == found
+    assert "Upcycling" in (out / "report.html").read_text()
+    assert IDENTITY not in manifest["parity"]
+    assert IDENTITY in json.loads((converted / "manifest.json").read_text())["parity"]
+    assert f"{found['log'][-1]['psnr']:.2f} dB after 48 samples" in run.out
+    assert "Bundle: " in run.out
+    assert contents(out.parent) == ["out"] or {path.name for path in out.parent.iterdir()} == {"out"}
+
+
+def test_a_trained_bundle_has_both_sets_of_weights(trained, converted):
+    after, before = weights(trained[0]), weights(converted)
+    for name, value in before.items():
+        if name in after:
+            torch.testing.assert_close(after[name], value, rtol=0, atol=0)
+    changed = [name for name in after if name.startswith(PREFIX)]
+    assert changed
+    assert any((after[name] != before[name.removeprefix(PREFIX)]).any() for name in changed)
+    original = read_bundle(trained[0]).model.original_graph
+    inputs = tuple(read_bundle(converted).model.spec.example(2).values())
+    torch.testing.assert_close(original(*inputs), read_bundle(converted).model.original_graph(*inputs), rtol=0, atol=0)
+
+
+def test_a_trained_bundle_runs_in_onnx_runtime(trained):
+    found = read_bundle(trained[0])
+    inputs, counts = found.model.spec.example(2), np.full(2, 16)
+    session = OrtModel(found.onnx, found.model.step_planner, found.ladder, threads=1)
+    [on_ort] = session.start(2).step({name: value.numpy() for name, value in inputs.items()}, counts)
+    [in_torch] = found.model.start(2).step(inputs, counts)
+    np.testing.assert_allclose(on_ort, in_torch.detach().numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_that_was_stopped_goes_on(trained, bundle, monkeypatch):
+    before = weights(bundle)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        run = run_cli("upcycle", bundle, *WORDS)
+    assert run.code == 130
+    assert run.err.splitlines()[-1].startswith("error: stopped at step 3 of 6: the same command goes on from there")
+    assert {path.name for path in bundle.parent.iterdir()} == {"bundle", "bundle.upcycle"}
+    assert all(torch.equal(value, before[name]) for name, value in weights(bundle).items())
+    run = run_cli("upcycle", bundle, *WORDS)
+    assert run.code == 0, run.err
+    assert "going on at step 3 of 6" in run.err
+    assert {path.name for path in bundle.parent.iterdir()} == {"bundle"}
+    after, wanted = weights(bundle), weights(trained[0])
+    assert after.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in after.items())
+    logs = [json.loads((folder / "manifest.json").read_text())["upcycling"]["log"] for folder in (bundle, trained[0])]
+    assert [row["psnr"] for row in logs[0]] == [row["psnr"] for row in logs[1]]
+
+
+def test_an_unfinished_run_goes_on_with_the_same_options_only(bundle, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        assert run_cli("upcycle", bundle, *WORDS).code == 130
+    run = run_cli("upcycle", bundle, *WORDS, "--train", "lora")
+    assert run.code == 2
+    assert "holds an unfinished run with train all, not lora" in run.err
+    (bundle.with_name("bundle.upcycle") / "state.pt").write_bytes(b"damaged")
+    run = run_cli("upcycle", bundle, *WORDS)
+    assert run.code == 2
+    assert "cannot read" in run.err
+    assert "to start anew" in run.err
+
+
+def test_low_rank_changes_merge_into_the_linear_layers(bundle, tmp_path):
+    images = np.random.default_rng(0).normal(size=(9, 1, 16, 16)).clip(-1, 1).astype(np.float32)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(9) % 4)
+    words = ("--data", tmp_path / "data.npz", "--train", "lora", "--rank", 2, "--ratios", "2x", "--ratios", "4x")
+    run = run_cli("upcycle", bundle, *WORDS, *words, "--bf16")
+    assert run.code == 0, run.err
+    after = weights(bundle)
+    for name in (name for name in after if name.startswith(PREFIX)):
+        change = after[name] - after[name.removeprefix(PREFIX)] if name.removeprefix(PREFIX) in after else None
+        assert change is None or torch.linalg.matrix_rank(change, atol=1e-4) <= 2
+    assert json.loads((bundle / "manifest.json").read_text())["upcycling"]["ratios"] == [2, 4]
+
+
+def test_an_upcycled_bundle_can_be_upcycled(trained, tmp_path):
+    run = run_cli("upcycle", trained[0], "-o", tmp_path / "more", *WORDS, "--train", "lora")
+    assert run.code == 0, run.err
+    first, second = (
+        json.loads((f / "manifest.json").read_text())["upcycling"]["log"] for f in (trained[0], tmp_path / "more")
+    )
+    assert second[0]["psnr"] == pytest.approx(first[-1]["psnr"], abs=1e-3)
+
+
+def test_a_failed_export_leaves_the_bundle_and_the_state(bundle, monkeypatch):
+    before = (bundle / "manifest.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(upcycle, "export_onnx", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        run = run_cli("upcycle", bundle, *WORDS)
+    assert run.code == 2
+    assert (bundle / "manifest.json").read_bytes() == before
+    assert {path.name for path in bundle.parent.iterdir()} == {"bundle", "bundle.upcycle"}
+    run = run_cli("upcycle", bundle, *WORDS)  # nothing is trained again
+    assert run.code == 0, run.err
+    assert "going on at step 6 of 6" in run.err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--data", "missing"), "there is no missing"),
+        (("--train", "everything"), "'everything' is not one of"),
+        (("--batch", 1), "1 is not in the range"),
+        (("--lr", 0), "0.0 is not in the range"),
+        (("--ratios", "100x"), "100"),
+    ],
+)
+def test_options_that_cannot_be(words, says, bundle):
+    run = run_cli("upcycle", bundle, *WORDS, *words)
+    assert run.code == 2
+    assert says in run.err.splitlines()[-1]
+
+
+def test_mode_carry_needs_no_training(main_job):
+    run = run_cli("upcycle", main_job.folder)
+    assert run.code == 2
+    assert "is in mode carry, which needs no training" in run.err
+
+
+def test_another_bundle_is_not_overwritten(trained, converted):
+    run = run_cli("upcycle", converted, "-o", trained[0])
+    assert run.code == 2
+    assert "exists already" in run.err
+
+
+def test_validation_steps_end_with_the_last():
+    assert validation_steps(3) == {1, 2, 3}
+    assert max(validation_steps(313)) == 313
+    assert len(validation_steps(313)) == 8
