@@ -52,7 +52,7 @@ def measure_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         export_onnx(model, folder)
         rows = []
         for ratio in args.ratios:
-            schedule = Schedule("constant", ratio, warm_up=AUTO).fitted(taus)
+            schedule = Schedule("falling", ratio, warm_up=AUTO).fitted(taus)
             planner = StepPlanner(model.spec, model.options, schedule)
             compute = compute_section(model, planner, taus)
             rungs = ladder((args.batch,), planner.run_counts(taus), model.spec.tokens)

@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--reference", type=Path, help="file that keeps the reference images between runs")
     parser.add_argument("--latency-only", action="store_true")
+    parser.add_argument("--carry-only", action="store_true", help="keep the original's rows of the last run")
     parser.add_argument("--plot-only", action="store_true")
     args = parser.parse_args()
     if args.plot_only:
@@ -64,9 +65,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         bench = Bench(Path(tmp), args)
         known = RESULTS / f"{NAME}.json"
-        rows = json.loads(known.read_text())["rows"] if args.latency_only else bench.quality()
+        rows = json.loads(known.read_text())["rows"] if args.latency_only or args.carry_only else []
+        if not args.latency_only:
+            rows = bench.quality([row for row in rows if row["mode"] == "original"])
         bench.latency(rows)
-        settings = {name: value for name, value in vars(args).items() if name not in ("reference", "latency_only")}
+        settings = {
+            name: value for name, value in vars(args).items() if name not in ("reference", "latency_only", "carry_only")
+        }
         path = write_result(NAME, {"model": shipped_model().name, **settings, "runtime": "onnxruntime CPU, fp32"}, rows)
     draw(json.loads(path.read_text()))
     print(f"Results: {path}, docs/frontier.png")
@@ -95,8 +100,8 @@ class Bench:
         pairs = list(zip(self.noise.split(self.args.batch), self.labels.split(self.args.batch), strict=True))
         return torch.cat([sampler.run(new_step(), x, y) for x, y in track(pairs, label)])
 
-    def quality(self) -> list[dict[str, Any]]:
-        """Rows without latency."""
+    def quality(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows without latency; of the original those given, if there are any."""
         file = self.args.reference
         if file and file.exists():
             reference = torch.load(file, weights_only=True)[: self.args.images]
@@ -105,10 +110,10 @@ class Bench:
             reference = self.sample(sampler, lambda: self.original_step, "reference")
             if file:
                 torch.save(reference, file)
-        rows = []
+        if not rows:
+            samplers = [Sampler(self.prediction, n, solver) for solver in self.args.solvers for n in ORIGINAL_STEPS]
+            rows = [self.row(sampler, None, reference) for sampler in samplers]
         for solver in self.args.solvers:
-            samplers = [Sampler(self.prediction, steps, solver) for steps in ORIGINAL_STEPS]
-            rows += [self.row(sampler, None, reference) for sampler in samplers]
             for budget in BUDGETS:
                 rows += [self.row(*run, reference) for run in self.runs(solver, budget)]
         return rows
@@ -121,7 +126,7 @@ class Bench:
             sampler = Sampler(self.prediction, steps, solver)
             found[steps] = (
                 sampler,
-                Schedule("constant", steps / (budget * BASE_STEPS), warm_up=AUTO).fitted(sampler.taus),
+                Schedule("falling", steps / (budget * BASE_STEPS), warm_up=AUTO).fitted(sampler.taus),
             )
         return list(found.values())
 

@@ -63,7 +63,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
             for steps, ratio in RUNS:
                 sampler = Sampler(prediction, steps)
-                schedule = Schedule("constant", ratio, warm_up=AUTO).fitted(sampler.taus)
+                schedule = Schedule("falling", ratio, warm_up=AUTO).fitted(sampler.taus)
                 planner = runtime.converted.planner = StepPlanner(model.spec, model.options, schedule)
                 full_steps = round(steps / compute_section(model, planner, sampler.taus)["ratio"], 2)
                 for groups, choice in ((1, "separate"), (2, "shared")):

@@ -20,7 +20,7 @@ from dcconvert.export.bundle import FORMAT_VERSION, MANIFEST, ONNX, new_folder, 
 from dcconvert.export.lowerings import OPSET
 from dcconvert.export.onnx_export import export_denoise, export_prepare, export_route
 from dcconvert.passes.errors import UsageError
-from dcconvert.passes.infra import Options
+from dcconvert.passes.infra import MODE_DEFAULTS, Options
 from dcconvert.passes.layout import Bucket
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.pipeline import rewrite
@@ -74,7 +74,7 @@ def convert(
     ratio: float | str = 4,
     *,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
-    schedule: str = "constant",
+    schedule: str | None = None,
     steps: int = DEFAULT_STEPS,
     warm_up: int = AUTO,
     refresh: int = 0,
@@ -91,7 +91,7 @@ def convert(
         ratio: tokens divided by kept tokens, on average over a run: 4, "4x", "2.5x"; 1 keeps everything.
         example_inputs: one call's inputs, positional (a sequence) or by name (a mapping), with a batch of at
             least 2. May be left out for a `dcconvert.DiT`.
-        schedule: kept fraction over time: constant, rising or falling (toward clean images).
+        schedule: kept fraction over time: constant, rising or falling (toward clean images); None for that of the mode.
         steps: sampling steps of a run, over which the ratio is meant.
         warm_up, refresh: mode carry: how many first steps, and every how many steps after them, compute everything.
         options: mode, head and tail blocks, router, seed.
@@ -110,7 +110,7 @@ def convert(
     args: Sequence[Any] = () if isinstance(example_inputs, Mapping) else example_inputs
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     options = options or Options()
-    spending = Schedule(schedule, parse_ratio(ratio))
+    spending = Schedule(schedule or MODE_DEFAULTS[options.mode][2], parse_ratio(ratio))
     if options.mode == "chunk" and (warm_up > 0 or refresh):
         raise UsageError("warm-up and refresh steps are of mode carry: mode chunk remembers nothing")
     if options.mode == "carry":

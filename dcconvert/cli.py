@@ -110,17 +110,13 @@ def commands() -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Bundle folder [MODEL-dc4x beside you].")
 @click.option(
     "--schedule",
-    default="constant",
-    show_default=True,
     type=click.Choice(KINDS),
-    help="Kept tokens from noise to image: the same, more or fewer toward the image.",
+    help=f"Kept tokens from noise to image: as many, more, or fewer [{both(2)}].",
 )
 @click.option(
     "--batch", "batches", multiple=True, type=click.IntRange(1), help="Batch size to export for; repeatable [1, 8]."
 )
-@click.option(
-    "--warm-up", type=click.IntRange(1), help="First steps of a run that keep everything [carry: a tenth, at least 3]."
-)
+@click.option("--warm-up", type=click.IntRange(1), help="First steps of a run that keep everything [carry: 3].")
 @click.option(
     "--refresh", default=0, type=click.IntRange(0), help="Keep everything at every N-th step after them [never]."
 )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcconvert.passes.errors import UsageError
-from dcconvert.passes.schedule import CURVE, Schedule
+from dcconvert.passes.schedule import CURVE, WARM_UP, Schedule
 
 KNOTS = (0.0, 0.5, 1.0)  # noise levels
 CONSTANT = (1.0, 1.0, 1.0)
@@ -94,7 +94,7 @@ class Search:
     def run(self) -> list[Trial]:
         """All trials, best first; UsageError if no candidate can be fitted to the budget."""
         for steps in self.grid:  # a constant curve, and the warm-up that a conversion would choose
-            self.consider(Candidate(steps, min(max(3, steps // 10), max(1, int(self.budget / 2)))))
+            self.consider(Candidate(steps, min(WARM_UP, max(1, int(self.budget / 2)))))
         starts = [trial.candidate for trial in self.ranked()[:FINALISTS]]
         for start in starts:
             for warm_up in WARM_UPS:

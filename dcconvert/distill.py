@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from dcconvert.passes.errors import CheckFailedError, UsageError
 from dcconvert.passes.model import DynamicModel
-from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.passes.trained import (
     all_tensors,
@@ -208,7 +207,7 @@ class Distillation:
 
 def planner_for(model: DynamicModel, ratio: float, taus: np.ndarray) -> StepPlanner:
     """A planner at another ratio, its mean over a run at these noise levels."""
-    schedule = Schedule(model.schedule.kind, ratio, knots=model.schedule.knots).fitted(taus)
+    schedule = replace(model.schedule, ratio=ratio, mean=0.0).fitted(taus)
     return StepPlanner(model.spec, model.options, schedule)
 
 

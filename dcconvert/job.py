@@ -53,7 +53,7 @@ class Settings:
     checkpoint: Path
     out: Path
     ratio: float
-    schedule: str
+    schedule: str | None
     warm_up: int
     refresh: int
     options: Options

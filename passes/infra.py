@@ -41,14 +41,14 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        blocks, router = MODE_DEFAULTS.get(self.mode, MODE_DEFAULTS["chunk"])
+        blocks, router, _ = MODE_DEFAULTS.get(self.mode, MODE_DEFAULTS["chunk"])
         self.head_blocks = blocks if self.head_blocks == -1 else self.head_blocks
         self.tail_blocks = blocks if self.tail_blocks == -1 else self.tail_blocks
         self.router = self.router or router
 
 
-# Head blocks, tail blocks (each) and router of a mode.
-MODE_DEFAULTS = {"carry": (0, "drift"), "chunk": (1, "predictability")}
+# Head blocks, tail blocks (each), router and schedule of a mode.
+MODE_DEFAULTS = {"carry": (0, "drift", "falling"), "chunk": (1, "predictability", "constant")}
 
 
 @dataclass

@@ -15,7 +15,8 @@ from dcconvert.passes.errors import UsageError
 
 KINDS = ("constant", "rising", "falling")
 CURVE = "curve"  # made by `dcconvert calibrate`
-AUTO = -1  # warm-up steps chosen from the number of steps
+AUTO = -1  # warm-up steps chosen from what the run may cost
+WARM_UP = 3  # steps it takes to know how things change; more cost what later steps need (docs/carry.md)
 
 # A time in float32 may overshoot the ends of [0, 1] by its rounding.
 _TAU_SLACK = 1e-6
@@ -42,10 +43,9 @@ class Schedule:
     where the upper end would pass 1 it stops there and the lower end moves up, so that the mean stays. ``curve`` goes
     linearly through ``knots``, pairs of tau and kept fraction, scaled to the mean and cut off at 1.
     The first ``warm_up`` steps of a run, and after them every ``refresh``-th (0: none), are dense: they keep
-    everything. ``AUTO`` stands for a tenth of the run's steps and at least 3, but no more than half of what the run may
-    cost. ``fitted`` sets ``centre``, ``mean`` (mean tau and kept fraction of the sparse steps) and ``dense_first`` (the
-    number of warm-up steps) for the steps of one sampler. UsageError for an unknown kind, a ratio below 1, knots or
-    numbers out of range.
+    everything. ``AUTO`` stands for three, but no more than half of what the run may cost. ``fitted`` sets ``centre``,
+    ``mean`` (mean tau and kept fraction of the sparse steps) and ``dense_first`` (the number of warm-up steps) for the
+    steps of one sampler. UsageError for an unknown kind, a ratio below 1, knots or numbers out of range.
     """
 
     kind: str
@@ -81,7 +81,7 @@ class Schedule:
         steps, budget = len(taus), len(taus) / self.ratio
         if self.ratio == 1:
             return replace(self, dense_first=0, mean=1.0, knots=tuple((tau, 1.0) for tau, _ in self.knots))
-        first = min(max(3, steps // 10), max(1, int(budget / 2))) if self.warm_up == AUTO else self.warm_up
+        first = min(WARM_UP, max(1, int(budget / 2))) if self.warm_up == AUTO else self.warm_up
         dense = self._dense(np.arange(steps), first)
         sparse = ~dense
         if not sparse.any() or budget <= dense.sum():
