@@ -58,7 +58,7 @@ class Variant:
 
 
 TRIED: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("as shipped", {}),
+    ("base: constant schedule", {}),
     ("router age", {"router": "age"}),
     ("router drift, not its square root", {"router": "drift1"}),
     ("router by the error of the prediction", {"router": "error"}),

@@ -181,7 +181,7 @@ def carry_variants() -> str:
     rows = []
     for name in names:
         found = [known[name, solver] for solver in solvers]
-        shipped = [known["as shipped", solver] for solver in solvers]
+        shipped = [known["base: constant schedule", solver] for solver in solvers]
         cells = [
             f"{row['psnr']:.1f} ({row['psnr'] - base['psnr']:+.1f})" for row, base in zip(found, shipped, strict=True)
         ]
@@ -197,7 +197,7 @@ def calibrated() -> str:
     result = read("calibrated")
     rows = []
     for row in result["rows"]:
-        name = "calibrated" if row["kind"] == "candidate" else row["name"]
+        name = {"candidate": "calibrated", "present": "before: constant schedule"}.get(row["kind"], row["name"])
         kept = ", ".join(f"{level:.2f}" for level in row["kept"] or ())
         cells = [f"{row['steps']}", f"{row['warm_up'] or ''}", kept, f"{row['gmacs']:.1f}", f"{row['psnr_fresh']:.1f}"]
         rows.append([f"{name}, {row['solver']}", *cells])

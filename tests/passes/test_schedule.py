@@ -116,10 +116,10 @@ def test_steps_may_differ_from_sample_to_sample():
 
 
 @pytest.mark.parametrize(
-    ("steps", "ratio", "first"), [(100, 4, 10), (50, 4, 5), (20, 4, 2), (20, 2, 3), (8, 4, 1), (7, 4, 1), (100, 20, 2)]
+    ("steps", "ratio", "first"), [(100, 4, 3), (50, 4, 3), (20, 4, 2), (20, 2, 3), (8, 4, 1), (7, 4, 1), (100, 20, 2)]
 )
 def test_automatic_warm_up(steps, ratio, first):
-    """A tenth of the steps and at least 3, but no more than half of what the run may cost; one in any case."""
+    """Three, but no more than half of what the run may cost; one in any case."""
     schedule = Schedule("constant", ratio, warm_up=AUTO).fitted(1 - np.arange(steps) / steps)
     assert schedule.dense_first == first
     counts = schedule.run_counts(1 - np.arange(steps) / steps, 1000)
@@ -151,7 +151,7 @@ def test_a_fitted_run_costs_the_inverse_ratio(kind, ratio, steps, warm_up, refre
     try:
         fitted = schedule.fitted(taus)
     except UsageError:
-        first = warm_up if warm_up >= 0 else min(max(3, steps // 10), max(1, int(steps / ratio / 2)))
+        first = warm_up if warm_up >= 0 else min(3, max(1, int(steps / ratio / 2)))
         dense = sum(i < first or (refresh and (i - first + 1) % refresh == 0) for i in range(steps))
         assert dense in (steps, *range(int(np.ceil(steps / ratio)), steps))
         return
