@@ -23,12 +23,12 @@ from dcconvert.commands import original_runtime, shipped_model
 from dcconvert.evaluate import ConvertedStep, compute_section
 from dcconvert.export.session import OrtModel
 from dcconvert.images import psnr_mean
-from dcconvert.passes.schedule import AUTO, Schedule
+from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.sampling import Sampler, Step, initial_noise, labels_for
 
 ORIGINAL_STEPS = (6, 9, 13, 25)
-RUNS = ((50, 4.0), (25, 3.0))  # steps, ratio
+RUNS = ((50, 4.0, 5), (25, 3.0, 3))  # steps, ratio, warm-up steps
 
 
 def score(images: Tensor, reference: Tensor) -> float:
@@ -61,9 +61,9 @@ def main() -> None:
                 row = {"name": f"original, {steps} steps", "full_steps": steps, "psnr": score(images, reference)}
                 rows.append({"guidance": guidance, **row})
                 print(rows[-1], flush=True)
-            for steps, ratio in RUNS:
+            for steps, ratio, warm_up in RUNS:
                 sampler = Sampler(prediction, steps)
-                schedule = Schedule("falling", ratio, warm_up=AUTO).fitted(sampler.taus)
+                schedule = Schedule("constant", ratio, warm_up=warm_up).fitted(sampler.taus)
                 planner = runtime.converted.planner = StepPlanner(model.spec, model.options, schedule)
                 full_steps = round(steps / compute_section(model, planner, sampler.taus)["ratio"], 2)
                 for groups, choice in ((1, "separate"), (2, "shared")):
