@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dcconvert.api import export_onnx
 from dcconvert.commands import dit_config, run_planner
-from dcconvert.distill import Distillation, Recipe, pick_ratio, spread_times
+from dcconvert.distill import Distillation, Recipe, pick_ratio, planner_for, spread_times
 from dcconvert.dit import DiTConfig
 from dcconvert.evaluate import ConvertedStep
 from dcconvert.export.bundle import MANIFEST, ONNX, Bundle, new_folder, read_bundle, write_json, write_model
@@ -91,6 +91,8 @@ class Task:
         if settings.out != settings.folder and settings.out.exists():
             raise UsageError(f"{settings.out} exists already: choose another folder with -o")
         sampler, planner = run_planner(bundle, None)
+        for ratio in settings.recipe.ratios:
+            planner_for(bundle.model, ratio, sampler.taus)  # raises before anything is drawn
         return cls(settings, bundle, dit_config(bundle), sampler, planner)
 
     @property
@@ -116,7 +118,6 @@ def upcycle_bundle(settings: Settings, console: Console) -> None:
     task = Task.read(settings)
     stages = Stages(Console(stderr=True))
     stored = read_state(task)
-    settings.state.mkdir(exist_ok=True)
     data = training_data(task, stages)
     training = Training(task, data)
     if stored is not None:
@@ -175,6 +176,7 @@ def training_data(task: Task, stages: Stages) -> LabelledImages:
             parts.append(sampler.run(lambda *v: model.original_graph(*v)[0], x, y))
             tick(f"batches of {settings.recipe.batch}")
         images = torch.cat(parts).clone()
+    settings.state.mkdir(parents=True, exist_ok=True)
     save_file({"images": images, "labels": labels}, str(file))
     return LabelledImages(images, labels)
 
@@ -266,6 +268,7 @@ class Training:
         """Write the state whole or not at all."""
         state = {**self.distillation.state(), "fingerprint": self.task.fingerprint(), "seconds": self.seconds}
         path = self.task.settings.state / "state.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         torch.save({**state, "log": self.log, "losses": self.losses}, partial)
         partial.replace(path)

@@ -179,13 +179,14 @@ def test_a_failed_export_leaves_the_bundle_and_the_state(bundle, monkeypatch):
         (("--train", "everything"), "'everything' is not one of"),
         (("--batch", 1), "1 is not in the range"),
         (("--lr", 0), "0.0 is not in the range"),
-        (("--ratios", "100x"), "100"),
+        (("--ratios", "100x"), "100x leaves less than one of the 64 tokens"),
     ],
 )
 def test_options_that_cannot_be(words, says, bundle):
     run = run_cli("upcycle", bundle, *WORDS, *words)
     assert run.code == 2
     assert says in run.err.splitlines()[-1]
+    assert {path.name for path in bundle.parent.iterdir()} == {"bundle"}
 
 
 def test_mode_carry_needs_no_training(main_job):
