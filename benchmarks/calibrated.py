@@ -13,15 +13,15 @@ from pathlib import Path
 from benchmarks.common import write_result
 from dcconvert.export.bundle import MANIFEST, read_json
 
+LEFT_OUT = ("command", "rows", "curves", "candidates")  # paths of one machine, and what the rows below say
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Collect what calibrations found.")
     parser.add_argument("bundles", nargs="+", type=Path)
     args = parser.parse_args()
     found = [read_json(bundle / MANIFEST)["calibration"] for bundle in args.bundles]
-    settings = [
-        {name: entry[name] for name in entry if name not in ("rows", "curves", "candidates")} for entry in found
-    ]
+    settings = [{name: entry[name] for name in entry if name not in LEFT_OUT} for entry in found]
     rows = [
         {"asked": entry["solver"], "budget": entry["budget"], "candidates": len(entry["candidates"]), **row}
         for entry in found

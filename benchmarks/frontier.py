@@ -28,11 +28,10 @@ import dcconvert
 from benchmarks.common import RESULTS, write_result
 from dcconvert.api import export_onnx
 from dcconvert.commands import shipped_model
-from dcconvert.evaluate import ConvertedStep, compute_section
+from dcconvert.evaluate import ConvertedStep, Runtime, compute_section
 from dcconvert.export.latency import interleaved
-from dcconvert.export.onnx_export import export_original
 from dcconvert.export.parity import as_array
-from dcconvert.export.session import OrtModel, make_session, pick
+from dcconvert.export.session import pick
 from dcconvert.images import psnr
 from dcconvert.passes.schedule import AUTO, Schedule
 from dcconvert.passes.step_planner import StepPlanner
@@ -86,15 +85,10 @@ class Bench:
         self.prediction = dit.checkpoint_info.prediction
         self.model = dcconvert.convert(dit, 4)
         export_onnx(self.model, folder)
-        export_original(self.model, folder / "original.onnx", self.model.spec.example(3))
-        self.original = make_session(folder / "original.onnx")
-        self.converted = OrtModel(folder, self.model.step_planner)
+        runtime = Runtime.open(self.model, self.model.step_planner, None, folder, folder)
+        self.original, self.converted, self.original_step = runtime.original, runtime.converted, runtime.original_step
         self.noise = initial_noise(0, args.images, dit.cfg.in_channels, dit.cfg.image_size)
         self.labels = labels_for(args.images, dit.cfg.num_classes)
-
-    def original_step(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        feed = {name: as_array(value) for name, value in zip(self.model.spec.inputs, (x, t, y), strict=True)}
-        return torch.from_numpy(self.original.run(None, feed)[0])
 
     def sample(self, sampler: Sampler, new_step: Callable[[], Step], label: str) -> Tensor:
         pairs = list(zip(self.noise.split(self.args.batch), self.labels.split(self.args.batch), strict=True))

@@ -19,9 +19,8 @@ from torch import Tensor
 import dcconvert
 from benchmarks.common import write_result
 from dcconvert.api import export_onnx
-from dcconvert.commands import original_runtime, shipped_model
-from dcconvert.evaluate import ConvertedStep, compute_section
-from dcconvert.export.session import OrtModel
+from dcconvert.commands import shipped_model
+from dcconvert.evaluate import ConvertedStep, Runtime, compute_section
 from dcconvert.images import psnr_mean
 from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.step_planner import StepPlanner
@@ -49,7 +48,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as tmp:
         export_onnx(model, Path(tmp))
-        runtime = original_runtime(model, OrtModel(Path(tmp), model.step_planner))
+        runtime = Runtime.open(model, model.step_planner, None, Path(tmp), Path(tmp))
         for guidance in args.guidance:
 
             def draw(sampler: Sampler, step: Step, guidance: float = guidance) -> Any:

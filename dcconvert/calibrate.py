@@ -23,10 +23,7 @@ from dcconvert.dit import DiTConfig
 from dcconvert.evaluate import ConvertedStep, Runtime, Tick, silent
 from dcconvert.export.bundle import Bundle, new_folder, read_bundle
 from dcconvert.export.compute import converted_gmacs, original_gmacs
-from dcconvert.export.onnx_export import export_original
-from dcconvert.export.session import CPU, OrtModel, make_session
 from dcconvert.images import psnr
-from dcconvert.measure import Effort
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.step_planner import CARRY, StepPlanner
@@ -38,7 +35,6 @@ from dcconvert.sampling import Sampler, Step, initial_noise, labels_for
 SHOWN = 5  # candidates in the table
 FINALISTS = 10  # candidates that are compared on all images
 SCREEN = 8  # images, or a quarter of them if that is more, on which the finalists are chosen
-LATENCY_RUNS = 9
 
 
 @dataclass(frozen=True)
@@ -138,11 +134,9 @@ class Bench:
     """A bundle on ONNX Runtime, without buckets, under any schedule; and its original."""
 
     def __init__(self, task: Task, scratch: Path) -> None:
-        self.model, threads = task.bundle.model, task.settings.threads
-        original = scratch / "original.onnx"
-        export_original(self.model, original, self.model.spec.example(3))
-        backend = OrtModel(task.bundle.onnx, self.model.step_planner, None, CPU, threads)
-        self.runtime = Runtime(self.model, backend, make_session(original, CPU, threads))
+        self.model = task.bundle.model
+        parts = (self.model, self.model.step_planner, None, task.bundle.onnx, scratch, task.settings.threads)
+        self.runtime = Runtime.open(*parts)
         self.sampler = cache(lambda steps, solver: Sampler(task.sampler.prediction, steps, solver))
         inputs = self.model.spec.example(2)
         self.original_gmacs = original_gmacs(self.model, inputs)
@@ -341,18 +335,18 @@ def store(task: Task, best: Finalist | None, found: dict[str, Any], work: Path, 
         write_rescheduled(bundle, bundle.model, manifest, {**report, "calibration": found}, figures, work)
         return
     made = Rescheduled.of(bundle, best.trial.schedule, best.sampler, stages)
-    images = report.get("fidelity", {}).get("images", {}).get("count", 0)
-    measured, report = "latency" in report, made.report(report)
-    if measured:
-        effort = Effort(
-            max(made.ladder.batches),
-            LATENCY_RUNS,
-            images,
-            settings.reference_steps,
-            settings.threads,
-            settings.seed + settings.images,
-        )
-        figures = made.measure(bundle, report, task.config, effort, scratch, stages)
+    report = made.report(report)
+    again = made.measure(
+        bundle,
+        report,
+        task.config,
+        scratch,
+        stages,
+        reference_steps=settings.reference_steps,
+        threads=settings.threads,
+        seed=settings.seed + settings.images,
+    )
+    figures = figures if again is None else again
     manifest = {**made.manifest(bundle.manifest), "calibration": found}
     write_rescheduled(bundle, made.model, manifest, {**report, "calibration": found}, figures, work)
 

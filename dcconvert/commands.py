@@ -19,13 +19,11 @@ from dcconvert.checkpoint import load_checkpoint
 from dcconvert.dit import DiTConfig
 from dcconvert.evaluate import ConvertedStep, Runtime, compute_section
 from dcconvert.export.bundle import Bundle, read_bundle, writable, write_whole
-from dcconvert.export.onnx_export import export_original
-from dcconvert.export.session import OrtModel, make_session
+from dcconvert.export.session import OrtModel
 from dcconvert.figures import save_comparison
 from dcconvert.measure import Effort, Subject, measure
 from dcconvert.passes.errors import DcconvertError, UsageError
 from dcconvert.passes.infra import Options, Program, module_path, run_passes
-from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.normalise import Normalise
 from dcconvert.passes.pipeline import PIPELINES, captured
 from dcconvert.passes.spec import StateSpec
@@ -95,14 +93,6 @@ def print_cuts(program: Program, console: Console) -> None:
         marks += ["trunk starts"] if node is start else ["trunk ends"] if node is end else []
         table.add_row(node.name, str(node.target), module_path(node), ", ".join(marks))
     console.print(table)
-
-
-def original_runtime(model: DynamicModel, converted: OrtModel) -> Runtime:
-    """A session of a bundle's model, and one of its original."""
-    with tempfile.TemporaryDirectory(prefix="dcconvert-") as scratch:
-        file = Path(scratch) / "original.onnx"
-        export_original(model, file, model.spec.example(EXAMPLE_BATCH))
-        return Runtime(model, converted, make_session(file))
 
 
 def dit_config(bundle: Bundle) -> DiTConfig:
@@ -175,10 +165,16 @@ def sample_bundle(
             if compare:
                 draw("original", lambda *v: model.original_graph(*v)[0])
     else:
-        session = OrtModel(bundle.onnx, planner)  # no ladder: guidance doubles the batch, each step has its own shape
+        # No ladder: guidance doubles the batch, each step has its own shape.
+        with tempfile.TemporaryDirectory(prefix="dcconvert-") as scratch:
+            if compare:
+                beside = Runtime.open(model, planner, None, bundle.onnx, Path(scratch))
+                session = beside.converted
+            else:
+                session = OrtModel(bundle.onnx, planner)
         draw(name, ConvertedStep(model, session, groups))
         if compare:
-            draw("original", original_runtime(model, session).original_step)
+            draw("original", beside.original_step)
     save_comparison(dict(reversed(images.items())), out, vae)
     console.print(escape(f"Images: {out}"), highlight=False, soft_wrap=True)
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dcconvert.export.parity import check_identity, require
 from dcconvert.passes.errors import CheckFailedError, UsageError
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.step_planner import StepPlanner
@@ -86,10 +87,12 @@ class Weights(nn.Module):
             else:
                 self.parts.append(start.clone())
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, parts: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+        """Made of `parts` that were trained: these, or averages of them."""
+        parts = list(self.parts) if parts is None else parts
         if not self.low_rank:
-            return dict(zip(self.names, self.parts, strict=True))
-        pairs = zip(self.names, self.parts[::2], self.parts[1::2], strict=True)
+            return dict(zip(self.names, parts, strict=True))
+        pairs = zip(self.names, parts[::2], parts[1::2], strict=True)
         return {name: self.base[name] + up @ down for name, down, up in pairs}
 
 
@@ -121,7 +124,7 @@ class Distillation:
     def __init__(self, model: DynamicModel, recipe: Recipe, taus: np.ndarray) -> None:
         self.model, self.recipe = model, recipe
         teacher = teacher_of(model)
-        check_teacher(teacher)
+        require([check_identity(teacher, teacher.spec.example(2))])
         show_features(teacher)
         self.teacher = Passes(teacher).requires_grad_(False)
         student = plainly_named(model)  # the weights that are trained are given to it in every call
@@ -133,17 +136,19 @@ class Distillation:
         self.optimiser = torch.optim.AdamW(self.weights.parameters(), lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.99))
         ratios = recipe.ratios or (model.schedule.ratio,)
         self.planners = [planner_for(model, ratio, taus) for ratio in ratios]
+        known = {name for name, _ in self.student.named_parameters(remove_duplicate=False)}
+        self.paths = {  # where the student reads what is trained
+            path: name
+            for name in self.weights.names
+            for graph in ("route_graph", "denoise_graph")
+            if (path := f"model.{graph}.{original_name(name)}") in known
+        }
         self.step = 0
 
-        self.known = {name for name, _ in self.student.named_parameters(remove_duplicate=False)}
-
     def run_student(self, inputs: dict[str, Tensor], counts: np.ndarray) -> tuple[Tensor, Tensor]:
-        weights = {
-            path: value
-            for name, value in self.weights.tensors().items()
-            for graph in ("route_graph", "denoise_graph")
-            if (path := f"model.{graph}.{original_name(name)}") in self.known
-        }
+        """Output and features of the weights that are being trained."""
+        tensors = self.weights.tensors()
+        weights = {path: tensors[name] for path, name in self.paths.items()}
         return torch.func.functional_call(self.student, weights, (inputs, counts))
 
     def generator(self) -> torch.Generator:
@@ -176,15 +181,8 @@ class Distillation:
         }
 
     def averaged(self) -> dict[str, Tensor]:
-        """The averaged weights, by the original's names."""
-        now = [part.detach().clone() for part in self.weights.parts]
-        with torch.no_grad():
-            for part, value in zip(self.weights.parts, self.average, strict=True):
-                part.copy_(value)
-            found = {original_name(name): value.detach().clone() for name, value in self.weights.tensors().items()}
-            for part, value in zip(self.weights.parts, now, strict=True):
-                part.copy_(value)
-        return found
+        """The averaged weights, by the original's names; those of `all` are averaged further by the next step."""
+        return {original_name(name): value for name, value in self.weights.tensors(self.average).items()}
 
     def state(self) -> dict[str, Any]:
         """Everything a resume needs, in types that load without pickle."""
@@ -214,19 +212,6 @@ def planner_for(model: DynamicModel, ratio: float, taus: np.ndarray) -> StepPlan
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
     """Mean squared error over the mean square of what was wanted."""
     return (found - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12)
-
-
-def check_teacher(teacher: DynamicModel, tolerance: float = 1e-4) -> None:
-    """CheckFailedError unless the teacher that keeps everything is the original."""
-    inputs = teacher.spec.example(2)
-    with torch.no_grad():
-        found, _ = Passes(teacher)(inputs, None)
-        wanted = teacher.original_graph(*(inputs[name] for name in teacher.spec.inputs))[0]
-        error = float(relative_error(found, wanted).sqrt())
-    if error > tolerance:
-        raise CheckFailedError(
-            f"the teacher is {error:.3g} away from the original (at most {tolerance:g}): convert the model again"
-        )
 
 
 def spread_times(count: int, generator: torch.Generator) -> Tensor:

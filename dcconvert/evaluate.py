@@ -40,9 +40,12 @@ class Runtime:
 
     @classmethod
     def open(
-        cls, model: DynamicModel, planner: StepPlanner, ladder: Ladder, onnx: Path, work: Path, threads: int
+        cls, model: DynamicModel, planner: StepPlanner, ladder: Ladder | None, onnx: Path, work: Path, threads: int = 0
     ) -> Runtime:
-        """Sessions over a bundle's files; the original is exported to `work` if it is not there."""
+        """Sessions over a bundle's files; the original is exported to `work` if it is not there.
+
+        Without a ladder every step has its own shape.
+        """
         original = work / "original.onnx"
         if not original.exists():
             export_original(model, original, model.spec.example(3))

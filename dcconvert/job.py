@@ -25,14 +25,13 @@ from dcconvert.export.parity import (
     require,
 )
 from dcconvert.figures import sample_figure, token_map_figure
-from dcconvert.measure import Effort, Subject, measure
+from dcconvert.measure import LATENCY_RUNS, Effort, Subject, measure
 from dcconvert.passes.infra import Options
 from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.progress import Stages
 from dcconvert.report import state_note, write_report
 from dcconvert.sampling import Sampler
 
-LATENCY_RUNS = 9
 ASSUMED = (
     "The checkpoint does not say what it predicts; noise (eps) was assumed, as in DiT. For a flow model, such as SiT, "
     "samples and fidelity are meaningless: convert again with --prediction flow."

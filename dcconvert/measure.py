@@ -19,6 +19,7 @@ from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.progress import Stages
 from dcconvert.sampling import Sampler, initial_noise, labels_for
 
+LATENCY_RUNS = 9
 OTHER_MODE_RUNS = 5
 
 

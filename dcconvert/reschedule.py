@@ -15,7 +15,7 @@ from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.bundle import GRAPH, MANIFEST, Bundle, read_json, write_json
 from dcconvert.export.parity import Check, check_runtime, require
 from dcconvert.figures import sample_figure, token_map_figure
-from dcconvert.measure import Effort, Subject, measure
+from dcconvert.measure import LATENCY_RUNS, Effort, Subject, measure
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.serialise import model_to_dict
@@ -105,11 +105,18 @@ class Rescheduled:
         bundle: Bundle,
         report: dict[str, Any],
         config: DiTConfig,
-        effort: Effort,
         scratch: Path,
         stages: Stages,
-    ) -> dict[str, bytes]:
-        """Latency, memory and images again; returns the figures."""
+        *,
+        reference_steps: int,
+        threads: int,
+        seed: int = 0,
+    ) -> dict[str, bytes] | None:
+        """Latency, memory and images again; returns the figures. None, and nothing done, if the report had none."""
+        if "latency" not in report:
+            return None
+        images = report.get("fidelity", {}).get("images", {}).get("count", 0)
+        effort = Effort(max(self.ladder.batches), LATENCY_RUNS, images, reference_steps, threads, seed)
         for stale in ("latency", "memory", "fidelity"):
             report.pop(stale, None)
         subject = Subject(self.model, self.planner, self.ladder, bundle.onnx, self.sampler, config)

@@ -29,7 +29,6 @@ from dcconvert.export.bundle import MANIFEST, ONNX, Bundle, new_folder, read_bun
 from dcconvert.export.parity import IDENTITY, check_batch_invariance, check_isolation, require
 from dcconvert.image_data import LabelledImages, read_images
 from dcconvert.images import psnr_mean
-from dcconvert.measure import Effort
 from dcconvert.passes.errors import StoppedError, UsageError
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.step_planner import StepPlanner
@@ -43,7 +42,6 @@ TEACHER = "teacher"
 TEACHER_STEPS, TEACHER_SOLVER = 20, "unipc"
 TEACHER_SEED, VALIDATION_SEED = 1_000_000, 2_000_000  # apart from each other and from the seeds that people choose
 VALIDATIONS = 8  # in a run, after the one before it
-LATENCY_RUNS = 9
 
 
 @dataclass(frozen=True)
@@ -306,14 +304,18 @@ def store(task: Task, training: Training, stages: Stages) -> None:
             inputs = bundle.model.spec.example(2)
             require([check(bundle.model, inputs) for check in (check_isolation, check_batch_invariance)])
         made = Rescheduled.of(bundle, schedule, task.sampler, stages)
-        measured, report = "latency" in report, {**made.report(report), "upcycling": found}
-        figures: dict[str, bytes] = {}
-        if measured:
-            images = report.get("fidelity", {}).get("images", {}).get("count", 0)
-            effort = Effort(max(made.ladder.batches), LATENCY_RUNS, images, settings.reference_steps, settings.threads)
-            with tempfile.TemporaryDirectory(dir=work) as scratch:
-                figures = made.measure(bundle, report, task.config, effort, Path(scratch), stages)
-        write_report(work, report, figures)
+        report = {**made.report(report), "upcycling": found}
+        with tempfile.TemporaryDirectory(dir=work) as scratch:
+            figures = made.measure(
+                bundle,
+                report,
+                task.config,
+                Path(scratch),
+                stages,
+                reference_steps=settings.reference_steps,
+                threads=settings.threads,
+            )
+        write_report(work, report, figures or {})
         manifest = {**made.manifest(before.manifest), "upcycling": found}
         manifest["parity"] = {name: value for name, value in manifest["parity"].items() if name != IDENTITY}
         write_json(without_nan(manifest), work / MANIFEST)

@@ -85,13 +85,7 @@ def worth_keeping(program: Program, node: Node, constant: set[Node]) -> bool:
 def build_prepare(program: Program, chosen: list[Node]) -> GraphModule:
     graph = Graph()
     copied: dict[Node, Node] = {}
-    needed: set[Node] = set()
-    stack = list(chosen)
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack.extend([] if is_batch_size(program, node) else node.all_input_nodes)
+    needed = ancestors(chosen, ends=lambda node: is_batch_size(program, node))
     batched: Node | None = None
     for node in chosen[0].graph.nodes:
         if node not in needed:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -278,6 +278,16 @@ def fake_result(mode: FakeTensorMode, node: Node) -> Any:
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     with enable_python_dispatcher(), mode, torch.no_grad():  # some ops take symbolic sizes no other way
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def owner_of(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds what a dotted path names, made where it is missing, and the path's last part."""
+    *parents, leaf = name.split(".")
+    for part in filter(None, parents):
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    return root, leaf
 
 
 def module_path(node: Node) -> str:

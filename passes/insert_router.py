@@ -7,7 +7,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from dcconvert.passes.errors import UsageError
-from dcconvert.passes.infra import Pass, PassResult, Program, placeholders
+from dcconvert.passes.infra import Pass, PassResult, Program, owner_of, placeholders
 from dcconvert.passes.normalise import Normalise
 from dcconvert.passes.routers import CHUNK_ROUTERS, ROUTERS, make_router
 
@@ -72,11 +72,6 @@ def state_holder(graph_module: GraphModule) -> nn.Module:
     """The captured module's parameters and buffers without its graph."""
     holder = nn.Module()
     for name, value in graph_module.state_dict().items():
-        parent, _, leaf = name.rpartition(".")
-        target = holder
-        for part in filter(None, parent.split(".")):
-            if not hasattr(target, part):
-                target.add_module(part, nn.Module())
-            target = getattr(target, part)
+        target, leaf = owner_of(holder, name)
         target.register_buffer(leaf, value)
     return holder

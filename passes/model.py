@@ -121,12 +121,12 @@ class DynamicModel(nn.Module):
         hidden = live[self.spec.live[0]]
         arrays = {name: torch.from_numpy(a).to(hidden.device) for name, a in plan.arrays().items()}
         arrays |= {n: a.to(hidden.dtype) for n, a in arrays.items() if a.is_floating_point()}
-        if not self.spec.states:
-            given = {**inputs, **live, **arrays}
-            return self.denoise_graph(*(given[name] for name in self.spec.denoise_inputs))
-        state = state or self.new_state(len(hidden), hidden.device)
-        given = {**inputs, **live, **arrays, **state.tensors}
+        if self.spec.states:
+            state = state or self.new_state(len(hidden), hidden.device)
+        given = {**inputs, **live, **arrays, **(state.tensors if state else {})}
         results = self.denoise_graph(*(given[name] for name in self.spec.denoise_inputs))
+        if state is None:
+            return results
         outputs, distance = results[: -len(state.tensors) - 1], results[-len(state.tensors) - 1]
         state.tensors = dict(zip(state.tensors, results[-len(state.tensors) :], strict=True))
         state.distance = distance.detach().double().cpu().numpy()

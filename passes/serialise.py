@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from dcconvert.passes import ops  # noqa: F401  (registers torch.ops.dcconvert)
 from dcconvert.passes.carry_plan import CARRY_ARRAYS
 from dcconvert.passes.errors import CheckFailedError, DcconvertError, UnsupportedModelError, UsageError
-from dcconvert.passes.infra import Options, PassRecord, placeholders
+from dcconvert.passes.infra import Options, PassRecord, owner_of, placeholders
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.plan import PLAN_ARRAYS
 from dcconvert.passes.routers import ROUTERS
@@ -287,26 +287,21 @@ def is_allowed(target: Any) -> bool:
 
 def attach(root: nn.Module, target: Any, pool: dict[str, Tensor], parameter: Any) -> None:
     """Put the tensor called `target` (a dotted path) where the path says; UsageError if there is none."""
-    parts = str(target).split(".")
-    for part in parts:
+    for part in str(target).split("."):
         if not re.fullmatch("[0-9]+", part):
             checked_name(part)
     if target not in pool:
         raise UsageError(f"the weights hold no tensor {shown(target)}, which the graph needs: convert the model again")
-    owner = root
-    for part in parts[:-1]:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner.get_submodule(part)
-    if parts[-1] in owner._parameters or parts[-1] in owner._buffers:
+    owner, leaf = owner_of(root, target)
+    if leaf in owner._parameters or leaf in owner._buffers:
         return
     if parameter is not True:
-        owner.register_buffer(parts[-1], pool[target])
+        owner.register_buffer(leaf, pool[target])
         return
     tensor = pool[target]
     if not isinstance(tensor, nn.Parameter) or tensor.requires_grad:
         tensor = pool[target] = nn.Parameter(tensor.detach(), requires_grad=False)
-    owner.register_parameter(parts[-1], tensor)
+    owner.register_parameter(leaf, tensor)
 
 
 def attributes(graph_module: GraphModule) -> dict[str, Tensor]:

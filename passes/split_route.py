@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -44,14 +45,15 @@ class SplitRoute(Pass):
         return PassResult(1, (f"{len(values)} values pass from route to denoise",))
 
 
-def ancestors(roots: list[Node]) -> set[Node]:
+def ancestors(roots: list[Node], ends: Callable[[Node], bool] = lambda _: False) -> set[Node]:
+    """The roots and all they are computed from, nothing beyond nodes at which it `ends`."""
     found: set[Node] = set()
     stack = list(roots)
     while stack:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack.extend(node.all_input_nodes)
+            stack.extend([] if ends(node) else node.all_input_nodes)
     return found
 
 

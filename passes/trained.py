@@ -9,30 +9,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from dcconvert.passes.errors import CheckFailedError
+from dcconvert.passes.infra import owner_of
 from dcconvert.passes.model import DynamicModel
+from dcconvert.passes.serialise import attributes
 
 PREFIX = "trained."
 
 aten = torch.ops.aten
-
-
-def tensors_of(graph_module: GraphModule) -> dict[str, Tensor]:
-    """The tensors a graph reads, by name."""
-    found: dict[str, Any] = {name: reduce(getattr, name.split("."), graph_module) for name in names_of(graph_module)}
-    return found
-
-
-def names_of(graph_module: GraphModule) -> list[str]:
-    """Names of the tensors a graph reads, each once, in its order."""
-    return list(dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"))
 
 
 def original_name(name: str) -> str:
@@ -42,29 +31,18 @@ def original_name(name: str) -> str:
 def with_tensors(source: GraphModule, tensors: Mapping[str, tuple[str, Tensor]]) -> GraphModule:
     """A copy of a graph in which each tensor is read under another name, with another value.
 
-    `tensors`: new name and value for every name that `names_of` gives.
+    `tensors`: new name and value for every tensor it reads now, by its name.
     """
     graph, root = copy.deepcopy(source.graph), nn.Module()
     for node in graph.nodes:
         if node.op == "get_attr":
             node.target, value = tensors[str(node.target)]
-            put(root, node.target, value)
+            owner, leaf = owner_of(root, node.target)
+            if isinstance(value, nn.Parameter):
+                owner.register_parameter(leaf, value)
+            else:
+                owner.register_buffer(leaf, value)
     return GraphModule(root, graph)
-
-
-def put(root: nn.Module, name: str, value: Tensor) -> None:
-    """Make `value` the parameter or buffer called `name`, a dotted path."""
-    *parents, leaf = name.split(".")
-    for part in parents:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    if leaf in root._parameters or leaf in root._buffers:
-        return
-    if isinstance(value, nn.Parameter):
-        root.register_parameter(leaf, value)
-    else:
-        root.register_buffer(leaf, value)
 
 
 def rebuilt(model: DynamicModel, tensors: Mapping[str, tuple[str, Tensor]]) -> DynamicModel:
@@ -78,7 +56,7 @@ def rebuilt(model: DynamicModel, tensors: Mapping[str, tuple[str, Tensor]]) -> D
 def all_tensors(model: DynamicModel) -> dict[str, Tensor]:
     """Every tensor of route, denoise and prepare, by its present name."""
     graphs = (model.route_graph, model.denoise_graph, model.prepare_graph)
-    return {name: value for graph in graphs if graph is not None for name, value in tensors_of(graph).items()}
+    return {name: value for graph in graphs if graph is not None for name, value in attributes(graph).items()}
 
 
 def teacher_of(model: DynamicModel) -> DynamicModel:
@@ -87,7 +65,7 @@ def teacher_of(model: DynamicModel) -> DynamicModel:
     Keeping every token it gives what the original gives, and shows the values inside at the same places.
     CheckFailedError if the bundle holds no original weight of a name.
     """
-    own = tensors_of(model.original_graph)
+    own = attributes(model.original_graph)
     found = {}
     for name, value in all_tensors(model).items():
         plain = original_name(name)

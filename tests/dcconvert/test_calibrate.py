@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dcconvert
-from dcconvert import calibrate, measure, reschedule
+from dcconvert import evaluate, measure, reschedule
 from dcconvert.calibrate import Bench, Finalist, Settings, Task
 from dcconvert.commands import run_planner
 from dcconvert.curve_search import Candidate, Trial
@@ -53,7 +53,7 @@ def fresh(main_job, tmp_path):
 @pytest.fixture
 def exported(monkeypatch, original_onnx):
     """The original need not be exported again."""
-    for module in (calibrate, measure):
+    for module in (evaluate, measure):
         monkeypatch.setattr(module, "export_original", lambda model, path, inputs: shutil.copy(original_onnx, path))
 
 
