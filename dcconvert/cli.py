@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from dcconvert import __version__
-from dcconvert.distill import TRAINABLE, Recipe
+from dcconvert.distill import RATES, TRAINABLE, Recipe
 from dcconvert.passes.carry_trunk import STATE_DTYPES
 from dcconvert.passes.errors import DcconvertError, UsageError
 from dcconvert.passes.infra import MODE_DEFAULTS, Options
@@ -81,6 +81,11 @@ def rewriting_options(command: Any) -> Any:
 def both(which: int) -> str:
     """A default of both modes, for the help."""
     return ", ".join(f"{mode}: {defaults[which]}" for mode, defaults in MODE_DEFAULTS.items())
+
+
+def rates() -> str:
+    """Default learning rates, for the help."""
+    return ", ".join(f"{mode}: {rate:g}" for mode, rate in RATES.items())
 
 
 def command_line() -> str:
@@ -223,18 +228,27 @@ def calibrate(bundle: Path, **values: Any) -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Another folder [the bundle is replaced].")
 @click.option(
     "--data",
-    default="teacher",
-    show_default=True,
-    help="Folder of pictures (a sub-folder a class), .npy or .npz; teacher: samples of the original.",
+    help="Folder of pictures (a sub-folder a class), .npy or .npz [samples of the original; carry: its own runs].",
 )
 @click.option("--teacher-samples", default=1024, show_default=True, type=click.IntRange(1), help="How many of them.")
-@click.option("--train", default=RECIPE.train, show_default=True, type=click.Choice(TRAINABLE), help="What is trained.")
+@click.option(
+    "--train",
+    multiple=True,
+    default=RECIPE.train,
+    show_default=True,
+    type=click.Choice(TRAINABLE),
+    help="What is trained: the weights (all, or lora: low-rank changes) and new paths; repeatable.",
+)
 @click.option("--samples", default=RECIPE.samples, show_default=True, type=click.IntRange(1), help="Seen in training.")
 @click.option("--batch", default=RECIPE.batch, show_default=True, type=click.IntRange(2))
-@click.option("--lr", default=RECIPE.lr, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help=f"Learning rate [{rates()}].")
 @click.option("--rank", default=RECIPE.rank, show_default=True, type=click.IntRange(1), help="Of lora.")
 @click.option("--ratios", multiple=True, type=Ratio(), help="Trained for; repeatable [that of the bundle].")
 @click.option("--feature-weight", default=RECIPE.feature_weight, show_default=True, type=click.FloatRange(0))
+@click.option(
+    "--ratio-weight", default=RECIPE.ratio_weight, show_default=True, type=click.FloatRange(0), help="Of router."
+)
+@click.option("--unroll", default=RECIPE.unroll, show_default=True, type=click.IntRange(1), help="Steps, mode carry.")
 @click.option("--ema", default=RECIPE.ema, show_default=True, type=click.FloatRange(0, 1, max_open=True))
 @click.option("--bf16", is_flag=True, help="Autocast to bfloat16, for processors that have it.")
 @click.option("--images", default=16, show_default=True, type=click.IntRange(1), help="Of the validation curve.")
@@ -243,11 +257,12 @@ def calibrate(bundle: Path, **values: Any) -> None:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=0, type=click.IntRange(0), help="Threads [one a core].")
 def upcycle(bundle: Path, out: Path | None, **values: Any) -> None:
-    """Train a bundle of mode chunk with its original as the teacher. Stopped, the same command goes on."""
-    from dcconvert.upcycle import Settings, upcycle_bundle
+    """Train a bundle with its original as the teacher. Stopped, the same command goes on."""
+    from dcconvert.training import Settings
+    from dcconvert.upcycle import upcycle_bundle
 
-    names = ("train", "samples", "batch", "lr", "rank", "ratios", "feature_weight", "ema", "seed")
-    recipe = Recipe(**{name: values.pop(name) for name in names})
+    names = ("train", "samples", "batch", "rank", "ratios", "feature_weight", "ratio_weight", "unroll", "ema", "seed")
+    recipe = Recipe(lr=values.pop("lr") or 0.0, **{name: values.pop(name) for name in names})
     settings = Settings(bundle, out or bundle, recipe=recipe, command=command_line(), **values)
     upcycle_bundle(settings, Console())
 

@@ -1,8 +1,7 @@
 """Distillation: the converted model learns to give what its original gives, from fewer tokens.
 
-The teacher is the original in the form of the rewritten graph, keeping everything; the student the same graph, keeping
-what the schedule says. Both see the same noised data at the same times. Two losses: the model's output (noise or
-velocity), and the hidden state where the trunk ends, each relative to the teacher's mean square.
+What the two kinds of training share: what is trained, at which rate, how it is averaged, and what a resume needs.
+`StepDistillation` (mode chunk) is below; `dcconvert.distill_runs` has the one for mode carry.
 """
 
 from __future__ import annotations
@@ -17,32 +16,43 @@ import torch
 from torch import Tensor, nn
 
 from dcconvert.export.parity import check_identity, require
+from dcconvert.passes.adapters import (
+    DECHUNK,
+    GATE,
+    ROUTER,
+    show_features,
+    with_dechunk_adapter,
+    with_gate,
+    with_router_adapter,
+)
 from dcconvert.passes.errors import CheckFailedError, UsageError
 from dcconvert.passes.model import DynamicModel
-from dcconvert.passes.step_planner import StepPlanner
-from dcconvert.passes.trained import (
-    all_tensors,
-    linear_weights,
-    original_name,
-    plainly_named,
-    show_features,
-    teacher_of,
-)
+from dcconvert.passes.step_planner import CARRY, StepPlanner
+from dcconvert.passes.trained import all_tensors, linear_weights, original_name, plainly_named, teacher_of
+from dcconvert.team import Team
 
-TRAINABLE = ("all", "lora")
+TRAINABLE = ("all", "lora", "router", "adapters")
+RATES = {"chunk": 3e-4, "carry": 3e-5}  # learning rates, where none is given
+RATIO_GROUP = 16  # samples whose tokens are counted together, as in DC-DiT
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. `ratios`: one is drawn for every step, so that one set of weights serves all of them."""
+    """How to train. `ratios`: one is drawn for every step, so that one set of weights serves all of them.
 
-    train: str = "all"
+    `train`: `all` or `lora` (the weights there are), and with either or alone `router` and `adapters`, new paths.
+    `unroll`: steps of a run whose errors are added up, mode carry only.
+    """
+
+    train: tuple[str, ...] = ("all",)
     samples: int = 10_000
     batch: int = 32
-    lr: float = 3e-4
+    lr: float = RATES["chunk"]  # 0 in the settings of a command: that of the bundle's mode
     warm_up: float = 0.05  # fraction of the steps
     rank: int = 32
     feature_weight: float = 0.5
+    ratio_weight: float = 0.03
+    unroll: int = 8
     class_dropout: float = 0.1
     ema: float = 0.995
     clip: float = 1.0
@@ -50,125 +60,118 @@ class Recipe:
     ratios: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.train not in TRAINABLE:
-            raise UsageError(f"cannot train '{self.train}': choose one of {', '.join(TRAINABLE)}")
+        for name in self.train:
+            if name not in TRAINABLE:
+                raise UsageError(f"cannot train '{name}': choose one of {', '.join(TRAINABLE)}")
+        if not self.train or {"all", "lora"} <= {*self.train}:
+            raise UsageError("train either all weights or low-rank changes of them (lora), not both")
 
-    @property
-    def steps(self) -> int:
-        return math.ceil(self.samples / self.batch)
-
-    def rate(self, step: int) -> float:
+    def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step: linear warm-up, then a cosine to zero (Loshchilov and Hutter, arXiv 1608.03983)."""
-        first = max(1, round(self.warm_up * self.steps))
-        left = max(0, step - first) / max(1, self.steps - first)
+        first = max(1, round(self.warm_up * steps))
+        left = max(0, step - first) / max(1, steps - first)
         return self.lr * min(1.0, (step + 1) / first) * 0.5 * (1 + math.cos(math.pi * left))
 
 
-class Weights(nn.Module):
-    """What is trained: whole tensors (`all`), or low-rank changes of the linear layers (`lora`, arXiv 2106.09685).
+def with_new_paths(model: DynamicModel, recipe: Recipe) -> DynamicModel:
+    """The model with what the recipe trains beside its own weights; UsageError where a mode has no place for it."""
+    added = [name for name in ("router", "adapters") if name in recipe.train]
+    if added and model.options.mode == CARRY:
+        raise UsageError(
+            f"cannot train '{added[0]}' in mode carry: its router looks at a run's history; train all or lora"
+        )
+    if "router" in added:
+        model = with_router_adapter(model, recipe.seed)
+    return with_dechunk_adapter(model, recipe.seed) if "adapters" in added else model
 
-    `tensors` gives the weights to run with, by their names in the model. Both start at the weights the model has.
+
+class Weights(nn.Module):
+    """What is trained: whole tensors, and low-rank changes of the linear layers (`lora`, arXiv 2106.09685).
+
+    `tensors` gives the weights to run with, by their names in the model. All start at the weights the model has.
     """
 
-    def __init__(self, model: DynamicModel, train: str, rank: int, generator: torch.Generator) -> None:
+    def __init__(self, model: DynamicModel, train: Sequence[str], rank: int, generator: torch.Generator) -> None:
         super().__init__()
         present = {n: v for n, v in all_tensors(model).items() if isinstance(v, nn.Parameter)}
-        names = set(present) if train == "all" else linear_weights(model)
-        self.names = sorted(name for name in names if present[name].is_floating_point())
-        self.base = {name: present[name].detach() for name in self.names}
-        self.low_rank = train == "lora"
-        self.parts = nn.ParameterList()
-        for name in self.names:
-            start = self.base[name]
-            if self.low_rank:
-                size = min(rank, *start.shape)
-                self.parts.append(torch.randn(size, start.shape[1], generator=generator) / math.sqrt(start.shape[1]))
-                self.parts.append(torch.zeros(start.shape[0], size))
-            else:
-                self.parts.append(start.clone())
+        new = tuple(f"{path}." for path, name in ((ROUTER, "router"), (DECHUNK, "adapters")) if name in train)
+        whole = set(present) if "all" in train else {name for name in present if name.startswith(new)}
+        self.whole = sorted(name for name in whole if present[name].is_floating_point())
+        self.low = sorted(linear_weights(model)) if "lora" in train else []
+        self.base = {name: present[name].detach() for name in self.low}
+        self.parts = nn.ParameterList(present[name].detach().clone() for name in self.whole)
+        for name in self.low:
+            rows, columns = present[name].shape
+            size = min(rank, rows, columns)
+            down = torch.randn(size, columns, generator=generator) / math.sqrt(columns)
+            self.parts += [down.to(present[name]), present[name].new_zeros(rows, size)]
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.whole, *self.low]
 
     def tensors(self, parts: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
         """Made of `parts` that were trained: these, or averages of them."""
         parts = list(self.parts) if parts is None else parts
-        if not self.low_rank:
-            return dict(zip(self.names, parts, strict=True))
-        pairs = zip(self.names, parts[::2], parts[1::2], strict=True)
-        return {name: self.base[name] + up @ down for name, down, up in pairs}
-
-
-class Passes(nn.Module):
-    """Route, plan and denoise in one call: the model's outputs and its features, for so many kept tokens a sample."""
-
-    def __init__(self, model: DynamicModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: dict[str, Tensor], counts: np.ndarray | None) -> tuple[Tensor, Tensor]:
-        scores, live = self.model.route(inputs)
-        planner = self.model.step_planner
-        if counts is None:
-            plan: Any = planner.full_plan(len(scores))
-        else:
-            plan = planner.plan(scores.detach().float().cpu().numpy(), counts)
-        outputs = self.model.denoise(inputs, live, plan)
-        return outputs[0], outputs[-1]
+        whole, pairs = parts[: len(self.whole)], parts[len(self.whole) :]
+        changes = zip(self.low, pairs[::2], pairs[1::2], strict=True)
+        low = {name: self.base[name] + up @ down for name, down, up in changes}
+        return {**dict(zip(self.whole, whole, strict=True)), **low}
 
 
 class Distillation:
-    """A run of training: everything that a resume needs, and one step of it.
+    """A run of training, in rounds: everything that a resume needs.
 
-    All that is random in a step comes from a generator seeded with the recipe's seed and the step's number, so that a
-    run that was stopped goes on as if it had not been.
+    All that is random in a round comes from a generator seeded with the recipe's seed and the round's number, so that
+    a run that was stopped goes on as if it had not been. `student` is a module that runs the model; its parameters
+    that are trained are given to it in every call. With several processes each trains on its part of every batch and
+    the gradients are averaged.
     """
 
-    def __init__(self, model: DynamicModel, recipe: Recipe, taus: np.ndarray) -> None:
-        self.model, self.recipe = model, recipe
-        teacher = teacher_of(model)
-        require([check_identity(teacher, teacher.spec.example(2))])
-        show_features(teacher)
-        self.teacher = Passes(teacher).requires_grad_(False)
-        student = plainly_named(model)  # the weights that are trained are given to it in every call
-        show_features(student)
-        self.student = Passes(student).requires_grad_(False)
+    updates_a_round = 1
+
+    def __init__(self, model: DynamicModel, student: nn.Module, recipe: Recipe, taus: np.ndarray, team: Team) -> None:
+        self.model, self.recipe, self.team = model, recipe, team
+        self.student = student.requires_grad_(False)
         generator = torch.Generator().manual_seed(recipe.seed)
         self.weights = Weights(model, recipe.train, recipe.rank, generator)
         self.average = [part.detach().clone() for part in self.weights.parts]
         self.optimiser = torch.optim.AdamW(self.weights.parameters(), lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.99))
-        ratios = recipe.ratios or (model.schedule.ratio,)
-        self.planners = [planner_for(model, ratio, taus) for ratio in ratios]
+        self.planners = [planner_for(model, ratio, taus) for ratio in recipe.ratios or (model.schedule.ratio,)]
         known = {name for name, _ in self.student.named_parameters(remove_duplicate=False)}
-        self.paths = {  # where the student reads what is trained
-            path: name
-            for name in self.weights.names
-            for graph in ("route_graph", "denoise_graph")
-            if (path := f"model.{graph}.{original_name(name)}") in known
+        self.paths = {
+            path: name for name in self.weights.names for path in known if read_as(path) == original_name(name)
         }
-        self.step = 0
+        self.round = self.step = 0
 
-    def run_student(self, inputs: dict[str, Tensor], counts: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Output and features of the weights that are being trained."""
+    @property
+    def samples_a_round(self) -> int:
+        return self.recipe.batch
+
+    @property
+    def rounds(self) -> int:
+        return math.ceil(self.recipe.samples / self.samples_a_round)
+
+    def trained(self) -> dict[str, Tensor]:
+        """The weights that are being trained, by their places in the student."""
         tensors = self.weights.tensors()
-        weights = {path: tensors[name] for path, name in self.paths.items()}
-        return torch.func.functional_call(self.student, weights, (inputs, counts))
+        return {path: tensors[name] for path, name in self.paths.items()}
 
     def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
+        """Of all that is random in the next round."""
+        return torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.round)
 
-    def train_step(self, batch: dict[str, Tensor], planner: StepPlanner) -> dict[str, float]:
-        """One step on the model's inputs by name; losses, gradient norm. CheckFailedError if it is not finite."""
-        counts = planner.counts(planner.taus(batch, len(next(iter(batch.values())))))
-        with torch.no_grad():
-            wanted, features = self.teacher(batch, None)
-        found, own = self.run_student(batch, counts)
-        output = relative_error(found, wanted)
-        feature = relative_error(own, features)
-        loss = output + self.recipe.feature_weight * feature
-        if not torch.isfinite(loss):
+    def update(self, loss: Tensor) -> float:
+        """One step of the optimiser; the norm of the gradient. CheckFailedError if loss or gradient are not finite."""
+        if not self.team.all_agree(bool(torch.isfinite(loss))):
             raise CheckFailedError(f"the loss of step {self.step} is not finite: lower the learning rate")
         loss.backward()
+        self.team.average_gradients(self.weights.parts)
         norm = nn.utils.clip_grad_norm_(self.weights.parameters(), self.recipe.clip)
+        if not torch.isfinite(norm):
+            raise CheckFailedError(f"the gradient of step {self.step} is not finite: lower the learning rate")
         for group in self.optimiser.param_groups:
-            group["lr"] = self.recipe.rate(self.step)
+            group["lr"] = self.recipe.rate(self.step, self.rounds * self.updates_a_round)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
@@ -176,17 +179,16 @@ class Distillation:
         with torch.no_grad():
             for averaged, current in zip(self.average, self.weights.parts, strict=True):
                 averaged.lerp_(current, 1 - decay)
-        return {
-            name: float(value.detach()) for name, value in (("output", output), ("feature", feature), ("norm", norm))
-        }
+        return float(norm)
 
     def averaged(self) -> dict[str, Tensor]:
-        """The averaged weights, by the original's names; those of `all` are averaged further by the next step."""
+        """The averaged weights, by the original's names; whole tensors are averaged further by the next step."""
         return {original_name(name): value for name, value in self.weights.tensors(self.average).items()}
 
     def state(self) -> dict[str, Any]:
         """Everything a resume needs, in types that load without pickle."""
         return {
+            "round": self.round,
             "step": self.step,
             "weights": list(self.weights.parts),
             "average": self.average,
@@ -200,7 +202,79 @@ class Distillation:
             for part, value in zip(self.average, state["average"], strict=True):
                 part.copy_(value)
         self.optimiser.load_state_dict(state["optimiser"])
-        self.step = int(state["step"])
+        self.round, self.step = int(state["round"]), int(state["step"])
+
+
+def read_as(path: str) -> str:
+    """The name in its graph of a parameter at `path` in a student."""
+    for graph in ("route_graph.", "denoise_graph.", "prepare_graph."):
+        if graph in path:
+            return path.split(graph, 1)[1]
+    return ""
+
+
+class Passes(nn.Module):
+    """Route, plan and denoise in one call: output, features and scores, for so many kept tokens a sample."""
+
+    def __init__(self, model: DynamicModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: dict[str, Tensor], counts: np.ndarray | None) -> tuple[Tensor, Tensor, Tensor]:
+        scores, live = self.model.route(inputs)
+        planner = self.model.step_planner
+        if counts is None:
+            plan: Any = planner.full_plan(len(scores))
+        else:
+            plan = planner.plan(scores.detach().float().cpu().numpy(), counts)
+        if GATE in self.model.spec.denoise_inputs:
+            chosen = scores.flatten()[torch.from_numpy(plan.chunk_index[..., 0]).to(scores.device)].unsqueeze(-1)
+            inputs = {**inputs, GATE: 1 + chosen - chosen.detach()}
+        outputs = self.model.denoise(inputs, live, plan)
+        return outputs[0], outputs[-1], scores
+
+
+class StepDistillation(Distillation):
+    """Mode chunk: a round is a batch of noised data at times of its own.
+
+    The teacher is the original in the form of the rewritten graph, keeping everything; the student the same graph,
+    keeping what the schedule says. Losses: the model's output (noise or velocity), and the hidden state where the
+    trunk ends, each relative to the teacher's mean square. A router that is trained learns through a gate on the
+    trunk's update (1, with a gradient) and from DC-DiT's ratio loss.
+    """
+
+    def __init__(self, model: DynamicModel, recipe: Recipe, taus: np.ndarray, team: Team | None = None) -> None:
+        teacher = teacher_of(model)
+        require([check_identity(teacher, teacher.spec.example(2))])
+        show_features(teacher)
+        student = plainly_named(with_gate(model) if "router" in recipe.train else model)
+        show_features(student)
+        super().__init__(model, Passes(student), recipe, taus, team or Team())
+        self.teacher = Passes(teacher).requires_grad_(False)
+
+    def run_student(self, inputs: dict[str, Tensor], counts: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, features and scores of the weights that are being trained."""
+        found: tuple[Tensor, Tensor, Tensor] = torch.func.functional_call(
+            self.student, self.trained(), (inputs, counts)
+        )
+        return found
+
+    def train(self, batch: dict[str, Tensor], planner: StepPlanner) -> dict[str, float]:
+        """One round on the model's inputs by name; losses, gradient norm. CheckFailedError if it is not finite."""
+        counts = planner.counts(planner.taus(batch, len(next(iter(batch.values())))))
+        with torch.no_grad():
+            wanted, features, _ = self.teacher(batch, None)
+        found, own, scores = self.run_student(batch, counts)
+        channels = batch[self.model.spec.image].shape[1]  # learned variances, which samplers ignore, come after them
+        output = relative_error(found[:, :channels], wanted[:, :channels])
+        parts = {"output": output, "feature": relative_error(own, features)}
+        loss = parts["output"] + self.recipe.feature_weight * parts["feature"]
+        if "router" in self.recipe.train:
+            parts["ratio"] = ratio_loss(scores, counts / self.model.spec.tokens)
+            loss = loss + self.recipe.ratio_weight * parts["ratio"]
+        norm = self.update(loss)
+        self.round += 1
+        return {**{name: float(value.detach()) for name, value in parts.items()}, "norm": norm}
 
 
 def planner_for(model: DynamicModel, ratio: float, taus: np.ndarray) -> StepPlanner:
@@ -214,6 +288,23 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
     return (found - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12)
 
 
+def ratio_loss(scores: Tensor, fractions: np.ndarray) -> Tensor:
+    """DC-DiT's ratio loss (arXiv 2603.06351), mean over groups of samples: 1 where p > 0.5 as often as it should be.
+
+    scores p [B, N]; `fractions` [B]: what each sample keeps. With 1/n the mean of them in a group, r the share of
+    tokens with p > 0.5 and p' the mean of p: n/(n-1) ((1-r)(1-p') + (n-1) r p'). Groups that keep everything give 0.
+    """
+    found = []
+    for part, kept in zip(
+        scores.split(RATIO_GROUP), np.split(fractions, range(RATIO_GROUP, len(scores), RATIO_GROUP)), strict=True
+    ):
+        n = 1 / float(kept.mean())
+        chosen, mean = (part > 0.5).to(part.dtype).mean(), part.mean()
+        loss = (1 - chosen) * (1 - mean) + (n - 1) * chosen * mean
+        found.append(loss * (n / (n - 1)) if n > 1 + 1e-6 else 0 * mean)
+    return torch.stack(found).mean()
+
+
 def spread_times(count: int, generator: torch.Generator) -> Tensor:
     """Random numbers [count] in (0, 1], evenly spread over it in random order."""
     start = torch.rand(1, generator=generator)
@@ -221,5 +312,6 @@ def spread_times(count: int, generator: torch.Generator) -> Tensor:
     return (1 - levels)[torch.randperm(count, generator=generator)]
 
 
-def pick_ratio(planners: Sequence[StepPlanner], generator: torch.Generator) -> StepPlanner:
-    return planners[int(torch.randint(len(planners), (1,), generator=generator))]
+def pick_ratio(planners: Sequence[StepPlanner], generator: torch.Generator) -> int:
+    """The place of the planner that a round trains for."""
+    return int(torch.randint(len(planners), (1,), generator=generator))

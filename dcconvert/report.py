@@ -246,9 +246,12 @@ def upcycling_section(report: dict[str, Any]) -> str:
         return ""
     log = found["log"]
     first, last = log[0], log[-1]
+    source = "its own sampling runs"
+    if found["data_samples"]:
+        source = f"{found['data_samples']} images ({html.escape(found['data'])})"
     note = (
-        f"<p>Trained ({html.escape(found['train'])}) on {last['samples']} samples of {found['data_samples']} images "
-        f"({html.escape(found['data'])}) in {last['seconds'] / 60:.1f} minutes, the original as the teacher. PSNR of "
+        f"<p>Trained ({html.escape(', '.join(found['train']))}) on {last['samples']} samples of {source} "
+        f"in {last['seconds'] / 60:.1f} minutes, the original as the teacher. PSNR of "
         f"{found['images']} final images to those of the original at the same number of steps: "
         f"{first['psnr']:.2f} dB before, {last['psnr']:.2f} dB after.</p>"
     )

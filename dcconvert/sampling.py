@@ -96,8 +96,9 @@ class Sampler:
     def _predict(step: Step, x: Tensor, t: float, y: Tensor, guidance: float, null_class: int | None) -> Tensor:
         channels, batch = x.shape[1], len(x)
         if guidance == 1 or null_class is None:
-            return step(x, torch.full((batch,), t), y)[:, :channels]
-        both = step(torch.cat([x, x]), torch.full((2 * batch,), t), torch.cat([y, torch.full_like(y, null_class)]))
+            return step(x, torch.full((batch,), t, device=x.device), y)[:, :channels]
+        levels = torch.full((2 * batch,), t, device=x.device)
+        both = step(torch.cat([x, x]), levels, torch.cat([y, torch.full_like(y, null_class)]))
         conditional, unconditional = both[:, :channels].chunk(2)
         return unconditional + guidance * (conditional - unconditional)
 

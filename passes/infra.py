@@ -290,6 +290,15 @@ def owner_of(root: nn.Module, name: str) -> tuple[nn.Module, str]:
     return root, leaf
 
 
+def give_tensor(root: nn.Module, name: str, value: Tensor) -> None:
+    """Give a module a tensor under a dotted name, as the parameter or the buffer that it is."""
+    owner, leaf = owner_of(root, name)
+    if isinstance(value, nn.Parameter):
+        owner.register_parameter(leaf, value)
+    else:
+        owner.register_buffer(leaf, value)
+
+
 def module_path(node: Node) -> str:
     """Dotted path of the module a node was captured from (for messages only)."""
     stack = node.meta.get("nn_module_stack") or {}

@@ -30,6 +30,10 @@ class TorchState:
         self.tensors = tensors
         self.distance: np.ndarray | None = None
 
+    def detach(self) -> None:
+        """Cut what is remembered off from the gradients of the steps that computed it."""
+        self.tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
+
     def clear(self, samples: Sequence[int]) -> None:
         index = torch.as_tensor(list(samples))
         self.tensors = {name: t.index_fill(1, index.to(t.device), 0) for name, t in self.tensors.items()}

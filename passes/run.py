@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,12 +76,13 @@ class Run:
     Inputs other than image and timestep are those of a sample's first step; what they alone decide is computed then.
     """
 
-    def __init__(self, backend: Backend, batch: int, groups: int = 1) -> None:
+    def __init__(self, backend: Backend, batch: int, groups: int = 1, *, gradients: bool = False) -> None:
         if batch % groups:
             raise UsageError(f"a batch of {batch} cannot be {groups} groups that share their choice of tokens")
         self.backend = backend
         self.batch = batch
         self.groups = groups
+        self.gradients = gradients
         self.size = backend.padded(batch)
         self.last_plan: Plan | CarryPlan | None = None
         self.last_times: StageTimes | None = None
@@ -106,14 +108,15 @@ class Run:
     def step(self, inputs: dict[str, Any], counts: np.ndarray | None = None) -> list[Any]:
         """Flat outputs of one step; sample b keeps counts[b] tokens, or what the schedule says.
 
-        Mode carry gives no gradients. A step that fails leaves nothing half remembered: the run starts anew.
+        Mode carry gives gradients only to a run that was made with `gradients`: they reach back through what its steps
+        remember, until the state is detached. A step that fails leaves nothing half remembered: the run starts anew.
         """
         inputs = self._filled(inputs)
         if self.history is None:
             return self._step(inputs, counts)
         self.history.check(self.backend.planner.taus(inputs, self.size))
         try:
-            with torch.no_grad():
+            with nullcontext() if self.gradients else torch.no_grad():
                 return self._step(inputs, counts)
         except BaseException:
             self.restart()

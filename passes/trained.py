@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from dcconvert.passes.adapters import DECHUNK, is_adapter
 from dcconvert.passes.errors import CheckFailedError
-from dcconvert.passes.infra import owner_of
+from dcconvert.passes.infra import give_tensor
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.serialise import attributes
 
@@ -37,11 +38,7 @@ def with_tensors(source: GraphModule, tensors: Mapping[str, tuple[str, Tensor]])
     for node in graph.nodes:
         if node.op == "get_attr":
             node.target, value = tensors[str(node.target)]
-            owner, leaf = owner_of(root, node.target)
-            if isinstance(value, nn.Parameter):
-                owner.register_parameter(leaf, value)
-            else:
-                owner.register_buffer(leaf, value)
+            give_tensor(root, str(node.target), value)
     return GraphModule(root, graph)
 
 
@@ -63,7 +60,7 @@ def teacher_of(model: DynamicModel) -> DynamicModel:
     """The original in the form of the rewritten model: the same passes, the original's weights.
 
     Keeping every token it gives what the original gives, and shows the values inside at the same places.
-    CheckFailedError if the bundle holds no original weight of a name.
+    An adapter adds nothing to it. CheckFailedError if the bundle holds no original weight of a name.
     """
     own = attributes(model.original_graph)
     found = {}
@@ -71,6 +68,8 @@ def teacher_of(model: DynamicModel) -> DynamicModel:
         plain = original_name(name)
         if name != plain and plain not in own:
             raise CheckFailedError(f"the original has no tensor {plain}, which was trained: convert the model again")
+        if name.startswith(f"{DECHUNK}."):
+            value = nn.Parameter(torch.zeros_like(value), requires_grad=False)
         found[name] = (plain, own.get(plain, value))
     return rebuilt(model, found)
 
@@ -81,37 +80,25 @@ def plainly_named(model: DynamicModel) -> DynamicModel:
 
 
 def trained_model(model: DynamicModel, trained: Mapping[str, Tensor]) -> DynamicModel:
-    """The model with these tensors, by their original names, in place of its own."""
+    """The model with these tensors, by their original names, in place of its own; adapters keep theirs."""
     found: dict[str, tuple[str, Tensor]] = {}
     for name, value in all_tensors(model).items():
         plain = original_name(name)
         if plain in trained:
             weight = nn.Parameter(trained[plain].detach().clone(), requires_grad=False)
-            found[name] = (PREFIX + plain, weight)
+            found[name] = (plain if is_adapter(plain) else PREFIX + plain, weight)
         else:
             found[name] = (name, value)
     return rebuilt(model, found)
 
 
 def linear_weights(model: DynamicModel) -> set[str]:
-    """Names of the matrices that linear layers of route and denoise multiply by."""
+    """Names of the matrices that linear layers of route and denoise multiply by, adapters left out."""
     graphs = (model.route_graph, model.denoise_graph)
     return {
         str(node.args[1].target)
         for graph in graphs
         for node in graph.graph.nodes
         if node.target is aten.linear.default and isinstance(node.args[1], Node) and node.args[1].op == "get_attr"
+        if not is_adapter(str(node.args[1].target))
     }
-
-
-def show_features(model: DynamicModel) -> None:
-    """Make what leaves the trunk, h' [B, N, D], the last output of `denoise`; CheckFailedError without a dechunk."""
-    graph = model.denoise_graph.graph
-    found = [node for node in graph.nodes if node.target is torch.ops.dcconvert.dechunk.default]
-    if len(found) != 1:
-        raise CheckFailedError(
-            f"the graph has {len(found)} dechunks where one was expected; this is a bug of dcconvert"
-        )
-    output = next(iter(reversed(graph.nodes)))
-    output.args = ((*output.args[0], found[0]),)
-    model.denoise_graph.recompile()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from dcconvert.export.bundle import read_bundle
 from dcconvert.export.parity import IDENTITY
 from dcconvert.export.session import OrtModel
 from dcconvert.passes.trained import PREFIX
-from dcconvert.upcycle import validation_steps
+from dcconvert.training import Training, validation_rounds
 from tests.dcconvert.harness import contents, run_cli, write_checkpoint
 
 WORDS = ("--samples", 48, "--batch", 8, "--teacher-samples", 12, "--images", 2, "--lr", "1e-3", "--save-every", 2)
@@ -52,15 +53,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """As Ctrl-C before this step."""
-    real = upcycle.Training.one_step
+    """As Ctrl-C in the middle of the round that ends with this step."""
+    real = Training.one_round
 
-    def one_step(self: upcycle.Training) -> None:
-        if self.distillation.step == step:
-            raise KeyboardInterrupt
+    def one_round(self: Training) -> None:
+        if self.distillation.step == step - 1:
+            signal.raise_signal(signal.SIGINT)
         real(self)
 
-    monkeypatch.setattr(upcycle.Training, "one_step", one_step)
+    monkeypatch.setattr(Training, "one_round", one_round)
 
 
 def test_a_trained_bundle_says_how_it_was_made(trained, converted):
@@ -70,7 +71,7 @@ def test_a_trained_bundle_says_how_it_was_made(trained, converted):
     assert found["samples"] == 48
     assert found["data"] == "teacher"
     assert found["data_samples"] == 12
-    assert [row["step"] for row in found["log"]] == [0, *sorted(validation_steps(STEPS))]
+    assert [row["step"] for row in found["log"]] == [0, *sorted(validation_rounds(STEPS))]
     assert all(row["output"] > 0 and row["psnr"] > 0 for row in found["log"][1:])
     assert report["upcycling"] == found
     assert "Upcycling" in (out / "report.html").read_text()
@@ -109,7 +110,7 @@ def test_a_run_that_was_stopped_goes_on(trained, bundle, monkeypatch):
         interrupt_at(patch, 3)
         run = run_cli("upcycle", bundle, *WORDS)
     assert run.code == 130
-    assert run.err.splitlines()[-1].startswith("error: stopped at step 3 of 6: the same command goes on from there")
+    assert run.err.splitlines()[-1].startswith("error: stopped: the same command goes on from step 3 of 6")
     assert {path.name for path in bundle.parent.iterdir()} == {"bundle", "bundle.upcycle"}
     assert all(torch.equal(value, before[name]) for name, value in weights(bundle).items())
     run = run_cli("upcycle", bundle, *WORDS)
@@ -133,8 +134,7 @@ def test_an_unfinished_run_goes_on_with_the_same_options_only(bundle, monkeypatc
     (bundle.with_name("bundle.upcycle") / "state.pt").write_bytes(b"damaged")
     run = run_cli("upcycle", bundle, *WORDS)
     assert run.code == 2
-    assert "cannot read" in run.err
-    assert "to start anew" in run.err
+    assert "state.pt, it is damaged: delete" in run.err.splitlines()[-1]
 
 
 def test_low_rank_changes_merge_into_the_linear_layers(bundle, tmp_path):
@@ -189,10 +189,38 @@ def test_options_that_cannot_be(words, says, bundle):
     assert {path.name for path in bundle.parent.iterdir()} == {"bundle"}
 
 
-def test_mode_carry_needs_no_training(main_job):
-    run = run_cli("upcycle", main_job.folder)
+def test_mode_carry_learns_on_its_own_runs(main_job, tmp_path):
+    words = ("--samples", 96, "--batch", 4, "--images", 2, "--unroll", 4, "--reference-steps", 8, "--threads", 1)
+    run = run_cli("upcycle", main_job.folder, "-o", tmp_path / "tuned", *words)
+    assert run.code == 0, run.err
+    found = json.loads((tmp_path / "tuned" / "manifest.json").read_text())["upcycling"]
+    assert found["data"] == "runs"
+    assert [row["samples"] for row in found["log"]] == [0, 48, 96]
+    assert all(row["drift"] > 0 for row in found["log"][1:])
+    assert "its own sampling runs" in (tmp_path / "tuned" / "report.html").read_text()
+    changed = weights(tmp_path / "tuned")
+    assert any(
+        (changed[n] != changed[n.removeprefix(PREFIX)]).any()
+        for n in changed
+        if n.startswith(PREFIX) and n.removeprefix(PREFIX) in changed
+    )
+
+
+def test_mode_carry_takes_no_data(main_job):
+    run = run_cli("upcycle", main_job.folder, "--data", "images")
     assert run.code == 2
-    assert "is in mode carry, which needs no training" in run.err
+    assert "is in mode carry, which learns on its own runs: leave out --data" in run.err
+
+
+def test_new_paths_are_exported(bundle):
+    run = run_cli("upcycle", bundle, *WORDS, "--train", "router", "--train", "adapters")
+    assert run.code == 0, run.err
+    found = weights(bundle)
+    assert {name.split(".")[0] for name in found} >= {"router_adapter", "dechunk_adapter"}
+    assert not any(name.startswith(PREFIX) for name in found)
+    assert found["dechunk_adapter.back.weight"].any()
+    run = run_cli("upcycle", bundle, "-o", bundle.with_name("again"), *WORDS, "--train", "adapters")
+    assert run.code == 0, run.err
 
 
 def test_another_bundle_is_not_overwritten(trained, converted):
@@ -201,7 +229,7 @@ def test_another_bundle_is_not_overwritten(trained, converted):
     assert "exists already" in run.err
 
 
-def test_validation_steps_end_with_the_last():
-    assert validation_steps(3) == {1, 2, 3}
-    assert max(validation_steps(313)) == 313
-    assert len(validation_steps(313)) == 8
+def test_validation_rounds_end_with_the_last():
+    assert validation_rounds(3) == {1, 2, 3}
+    assert max(validation_rounds(313)) == 313
+    assert len(validation_rounds(313)) == 8

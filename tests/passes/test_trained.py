@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dcconvert.passes.adapters import show_features
 from dcconvert.passes.errors import CheckFailedError
 from dcconvert.passes.infra import Options
 from dcconvert.passes.model import DynamicModel
@@ -18,7 +19,6 @@ from dcconvert.passes.trained import (
     linear_weights,
     original_name,
     plainly_named,
-    show_features,
     teacher_of,
     trained_model,
 )
