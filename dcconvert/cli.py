@@ -254,7 +254,7 @@ def calibrate(bundle: Path, **values: Any) -> None:
 @click.option("--images", default=16, show_default=True, type=click.IntRange(1), help="Of the validation curve.")
 @click.option("--reference-steps", default=200, show_default=True, type=click.IntRange(1))
 @click.option("--save-every", default=100, show_default=True, type=click.IntRange(1), help="Steps between saves.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**40))
 @click.option("--threads", default=0, type=click.IntRange(0), help="Threads [one a core].")
 def upcycle(bundle: Path, out: Path | None, **values: Any) -> None:
     """Train a bundle with its original as the teacher. Stopped, the same command goes on."""

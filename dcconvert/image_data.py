@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from dcconvert.dit import DiTConfig
 from dcconvert.passes.errors import UsageError
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+# What numpy and zipfile raise for files that are damaged or no arrays.
+UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 LABEL_NAMES = ("labels", "label", "y", "arr_1")
 
 
@@ -47,10 +50,16 @@ def read_images(path: Path, config: DiTConfig) -> LabelledImages:
         raise UsageError(
             f"{path} holds an array {list(images.shape)}: the model needs [n, {', '.join(map(str, wanted))}]"
         )
+    if images.dtype == np.uint8 and config.in_channels not in (1, 3):
+        raise UsageError(f"{path} holds uint8 pixels, the model works on latents: encode them and give floats")
     if images.dtype == np.uint8:
         images = images.astype(np.float32) / 127.5 - 1
     if images.dtype.kind != "f" or not np.isfinite(images).all():
         raise UsageError(f"{path} holds {images.dtype} values: uint8 pixels or finite floats are needed")
+    if config.in_channels in (1, 3) and (images.min() < -1.5 or images.max() > 1.5 or images.min() >= 0):
+        raise UsageError(
+            f"{path} holds pixels from {images.min():g} to {images.max():g}: floats must be from -1 to 1, or give uint8"
+        )
     return LabelledImages(
         torch.from_numpy(np.ascontiguousarray(images, np.float32)), checked(labels, images, path, config)
     )
@@ -82,8 +91,10 @@ def from_array(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             if len(names) != 1:
                 raise UsageError(f"{path} holds the arrays {found.files}: one of images and one of labels are needed")
             labels = next((found[name] for name in LABEL_NAMES if name in found.files), None)
+            if not isinstance(found[names[0]], np.ndarray):
+                raise UsageError(f"{path} holds {names[0]}, which is no array")
             return found[names[0]], labels
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise UsageError(f"cannot read {path} as .npy or .npz: {str(error).splitlines()[0]}") from error
 
 
@@ -94,6 +105,10 @@ def from_folder(folder: Path, config: DiTConfig) -> tuple[np.ndarray, np.ndarray
     places = [(path, number) for number, entry in enumerate(classes) for path in pictures(entry)]
     labels = np.array([number for _, number in places], np.int64) if classes else None
     files = [path for path, _ in places] if classes else pictures(folder)
+    if classes and pictures(folder):
+        raise UsageError(f"{folder} holds pictures beside the folders of its classes: put them into one")
+    if classes and len(classes) != config.num_classes:
+        raise UsageError(f"{folder} holds {len(classes)} class folders, the model has {config.num_classes} classes")
     if not files:
         raise UsageError(f"{folder} holds no pictures ({', '.join(sorted(PICTURES))})")
     return np.stack([read_picture(path, config) for path in files]), labels
@@ -108,7 +123,7 @@ def read_picture(path: Path, config: DiTConfig) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             image = picture.convert("L" if config.in_channels == 1 else "RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UsageError(f"cannot read the picture {path}: {error}") from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2

@@ -161,7 +161,8 @@ def fidelity_section(report: dict[str, Any]) -> str:
     if curve := [point for point in result.get("velocity_error", []) if point["error"] is not None]:
         caption = "Error of one step on the original's own trajectory: ||converted - original|| / ||original||."
         parts.append(picture(plots.velocity_error(curve), caption))
-    return section("Fidelity to the original, without training", *parts)
+    trained = "" if report.get("upcycling") else ", without training"
+    return section(f"Fidelity to the original{trained}", *parts)
 
 
 def images_parts(images: dict[str, Any]) -> list[str]:
@@ -255,6 +256,8 @@ def upcycling_section(report: dict[str, Any]) -> str:
         f"{found['images']} final images to those of the original at the same number of steps: "
         f"{first['psnr']:.2f} dB before, {last['psnr']:.2f} dB after.</p>"
     )
+    if found.get("earlier"):
+        note += f"<p>It had been trained before, {len(found['earlier'])} times: see manifest.json.</p>"
     caption = (
         "Above: averaged weights, on noise that training did not see. Below: mean over the steps since the last point."
     )

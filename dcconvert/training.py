@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -70,7 +71,13 @@ class Settings:
     @property
     def state(self) -> Path:
         """Where an unfinished run waits: beside the bundle."""
-        return self.out.with_name(f"{self.out.name}.upcycle")
+        out = self.out.resolve()
+        return out.with_name(f"{out.name}.upcycle")
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the bundle itself is replaced."""
+        return self.out.resolve() == self.folder.resolve()
 
 
 @dataclass(frozen=True)
@@ -90,13 +97,18 @@ class Task:
         mode = bundle.model.options.mode
         if mode == CARRY and settings.data is not None:
             raise UsageError(f"{bundle.folder} is in mode {mode}, which learns on its own runs: leave out --data")
-        if settings.out != settings.folder and settings.out.exists():
+        if not settings.in_place and settings.out.exists():
             raise UsageError(f"{settings.out} exists already: choose another folder with -o")
         recipe = replace(settings.recipe, lr=settings.recipe.lr or RATES[mode])
         settings = replace(settings, recipe=recipe, data=settings.data or (RUNS if mode == CARRY else TEACHER))
         sampler, planner = run_planner(bundle, None)
         for ratio in recipe.ratios:
             planner_for(bundle.model, ratio, sampler.taus)  # raises before anything is drawn
+        if recipe.ratios and not any(math.isclose(ratio, planner.schedule.ratio) for ratio in recipe.ratios):
+            raise UsageError(
+                f"{bundle.folder} runs at {planner.schedule.ratio:g}x, which is not among the ratios to train for: "
+                f"add --ratios {planner.schedule.ratio:g}x"
+            )
         bundle = replace(bundle, model=with_new_paths(bundle.model, recipe))
         return cls(settings, bundle, dit_config(bundle), sampler, planner)
 
@@ -107,8 +119,8 @@ class Task:
     def fingerprint(self, data: LabelledImages | None) -> str:
         """What must be the same when a run goes on: options, training data, and the bundle it started from."""
         settings = self.settings
-        facts = {**asdict(settings.recipe), "data": settings.data, "bf16": settings.bf16, "images": settings.images}
-        return json.dumps({**facts, "data_content": content_of(data), "bundle": self.identity})
+        facts = {"bundle": self.identity, **asdict(settings.recipe), "data": settings.data, "bf16": settings.bf16}
+        return json.dumps({**facts, "images": settings.images, "data_content": content_of(data)})
 
     @cached_property
     def identity(self) -> str:
@@ -172,10 +184,20 @@ def draw_samples(task: Task, file: Path, about: dict[str, str], team: Team, stag
             parts.append(drawn.cpu())
             tick(f"batches of {batch}")
         images = torch.cat(parts).clone()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    save_file({"images": images, "labels": labels}, str(partial), metadata=about)
-    partial.replace(file)
+    write_state(file, lambda partial: save_file({"images": images, "labels": labels}, str(partial), metadata=about))
+
+
+def write_state(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file beside a bundle whole or not at all; UsageError if the disk does not take it."""
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        partial.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else "the disk is full or the file too large"
+        raise UsageError(f"cannot write {path}: {reason}; the same command goes on from what was saved") from error
 
 
 class Training:
@@ -317,11 +339,8 @@ class Training:
             return
         fingerprint = self.task.fingerprint(self.data)
         state = {**self.distillation.state(), "fingerprint": fingerprint, "seconds": self.seconds}
-        path = self.task.settings.state / "state.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        torch.save({**state, "log": self.log, "losses": self.losses}, partial)
-        partial.replace(path)
+        state |= {"log": self.log, "losses": self.losses}
+        write_state(self.task.settings.state / "state.pt", lambda partial: torch.save(state, partial))
 
     def restore(self) -> bool:
         """Take up what an unfinished run left, if there is one; UsageError if it was another run or is damaged."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,7 +15,9 @@ from rich.markup import escape
 
 from dcconvert.api import export_onnx
 from dcconvert.export.bundle import MANIFEST, ONNX, new_folder, write_json, write_model
-from dcconvert.export.parity import IDENTITY, check_batch_invariance, check_isolation, require
+from dcconvert.export.parity import IDENTITY, Check, check_batch_invariance, check_isolation, require
+from dcconvert.job import LIMITS
+from dcconvert.passes.model import DynamicModel
 from dcconvert.progress import Stages
 from dcconvert.report import without_nan, write_report
 from dcconvert.reschedule import Rescheduled, old_report
@@ -44,9 +48,11 @@ def upcycle_bundle(settings: Settings, console: Console) -> None:
     training.run(progress)
     if not team.first:
         return
-    store(task, training, stages)
+    model, found = training.model().to("cpu"), facts_of(task, training)
+    del training, data  # their memory is wanted for export and measurement
+    store(task, model, found, stages)
     shutil.rmtree(settings.state, ignore_errors=True)
-    first, last = training.log[0], training.log[-1]
+    first, last = found["log"][0], found["log"][-1]
     console.print(
         f"PSNR to the original at {task.sampler.steps} steps: {first['psnr']:.2f} dB before, {last['psnr']:.2f} dB "
         f"after {last['samples']} samples ({settings.images} images)",
@@ -56,28 +62,20 @@ def upcycle_bundle(settings: Settings, console: Console) -> None:
     console.print(escape(f"Bundle: {settings.out}\nReport: {report}"), highlight=False, soft_wrap=True)
 
 
-def store(task: Task, training: Training, stages: Stages) -> None:
+def store(task: Task, model: DynamicModel, found: dict[str, Any], stages: Stages) -> None:
     """Export, check and measure the trained model, and put its bundle in place."""
     settings, before = task.settings, task.bundle
-    facts = {**asdict(settings.recipe), "command": settings.command, "data": settings.data, "bf16": settings.bf16}
-    found = {
-        **facts,
-        "data_samples": 0 if training.data is None else len(training.data),
-        "images": settings.images,
-        "log": training.log,
-    }
-    report, schedule = old_report(before.folder), task.planner.schedule
-    report["checks"] = [check for check in report.get("checks", []) if check["name"] != IDENTITY]
-    with new_folder(settings.out, force=settings.out == settings.folder) as work:
-        bundle = replace(before, folder=work, model=training.model().to("cpu"))
+    with new_folder(settings.out, force=settings.in_place) as work:
+        bundle = replace(before, folder=work, model=model)
         with stages.stage("export ONNX"):
             write_model(bundle.model, work)
             export_onnx(bundle.model, work / ONNX)
         with stages.stage("verify in torch"):
             inputs = bundle.model.spec.example(2)
-            require([check(bundle.model, inputs) for check in (check_isolation, check_batch_invariance)])
-        made = Rescheduled.of(bundle, schedule, task.sampler, stages)
-        report = {**made.report(report), "upcycling": found}
+            checks = [check(bundle.model, inputs) for check in (check_isolation, check_batch_invariance)]
+            require(checks)
+        made = Rescheduled.of(bundle, task.planner.schedule, task.sampler, stages)
+        report = {**made.report(without_stale(old_report(before.folder), checks)), "upcycling": found}
         with tempfile.TemporaryDirectory(dir=work) as scratch:
             figures = made.measure(
                 bundle,
@@ -90,5 +88,35 @@ def store(task: Task, training: Training, stages: Stages) -> None:
             )
         write_report(work, report, figures or {})
         manifest = {**made.manifest(before.manifest), "upcycling": found}
+        manifest.pop("calibration", None)  # found with the weights from before
         manifest["parity"] = {name: value for name, value in manifest["parity"].items() if name != IDENTITY}
+        manifest["parity"] |= {check.name: check.value for check in checks}
         write_json(without_nan(manifest), work / MANIFEST)
+
+
+def facts_of(task: Task, training: Training) -> dict[str, Any]:
+    """What manifest and report say of a training, and in short of those before it."""
+    settings, before = task.settings, task.bundle.manifest.get("upcycling")
+    earlier = []
+    if before:
+        short = {name: before[name] for name in ("train", "data", "samples", "ratios")}
+        earlier = [*before.get("earlier", []), {**short, "psnr": before["log"][-1]["psnr"]}]
+    return {
+        **asdict(settings.recipe),
+        "command": settings.command,
+        "data": settings.data,
+        "data_samples": 0 if training.data is None else len(training.data),
+        "bf16": settings.bf16,
+        "images": settings.images,
+        "log": training.log,
+        "earlier": earlier,
+    }
+
+
+def without_stale(report: dict[str, Any], checks: Sequence[Check]) -> dict[str, Any]:
+    """A report without what is true only of the weights before a training, and with the checks of those after it."""
+    names = {IDENTITY, *(check.name for check in checks)}
+    kept = [check for check in report.get("checks", []) if check["name"] not in names]
+    left = {name: value for name, value in report.items() if name != "calibration"}
+    limits = [text for text in report.get("limits", []) if text != LIMITS["chunk"]]
+    return {**left, "checks": [*(check.as_dict() for check in checks), *kept], "limits": limits}

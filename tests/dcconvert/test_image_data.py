@@ -60,7 +60,7 @@ def test_a_folder_with_a_folder_for_each_class(config: DiTConfig, tmp_path):
             picture[:, :10] = picture[:, 50:] = 0  # cut off: the middle square is taken
             Image.fromarray(picture).save(tmp_path / name / f"{number}.png")
     (tmp_path / "a" / "notes.txt").write_text("no picture")
-    found = read_images(tmp_path, config)
+    found = read_images(tmp_path, replace(config, num_classes=2))
     assert found.images.shape == (4, config.in_channels, 16, 16)
     assert found.labels.tolist() == [0, 0, 1, 1]
     assert np.unique(pixels(found.images[:2])).tolist() == [100]
@@ -70,6 +70,9 @@ def test_a_folder_with_a_folder_for_each_class(config: DiTConfig, tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "config", "says"),
     [
+        ({"images": PIXELS / 1.0, "labels": LABELS}, CONFIG, "floats must be from -1 to 1"),
+        ({"images": PIXELS / 255, "labels": LABELS}, CONFIG, "floats must be from -1 to 1"),
+        ({"images": np.zeros((6, 4, 16, 16), np.uint8), "labels": LABELS}, LATENT, "the model works on latents"),
         ({"images": PIXELS}, CONFIG, "has no labels and the model has 4 classes"),
         ({"images": PIXELS, "labels": LABELS[:3]}, CONFIG, "an integer for each image"),
         ({"images": PIXELS, "labels": LABELS / 2}, CONFIG, "an integer for each image"),
@@ -108,3 +111,13 @@ def test_pickled_arrays_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(UsageError, match="cannot read"):
         read_images(tmp_path / "a.npy", CONFIG)
+
+
+def test_folders_that_are_not_the_classes(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("L", (16, 16)).save(tmp_path / "a" / "0.png")
+    with pytest.raises(UsageError, match="holds 1 class folders, the model has 4 classes"):
+        read_images(tmp_path, CONFIG)
+    Image.new("L", (16, 16)).save(tmp_path / "0.png")
+    with pytest.raises(UsageError, match="holds pictures beside the folders of its classes"):
+        read_images(tmp_path, CONFIG)

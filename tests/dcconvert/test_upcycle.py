@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dcconvert import upcycle
 from dcconvert.export.bundle import read_bundle
@@ -157,6 +157,8 @@ def test_an_upcycled_bundle_can_be_upcycled(trained, tmp_path):
         json.loads((f / "manifest.json").read_text())["upcycling"]["log"] for f in (trained[0], tmp_path / "more")
     )
     assert second[0]["psnr"] == pytest.approx(first[-1]["psnr"], abs=1e-3)
+    [earlier] = json.loads((tmp_path / "more" / "manifest.json").read_text())["upcycling"]["earlier"]
+    assert earlier["psnr"] == first[-1]["psnr"]
 
 
 def test_a_failed_export_leaves_the_bundle_and_the_state(bundle, monkeypatch):
@@ -172,6 +174,45 @@ def test_a_failed_export_leaves_the_bundle_and_the_state(bundle, monkeypatch):
     assert "going on at step 6 of 6" in run.err
 
 
+def test_a_full_disk_is_one_line(bundle, monkeypatch):
+    def fails(value, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 64 vs 0")
+
+    monkeypatch.setattr("torch.save", fails)
+    run = run_cli("upcycle", bundle, *WORDS)
+    assert run.code == 2
+    assert "state.pt: the disk is full" in run.err.splitlines()[-1]
+    assert contents(bundle.with_name("bundle.upcycle")) == ["teacher_samples.safetensors"]
+
+
+def test_samples_of_another_model_are_drawn_anew(bundle, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        assert run_cli("upcycle", bundle, *WORDS).code == 130
+    state = bundle.with_name("bundle.upcycle")
+    samples = load_file(str(state / "teacher_samples.safetensors"))
+    save_file({n: v * 0 for n, v in samples.items()}, str(state / "teacher_samples.safetensors"), {"bundle": "other"})
+    (state / "state.pt").unlink()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        assert run_cli("upcycle", bundle, *WORDS).code == 130
+    again = load_file(str(state / "teacher_samples.safetensors"))
+    torch.testing.assert_close(again["images"], samples["images"], rtol=0, atol=0)
+
+
+def test_an_unfinished_run_knows_its_bundle(bundle, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        assert run_cli("upcycle", bundle, *WORDS).code == 130
+    tensors = weights(bundle)
+    (bundle / "model.safetensors").unlink()
+    save_file({name: value * 1.01 for name, value in tensors.items()}, str(bundle / "model.safetensors"))
+    run = run_cli("upcycle", bundle, *WORDS)
+    assert run.code == 2
+    assert "holds an unfinished run on a bundle that was changed since: delete the folder" in run.err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -179,6 +220,8 @@ def test_a_failed_export_leaves_the_bundle_and_the_state(bundle, monkeypatch):
         (("--train", "everything"), "'everything' is not one of"),
         (("--batch", 1), "1 is not in the range"),
         (("--lr", 0), "0.0 is not in the range"),
+        (("--ratios", "2x"), "runs at 4x, which is not among the ratios to train for: add --ratios 4x"),
+        (("--seed", 10**15), "is not in the range"),
         (("--ratios", "100x"), "100x leaves less than one of the 64 tokens"),
     ],
 )
