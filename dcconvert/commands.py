@@ -1,4 +1,4 @@
-"""What the sub-commands do: inspect, sample, evaluate, and finding the model of the demo."""
+"""What the sub-commands do: inspect, sample, and finding the model of the demo."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from dcconvert.api import EXAMPLE_BATCH, dit_inputs, machine
+from dcconvert.api import EXAMPLE_BATCH, dit_inputs
 from dcconvert.checkpoint import load_checkpoint
 from dcconvert.dit import DiTConfig
-from dcconvert.evaluate import ConvertedStep, Runtime, compute_section
-from dcconvert.export.bundle import Bundle, read_bundle, writable, write_whole
+from dcconvert.evaluate import ConvertedStep, Runtime
+from dcconvert.export.bundle import Bundle, read_bundle
 from dcconvert.export.session import OrtModel
 from dcconvert.figures import save_comparison
-from dcconvert.measure import Effort, Subject, measure
 from dcconvert.passes.errors import DcconvertError, UsageError
 from dcconvert.passes.infra import Options, Program, module_path, run_passes
 from dcconvert.passes.normalise import Normalise
@@ -30,7 +29,7 @@ from dcconvert.passes.spec import StateSpec
 from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.passes.token_stream import FindTokenStream
 from dcconvert.progress import Stages
-from dcconvert.report import report_json, state_note, terminal_table
+from dcconvert.report import state_note
 from dcconvert.sampling import Sampler, initial_noise, labels_for
 
 SHIPPED = "fashion_dit.safetensors"
@@ -177,45 +176,3 @@ def sample_bundle(
             draw("original", beside.original_step)
     save_comparison(dict(reversed(images.items())), out, vae)
     console.print(escape(f"Images: {out}"), highlight=False, soft_wrap=True)
-
-
-def evaluate_bundle(
-    folder: Path,
-    console: Console,
-    *,
-    batch: int,
-    runs: int,
-    images: int,
-    reference_steps: int,
-    threads: int,
-    json_path: Path | None,
-) -> None:
-    """Measure a bundle on this machine and print the table."""
-    bundle = read_bundle(folder)
-    if json_path:
-        writable(json_path)
-    sampler, planner = run_planner(bundle, None)
-    stages = Stages(Console(stderr=True))
-    if threads:
-        torch.set_num_threads(threads)
-    with stages.stage("count operations"):
-        compute = compute_section(bundle.model, planner, sampler.taus)
-    report: dict[str, Any] = {
-        "command": f"dcconvert evaluate {folder}",
-        "model": {"tokens": bundle.model.spec.tokens},
-        "conversion": {
-            **bundle.manifest["conversion"],
-            "kept_tokens_mean": bundle.model.spec.tokens / planner.schedule.ratio,
-        },
-        "compute": compute,
-        "machine": machine(),
-    }
-    effort = Effort(batch or max(bundle.ladder.batches), runs, images, reference_steps, threads)
-    config = dit_config(bundle) if images else None
-    subject = Subject(bundle.model, planner, bundle.ladder, bundle.onnx, sampler, config)
-    with tempfile.TemporaryDirectory(prefix="dcconvert-") as scratch:
-        measure(subject, effort, Path(scratch), report, stages)
-    console.print(terminal_table(report))
-    if json_path:
-        write_whole(json_path, report_json(report).encode())
-        console.print(escape(f"Figures: {json_path}"), highlight=False, soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,17 @@ class Runtime:
 
 
 class ConvertedStep:
-    """The step function of one sampling run of a converted model, on any runtime; made new for every run."""
+    """The step function of one sampling run of a converted model, on any runtime; made new for every run.
 
-    def __init__(self, model: DynamicModel, backend: Backend, groups: int = 1) -> None:
+    `groups` as in `Run`. With `unconditional` the second half of the batch keeps what that planner says.
+    """
+
+    def __init__(
+        self, model: DynamicModel, backend: Backend, groups: int = 1, unconditional: StepPlanner | None = None
+    ) -> None:
         self.model = model
         self.groups = groups
+        self.unconditional = unconditional
         self.backend = backend
         self.run: Run | None = None
 
@@ -74,8 +80,18 @@ class ConvertedStep:
             self.run = Run(self.backend, len(x), self.groups)
         in_torch = isinstance(self.backend, DynamicModel)
         values = dict(zip(self.model.spec.inputs, (x, t, y), strict=True))
-        output = self.run.step(values if in_torch else arrays_of(self.model, x, t, y))[0]
+        inputs = values if in_torch else arrays_of(self.model, x, t, y)
+        output = self.run.step(inputs, self.counts(self.run, inputs))[0]
         return output if in_torch else torch.from_numpy(output)
+
+    def counts(self, run: Run, inputs: dict[str, Any]) -> np.ndarray | None:
+        """What the samples keep, if not what the backend's own planner says."""
+        if self.unconditional is None:
+            return None
+        steps = None if run.history is None else run.history.steps[: run.batch]
+        taus = self.unconditional.taus(inputs, run.batch)
+        first, second = (p.counts(taus, steps) for p in (self.backend.planner, self.unconditional))
+        return np.where(np.arange(run.batch) < run.batch // 2, first, second)
 
 
 def arrays_of(model: DynamicModel, *values: Tensor) -> dict[str, np.ndarray]:
@@ -102,12 +118,80 @@ def compute_section(model: DynamicModel, planner: StepPlanner, taus: np.ndarray)
 
 
 @dataclass(frozen=True)
+class Shape:
+    """A bucket of a run: its name, kept tokens [rows] that fill it, and the share of the run's steps that use it."""
+
+    name: str
+    bucket: Bucket
+    counts: np.ndarray
+    weight: float
+
+
+def shapes_of(ladder: Ladder, counts: np.ndarray) -> list[Shape]:
+    """The buckets that a run of kept tokens [steps, rows] uses."""
+    used: dict[Bucket, list[np.ndarray]] = {}
+    for row in counts:
+        used.setdefault(ladder.choose(len(row), row), []).append(row)
+    return [
+        Shape(f"{bucket.row_tokens} tokens", bucket, np.max(rows, axis=0), len(rows) / len(counts))
+        for bucket, rows in used.items()
+    ]
+
+
+@dataclass(frozen=True)
 class Timed:
     """What is timed in a runtime: its step with every token, and the converted step with so many kept."""
 
     name: str
     original: Callable[[], Any]
     converted: Callable[[np.ndarray], Run]
+
+
+@dataclass(frozen=True)
+class RunTimes:
+    """Seconds of a step, mean over a run, in each turn; of each shape; and of each stage, the median in ms."""
+
+    weighted: list[float]
+    by_shape: dict[str, list[float]]
+    stages_ms: dict[str, float]
+
+
+def take_turns(
+    original: Callable[[], Any],
+    converted: Mapping[str, tuple[Callable[[np.ndarray], Run], Sequence[Shape]]],
+    runs: int,
+    tick: Callable[[], None],
+) -> tuple[list[float], dict[str, RunTimes]]:
+    """Seconds of the original's step and of those of converted models, by their names, interleaved in one run."""
+    stages: dict[str, dict[str, list[float]]] = {}
+
+    def candidate(name: str, step: Callable[[np.ndarray], Run], counts: np.ndarray) -> Callable[[], None]:
+        found = stages[name] = {"route": [], "plan": [], "denoise": []}
+
+        def call() -> None:
+            times = step(counts).last_times
+            for stage, values in found.items():
+                values.append(getattr(times, stage) * 1e3)
+
+        return call
+
+    def name_of(model: str, shape: Shape) -> str:
+        return ", ".join(filter(None, (model, shape.name)))
+
+    candidates: dict[str, Callable[[], Any]] = {"original": original}
+    for model, (step, shapes) in converted.items():
+        candidates |= {name_of(model, s): candidate(name_of(model, s), step, s.counts) for s in shapes}
+    times = interleaved(candidates, runs, tick=tick)
+    result = {}
+    for model, (_, shapes) in converted.items():
+        names = [(name_of(model, shape), shape) for shape in shapes]
+        weighted = np.sum([np.asarray(times[name]) * shape.weight for name, shape in names], axis=0)
+        medians = {
+            stage: round(sum(float(np.median(stages[name][stage])) * shape.weight for name, shape in names), 3)
+            for stage in ("route", "plan", "denoise")
+        }
+        result[model] = RunTimes(list(weighted), {shape.name: times[name] for name, shape in names}, medians)
+    return times["original"], result
 
 
 def latency_section(
@@ -117,21 +201,24 @@ def latency_section(
 
     Every bucket of a run is timed and weighted by the steps that use it: times are means over a run's steps.
     """
-    spec, ladder = runtime.model.spec, runtime.converted.ladder
-    if ladder is None:
+    ladder = runtime.converted.ladder
+    if not isinstance(ladder, Ladder):
         raise ValueError("latency is measured on a ladder of buckets")
-    groups: dict[Bucket, list[dict[str, Any]]] = {}
-    for step in compute["per_step"]:
-        groups.setdefault(ladder.choose(batch, step["kept"]), []).append(step)
-    # All at one timestep, where a run may be for as many steps as we like: the time does not depend on it.
-    inputs = {**spec.example(batch), str(spec.timestep): torch.full((batch,), 0.5 * spec.timestep_scale)}
+    shapes = shapes_of(ladder, np.array([[step["kept"]] * batch for step in compute["per_step"]]))
+    inputs = timing_inputs(runtime.model, batch)
     feed = {name: as_array(value) for name, value in inputs.items()}
     with torch.inference_mode():
-        rows = [timed_row(runtime, on_ort(runtime, feed, batch), groups, compute, batch, runs, tick)]
+        rows = [timed_row(on_ort(runtime, feed, batch), shapes, compute, batch, runs, tick)]
         if in_torch:
-            rows.append(timed_row(runtime, on_torch(runtime, inputs, batch), groups, compute, batch, runs, tick))
-    rows[0]["buckets"] = [asdict(bucket) for bucket in groups]
+            rows.append(timed_row(on_torch(runtime, inputs, batch), shapes, compute, batch, runs, tick))
+    rows[0]["buckets"] = [asdict(shape.bucket) for shape in shapes]
     return rows
+
+
+def timing_inputs(model: DynamicModel, batch: int) -> dict[str, Any]:
+    """Inputs of a step, all at one timestep, where a run may make as many steps as we like: no time depends on it."""
+    spec = model.spec
+    return {**spec.example(batch), str(spec.timestep): torch.full((batch,), 0.5 * spec.timestep_scale)}
 
 
 def on_ort(runtime: Runtime, feed: dict[str, np.ndarray], batch: int) -> Timed:
@@ -156,43 +243,21 @@ def on_torch(runtime: Runtime, inputs: dict[str, Any], batch: int) -> Timed:
 
 
 def timed_row(
-    runtime: Runtime,
-    timed: Timed,
-    groups: dict[Bucket, list[dict[str, Any]]],
-    compute: dict[str, Any],
-    batch: int,
-    runs: int,
-    tick: Tick,
+    timed: Timed, shapes: Sequence[Shape], compute: dict[str, Any], batch: int, runs: int, tick: Tick
 ) -> dict[str, Any]:
     """One row of the latency table: means over a run, weighted by how many steps use each bucket."""
-    total = len(compute["per_step"])
-    weights = {f"{bucket.row_tokens} tokens": len(steps) / total for bucket, steps in groups.items()}
-    stages: dict[str, dict[str, list[float]]] = {n: {"route": [], "plan": [], "denoise": []} for n in weights}
-
-    def candidate(name: str, kept: int) -> Callable[[], None]:
-        def call() -> None:
-            times = timed.converted(np.full(batch, kept)).last_times
-            for stage, found in stages[name].items():
-                found.append(getattr(times, stage) * 1e3)
-
-        return call
-
     tick(timed.name)
-    candidates: dict[str, Callable[[], Any]] = {"original": timed.original}
-    candidates |= {n: candidate(n, b.row_tokens) for n, b in zip(weights, groups, strict=True)}
-    times = interleaved(candidates, runs, tick=lambda: tick(timed.name))
-    weighted = np.sum([np.asarray(times[name]) * weight for name, weight in weights.items()], axis=0)
-    speedup = float(np.median(times["original"]) / np.median(weighted))
+    converted = {"": (timed.converted, shapes)}
+    original, found = take_turns(timed.original, converted, runs, lambda: tick(timed.name))
+    times = found[""]
+    speedup = float(np.median(original) / np.median(times.weighted))
     return {
         "runtime": timed.name,
         "batch": batch,
-        "original_ms": spread(times["original"]),
-        "converted_ms": spread(list(weighted)),
-        "by_bucket_ms": {name: spread(times[name]) for name in weights},
-        "stages_ms": {
-            stage: round(sum(float(np.median(stages[n][stage])) * w for n, w in weights.items()), 3)
-            for stage in ("route", "plan", "denoise")
-        },
+        "original_ms": spread(original),
+        "converted_ms": spread(times.weighted),
+        "by_bucket_ms": {name: spread(values) for name, values in times.by_shape.items()},
+        "stages_ms": times.stages_ms,
         "speedup": speedup,
         "flop_ratio": float(compute["ratio"]),
         "efficiency": float(speedup / compute["ratio"]),
@@ -203,28 +268,36 @@ def memory_section(
     runtime: Runtime, compute: dict[str, Any], onnx: Path, original: Path, batch: int
 ) -> list[dict[str, Any]]:
     """Peak resident memory of a fresh process that runs the step of a run that keeps most tokens, at the full batch."""
-    model = runtime.model
+    counts = np.full(batch, max(step["kept"] for step in compute["per_step"]))
+    name = f"{runtime.name}, batch {batch}"
+    return [
+        {"runtime": name, "model": "original", "peak_mb": original_memory(runtime, original, batch)},
+        {"runtime": name, "model": "converted", "peak_mb": converted_memory(runtime, onnx, counts)},
+    ]
+
+
+def original_memory(runtime: Runtime, original: Path, batch: int) -> float | None:
+    """Peak megabytes of a fresh process that runs the original's step once."""
+    given = {name: as_array(value) for name, value in runtime.model.spec.example(batch).items()}
+    with tempfile.TemporaryDirectory() as tmp:
+        return peak_memory([original], [pick(runtime.original, given)], Path(tmp))
+
+
+def converted_memory(runtime: Runtime, onnx: Path, counts: np.ndarray, bucket: Bucket | None = None) -> float | None:
+    """Peak megabytes of a fresh process that runs one step of a bundle whose samples keep `counts` [B] tokens."""
+    model, batch = runtime.model, len(counts)
     inputs = model.spec.example(batch)
     with torch.no_grad():
         scores, live = model.route(inputs)
     planner = runtime.converted.planner
-    counts = np.full(batch, max(step["kept"] for step in compute["per_step"]))
-    plan = planner.of_mask(planner.planner.select(scores.numpy(), counts))
+    plan = planner.of_mask(planner.planner.select(scores.numpy(), counts), bucket)
     state = model.new_state(batch).tensors
     inputs = {**inputs, **model.prepare(inputs)}
     given = {name: as_array(value) for name, value in {**inputs, **live, **plan.arrays(), **state}.items()}
-    sessions = (runtime.converted.route_session, runtime.converted.denoise_session)
+    files = [onnx / "route.onnx", onnx / "denoise.onnx"]
+    feeds = [pick(session, given) for session in (runtime.converted.route_session, runtime.converted.denoise_session)]
+    if model.spec.constants:
+        files.insert(0, onnx / "prepare.onnx")
+        feeds.insert(0, {name: given[name] for name in model.spec.prepare_inputs})
     with tempfile.TemporaryDirectory() as tmp:
-        folder = Path(tmp)
-        before = peak_memory([original], [pick(runtime.original, given)], folder)
-        files = [onnx / "route.onnx", onnx / "denoise.onnx"]
-        feeds = [pick(session, given) for session in sessions]
-        if model.spec.constants:
-            files.insert(0, onnx / "prepare.onnx")
-            feeds.insert(0, {name: given[name] for name in model.spec.prepare_inputs})
-        after = peak_memory(files, feeds, folder)
-    name = f"{runtime.name}, batch {batch}"
-    return [
-        {"runtime": name, "model": "original", "peak_mb": before},
-        {"runtime": name, "model": "converted", "peak_mb": after},
-    ]
+        return peak_memory(files, feeds, Path(tmp))

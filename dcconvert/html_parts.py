@@ -27,6 +27,16 @@ td:last-child:not(.number) { overflow-wrap: anywhere; min-width: 9rem }
 """
 
 
+def document(title: str, sections: Iterable[str]) -> str:
+    """A whole page."""
+    body = "\n".join(filter(None, sections))
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body><h1>{html.escape(title)}</h1>{body}</body></html>\n"
+    )
+
+
 def section(title: str, *parts: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{''.join(parts)}</section>" if any(parts) else ""
 

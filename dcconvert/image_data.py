@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,17 @@ class LabelledImages:
         return len(self.images)
 
 
-def read_images(path: Path, config: DiTConfig) -> LabelledImages:
+def read_images(path: Path, config: DiTConfig, *, labelled: bool = True) -> LabelledImages:
     """Read `path` for a model: a folder (a sub-folder a class, in alphabetical order), `.npy` or `.npz`.
 
     An array holds [n, C, H, W] or [n, H, W, C]: uint8 pixels, or floats as the model sees them. An `.npz` may hold
-    labels beside it (`labels`, or `arr_1` as in the ADM suite). Without labels the model must have one class.
+    labels beside it (`labels`, or `arr_1` as in the ADM suite). Without labels the model must have one class; where
+    they are not needed (`labelled` False) they are not read, and pictures may lie in any folders.
     UsageError for anything that cannot be read or does not fit the model.
     """
     if not path.exists():
         raise UsageError(f"there is no {path}: give a folder of pictures, an .npy or an .npz file")
-    images, labels = from_folder(path, config) if path.is_dir() else from_array(path)
+    images, labels = from_folder(path, config, labelled) if path.is_dir() else from_array(path)
     wanted = (config.in_channels, config.image_size, config.image_size)
     if images.ndim == 4 and tuple(images.shape[1:]) != wanted and tuple(images.shape[1:]) == (*wanted[1:], wanted[0]):
         images = np.moveaxis(images, 3, 1)
@@ -60,9 +62,8 @@ def read_images(path: Path, config: DiTConfig) -> LabelledImages:
         raise UsageError(
             f"{path} holds pixels from {images.min():g} to {images.max():g}: floats must be from -1 to 1, or give uint8"
         )
-    return LabelledImages(
-        torch.from_numpy(np.ascontiguousarray(images, np.float32)), checked(labels, images, path, config)
-    )
+    numbers = checked(labels, images, path, config) if labelled else torch.zeros(len(images), dtype=torch.int64)
+    return LabelledImages(torch.from_numpy(np.ascontiguousarray(images, np.float32)), numbers)
 
 
 def checked(labels: np.ndarray | None, images: np.ndarray, path: Path, config: DiTConfig) -> Tensor:
@@ -98,9 +99,12 @@ def from_array(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         raise UsageError(f"cannot read {path} as .npy or .npz: {str(error).splitlines()[0]}") from error
 
 
-def from_folder(folder: Path, config: DiTConfig) -> tuple[np.ndarray, np.ndarray | None]:
+def from_folder(folder: Path, config: DiTConfig, labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:
     if config.in_channels not in (1, 3):
         raise UsageError(f"the model works on latents of {config.in_channels} channels: give them as an .npz file")
+    if not labelled:
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+        return stacked(files, folder, config), None
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     places = [(path, number) for number, entry in enumerate(classes) for path in pictures(entry)]
     labels = np.array([number for _, number in places], np.int64) if classes else None
@@ -109,9 +113,14 @@ def from_folder(folder: Path, config: DiTConfig) -> tuple[np.ndarray, np.ndarray
         raise UsageError(f"{folder} holds pictures beside the folders of its classes: put them into one")
     if classes and len(classes) != config.num_classes:
         raise UsageError(f"{folder} holds {len(classes)} class folders, the model has {config.num_classes} classes")
+    return stacked(files, folder, config), labels
+
+
+def stacked(files: Sequence[Path], folder: Path, config: DiTConfig) -> np.ndarray:
+    """Pictures as uint8 [n, C, S, S]."""
     if not files:
         raise UsageError(f"{folder} holds no pictures ({', '.join(sorted(PICTURES))})")
-    return np.stack([read_picture(path, config) for path in files]), labels
+    return np.stack([read_picture(path, config) for path in files])
 
 
 def pictures(folder: Path) -> list[Path]:

@@ -55,28 +55,28 @@ def upcycling_curve(log: Sequence[dict[str, Any]]) -> bytes:
     return png(figure)
 
 
-def psnr_over_cost(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Fidelity against compute and latency: the control (original, fewer steps) as a curve, converted as points."""
+def quality_over_cost(rows: Sequence[dict[str, Any]], key: str = "psnr", label: str = "PSNR, dB") -> bytes:
+    """Quality against compute and latency: the control (original, fewer steps) as curves, converted as points."""
     costs = [("gmacs", "GMACs an image (whole run)"), ("latency_ms", "ms an image (whole run)")]
     costs = [cost for cost in costs if all(row[cost[0]] is not None for row in rows)]
     figure, panels = new_figure(2.9 * len(costs), len(costs), shared=False)
-    for axes, (key, label) in zip(panels, costs, strict=True):
-        control = sorted((row for row in rows if row["mode"] == "original"), key=lambda row: row[key])
-        axes.plot(*points_of(control, key), "o--", color=ORANGE, label="original, fewer steps (control)")
-        for row in control:
-            annotate(axes, (row[key], row["psnr"]), f"{row['steps']} steps")
+    controls = [row for row in rows if row["mode"] == "original"]
+    for axes, (cost, cost_label) in zip(panels, costs, strict=True):
+        for number, solver in enumerate(dict.fromkeys(row["solver"] for row in controls)):
+            control = sorted((row for row in controls if row["solver"] == solver), key=lambda row: row[cost])
+            name = "original, fewer steps (control)" + (f", {solver}" if number else "")
+            places = [row[cost] for row in control], [row[key] for row in control]
+            axes.plot(*places, "o--", color=(ORANGE, GREY)[number % 2], label=name)
+            for row in control:
+                annotate(axes, (row[cost], row[key]), f"{row['steps']} steps")
         for row in (row for row in rows if row["mode"] != "original"):
-            axes.plot(row[key], row["psnr"], "s", color=BLUE if row["mode"] == "carry" else GREY)
-            annotate(axes, (row[key], row["psnr"]), row["name"])
-        axes.set(xlabel=label, ylabel="PSNR, dB")
+            axes.plot(row[cost], row[key], "s", color=BLUE if row["mode"] == "carry" else GREY)
+            annotate(axes, (row[cost], row[key]), row["name"])
+        axes.set(xlabel=cost_label, ylabel=label)
         axes.margins(x=0.15, y=0.2)
         axes.set_xlim(left=0)
     panels[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     return png(figure)
-
-
-def points_of(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    return [row[key] for row in rows], [row["psnr"] for row in rows]
 
 
 def annotate(axes: Axes, place: tuple[float, float], text: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from dcconvert import plots
-from dcconvert.html_parts import STYLE, Markup, Number, milliseconds, number, picture, section, shown, table
+from dcconvert.html_parts import Markup, Number, document, milliseconds, number, picture, section, shown, table
 
 # Names of facts that need a unit or more words than their key.
 FACTS = {
@@ -68,12 +68,7 @@ def page(report: dict[str, Any], figures: dict[str, bytes]) -> str:
         limits_section(report),
         origin_section(report),
     ]
-    body = "\n".join(filter(None, sections))
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f"<body><h1>{html.escape(title)}</h1>{body}</body></html>\n"
-    )
+    return document(title, sections)
 
 
 def cards(report: dict[str, Any]) -> str:
@@ -188,7 +183,7 @@ def images_parts(images: dict[str, Any]) -> list[str]:
         "Fidelity against compute and against measured latency, whole runs. A converted model below the dashed line "
         "loses to fewer steps of the original."
     )
-    plot = picture(plots.psnr_over_cost(drawn), caption) if drawn else ""
+    plot = picture(plots.quality_over_cost(drawn), caption) if drawn else ""
     return [note, table(["", "steps", "GMACs an image", "ms an image", "PSNR, dB"], rows), plot]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dcconvert.passes.errors import UsageError
-from dcconvert.passes.layout import Bucket
+from dcconvert.passes.layout import MIXED_TILE, Bucket
 
 __all__ = ["Bucket", "Ladder", "ladder"]
 
@@ -96,6 +96,44 @@ def ladder(batches: Sequence[int], counts_per_step: ArrayLike, tokens: int, max_
     padded = rungs[np.searchsorted(rungs, counts)]
     buckets = tuple(sorted(Bucket(size, size * rung, size, rung, rung) for size in sizes for rung in rungs.tolist()))
     return Ladder(buckets, tokens, float(np.mean(padded / counts) - 1))
+
+
+def guided_ladder(batch: int, counts: ArrayLike, unconditional: ArrayLike, tokens: int) -> Ladder:
+    """Buckets for ``batch`` pairs of samples, the first of which keep ``counts``, the second ``unconditional``.
+
+    One entry a step of a run in each; the batch is all first ones, then all second ones (classifier-free guidance with
+    less for the unconditional half, the Lite-CFG of arXiv 2603.06351). A row holds the longer of a pair, the packed
+    tokens are as many as both keep, in tiles of ``MIXED_TILE``. The last bucket keeps everything. Errors as ``ladder``.
+    """
+    first, second = np.asarray(counts, np.int64), np.asarray(unconditional, np.int64)
+    rungs = np.asarray(ladder((batch,), np.maximum(first, second), tokens).rungs)
+    step_rung = rungs[np.searchsorted(rungs, np.maximum(first, second))]
+    buckets = {Bucket(2 * batch, 2 * batch * tokens, 2 * batch, tokens, tokens)}
+    for rung in np.unique(step_rung).tolist():
+        here = step_rung == rung
+        tiles = sum(-(-int(half[here].max()) // MIXED_TILE) for half in (first, second))
+        if tiles * MIXED_TILE < 2 * tokens:
+            buckets.add(Bucket(2 * batch, batch * tiles * MIXED_TILE, 2 * batch, rung, MIXED_TILE))
+    found = Ladder(tuple(sorted(buckets)), tokens, 0.0)
+    pairs = [np.repeat(pair, batch) for pair in zip(first, second, strict=True)]
+    waste = [found.choose(2 * batch, pair).tokens / pair.sum() - 1 for pair in pairs]
+    return replace(found, expected_waste=float(np.mean(waste)))
+
+
+@dataclass(frozen=True)
+class PaddedShapes:
+    """Shapes without buckets, in the place of a ladder: every sample as long as the longest of its batch.
+
+    ``whole``: as long as the token grid instead, the one static shape that holds everything.
+    """
+
+    tokens: int
+    whole: bool = False
+
+    def choose(self, batch: int, counts: ArrayLike) -> Bucket:
+        """The bucket that ``batch`` samples of ``counts`` (one, or [batch]) tokens run in."""
+        length = self.tokens if self.whole else int(np.max(counts))
+        return Bucket(batch, batch * length, batch, length, length)
 
 
 def _best_rungs(counts: NDArray[np.int64], tokens: int, max_rungs: int) -> NDArray[np.int64]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcconvert.passes.carry_plan import CarryPlan
+from dcconvert.passes.layout import Bucket
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.ops import attention_flops
 from dcconvert.passes.plan import Plan
@@ -19,14 +22,58 @@ GIGA = 1e9
 
 # The CPU's fused attention kernel, which torch's own table leaves out.
 CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+ATTENTION = (*CPU_ATTENTION, torch.ops.dcconvert.row_attention, torch.ops.dcconvert.segment_attention)
 
 
-def count_macs(module: nn.Module, args: tuple[Any, ...]) -> float:
+def count_macs(module: nn.Module, args: tuple[Any, ...], formulas: Mapping[Any, Any] = CPU_ATTENTION) -> float:
     """Multiply-accumulates of one run on inputs shaped like `args` (half of the FLOPs counted)."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, torch.no_grad():
+    with fake, FlopCounterMode(display=False, custom_mapping=dict(formulas)) as counter, torch.no_grad():
         module(*(fake.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
     return counter.get_total_flops() / 2
+
+
+@dataclass(frozen=True)
+class AttentionMemory:
+    """What attention works on in one step, in bytes of float32: the largest layer, and all layers added up.
+
+    A layer: queries, keys, values and result, and the scores [rows, heads, queries, keys], which an implementation
+    without tiling (torch's on most CPUs, ONNX Runtime's) holds at once. A tiled one needs only the rest.
+    """
+
+    peak: int
+    total: int
+
+    def __or__(self, other: AttentionMemory) -> AttentionMemory:
+        """Of two parts of a step that run one after the other."""
+        return AttentionMemory(max(self.peak, other.peak), self.total + other.total)
+
+
+def attention_memory(module: nn.Module, args: tuple[Any, ...]) -> AttentionMemory:
+    """Of one run on inputs shaped like `args`."""
+    sizes = [0]
+
+    def note(q: Any, k: Any, *_: object, **__: object) -> int:
+        rows, heads, queries, width = q
+        sizes.append(4 * rows * heads * (queries * k[2] + 2 * width * (queries + k[2])))
+        return 0
+
+    count_macs(module, args, dict.fromkeys(ATTENTION, note))
+    return AttentionMemory(max(sizes), sum(sizes))
+
+
+def original_attention(model: DynamicModel, inputs: dict[str, Any]) -> AttentionMemory:
+    """Of one forward pass of the original at the batch of `inputs`."""
+    return attention_memory(model.original_graph, tuple(inputs[name] for name in model.spec.inputs))
+
+
+def converted_attention(
+    model: DynamicModel, inputs: dict[str, Any], counts: np.ndarray, bucket: Bucket | None
+) -> AttentionMemory:
+    """Of one step, route and denoise, whose samples keep `counts` [B] tokens in a bucket."""
+    keep = np.arange(model.spec.tokens) < counts[:, None]
+    route_args, denoise_args = step_args(model, inputs, model.step_planner.of_mask(keep, bucket))
+    return attention_memory(model.route_graph, route_args) | attention_memory(model.denoise_graph, denoise_args)
 
 
 def original_gmacs(model: DynamicModel, inputs: dict[str, Any]) -> float:
@@ -37,15 +84,21 @@ def original_gmacs(model: DynamicModel, inputs: dict[str, Any]) -> float:
 
 def converted_gmacs(model: DynamicModel, inputs: dict[str, Any], kept: int) -> float:
     """GMACs a sample of one step, route and denoise together, when every sample keeps `kept` tokens."""
+    batch = batch_size(inputs)
+    route_args, denoise_args = step_args(model, inputs, even_plan(model, batch, kept))
+    macs = count_macs(model.route_graph, route_args) + count_macs(model.denoise_graph, denoise_args)
+    return macs / batch / GIGA
+
+
+def step_args(
+    model: DynamicModel, inputs: dict[str, Any], plan: Plan | CarryPlan
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments of route and denoise in a step under a plan: the right shapes, and zeros where route's values go."""
     batch, spec = batch_size(inputs), model.spec
-    route_args = tuple(inputs[name] for name in spec.route_inputs)
-    plan = even_plan(model, batch, kept)
     live = dict(zip(spec.live, live_values(model, batch), strict=True))
     arrays = {name: torch.from_numpy(a) for name, a in plan.arrays().items()}
     given = {**inputs, **model.prepare(inputs), **live, **arrays, **model.new_state(batch).tensors}
-    denoise_args = tuple(given[name] for name in spec.denoise_inputs)
-    macs = count_macs(model.route_graph, route_args) + count_macs(model.denoise_graph, denoise_args)
-    return macs / batch / GIGA
+    return tuple(inputs[name] for name in spec.route_inputs), tuple(given[name] for name in spec.denoise_inputs)
 
 
 def prepare_gmacs(model: DynamicModel, inputs: dict[str, Any]) -> float:

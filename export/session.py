@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dcconvert.export.buckets import Ladder
+from dcconvert.export.buckets import Ladder, PaddedShapes
 from dcconvert.export.onnx_export import state_output
 from dcconvert.passes.carry_plan import CarryPlan
 from dcconvert.passes.errors import CheckFailedError, UsageError
@@ -99,7 +100,7 @@ class OrtModel:
         self,
         folder: Path,
         planner: StepPlanner,
-        ladder: Ladder | None = None,
+        ladder: Ladder | PaddedShapes | None = None,
         provider: str = CPU,
         threads: int = 0,
     ) -> None:
@@ -114,6 +115,12 @@ class OrtModel:
         self._outputs = [output.name for output in self.denoise_session.get_outputs()]
         states = {spec.name for spec in planner.spec.states}
         self._plain_inputs = [node.name for node in self.denoise_session.get_inputs() if node.name not in states]
+
+    def with_shapes(self, ladder: Ladder | PaddedShapes | None) -> OrtModel:
+        """The same sessions with other shapes for the steps."""
+        other = copy.copy(self)
+        other.ladder = ladder
+        return other
 
     def start(self, batch: int, groups: int = 1) -> Run:
         """A new sampling run of `batch` samples; call its `step` for every timestep. `groups` as in `Run`."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import nn
 
 from dcconvert.cli import main
 from dcconvert.dit import DiT, DiTConfig
@@ -75,3 +78,37 @@ def refusal(code: int, *words: Any, after: Sequence[str] = ()) -> str:
 def contents(folder: Path) -> list[str]:
     """Everything below a folder, hidden files too."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+class Network(nn.Module):
+    """A feature network: mean colours and some filters, of which the first classes are."""
+
+    def __init__(self, outputs: Sequence[str], channels: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.outputs = outputs
+        self.filters = nn.Conv2d(channels, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = x / 255
+        first = self.filters(x)
+        features = torch.cat([x.mean((2, 3)), first.relu().mean((2, 3))], 1)
+        found = {"features": features, "logits": features[:, :4], "flat": features}
+        found |= {"map_0": first, "map_1": F.avg_pool2d(first, 2)}
+        return tuple(found[name] for name in self.outputs)
+
+
+def write_network(
+    path: Path,
+    outputs: Sequence[str] = ("features", "logits", "map_0", "map_1"),
+    shape: tuple[int, ...] = (2, 3, 8, 8),
+    *,
+    dynamic: bool = True,
+) -> Path:
+    """A small feature network as an ONNX file, in the place of one that has seen pictures."""
+    axes = {name: {0: "batch"} for name in ("x", *outputs)} if dynamic else {}
+    options: dict[str, Any] = {"input_names": ["x"], "output_names": list(outputs), "dynamic_axes": axes}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Network(outputs, shape[1]).eval(), (torch.zeros(shape),), str(path), dynamo=False, **options)
+    return path

@@ -13,6 +13,7 @@ from dcconvert import evaluate
 from dcconvert.evaluate import (
     ConvertedStep,
     Runtime,
+    Shape,
     Timed,
     arrays_of,
     compute_section,
@@ -190,7 +191,7 @@ def test_a_row_weights_buckets_by_their_steps(monkeypatch):
     """Three steps of four at 2 s, one at 6 s: 3 s on average."""
     few, many = Bucket(8, 128, 8, 16, 16), Bucket(8, 512, 8, 64, 64)
     compute: dict[str, Any] = {"ratio": 5.0, "per_step": [{"kept": 16}] * 3 + [{"kept": 64}]}
-    groups = {few: compute["per_step"][:3], many: compute["per_step"][3:]}
+    shapes = [Shape("16 tokens", few, np.full(8, 16), 0.75), Shape("64 tokens", many, np.full(8, 64), 0.25)]
     times = {"original": [6.0, 6.0], "16 tokens": [2.0, 2.0], "64 tokens": [6.0, 6.0]}
     counts: list[list[int]] = []
 
@@ -207,7 +208,7 @@ def test_a_row_weights_buckets_by_their_steps(monkeypatch):
 
     monkeypatch.setattr(evaluate, "interleaved", once)
     timed = Timed("r", lambda: None, converted)
-    row = timed_row(None, timed, groups, compute, 8, 2, lambda _: None)  # type: ignore[arg-type]
+    row = timed_row(timed, shapes, compute, 8, 2, lambda _: None)
     assert counts == [[16] * 8, [64] * 8]
     assert row["speedup"] == pytest.approx(2)
     assert row["flop_ratio"] == pytest.approx(5)

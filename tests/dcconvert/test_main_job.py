@@ -204,20 +204,6 @@ def test_too_few_steps_to_sample_with(main_job, tmp_path):
 # The other commands
 
 
-def test_evaluate_writes_its_figures(each_job, mode, tmp_path):
-    words = ("--runs", 1, "--images", 2, "--reference-steps", 3, "--json", tmp_path / "f.json")
-    run = run_cli("evaluate", each_job.folder, *words)
-    assert run.code == 0, run.err
-    report = json.loads((tmp_path / "f.json").read_text())
-    assert report["latency"][0]["batch"] == 2
-    assert report["fidelity"]["images"]["count"] == 2
-    assert report["conversion"]["mode"] == mode
-    names = [row["name"] for row in report["fidelity"]["images"]["rows"]]
-    assert names[-1] == f"{mode} 4x, {STEPS[mode]} steps"
-    assert not [name for name in names[:-1] if not name.startswith("original")]  # the checkpoint is not at hand
-    assert f"{mode} at 4x" in run.out
-
-
 def test_a_bundle_from_python_works_on_the_command_line(main_job, tmp_path):
     model = dcconvert.convert(dcconvert.load_checkpoint(main_job.checkpoint), 2)
     model.save(tmp_path / "saved", batches=(1,))

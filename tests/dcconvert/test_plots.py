@@ -15,10 +15,42 @@ from dcconvert import plots
 CURVE = [{"tau": 1.0, "error": 0.1}, {"tau": 0.5, "error": 0.2}, {"tau": 0.0, "error": 0.4}]
 STEPS = [{"tau": 1.0, "kept": 96, "gmacs": 0.3}, {"tau": 0.5, "kept": 64, "gmacs": 0.2}]
 ROWS = [
-    {"name": "original, 50 steps", "mode": "original", "steps": 50, "gmacs": 26.9, "latency_ms": 300.0, "psnr": 41.9},
-    {"name": "original, 20 steps", "mode": "original", "steps": 20, "gmacs": 10.8, "latency_ms": 120.0, "psnr": 35.2},
-    {"name": "carry 4x, 50 steps", "mode": "carry", "steps": 50, "gmacs": 11.2, "latency_ms": 140.0, "psnr": 38.0},
-    {"name": "chunk 4x, 50 steps", "mode": "chunk", "steps": 50, "gmacs": 10.1, "latency_ms": 130.0, "psnr": 15.7},
+    {
+        "name": "original, 50 steps",
+        "solver": "euler",
+        "mode": "original",
+        "steps": 50,
+        "gmacs": 26.9,
+        "latency_ms": 300.0,
+        "psnr": 41.9,
+    },
+    {
+        "name": "original, 20 steps",
+        "solver": "euler",
+        "mode": "original",
+        "steps": 20,
+        "gmacs": 10.8,
+        "latency_ms": 120.0,
+        "psnr": 35.2,
+    },
+    {
+        "name": "carry 4x, 50 steps",
+        "solver": "euler",
+        "mode": "carry",
+        "steps": 50,
+        "gmacs": 11.2,
+        "latency_ms": 140.0,
+        "psnr": 38.0,
+    },
+    {
+        "name": "chunk 4x, 50 steps",
+        "solver": "euler",
+        "mode": "chunk",
+        "steps": 50,
+        "gmacs": 10.1,
+        "latency_ms": 130.0,
+        "psnr": 15.7,
+    },
 ]
 LATENCY = {
     "runtime": "ONNX Runtime CPU",
@@ -48,7 +80,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     [
         lambda: plots.velocity_error(CURVE),
         lambda: plots.spending(STEPS, 256, 0.54),
-        lambda: plots.psnr_over_cost(ROWS),
+        lambda: plots.quality_over_cost(ROWS),
         lambda: plots.latency_bars([LATENCY, LATENCY]),
     ],
 )
@@ -84,7 +116,7 @@ def test_spending_of_a_model_of_unknown_size(drawn):
 
 
 def test_the_control_is_a_curve_by_cost_and_converted_models_are_points(drawn):
-    plots.psnr_over_cost(ROWS)
+    plots.quality_over_cost(ROWS)
     by_compute, by_latency = drawn[0].axes
     for axes, control, carry, chunk in (
         (by_compute, [[10.8, 35.2], [26.9, 41.9]], [[11.2, 38.0]], [[10.1, 15.7]]),
@@ -100,13 +132,13 @@ def test_the_control_is_a_curve_by_cost_and_converted_models_are_points(drawn):
 
 
 def test_without_latencies_there_is_compute_alone(drawn):
-    plots.psnr_over_cost([{**ROWS[0], "latency_ms": None}, *ROWS[1:]])
+    plots.quality_over_cost([{**ROWS[0], "latency_ms": None}, *ROWS[1:]])
     [axes] = drawn[0].axes
     assert "GMACs" in axes.get_xlabel()
 
 
 def test_only_the_control_is_left(drawn):
-    plots.psnr_over_cost(ROWS[:2])
+    plots.quality_over_cost(ROWS[:2])
     assert [len(axes.lines) for axes in drawn[0].axes] == [1, 1]
 
 

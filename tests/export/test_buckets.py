@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcconvert.export.buckets import Bucket, Ladder, ladder
+from dcconvert.export.buckets import Bucket, Ladder, PaddedShapes, guided_ladder, ladder
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.plan import Planner
 from dcconvert.passes.schedule import AUTO, KINDS, Schedule
@@ -172,3 +172,37 @@ def test_manifest_round_trip():
 def test_broken_manifest(change):
     with pytest.raises(UsageError, match="manifest"):
         Ladder.from_dict({**ladder([1], [8], 16).to_dict(), **change})
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=12),
+    st.integers(1, 4),
+)
+def test_pairs_of_guidance_fit_their_buckets(pairs, batch):
+    """Every step's pairs find a bucket no larger than the one that keeps everything, and fewer of them too."""
+    first, second = np.transpose(pairs)
+    found = guided_ladder(batch, first, second, 40)
+    assert found.batches == (2 * batch,)
+    waste = []
+    for one, other in pairs:
+        counts = np.repeat([one, other], batch)
+        bucket = found.choose(2 * batch, counts)
+        assert bucket.fits(counts)
+        waste.append(bucket.tokens / counts.sum() - 1)
+        few = np.array([one, other])
+        assert found.choose(2, few).fits(few)
+    assert found.expected_waste == pytest.approx(np.mean(waste))
+    assert found.choose(2 * batch, 40).tokens == 2 * batch * 40
+
+
+def test_pairs_take_less_than_twice_the_longer():
+    found = guided_ladder(4, [64, 64], [16, 8], 256)
+    assert Bucket(8, 4 * 80, 8, 64, 8) in found.buckets
+    assert len(found.buckets) == 2
+
+
+def test_padded_shapes():
+    assert PaddedShapes(64).choose(2, [3, 10]) == Bucket(2, 20, 2, 10, 10)
+    assert PaddedShapes(64, whole=True).choose(2, [3, 10]) == Bucket(2, 128, 2, 64, 64)
+    assert PaddedShapes(64).choose(2, 64).batch == 2

@@ -1,0 +1,83 @@
+"""Distances between sets of images, on the features and class probabilities of some network.
+
+Which network it was belongs to the name of a figure: none of these can be compared across networks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Doubles = NDArray[np.float64]
+
+NEIGHBOURS = 3  # of precision and recall
+
+
+def frechet_distance(found: Doubles, real: Doubles) -> float:
+    """||mean difference||^2 + tr(A + B - 2 (A B)^(1/2)) of two sets of features [n, d] (arXiv 1706.08500).
+
+    It falls with n: with the same n only. With n <= d the covariance has no full rank, and the figure, though still
+    defined, is mostly bias.
+    """
+    moved = found.mean(0) - real.mean(0)
+    one, other = np.cov(found, rowvar=False), np.cov(real, rowvar=False)
+    values, vectors = np.linalg.eigh(one)
+    root = vectors * np.sqrt(values.clip(0))
+    product = root.T @ other @ root
+    roots = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(0))
+    return float(moved @ moved + np.trace(one) + np.trace(other) - 2 * roots.sum())
+
+
+def kernel_distance(found: Doubles, real: Doubles) -> tuple[float, float]:
+    """Squared maximum mean discrepancy with the kernel (x.y / d + 1)^3, and its standard error.
+
+    The unbiased estimate of arXiv 1801.01401 (KID) on all features [n, d], n > 2: right on average for any n, and
+    below zero by chance where the sets are alike. The error is the jackknife's over `found`; `real` counts as given.
+    """
+    n, m, width = len(found), len(real), found.shape[1]
+    within, across, beyond = ((a @ b.T / width + 1) ** 3 for a, b in ((found, found), (found, real), (real, real)))
+    own = within.sum(1) - within.diagonal()
+    fixed = (beyond.sum() - np.trace(beyond)) / (m * (m - 1))
+    value = own.sum() / (n * (n - 1)) + fixed - 2 * across.mean()
+    # Leaving out sample i takes its row and its column away.
+    left = (own.sum() - 2 * own) / ((n - 1) * (n - 2)) + fixed - 2 * (across.sum() - across.sum(1)) / ((n - 1) * m)
+    return float(value), float(np.sqrt((n - 1) / n * np.square(left - left.mean()).sum()))
+
+
+def inception_score(logits: Doubles) -> float:
+    """exp of the mean KL(p(y|x) || p(y)) of class logits [n, classes] (arXiv 1606.03498), all samples at once.
+
+    From 1 to the number of classes; few samples lower it.
+    """
+    shifted = logits - logits.max(1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    p = np.exp(log_p)
+    return float(np.exp((p * (log_p - np.log(p.mean(0).clip(1e-300)))).sum(1).mean()))
+
+
+def precision_recall(found: Doubles, real: Doubles, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
+    """Improved precision and recall (arXiv 1904.06991) of features [n, d] against as many real ones.
+
+    Precision: the share of `found` inside the manifold of `real`, the union of balls around its points that reach
+    their k-th nearest neighbours. Recall: the same the other way round. ValueError for sets of other sizes, which
+    would bias one against the other, or of no more than k points.
+    """
+    if len(found) != len(real) or len(found) <= neighbours:
+        raise ValueError(f"{len(found)} and {len(real)} features: equally many are needed, more than {neighbours}")
+    across = squared_distances(found, real)
+    inside_real = across <= radii(real, neighbours)[None]
+    inside_found = across <= radii(found, neighbours)[:, None]
+    return float(inside_real.any(1).mean()), float(inside_found.any(0).mean())
+
+
+def radii(features: Doubles, neighbours: int) -> Doubles:
+    """Squared distance [n] of each point to its k-th nearest other point."""
+    distances = squared_distances(features, features)
+    np.fill_diagonal(distances, -1)  # itself comes first, whatever rounding says
+    return np.asarray(np.partition(distances, neighbours, axis=1)[:, neighbours])
+
+
+def squared_distances(one: Doubles, other: Doubles) -> Doubles:
+    """Squared Euclidean distances [n, m] between rows."""
+    sizes = np.square(one).sum(1)[:, None] + np.square(other).sum(1)[None]
+    return np.asarray((sizes - 2 * one @ other.T).clip(0))
