@@ -197,6 +197,7 @@ def sample(bundle: Path, **values: Any) -> None:
 @click.option("--batch", default=0, type=click.IntRange(0), help="Images at a time [the first bundle's largest batch].")
 @click.option("--runs", default=15, show_default=True, type=click.IntRange(1), help="Interleaved runs.")
 @click.option("--images", default=64, show_default=True, type=click.IntRange(0), help="Of each row; 0: cost only.")
+@click.option("--ratio", "ratios", multiple=True, type=Ratio(), help="Repeatable [that of each bundle].")
 @click.option("--steps", type=click.IntRange(1), help="Sampling steps [those of each bundle].")
 @click.option("--solver", type=click.Choice(SOLVERS), help="Sampler [that of each bundle].")
 @click.option("--guidance", default=1.0, show_default=True, help="Classifier-free guidance scale; 1 is none.")

@@ -52,6 +52,9 @@ class Guidance:
         return 1 if self.scale == 1 else 2
 
 
+NO_GUIDANCE = Guidance()
+
+
 @dataclass(frozen=True)
 class Entrant:
     """A bundle in its run: which sampler, and how many tokens its samples keep at every step, int64 [steps].
@@ -67,15 +70,25 @@ class Entrant:
     unconditional: StepPlanner | None = None
 
     @classmethod
-    def of(cls, bundle: Bundle, steps: int | None, solver: str | None, guidance: Guidance) -> Entrant:
-        """The bundle in its own run, or with other steps or another solver.
+    def of(
+        cls,
+        bundle: Bundle,
+        steps: int | None = None,
+        solver: str | None = None,
+        guidance: Guidance = NO_GUIDANCE,
+        ratio: float | None = None,
+    ) -> Entrant:
+        """The bundle in its own run, or with other steps, another solver or at another ratio.
 
         UsageError for a bundle that does not say how to sample it, or a ratio it cannot have."""
         sampler, planner = run_planner(bundle, steps, solver)
-        lite = None
-        if guidance.halves == 2 and guidance.ratio is not None:
-            schedule = replace(planner.schedule, ratio=guidance.ratio, mean=0.0)
-            lite = StepPlanner(planner.spec, planner.options, schedule.fitted(sampler.taus))
+
+        def at(other: float) -> StepPlanner:
+            schedule = replace(planner.schedule, ratio=other, mean=0.0)
+            return StepPlanner(planner.spec, planner.options, schedule.fitted(sampler.taus))
+
+        lite = at(guidance.ratio) if guidance.halves == 2 and guidance.ratio is not None else None
+        planner = planner if ratio is None else at(ratio)
         name = f"{bundle.model.options.mode} {planner.schedule.ratio:g}x, {sampler.steps} steps"
         return cls(name, bundle, sampler, planner, guidance, lite)
 

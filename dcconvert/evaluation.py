@@ -36,6 +36,7 @@ class Settings:
     guidance: Guidance
     batch: int = 0
     runs: int = 15
+    ratios: tuple[float, ...] = ()
     steps: int | None = None
     solver: str | None = None
     threads: int = 0
@@ -64,7 +65,7 @@ def evaluate_bundles(settings: Settings, console: Console) -> dict[str, Any]:
     batch = settings.batch or max(entrants[0].bundle.ladder.batches)
     report: dict[str, Any] = {
         "command": settings.command,
-        "bundles": [str(path) for path in settings.bundles],
+        "bundles": {entrant.name: str(entrant.bundle.folder) for entrant in entrants},
         "batch": batch,
         "guidance": settings.guidance.scale,
         "lite_cfg": settings.guidance.ratio,
@@ -103,7 +104,11 @@ def open_entrants(settings: Settings) -> tuple[list[Entrant], DiTConfig]:
         raise UsageError("the model has no unconditional class: evaluate it without --guidance")
     if guidance.ratio is not None and guidance.halves == 1:
         raise UsageError("--lite-cfg is the ratio of guidance's unconditional half: give --guidance other than 1 too")
-    entrants = [Entrant.of(bundle, settings.steps, settings.solver, guidance) for bundle in bundles]
+    entrants = [
+        Entrant.of(bundle, settings.steps, settings.solver, guidance, ratio)
+        for bundle in bundles
+        for ratio in settings.ratios or (None,)
+    ]
     return named_apart(entrants), config
 
 

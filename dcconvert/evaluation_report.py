@@ -97,8 +97,8 @@ def execution_title(report: dict[str, Any]) -> str:
 
 def terminal_tables(report: dict[str, Any]) -> list[Any]:
     """What the command prints: cost, quality, ways of running, and what was not measured."""
-    several = report["bundles"] if len(report["bundles"]) > 1 else []
-    parts: list[Any] = [f"#{number} {escape(name)}" for number, name in enumerate(several, 1)]
+    bundles = report["bundles"] if len(set(report["bundles"].values())) > 1 else {}
+    parts: list[Any] = [f"{name}: {escape(folder)}" for name, folder in bundles.items()]
     parts.append(rich_table(cost_title(report), COST, report["rows"]))
     if rows := quality_rows(report):
         parts.append(rich_table(quality_title(report), QUALITY, rows))
@@ -122,10 +122,14 @@ def rich_table(title: str, columns: Sequence[Column], rows: Sequence[dict[str, A
 
 def evaluation_page(report: dict[str, Any], figures: dict[str, bytes]) -> str:
     """One self-contained HTML page."""
-    title = "dcconvert evaluate: " + ", ".join(report["bundles"])
+    title = "dcconvert evaluate: " + ", ".join(dict.fromkeys(report["bundles"].values()))
     rows, judged = report["rows"], quality_rows(report)
     sections = [
         section("Quality", *quality_parts(report, judged)) if judged else "",
+        section(
+            "Bundles",
+            table(["", "folder"], report["bundles"].items()) if len(report["bundles"]) > 1 else "",
+        ),
         section("Cost", f"<p>{html.escape(cost_title(report))}.</p>", html_table(COST, rows)),
         section(
             "Ways of running a mixed batch",

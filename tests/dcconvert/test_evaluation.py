@@ -117,7 +117,7 @@ def test_a_mixed_batch_is_run_in_every_way(figures):
 
 def test_the_terminal_shows_it_all(evaluated, main_job):
     text = evaluated[0].out
-    assert f"#1 {main_job.folder}" in text
+    assert f"#1 carry 4x, 12 steps, euler: {main_job.folder}" in text
     for words in ("Cost of a run: ONNX Runtime CPU, batch 2", "#1 carry 4x, 12 steps", "5 real images, held out"):
         assert words in text
     for heading in ("GMACs", "images/s", "attn MB", "state MB", "PSNR, dB", "pair distance", "FD", "KID", "recall"):
@@ -175,6 +175,17 @@ def test_guidance_with_less_for_the_unconditional_half(each_job, mode, tmp_path)
     assert "the unconditional half at 5x" in " ".join(run.out.split())
 
 
+def test_one_bundle_at_several_ratios(chunk_job, tmp_path):
+    words = ("--runs", 1, "--images", 0, "--batch", 2, "--ratio", "2x", "--ratio", 8, "--json", tmp_path / "f.json")
+    run = run_cli("evaluate", chunk_job.folder, *words)
+    assert run.code == 0, run.err
+    two, eight = json.loads((tmp_path / "f.json").read_text())["rows"][-2:]
+    assert (two["name"], eight["name"]) == ("#1 chunk 2x, 4 steps", "#2 chunk 8x, 4 steps")
+    assert np.mean(two["kept"]) == pytest.approx(32, abs=0.5)
+    assert np.mean(eight["kept"]) == pytest.approx(8, abs=0.5)
+    assert eight["gmacs"] < two["gmacs"]
+
+
 def test_time_and_memory_only(main_job, tmp_path):
     words = ("--runs", 1, "--images", 0, "--batch", 2, "--json", tmp_path / "f.json")
     run = run_cli("evaluate", main_job.folder, *words)
@@ -199,8 +210,8 @@ def test_controls_of_a_run(speedup, ratio, wanted):
     assert control_steps(50, speedup, ratio) == wanted
 
 
-def entrant(job, guidance=None, solver=None):
-    return Entrant.of(read_bundle(job.folder), None, solver, guidance or Guidance())
+def entrant(job, **options):
+    return Entrant.of(read_bundle(job.folder), **options)
 
 
 def test_names_say_what_differs(main_job, chunk_job):
@@ -223,7 +234,7 @@ def test_a_staggered_batch_is_spread_over_the_run(main_job, original_onnx):
 @torch.no_grad()
 def test_bucketed_lite_guidance_gives_what_torch_gives(each_job, mode, original_onnx):
     """In the pairs' buckets on ONNX Runtime, and without shapes in torch."""
-    one = entrant(each_job, Guidance(2.0, 5.0))
+    one = entrant(each_job, guidance=Guidance(2.0, 5.0))
     contest = Contest([one], 2, original_onnx.parent, 1)
     x, y = initial_noise(0, 2, 1, 16), labels_for(2, 4)
     model = one.bundle.model.with_schedule(one.planner.schedule)

