@@ -31,7 +31,6 @@ from dcconvert.passes.errors import UsageError
 from dcconvert.progress import Stages
 from dcconvert.sampling import Sampler, Step, initial_noise, labels_for
 
-
 PAIRS = 256  # of the pair distance, which runs the network twice: enough for its mean
 
 
