@@ -228,6 +228,20 @@ def evaluate(bundles: tuple[Path, ...], **values: Any) -> None:
 
 @commands.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), help="Folder, .npy or .npz [samples of the original].")
+@click.option("--ratio", "ratios", multiple=True, type=Ratio(), default=("4x", "16x"), help="Repeatable [4x and 16x].")
+@click.option("--count", default=4, show_default=True, type=click.IntRange(1), help="Cases of each kind of detail.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**40))
+@click.option("--threads", default=0, type=click.IntRange(0), help="Threads [one a core].")
+def stress(bundle: Path, **values: Any) -> None:
+    """Run images full of detail through a bundle, and show in its report where the router starves it."""
+    from dcconvert.stress import Settings, stress_bundle
+
+    stress_bundle(Settings(bundle, command=command_line(), **values), Console())
+
+
+@commands.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--ratio", type=Ratio(), help="Divides the compute of a run of the bundle's steps [that of the bundle].")
 @click.option("--solver", type=click.Choice(SOLVERS), help="Sampler to calibrate for and to store [the bundle's].")
 @click.option("--images", default=32, show_default=True, type=click.IntRange(1), help="Images to judge by.")

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dcconvert import plots
 from dcconvert.html_parts import Markup, Number, document, milliseconds, number, picture, section, shown, table
+from dcconvert.stress_report import stress_section
 
 # Names of facts that need a unit or more words than their key.
 FACTS = {
@@ -24,6 +25,8 @@ FACTS = {
 
 CAPTIONS = {
     "samples": "Final images, same seeds and classes in the same place.",
+    "failures": "Worst cases of the stress set: input, original, converted, original with fewer steps, error, and the "
+    "computed tokens at an early and a late step.",
     "token_maps": "What the model saw at some steps, dropped tokens dimmed; on the right the final images.",
 }
 
@@ -62,6 +65,7 @@ def page(report: dict[str, Any], figures: dict[str, bytes]) -> str:
         fidelity_section(report),
         calibration_section(report),
         upcycling_section(report),
+        stress_section(report),
         memory_section(report),
         buckets_section(report),
         passes_section(report),

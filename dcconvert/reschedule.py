@@ -25,6 +25,7 @@ from dcconvert.report import CAPTIONS, without_nan, write_report
 from dcconvert.sampling import Sampler
 
 REPORT = "report.json"
+FAILURES = "failures.json"  # the worst cases of a stress test
 RUNTIME_CHECKS = ("route,", "denoise,")  # names of checks that depend on the buckets begin like this
 
 
@@ -87,6 +88,7 @@ class Rescheduled:
             "kept_tokens_mean": tokens / schedule.ratio,
         }
         checks = [check for check in before.get("checks", []) if not of_runtime(check["name"])]
+        before = {name: value for name, value in before.items() if name != "stress"}  # it was another schedule's
         return {
             **before,
             "model": {"tokens": tokens, **before.get("model", {})},
@@ -148,11 +150,16 @@ def write_rescheduled(
     figures: dict[str, bytes],
     work: Path,
 ) -> None:
-    """Fill the folder that will take the bundle's place; what does not change (weights, ONNX) is hard-linked."""
+    """Fill the folder that will take the bundle's place; what does not change (weights, ONNX) is hard-linked.
+
+    Without a stress test in the report its picture and its list of cases are left out.
+    """
+    if "stress" not in report:
+        figures = {name: data for name, data in figures.items() if name != "failures"}
     shutil.copytree(bundle.folder, work, symlinks=True, copy_function=link_or_copy, dirs_exist_ok=True)
     # A link must be cut before it is written to: the old bundle would change with the new one.
     pictures = {f"{name}.png" for name in (*CAPTIONS, *figures)}
-    for name in (GRAPH, MANIFEST, REPORT, "report.html", *pictures):
+    for name in (GRAPH, MANIFEST, REPORT, FAILURES, "report.html", *pictures):
         (work / name).unlink(missing_ok=True)
     write_json(model_to_dict(model), work / GRAPH)
     write_json(without_nan(manifest), work / MANIFEST)

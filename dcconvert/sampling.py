@@ -76,9 +76,12 @@ class Sampler:
         *,
         guidance: float = 1.0,
         null_class: int | None = None,
+        start: int = 0,
         on_step: Callable[[int], None] = lambda _: None,
     ) -> Tensor:
         """Take noise [B, C, H, W] to samples of the same shape.
+
+        With `start` the steps before that one are left out: `noise` is then data at its noise level (`add_noise`).
 
         `step(x, t, y)` is the model. With `guidance` other than 1 the conditional and unconditional halves run
         in one batch of 2B, y = `null_class` for the second (classifier-free guidance, arXiv 2207.12598).
@@ -86,8 +89,9 @@ class Sampler:
         if guidance != 1 and null_class is None:
             raise UsageError("guidance needs a model with an unconditional class")
         scheduler = copy.deepcopy(self.scheduler)  # it counts the steps it has made
+        scheduler.set_begin_index(start)
         x = noise
-        for i, t in enumerate(scheduler.timesteps):
+        for i, t in enumerate(scheduler.timesteps[start:]):
             x = scheduler.step(self._predict(step, x, float(t), labels, guidance, null_class), t, x).prev_sample
             on_step(i)
         return x

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +105,28 @@ def test_a_trained_bundle_runs_in_onnx_runtime(trained):
     [on_ort] = session.start(2).step({name: value.numpy() for name, value in inputs.items()}, counts)
     [in_torch] = found.model.start(2).step(inputs, counts)
     np.testing.assert_allclose(on_ort, in_torch.detach().numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_two_processes_train_together(trained, bundle):
+    """Started by torchrun: nearly the weights of one process, which has the whole batch in one relative error."""
+    out = bundle.with_name("out")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "dcconvert.cli"]
+    words = [sys.executable, *launch, "upcycle", bundle, "-o", out, *WORDS, "--threads", 1]
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([str(word) for word in words], env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    one, two, before = weights(trained[0]), weights(out), weights(bundle)
+    names = [name for name in one if name.startswith(PREFIX)]
+
+    def distance(a, b):
+        return float(sum((a[name] - b[name]).square().sum() for name in names)) ** 0.5
+
+    moved = distance(one, {name: before[name.removeprefix(PREFIX)] for name in names})
+    assert 0 < distance(one, two) < 0.5 * moved
+    assert len(json.loads((out / "manifest.json").read_text())["upcycling"]["log"]) == 1 + len(validation_rounds(STEPS))
+    assert not out.with_name("out.upcycle").exists()
 
 
 def test_a_run_that_was_stopped_goes_on(trained, bundle, monkeypatch):
