@@ -21,7 +21,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = ("README.md", "docs/choices.md", "docs/carry.md")
+PAGES = ("README.md", "docs/choices.md", "docs/carry.md", "docs/upcycle.md", "docs/stress.md")
 MARKER = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -228,6 +228,61 @@ def distance() -> str:
     return markdown(["shipped model", "GMACs an image", "FD"], rows) + note + machine_note(result)
 
 
+QUALITY: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("GMACs an image", lambda row: f"{row['gmacs']:.1f}"),
+    ("ms an image", lambda row: f"{row['latency_ms']:.0f}"),
+    ("PSNR, dB", lambda row: f"{row['psnr']:.1f} ± {row['psnr_error']:.1f}"),
+    ("pair distance", lambda row: f"{row['pair_distance']:.2f}"),
+    ("KID x1000", lambda row: f"{1e3 * row['kernel']:.1f} ± {1e3 * row['kernel_error']:.1f}"),
+)
+DISTANCE: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("FD", lambda row: f"{row['frechet']:.1f}"),
+    ("IS", lambda row: f"{row['inception_score']:.2f}"),
+    ("precision", lambda row: f"{row['precision']:.2f}"),
+    ("recall", lambda row: f"{row['recall']:.2f}"),
+)
+
+
+def evaluated(part: str, more: Sequence[tuple[str, Callable[[dict[str, Any]], str]]] = ()) -> str:
+    """A table that `benchmarks.upcycling` measured through `dcconvert evaluate`."""
+    result = read(f"upcycling_{part}")
+    images = result["settings"]["images"]
+    columns = [*QUALITY, *more]
+    rows = [[row["name"], *(show(row) for _, show in columns)] for row in result["rows"]]
+    note = (
+        f"\n{images['count']} images; PSNR and pair distance to {images['reference']}; network {images['network']}, "
+        f"{images['real_count']} test images."
+    )
+    if more:
+        floor = images["floor"]
+        note += (
+            f" As many real images as were drawn, held out: FD {floor['frechet']:.1f}, "
+            f"precision {floor['precision']:.2f}, recall {floor['recall']:.2f}."
+        )
+    return markdown(["", *(heading for heading, _ in columns)], rows) + note + "\n" + machine_note(result)
+
+
+def stress() -> str:
+    result = read("stress")
+    rows = [
+        [
+            f"{row['bundle']} at {row['ratio']:g}x",
+            row["kind"],
+            f"{row['psnr']:.1f}",
+            f"{row['detail_psnr']:.1f}",
+            f"{row['control_psnr']:.1f} ({row['control_steps']:.0f})",
+            f"{row['control_detail_psnr']:.1f}",
+            f"{row['attention_to_detail_early']:.2f}, {row['attention_to_detail_late']:.2f}",
+            f"{row['dropped_error_late']:.1f}",
+        ]
+        for row in result["rows"]
+    ]
+    headers = ["trained or made for", "detail", "PSNR", "in the detail", "fewer steps (n)", "in the detail"]
+    headers += ["attention to detail, early, late", "error of dropped, late"]
+    note = f"\n{result['settings']['count']} cases of each kind; {result['settings']['steps']} steps in a whole run.\n"
+    return markdown(headers, rows) + note + machine_note(result)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "demo": demo,
@@ -240,6 +295,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibrated": calibrated,
     "guidance": guidance,
     "distance": distance,
+    "upcycling_routers": lambda: evaluated("routers"),
+    "upcycling_budgets": lambda: evaluated("budgets"),
+    "upcycling_distance": lambda: evaluated("distance", DISTANCE),
+    "stress": stress,
 }
 
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from benchmarks.common import write_result
 from dcconvert.commands import shipped_model
+from dcconvert.plots import quality_over_cost
 from training.fashion_dit import load_split
 
 STEPS = 25
@@ -143,6 +144,10 @@ def evaluate(part: str, work: Path) -> None:
         "training": {name: curve(folder) for name, folder in folders.items()},
     }
     print(f"Results: {write_result(f'upcycling_{part}', settings, rows)}")
+    if part == "distance":
+        docs = Path(__file__).parent.parent / "docs"
+        for key, label in (("frechet", "FD-EffLite0"), ("psnr", "PSNR, dB")):
+            (docs / f"upcycling_{key}.png").write_bytes(quality_over_cost(rows, key, label))
 
 
 def with_name(row: dict[str, Any], part: str, names: tuple[str, ...]) -> dict[str, Any]:

@@ -175,6 +175,7 @@ def inspect(model: Path, **values: Any) -> None:
 @click.option("--steps", type=click.IntRange(1), help="Sampling steps [those of the bundle].")
 @click.option("--solver", type=click.Choice(SOLVERS), help="Sampler [that of the bundle].")
 @click.option("--guidance", default=1.0, show_default=True, help="Classifier-free guidance scale; 1 is none.")
+@click.option("--lite-cfg", type=Ratio(), help="Ratio of guidance's unconditional half [that of the bundle].")
 @click.option(
     "--separate-halves",
     is_flag=True,

@@ -128,6 +128,7 @@ def sample_bundle(
     steps: int | None,
     solver: str | None,
     guidance: float,
+    lite_cfg: float | None,
     separate_halves: bool,
     seed: int,
     labels: tuple[int, ...],
@@ -155,12 +156,15 @@ def sample_bundle(
 
     model, options = bundle.model, bundle.model.options
     groups = 1 if guidance == 1 or separate_halves else 2
+    if lite_cfg is not None and guidance == 1:
+        raise UsageError("--lite-cfg is the ratio of guidance's unconditional half: give --guidance other than 1 too")
+    lite = None if lite_cfg is None else planner.at_ratio(lite_cfg, sampler.taus)
     name = f"{options.mode}, {model.schedule.ratio:g}x"
     if model.spec.states:
         console.print(state_note(model.spec.state_bytes, (count * (1 if guidance == 1 else 2),)), highlight=False)
     if runtime == "torch":
         with torch.inference_mode():
-            draw(name, ConvertedStep(model, model.with_schedule(planner.schedule), groups))
+            draw(name, ConvertedStep(model, model.with_schedule(planner.schedule), groups, lite))
             if compare:
                 draw("original", lambda *v: model.original_graph(*v)[0])
     else:
@@ -171,7 +175,7 @@ def sample_bundle(
                 session = beside.converted
             else:
                 session = OrtModel(bundle.onnx, planner)
-        draw(name, ConvertedStep(model, session, groups))
+        draw(name, ConvertedStep(model, session, groups, lite))
         if compare:
             draw("original", beside.original_step)
     save_comparison(dict(reversed(images.items())), out, vae)

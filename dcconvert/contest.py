@@ -82,13 +82,10 @@ class Entrant:
 
         UsageError for a bundle that does not say how to sample it, or a ratio it cannot have."""
         sampler, planner = run_planner(bundle, steps, solver)
-
-        def at(other: float) -> StepPlanner:
-            schedule = replace(planner.schedule, ratio=other, mean=0.0)
-            return StepPlanner(planner.spec, planner.options, schedule.fitted(sampler.taus))
-
-        lite = at(guidance.ratio) if guidance.halves == 2 and guidance.ratio is not None else None
-        planner = planner if ratio is None else at(ratio)
+        lite = None
+        if guidance.halves == 2 and guidance.ratio is not None:
+            lite = planner.at_ratio(guidance.ratio, sampler.taus)
+        planner = planner if ratio is None else planner.at_ratio(ratio, sampler.taus)
         name = f"{bundle.model.options.mode} {planner.schedule.ratio:g}x, {sampler.steps} steps"
         return cls(name, bundle, sampler, planner, guidance, lite)
 

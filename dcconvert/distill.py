@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -137,7 +137,8 @@ class Distillation:
         self.weights = Weights(model, recipe.train, recipe.rank, generator)
         self.average = [part.detach().clone() for part in self.weights.parts]
         self.optimiser = torch.optim.AdamW(self.weights.parameters(), lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.99))
-        self.planners = [planner_for(model, ratio, taus) for ratio in recipe.ratios or (model.schedule.ratio,)]
+        ratios = recipe.ratios or (model.schedule.ratio,)
+        self.planners = [model.step_planner.at_ratio(ratio, taus) for ratio in ratios]
         known = {name for name, _ in self.student.named_parameters(remove_duplicate=False)}
         self.paths = {
             path: name for name in self.weights.names for path in known if read_as(path) == original_name(name)
@@ -275,12 +276,6 @@ class StepDistillation(Distillation):
         norm = self.update(loss)
         self.round += 1
         return {**{name: float(value.detach()) for name, value in parts.items()}, "norm": norm}
-
-
-def planner_for(model: DynamicModel, ratio: float, taus: np.ndarray) -> StepPlanner:
-    """A planner at another ratio, its mean over a run at these noise levels."""
-    schedule = replace(model.schedule, ratio=ratio, mean=0.0).fitted(taus)
-    return StepPlanner(model.spec, model.options, schedule)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:

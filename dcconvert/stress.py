@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def stress_bundle(settings: Settings, console: Console) -> dict[str, Any]:
     planners = {}
     for ratio in settings.ratios:
         try:
-            planners[ratio] = at_ratio(planner, ratio, sampler)
+            planners[ratio] = planner.at_ratio(ratio, sampler.taus)
         except UsageError as error:
             limits.append(f"Stress at {ratio:g}x was left out: {error}")
     if not planners:
@@ -132,11 +132,6 @@ def stress_bundle(settings: Settings, console: Console) -> dict[str, Any]:
     for line in (*limits, f"Cases: {settings.folder / FAILURES}", f"Report: {settings.folder / 'report.html'}"):
         console.print(escape(line), highlight=False, soft_wrap=True)
     return found
-
-
-def at_ratio(planner: StepPlanner, ratio: float, sampler: Sampler) -> StepPlanner:
-    schedule = replace(planner.schedule, ratio=ratio, mean=0.0).fitted(sampler.taus)
-    return StepPlanner(planner.spec, planner.options, schedule)
 
 
 def make_cases(bundle: Bundle, sampler: Sampler, settings: Settings, stages: Stages) -> Cases:

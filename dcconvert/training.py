@@ -28,7 +28,6 @@ from dcconvert.distill import (
     Recipe,
     StepDistillation,
     pick_ratio,
-    planner_for,
     spread_times,
     with_new_paths,
 )
@@ -103,7 +102,7 @@ class Task:
         settings = replace(settings, recipe=recipe, data=settings.data or (RUNS if mode == CARRY else TEACHER))
         sampler, planner = run_planner(bundle, None)
         for ratio in recipe.ratios:
-            planner_for(bundle.model, ratio, sampler.taus)  # raises before anything is drawn
+            bundle.model.step_planner.at_ratio(ratio, sampler.taus)  # raises before anything is drawn
         if recipe.ratios and not any(math.isclose(ratio, planner.schedule.ratio) for ratio in recipe.ratios):
             raise UsageError(
                 f"{bundle.folder} runs at {planner.schedule.ratio:g}x, which is not among the ratios to train for: "

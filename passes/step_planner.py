@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,13 @@ class StepPlanner:
         schedule.check(spec.tokens)
         self.schedule = schedule
         self.planner = Planner(spec.grid, options.members, options.neighbours, options.packing, options.coverage)
+
+    def at_ratio(self, ratio: float, taus: np.ndarray) -> StepPlanner:
+        """The same planner with its schedule at another ratio, its mean over a run at these noise levels.
+
+        UsageError for a ratio that such a run cannot have.
+        """
+        return StepPlanner(self.spec, self.options, replace(self.schedule, ratio=ratio, mean=0.0).fitted(taus))
 
     @property
     def carries(self) -> bool:

@@ -201,6 +201,15 @@ def test_too_few_steps_to_sample_with(main_job, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_lite_guidance_gives_other_images(each_job, tmp_path):
+    words = ("-n", 2, "--steps", 12, "--guidance", 2)
+    for name, more in (("plain", ()), ("same", ("--lite-cfg", "4x")), ("lite", ("--lite-cfg", "5x"))):
+        sample(each_job.folder, tmp_path / f"{name}.png", *words, *more)
+    plain, same, lite = ((tmp_path / f"{name}.png").read_bytes() for name in ("plain", "same", "lite"))
+    assert plain == same != lite
+    assert "--guidance" in refusal(2, "sample", each_job.folder, "--lite-cfg", "5x", "-o", tmp_path / "x.png")
+
+
 # The other commands
 
 

@@ -20,7 +20,6 @@ from dcconvert.reschedule import Rescheduled, old_figures, old_report, write_res
 from dcconvert.sampling import SOLVERS, Sampler, initial_noise, labels_for
 from dcconvert.stress import (
     Cases,
-    at_ratio,
     detail_psnr,
     judged,
     original_step,
@@ -109,7 +108,7 @@ def test_another_schedule_makes_it_stale(stressed, tmp_path):
     folder = Path(shutil.copytree(stressed[0], tmp_path / "bundle"))
     bundle = read_bundle(folder)
     sampler, planner = run_planner(bundle, None)
-    made = Rescheduled.of(bundle, at_ratio(planner, 2.0, sampler).schedule, sampler, Stages(Console(quiet=True)))
+    made = Rescheduled.of(bundle, planner.at_ratio(2.0, sampler.taus).schedule, sampler, Stages(Console(quiet=True)))
     report = made.report(old_report(folder))
     assert "stress" not in report
     with new_folder(folder, force=True) as work:
@@ -134,7 +133,7 @@ def test_keeping_everything_is_the_original(bundle):
     sampler, planner = run_planner(bundle, None)
     cases = cases_of(bundle)
     wanted = partial_run(sampler, cases, original_step(bundle), lambda: None)
-    outcome = run_at(bundle, sampler, at_ratio(planner, 1.0, sampler), cases, lambda: None)
+    outcome = run_at(bundle, sampler, planner.at_ratio(1.0, sampler.taus), cases, lambda: None)
     torch.testing.assert_close(outcome.images, wanted, rtol=1e-3, atol=1e-3)
     for look in outcome.looks:
         assert look.keep.all()
@@ -150,7 +149,7 @@ def test_the_error_of_a_look_is_that_of_the_step(chunk_job):
     """Mode chunk remembers nothing: the step can be made again."""
     bundle = read_bundle(chunk_job.folder)
     sampler, planner = run_planner(bundle, None)
-    cases, made = cases_of(bundle), at_ratio(planner, 4.0, sampler)
+    cases, made = cases_of(bundle), planner.at_ratio(4.0, sampler.taus)
     seen: dict[float, torch.Tensor] = {}
     outcome = run_at(bundle, sampler, made, cases, lambda: None)
     model = bundle.model.with_schedule(made.schedule)
@@ -246,7 +245,7 @@ def test_images_without_detail(chunk_job, tmp_path):
 def test_cases_do_not_depend_on_each_other(bundle):
     """One case alone gives what it gives among others."""
     sampler, planner = run_planner(bundle, None)
-    cases, made = cases_of(bundle), at_ratio(planner, 3.0, sampler)
+    cases, made = cases_of(bundle), planner.at_ratio(3.0, sampler.taus)
     with torch.no_grad():
         together = run_at(bundle, sampler, made, cases, lambda: None).images[:1]
         fields = {name: getattr(cases, name)[:1] for name in ("clean", "labels", "noise", "detail")}
