@@ -17,7 +17,7 @@ from dcconvert.passes.infra import Options
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.trained import all_tensors
 from dcconvert.sampling import Sampler
-from tests.dcconvert.harness import TOKENS, tiny_dit
+from tests.dcconvert.harness import CONFIG, TOKENS, tiny_dit
 
 TAUS = Sampler("flow", 10).taus
 RECIPE = Recipe(samples=80, batch=8, lr=1e-3, rank=4)
@@ -107,6 +107,47 @@ def test_the_learning_rate_rises_and_falls():
     assert max(rates) == pytest.approx(1.0)
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert rates[-1] < 0.01
+
+
+def test_weights_are_averaged_as_they_go(model):
+    """The decay rises from 2/11 to the recipe's; what it forgets at first is the untrained model."""
+    made = StepDistillation(model, replace(RECIPE, ema=0.5), TAUS)
+    wanted = [part.detach().clone() for part in made.weights.parts]
+    for step in range(1, 14):
+        made.train(batch(0), made.planners[0])
+        decay = min(0.5, (1 + step) / (10 + step))
+        wanted = [decay * old + (1 - decay) * new.detach() for old, new in zip(wanted, made.weights.parts, strict=True)]
+    torch.testing.assert_close(made.average, wanted, rtol=1e-5, atol=1e-6)
+    assert any((now != old).any() for now, old in zip(made.weights.parts, made.average, strict=True))
+
+
+@pytest.mark.parametrize("clip", [1e-4, 1e9])
+def test_gradients_are_clipped(clip, model, monkeypatch):
+    made = StepDistillation(model, replace(RECIPE, clip=clip), TAUS)
+    norms = []
+
+    def step() -> None:
+        grads = [part.grad.flatten() for part in made.weights.parts if part.grad is not None]
+        norms.append(float(torch.cat(grads).norm()))
+
+    monkeypatch.setattr(made.optimiser, "step", step)
+    norm = made.train(batch(0), made.planners[0])["norm"]
+    assert norm > 1e-3
+    assert norms == [pytest.approx(min(norm, clip), rel=1e-3)]
+
+
+def test_learned_variances_are_not_trained():
+    """Of a model that predicts noise and variances, samplers here use the noise: the loss is that of the noise."""
+    config = replace(CONFIG, learn_sigma=True)
+    variances = dcconvert.convert(tiny_dit(config), 4, options=Options(mode="chunk")).requires_grad_(False)
+    made = StepDistillation(variances, replace(RECIPE, feature_weight=0.0), TAUS)
+    grads: list[torch.Tensor] = []
+    place = made.weights.whole.index("final_layer.linear.weight")
+    made.optimiser.register_step_pre_hook(lambda *_: grads.append(made.weights.parts[place].grad.clone()))
+    made.train(batch(0), made.planners[0])
+    rows = grads[0].view(config.patch**2, 2, -1)  # pixels of a patch, then noise and variance
+    assert float(rows[:, 0].abs().max()) > 0
+    assert float(rows[:, 1].abs().max()) == 0
 
 
 def test_what_cannot_be_trained():
