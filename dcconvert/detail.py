@@ -19,6 +19,7 @@ CELL = 4  # side of the cells over which texture must be spread
 WINDOW = 8  # side of the window in which strokes are counted
 PLAIN = 0.05  # deviation in a 3x3 window below which ground is plain
 OBJECT = 0.25  # distance from the ground from which a pixel belongs to an object
+AT_ONCE = 512  # images measured at a time
 SMALL = 0.25  # share of the image up to which an object is small
 
 Measured = tuple[Tensor, Tensor]
@@ -83,15 +84,19 @@ KINDS: dict[str, Callable[[Tensor], Measured]] = {
 }
 
 
+def measured(images: Tensor, kind: str) -> Measured:
+    """Scores [n] and responses [n, H, W] of images [n, C, H, W] for one kind of detail."""
+    return KINDS[kind](images.float().mean(1))
+
+
 def choose(images: Tensor, count: int) -> dict[str, list[int]]:
     """Of images [n, C, H, W] the `count` with most of each kind of detail, highest first, none of them twice.
 
     The kinds choose in turns. Images without a kind (score 0) are not chosen for it.
     """
-    g = images.float().mean(1)
     order: dict[str, Sequence[int]] = {}
-    for kind, measure in KINDS.items():
-        scores = measure(g)[0]
+    for kind in KINDS:
+        scores = torch.cat([measured(part, kind)[0] for part in images.split(AT_ONCE)])
         order[kind] = [int(i) for i in scores.argsort(descending=True, stable=True) if scores[i] > 0]
     chosen: dict[str, list[int]] = {kind: [] for kind in KINDS}
     taken: set[int] = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +43,8 @@ def is_latent(x: Tensor) -> bool:
     return x.shape[1] > 3
 
 
-def psnr(found: Tensor, wanted: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each sample, [B].
+def squared_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error over the squared peak at every pixel, mean over the channels: [B, H, W] for samples [B, C, H, W].
 
     Pixels are clamped to [-1, 1], so peak to peak is 2; for latents it is the range of `wanted`.
     """
@@ -53,8 +53,17 @@ def psnr(found: Tensor, wanted: Tensor) -> Tensor:
         peak = float(wanted.max() - wanted.min())
     else:
         found, wanted = found.clamp(-1, 1), wanted.clamp(-1, 1)
-    error = (found - wanted).square().flatten(1).mean(1)
-    return 10 * torch.log10(peak**2 / error.clamp_min(1e-12))
+    return (found - wanted).square().mean(1) / peak**2
+
+
+def decibels(error: Tensor) -> Tensor:
+    """Squared errors over the squared peak as a peak signal-to-noise ratio in dB; 120 for none at all."""
+    return -10 * torch.log10(error.clamp_min(1e-12))
+
+
+def psnr(found: Tensor, wanted: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each sample, [B]; peaks as in `squared_error`."""
+    return decibels(squared_error(found, wanted).flatten(1).mean(1))
 
 
 def psnr_mean(found: Tensor, wanted: Tensor) -> float:
@@ -75,11 +84,14 @@ def grid_image(images: np.ndarray, columns: int, scale: int = 1) -> Image.Image:
     return Image.fromarray(sheet)
 
 
-def captioned_rows(rows: Mapping[str, Image.Image]) -> Image.Image:
-    """Pictures below each other, each under its caption."""
+def captioned_rows(rows: Mapping[str, Image.Image], headings: Sequence[str] = ()) -> Image.Image:
+    """Pictures below each other, each under its caption; `headings` name their columns, all of one width, on top."""
     width = max(image.width for image in rows.values())
-    sheet = Image.new("RGB", (width, sum(image.height + CAPTION + GAP for image in rows.values())), "white")
-    draw, top = ImageDraw.Draw(sheet), 0
+    top = CAPTION if headings else 0
+    sheet = Image.new("RGB", (width, top + sum(image.height + CAPTION + GAP for image in rows.values())), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, text in enumerate(headings):
+        draw.text((2 + column * (width + GAP) // len(headings), 2), text, fill="black")
     for caption, image in rows.items():
         draw.text((2, top + 2), caption, fill="black")
         sheet.paste(image, (0, top + CAPTION))
@@ -88,12 +100,13 @@ def captioned_rows(rows: Mapping[str, Image.Image]) -> Image.Image:
 
 
 def dim_dropped(image: np.ndarray, keep: np.ndarray, scale: int) -> np.ndarray:
-    """A sample uint8 [H, W, 3], magnified, with dropped tokens (keep [h, w] False) tinted dark blue."""
+    """A sample uint8 [H, W, 3], magnified, with dropped tokens (keep [h, w] False) tinted blue."""
     large = image.repeat(scale, axis=0).repeat(scale, axis=1).astype(np.float32)
     cell = (large.shape[0] // keep.shape[0], large.shape[1] // keep.shape[1])
     mask = keep.repeat(cell[0], axis=0).repeat(cell[1], axis=1)[:, :, None]
-    tint = np.array([20, 30, 90], np.float32)
-    return np.where(mask, large, 0.25 * large + 0.75 * tint).astype(np.uint8)
+    # Neither dark nor light: kept tokens stand out on black ground as on white.
+    tint = np.array([0, 114, 178], np.float32)
+    return np.where(mask, large, 0.3 * large + 0.7 * tint).astype(np.uint8)
 
 
 def png_bytes(image: Image.Image) -> bytes:

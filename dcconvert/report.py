@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dcconvert import plots
 from dcconvert.html_parts import Markup, Number, document, milliseconds, number, picture, section, shown, table
-from dcconvert.stress_report import stress_section
+from dcconvert.stress_report import FAILURES_FIGURE, stress_section
 
 # Names of facts that need a unit or more words than their key.
 FACTS = {
@@ -25,10 +25,9 @@ FACTS = {
 
 CAPTIONS = {
     "samples": "Final images, same seeds and classes in the same place.",
-    "failures": "Worst cases of the stress set: input, original, converted, original with fewer steps, error, and the "
-    "computed tokens at an early and a late step.",
     "token_maps": "What the model saw at some steps, dropped tokens dimmed; on the right the final images.",
 }
+FIGURES = (*CAPTIONS, FAILURES_FIGURE)  # what may lie beside a report, by the names of the files
 
 
 def write_report(folder: Path, report: dict[str, Any], figures: dict[str, bytes]) -> None:
@@ -65,7 +64,7 @@ def page(report: dict[str, Any], figures: dict[str, bytes]) -> str:
         fidelity_section(report),
         calibration_section(report),
         upcycling_section(report),
-        stress_section(report),
+        stress_section(report, figures.get(FAILURES_FIGURE)),
         memory_section(report),
         buckets_section(report),
         passes_section(report),
@@ -89,7 +88,8 @@ def cards(report: dict[str, Any]) -> str:
 
 
 def samples_section(figures: dict[str, bytes]) -> str:
-    return section("Samples", *(picture(data, CAPTIONS.get(name, name), True) for name, data in figures.items()))
+    shown_here = {name: data for name, data in figures.items() if name != FAILURES_FIGURE}
+    return section("Samples", *(picture(data, CAPTIONS.get(name, name), True) for name, data in shown_here.items()))
 
 
 def checks_section(report: dict[str, Any]) -> str:

@@ -21,8 +21,9 @@ from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.serialise import model_to_dict
 from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.progress import Stages
-from dcconvert.report import CAPTIONS, without_nan, write_report
+from dcconvert.report import FIGURES, without_nan, write_report
 from dcconvert.sampling import Sampler
+from dcconvert.stress_report import FAILURES_FIGURE
 
 REPORT = "report.json"
 FAILURES = "failures.json"  # the worst cases of a stress test
@@ -139,7 +140,7 @@ def old_report(folder: Path) -> dict[str, Any]:
 
 def old_figures(folder: Path) -> dict[str, bytes]:
     """The figures of a bundle's report, PNG data by name."""
-    return {name: (folder / f"{name}.png").read_bytes() for name in CAPTIONS if (folder / f"{name}.png").is_file()}
+    return {name: (folder / f"{name}.png").read_bytes() for name in FIGURES if (folder / f"{name}.png").is_file()}
 
 
 def write_rescheduled(
@@ -154,12 +155,13 @@ def write_rescheduled(
 
     Without a stress test in the report its picture and its list of cases are left out.
     """
-    if "stress" not in report:
-        figures = {name: data for name, data in figures.items() if name != "failures"}
+    stale = () if "stress" in report else (FAILURES,)
+    if stale:
+        figures = {name: data for name, data in figures.items() if name != FAILURES_FIGURE}
     shutil.copytree(bundle.folder, work, symlinks=True, copy_function=link_or_copy, dirs_exist_ok=True)
     # A link must be cut before it is written to: the old bundle would change with the new one.
-    pictures = {f"{name}.png" for name in (*CAPTIONS, *figures)}
-    for name in (GRAPH, MANIFEST, REPORT, FAILURES, "report.html", *pictures):
+    pictures = {f"{name}.png" for name in (*FIGURES, *figures)}
+    for name in (GRAPH, MANIFEST, REPORT, "report.html", *stale, *pictures):
         (work / name).unlink(missing_ok=True)
     write_json(model_to_dict(model), work / GRAPH)
     write_json(without_nan(manifest), work / MANIFEST)

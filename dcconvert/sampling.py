@@ -68,6 +68,24 @@ class Sampler:
         kept = self.scheduler.alphas_cumprod.to(clean)[t.long()].view(shape)
         return kept.sqrt() * clean + (1 - kept).sqrt() * noise
 
+    def tail(self, first: int, steps: int | None = None) -> Sampler:
+        """This run from step `first` on: all that is left of it, or `steps` of its noise levels, evenly chosen.
+
+        Its `run` takes data at the noise of its first timestep (`add_noise`), as in SDEdit (arXiv 2108.01073).
+        ValueError if there are not so many steps left.
+        """
+        left = self.steps - first
+        steps = left if steps is None else steps
+        if not 1 <= steps <= left:
+            raise ValueError(f"{steps} steps of the {left} that are left of a run")
+        part, scheduler = copy.copy(self), copy.deepcopy(self.scheduler)
+        chosen = [first + number * left // steps for number in range(steps)]
+        scheduler.timesteps = scheduler.timesteps[chosen]
+        scheduler.sigmas = torch.cat([scheduler.sigmas[chosen], scheduler.sigmas[-1:]])
+        scheduler.num_inference_steps = part.steps = steps
+        part.scheduler = scheduler
+        return part
+
     def run(
         self,
         step: Step,
@@ -76,12 +94,9 @@ class Sampler:
         *,
         guidance: float = 1.0,
         null_class: int | None = None,
-        start: int = 0,
         on_step: Callable[[int], None] = lambda _: None,
     ) -> Tensor:
         """Take noise [B, C, H, W] to samples of the same shape.
-
-        With `start` the steps before that one are left out: `noise` is then data at its noise level (`add_noise`).
 
         `step(x, t, y)` is the model. With `guidance` other than 1 the conditional and unconditional halves run
         in one batch of 2B, y = `null_class` for the second (classifier-free guidance, arXiv 2207.12598).
@@ -89,9 +104,8 @@ class Sampler:
         if guidance != 1 and null_class is None:
             raise UsageError("guidance needs a model with an unconditional class")
         scheduler = copy.deepcopy(self.scheduler)  # it counts the steps it has made
-        scheduler.set_begin_index(start)
         x = noise
-        for i, t in enumerate(scheduler.timesteps[start:]):
+        for i, t in enumerate(scheduler.timesteps):
             x = scheduler.step(self._predict(step, x, float(t), labels, guidance, null_class), t, x).prev_sample
             on_step(i)
         return x

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,24 @@ from rich.markup import escape
 from torch import Tensor
 
 from dcconvert.commands import dit_config, run_planner
-from dcconvert.detail import KINDS, choose, on_tokens
-from dcconvert.evaluate import ConvertedStep, compute_section
-from dcconvert.export.bundle import Bundle, new_folder, read_bundle
+from dcconvert.detail import choose, measured, on_tokens
+from dcconvert.evaluate import ConvertedStep, Tick, compute_section
+from dcconvert.export.bundle import Bundle, new_folder, read_bundle, write_json
 from dcconvert.image_data import LabelledImages, read_images
-from dcconvert.images import psnr
 from dcconvert.passes.errors import UsageError
+from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.progress import Stages
+from dcconvert.report import without_nan
 from dcconvert.reschedule import FAILURES, old_figures, old_report, write_rescheduled
 from dcconvert.sampling import Sampler, Step, initial_noise, labels_for
-from dcconvert.stress_report import failure_figure, stress_tables
+from dcconvert.starvation import Look, Outcome, judged, summary, worst_of
+from dcconvert.stress_report import FAILURES_FIGURE, failure_figure, stress_table
 
 START, EARLY, LATE = 0.7, 0.6, 0.2  # noise levels: where a case starts, and where the router is looked at
 SAMPLES = 256  # images of the original to choose from, where no data are given
 SAMPLE_STEPS, SAMPLE_SOLVER = 20, "unipc"
-WORST = 12  # cases in failures.json
+BATCH = 16  # cases at a time
 
 
 @dataclass(frozen=True)
@@ -48,123 +50,157 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cases:
-    """Images with much detail: clean [n, C, H, W], labels [n], where each came from, and where its detail is.
+    """Images with much detail, where each came from, and what the original makes of them.
 
-    `detail` [n, h, w]: the response of each image's own kind, summed over the cells of the token grid.
+    `clean` and `noise` [n, C, H, W] are mixed at the first noise level of `part`, a run's tail; `wanted` [n, C, H, W]
+    are the original's final images from there. `detail` [n, h, w]: the response of each case's own kind in `wanted`,
+    summed over the cells of the token grid.
     """
 
+    part: Sampler
     clean: Tensor
     labels: Tensor
     noise: Tensor
     seeds: list[int]
     sources: list[int]
     kinds: list[str]
+    wanted: Tensor
     detail: Tensor
 
     def __len__(self) -> int:
         return len(self.clean)
 
-
-@dataclass
-class Look:
-    """What the converted model did at one step, for all cases: noise level, keep mask and error of the prediction.
-
-    `keep` bool [n, h, w]; `error` [n, h, w]: squared, mean over the pixels of a token, relative to the mean square of
-    the original's prediction for the same input.
-    """
-
-    tau: float
-    keep: np.ndarray
-    error: Tensor
+    def run(self, part: Sampler, new_step: Callable[[], Step], tick: Tick) -> Tensor:
+        """Final images [n, C, H, W] of a run that begins like `part`, each batch with a step function of its own."""
+        return noised_run(part, new_step, (self.clean, self.noise, self.labels), tick)
 
 
-@dataclass
-class Outcome:
-    """All cases at one ratio: final images of the converted model and of the control, and looks at two steps."""
-
-    ratio: float
-    images: Tensor
-    control: Tensor
-    control_steps: int
-    looks: list[Look]
+def noised_run(part: Sampler, new_step: Callable[[], Step], given: tuple[Tensor, Tensor, Tensor], tick: Tick) -> Tensor:
+    """Images and noise [n, C, H, W] mixed at a run's first noise level and sampled from there, by labels [n]."""
+    found = []
+    for clean, noise, labels in zip(*(values.split(BATCH) for values in given), strict=True):
+        x = part.add_noise(clean, noise, torch.full((len(clean),), float(part.timesteps[0])))
+        found.append(part.run(new_step(), x, labels, on_step=lambda _: tick(f"{part.steps} steps")))
+    return torch.cat(found)
 
 
 def stress_bundle(settings: Settings, console: Console) -> dict[str, Any]:
-    """Run the stress set through a bundle, print the table, add it to the report and write failures.json."""
+    """Run the stress set through a bundle, print the table, add it to the report and write failures.json.
+
+    UsageError for a bundle, data or ratios that leave nothing to run.
+    """
     if settings.threads:
         torch.set_num_threads(settings.threads)
     bundle = read_bundle(settings.folder)
     sampler, planner = run_planner(bundle, None)
     stages = Stages(Console(stderr=True))
-    limits: list[str] = []
-    planners = {}
-    for ratio in settings.ratios:
-        try:
-            planners[ratio] = planner.at_ratio(ratio, sampler.taus)
-        except UsageError as error:
-            limits.append(f"Stress at {ratio:g}x was left out: {error}")
-    if not planners:
-        raise UsageError(limits[0])
+    planners, left_out = planners_of(planner, settings.ratios, sampler)
     with torch.inference_mode():
-        cases = make_cases(bundle, sampler, settings, stages)
-        with stages.stage("run the cases through the original") as tick:
-            wanted = partial_run(sampler, cases, original_step(bundle), lambda: tick("steps"))
+        cases, lost = make_cases(bundle, sampler, settings, stages)
+        left_out += lost
         outcomes = []
         for ratio, made in planners.items():
             with stages.stage(f"run the cases at {ratio:g}x") as tick:
-                outcomes.append(run_at(bundle, sampler, made, cases, lambda: tick("steps")))
-    figures_of_cases = [facts for outcome in outcomes for facts in judged(bundle, sampler, cases, outcome, wanted)]
-    worst = sorted(figures_of_cases, key=lambda facts: facts["detail_psnr"])[:WORST]
-    found = {
-        "command": settings.command,
-        "source": str(settings.data) if settings.data else f"{SAMPLES} samples of the original",
-        "start": sampler.taus[start_of(sampler)],
-        "steps": sampler.steps,
-        "solver": sampler.solver,
-        "cases": len(cases),
-        "rows": summary(figures_of_cases),
-        "worst": [{k: v for k, v in facts.items() if k not in ("looks", "case")} for facts in worst],
-    }
-    picture = failure_figure(worst, cases, wanted, outcomes)
-    store(bundle, found, [public(facts) for facts in worst], picture, limits)
-    for table in stress_tables(found):
-        console.print(table)
-    for line in (*limits, f"Cases: {settings.folder / FAILURES}", f"Report: {settings.folder / 'report.html'}"):
+                outcomes.append(run_at(bundle, made, cases, tick))
+    class_names = bundle.manifest.get("sampler", {}).get("class_names") or []
+    all_facts = [facts for outcome in outcomes for facts in judged(cases, outcome, class_names)]
+    worst = worst_of(all_facts)
+    found = without_nan(
+        {
+            "command": settings.command,
+            "source": str(settings.data) if settings.data else f"{SAMPLES} samples of the original",
+            "seed": settings.seed,
+            "start": float(cases.part.taus[0]),
+            "early": outcomes[0].looks[0].tau,
+            "late": outcomes[0].looks[1].tau,
+            "steps": cases.part.steps,
+            "run_steps": sampler.steps,
+            "solver": sampler.solver,
+            "cases": len(cases),
+            "left_out": left_out,
+            "rows": summary(all_facts),
+        }
+    )
+    store(bundle, found, worst, failure_figure(worst, cases, outcomes))
+    console.print(stress_table(found))
+    for line in (*left_out, f"Cases: {settings.folder / FAILURES}", f"Report: {settings.folder / 'report.html'}"):
         console.print(escape(line), highlight=False, soft_wrap=True)
     return found
 
 
-def make_cases(bundle: Bundle, sampler: Sampler, settings: Settings, stages: Stages) -> Cases:
-    """Choose the images and noise them; UsageError for data that do not fit or hold no detail."""
+def planners_of(
+    planner: StepPlanner, ratios: Sequence[float], sampler: Sampler
+) -> tuple[dict[float, StepPlanner], list[str]]:
+    """Planners at the ratios that the bundle's run can have, and what to say of the others; UsageError if all are."""
+    found, left_out = {}, []
+    for ratio in ratios:
+        try:
+            found[ratio] = planner.at_ratio(ratio, sampler.taus)
+        except UsageError as error:
+            left_out.append(f"{ratio:g}x was left out: {error}")
+    if not found:
+        raise UsageError(left_out[0])
+    return found, left_out
+
+
+def make_cases(bundle: Bundle, sampler: Sampler, settings: Settings, stages: Stages) -> tuple[Cases, list[str]]:
+    """Choose the images and see what the original makes of them.
+
+    Cases of which nothing of their kind is left in the original's own image have no detail to lose: they are left out,
+    and the second result says so. UsageError for data that do not fit or hold no detail.
+    """
     config = dit_config(bundle)
-    if settings.data:
-        source = read_images(settings.data, config)
-    else:
-        with stages.stage("draw images from the original") as tick:
-            source = own_samples(bundle, sampler, settings.seed, lambda: tick("batches"))
-    chosen = choose(source.images, settings.count)
-    if not any(chosen.values()):
-        raise UsageError("none of the images has any detail: give others with --data")
+    source = source_images(bundle, sampler, settings, stages)
+    with stages.stage("choose the images"):
+        chosen = choose(source.images, settings.count)
     kinds = [kind for kind, places in chosen.items() for _ in places]
     sources = [place for places in chosen.values() for place in places]
+    if not sources:
+        raise UsageError("none of the images has any detail: give others with --data")
     seeds = [settings.seed + place for place in sources]
-    clean, labels = source.images[sources], source.labels[sources]
-    g = clean.float().mean(1)
-    responses = {kind: measure(g)[1] for kind, measure in KINDS.items()}
-    response = torch.stack([responses[kind][i] for i, kind in enumerate(kinds)])
     noise = torch.cat([initial_noise(seed, 1, config.in_channels, config.image_size) for seed in seeds])
-    return Cases(clean, labels, noise, seeds, sources, kinds, on_tokens(response, bundle.model.spec.grid))
+    clean, labels = source.images[sources], source.labels[sources]
+    part = sampler.tail(int(np.abs(sampler.taus - START).argmin()))
+    with stages.stage("run the cases through the original") as tick:
+        wanted = noised_run(part, lambda: original_step(bundle), (clean, noise, labels), tick)
+    scores, responses = zip(*(measured(wanted[i : i + 1], kind) for i, kind in enumerate(kinds)), strict=True)
+    detail = on_tokens(torch.cat(responses), bundle.model.spec.grid)
+    there = [i for i in range(len(kinds)) if float(scores[i]) > 0 and float(detail[i].sum()) > 0]
+    if not there:
+        raise UsageError("the original draws none of the detail of these images: give others with --data")
+    lost = len(kinds) - len(there)
+    cases = Cases(
+        part,
+        clean[there],
+        labels[there],
+        noise[there],
+        [seeds[i] for i in there],
+        [sources[i] for i in there],
+        [kinds[i] for i in there],
+        wanted[there],
+        detail[there],
+    )
+    return cases, [f"{lost} of {len(kinds)} cases were left out: the original draws none of their detail"] * (lost > 0)
 
 
-def own_samples(bundle: Bundle, sampler: Sampler, seed: int, tick: Callable[[], None]) -> LabelledImages:
+def source_images(bundle: Bundle, sampler: Sampler, settings: Settings, stages: Stages) -> LabelledImages:
+    """The images to choose from: those of `--data`, or samples of the original."""
+    if settings.data:
+        return read_images(settings.data, dit_config(bundle))
+    with stages.stage("draw images from the original") as tick:
+        return own_samples(bundle, sampler, settings.seed, tick)
+
+
+def own_samples(bundle: Bundle, sampler: Sampler, seed: int, tick: Tick) -> LabelledImages:
+    """Samples of the original to choose from; number i has the noise of seed + i."""
     config = dit_config(bundle)
     noise = initial_noise(seed, SAMPLES, config.in_channels, config.image_size)
     labels = labels_for(SAMPLES, config.num_classes)
     many = Sampler(sampler.prediction, SAMPLE_STEPS, SAMPLE_SOLVER)
     parts = []
-    for x, y in zip(noise.split(32), labels.split(32), strict=True):
+    for x, y in zip(noise.split(BATCH), labels.split(BATCH), strict=True):
         parts.append(many.run(original_step(bundle), x, y))
-        tick()
+        tick(f"batches of {BATCH}")
     return LabelledImages(torch.cat(parts), labels)
 
 
@@ -172,148 +208,88 @@ def original_step(bundle: Bundle) -> Step:
     return lambda x, t, y: bundle.model.original_graph(x, t, y)[0]
 
 
-def nearest(sampler: Sampler, level: float) -> int:
-    """The step of a run whose noise level is nearest."""
-    return int(np.abs(sampler.taus - level).argmin())
-
-
-def start_of(sampler: Sampler) -> int:
-    return nearest(sampler, START)
-
-
-def partial_run(sampler: Sampler, cases: Cases, step: Step, tick: Callable[[], None]) -> Tensor:
-    """Final images of the cases noised to the start and sampled from there on, as in SDEdit (arXiv 2108.01073)."""
-    first = start_of(sampler)
-    t = torch.full((len(cases),), float(sampler.timesteps[first]))
-    noised = sampler.add_noise(cases.clean, cases.noise, t)
-    return sampler.run(step, noised, cases.labels, start=first, on_step=lambda _: tick())
-
-
-def run_at(bundle: Bundle, sampler: Sampler, planner: StepPlanner, cases: Cases, tick: Callable[[], None]) -> Outcome:
+def run_at(bundle: Bundle, planner: StepPlanner, cases: Cases, tick: Tick) -> Outcome:
     """The cases through the converted model at one ratio, and through the original with the steps that cost as much."""
-    model = bundle.model.with_schedule(planner.schedule)
-    converted, original = ConvertedStep(model, model), original_step(bundle)
-    where = [sampler.taus[nearest(sampler, level)] for level in (EARLY, LATE)]
-    looks: list[Look] = []
-
-    def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        output = converted(x, t, y)
-        tau = float(t[0]) / model.spec.timestep_scale
-        if any(abs(tau - level) < 1e-6 for level in where):
-            channels = x.shape[1]
-            wanted = original(x, t, y)[:, :channels]
-            error = (output[:, :channels] - wanted).square().mean(1) / wanted.square().mean((1, 2, 3))[:, None, None]
-            assert converted.run is not None
-            assert converted.run.last_plan is not None
-            keep = converted.run.last_plan.keep.reshape(len(x), *model.spec.grid)
-            looks.append(Look(tau, keep, on_tokens(error, model.spec.grid) / patch_area(error, model.spec.grid)))
-        return output
-
-    images = partial_run(sampler, cases, step, tick)
-    ratio = compute_section(bundle.model, planner, sampler.taus)["ratio"]
-    fewer = Sampler(sampler.prediction, max(1, round(sampler.steps / ratio)), sampler.solver)
-    control = partial_run(fewer, cases, original, tick)
-    return Outcome(planner.schedule.ratio, images, control, fewer.steps, looks)
+    part = cases.part
+    watcher = Watcher(bundle, planner, looked_at(part, planner))
+    images = cases.run(part, watcher.new_step, tick)
+    compute = compute_section(bundle.model, planner, part.taus)
+    cost = compute["run_gmacs"]["converted"] / compute["original_gmacs"]
+    fewer = sorted({min(part.steps, max(1, steps)) for steps in (math.floor(cost), math.ceil(cost))})
+    controls = {n: cases.run(part.tail(0, n), lambda: original_step(bundle), tick) for n in fewer}
+    return Outcome(planner.schedule.ratio, cost, images, controls, watcher.looks(part))
 
 
-def patch_area(pixels: Tensor, grid: tuple[int, int]) -> int:
-    return pixels.shape[1] // grid[0] * (pixels.shape[2] // grid[1])
+def looked_at(part: Sampler, planner: StepPlanner) -> tuple[int, int]:
+    """The steps nearest to an early and a late noise level, out of those that drop tokens if there are any."""
+    counts = planner.run_counts(part.taus)
+    steps = np.flatnonzero(counts < planner.spec.tokens)
+    steps = steps if len(steps) else np.arange(part.steps)
+    early, late = (int(steps[np.abs(part.taus[steps] - level).argmin()]) for level in (EARLY, LATE))
+    return early, late
 
 
-def judged(bundle: Bundle, sampler: Sampler, cases: Cases, outcome: Outcome, wanted: Tensor) -> list[dict[str, Any]]:
-    """The figures of every case at one ratio."""
-    names = bundle.manifest.get("sampler", {}).get("class_names") or []
-    values = {name: psnr(images, wanted) for name, images in both(outcome).items()}
-    inside = {name: detail_psnr(images, wanted, cases.detail) for name, images in both(outcome).items()}
-    result = []
-    for i in range(len(cases)):
-        label = int(cases.labels[i])
-        result.append(
-            {
-                "case": i,
-                "kind": cases.kinds[i],
-                "seed": cases.seeds[i],
-                "source_index": cases.sources[i],
-                "class": label,
-                "class_name": names[label] if label < len(names) else None,
-                "ratio": outcome.ratio,
-                "psnr": float(values["converted"][i]),
-                "detail_psnr": float(inside["converted"][i]),
-                "control_steps": outcome.control_steps,
-                "control_psnr": float(values["control"][i]),
-                "control_detail_psnr": float(inside["control"][i]),
-                "looks": [look_at(look, i, cases.detail[i], sampler) for look in outcome.looks],
-            }
-        )
-    return result
+class Watcher:
+    """Runs the converted model, and beside it the original at the steps that are looked at, for the same input."""
+
+    def __init__(self, bundle: Bundle, planner: StepPlanner, where: tuple[int, int]) -> None:
+        self.model = bundle.model.with_schedule(planner.schedule)
+        self.original = original_step(bundle)
+        self.where = where
+        self.seen: dict[int, list[Look]] = {step: [] for step in where}
+
+    def new_step(self) -> Step:
+        converted, number = ConvertedStep(self.model, self.model), -1
+
+        def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            nonlocal number
+            number += 1
+            output = converted(x, t, y)
+            if number in self.seen:
+                wanted = self.original(x, t, y)
+                self.seen[number].append(look_of(self.model, converted, output, wanted, x, float(t[0])))
+            return output
+
+        return step
+
+    def looks(self, part: Sampler) -> list[Look]:
+        """What was seen at the two steps, the batches in one."""
+        found = []
+        for step in self.where:
+            batches = self.seen[step]
+            ages = [look.age for look in batches if look.age is not None]
+            found.append(
+                replace(
+                    batches[0],
+                    tau=float(part.taus[step]),
+                    keep=np.concatenate([look.keep for look in batches]),
+                    error=torch.cat([look.error for look in batches]),
+                    age=np.concatenate(ages) if ages else None,
+                )
+            )
+        return found
 
 
-def both(outcome: Outcome) -> dict[str, Tensor]:
-    return {"converted": outcome.images, "control": outcome.control}
+def look_of(model: DynamicModel, step: ConvertedStep, output: Tensor, wanted: Tensor, x: Tensor, t: float) -> Look:
+    """What a converted step has just done to a batch x; `wanted` is the original's output for it."""
+    run, grid, channels = step.run, model.spec.grid, x.shape[1]  # learned variances come after the prediction
+    assert run is not None
+    assert run.last_plan is not None
+    error = (output - wanted)[:, :channels].square().mean(1)
+    size = wanted[:, :channels].square().mean((1, 2, 3)).clamp_min(1e-12)
+    area = x.shape[2] // grid[0] * (x.shape[3] // grid[1])
+    shape = (len(x), *grid)
+    age = None if run.history is None else run.history.age[: len(x)].reshape(shape).copy()
+    keep = run.last_plan.keep[: len(x)].reshape(shape)
+    return Look(t / model.spec.timestep_scale, t, keep, on_tokens(error / size[:, None, None], grid) / area, age)
 
 
-def detail_psnr(found: Tensor, wanted: Tensor, detail: Tensor) -> Tensor:
-    """PSNR [n] in which every token's squared error weighs as much as its detail [n, h, w]."""
-    count, height, width = detail.shape
-    error = on_tokens((found - wanted).square().mean(1), (height, width)) / patch_area(found[:, 0], (height, width))
-    weighted = (error * detail).sum((1, 2)) / detail.sum((1, 2)).clamp_min(1e-12)
-    # The peak of the plain PSNR, out of what it says of a known error.
-    peak = psnr(wanted + 0.5, wanted) if wanted.shape[1] > 3 else None
-    base = torch.full((count,), 10 * np.log10(4.0)) if peak is None else peak + 10 * np.log10(0.25)
-    return base - 10 * torch.log10(weighted.clamp_min(1e-12))
-
-
-def look_at(look: Look, i: int, detail: Tensor, sampler: Sampler) -> dict[str, Any]:
-    """One case at one step: which tokens were kept, how much of the detail they hold, where the error is.
-
-    `attention_to_detail`: share of the detail in kept tokens over the share of tokens that were kept; 1 is chance, less
-    means that detail is starved. `dropped_error`: error of dropped tokens over that of kept ones.
-    """
-    keep, error = torch.from_numpy(look.keep[i]), look.error[i]
-    share = float(keep.float().mean())
-    held = float(detail[keep].sum() / detail.sum().clamp_min(1e-12))
-    dropped = float(error[~keep].mean() / error[keep].mean().clamp_min(1e-12)) if share < 1 else None
-    return {
-        "noise_level": look.tau,
-        "timestep": round(float(sampler.timesteps[nearest(sampler, look.tau)]), 3),
-        "kept_tokens": int(keep.sum()),
-        "kept": [int(token) for token in keep.flatten().nonzero()],
-        "detail_kept": held,
-        "attention_to_detail": held / share,
-        "one_step_error": float(error.mean()),
-        "dropped_error": dropped,
-    }
-
-
-def summary(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each ratio and kind: means over its cases."""
-    rows = []
-    for ratio, kind in dict.fromkeys((facts["ratio"], facts["kind"]) for facts in cases):
-        some = [facts for facts in cases if (facts["ratio"], facts["kind"]) == (ratio, kind)]
-        row: dict[str, Any] = {"ratio": ratio, "kind": kind, "cases": len(some)}
-        for name in ("psnr", "detail_psnr", "control_steps", "control_psnr", "control_detail_psnr"):
-            row[name] = float(np.mean([facts[name] for facts in some]))
-        for number, when in enumerate(("early", "late")):
-            for name in ("attention_to_detail", "one_step_error", "dropped_error"):
-                values = [facts["looks"][number][name] for facts in some]
-                row[f"{name}_{when}"] = None if None in values else float(np.mean(values))
-        rows.append(row)
-    return rows
-
-
-def public(facts: dict[str, Any]) -> dict[str, Any]:
-    """A case as failures.json lists it."""
-    return {name: value for name, value in facts.items() if name != "case"}
-
-
-def store(
-    bundle: Bundle, found: dict[str, Any], worst: list[dict[str, Any]], picture: bytes, limits: Sequence[str]
-) -> None:
+def store(bundle: Bundle, found: dict[str, Any], worst: Sequence[dict[str, Any]], picture: bytes) -> None:
     """Put the section, the picture and failures.json into the bundle; all or nothing."""
-    before = old_report(bundle.folder)
-    kept = [text for text in before.get("limits", []) if not text.startswith("Stress at ")]
-    report = {**before, "stress": found, "limits": [*kept, *limits]}
-    figures = {**old_figures(bundle.folder), "failures": picture}
+    report = {**old_report(bundle.folder), "stress": found}
+    figures = {**old_figures(bundle.folder), FAILURES_FIGURE: picture}
+    public = [{name: value for name, value in facts.items() if name != "case"} for facts in worst]
     with new_folder(bundle.folder, force=True) as work:
         write_rescheduled(bundle, bundle.model, bundle.manifest, report, figures, work)
-        (work / FAILURES).write_text(json.dumps(worst, indent=1, allow_nan=False) + "\n")
+        (work / FAILURES).unlink(missing_ok=True)  # a link to the one in the bundle
+        write_json(without_nan(public), work / FAILURES)

@@ -111,13 +111,13 @@ def test_captions_stand_above_their_pictures():
     assert (pixels[:CAPTION] < 128).any()  # some ink
 
 
-def test_dropped_tokens_are_dark_blue():
+def test_dropped_tokens_are_blue():
     keep = np.array([[True, False], [False, True]])
     picture = dim_dropped(np.full((4, 4, 3), 200, np.uint8), keep, scale=2)
     assert picture.shape == (8, 8, 3)
     assert (picture[:4, :4] == 200).all()
     assert (picture[4:, 4:] == 200).all()
-    assert (picture[:4, 4:] == [65, 72, 117]).all()  # a quarter of 200, three quarters of (20, 30, 90)
+    assert (picture[:4, 4:] == [60, 139, 184]).all()  # 0.3 of 200, 0.7 of (0, 114, 178)
 
 
 def test_png():

@@ -237,3 +237,44 @@ def test_noise_depends_on_seed_and_place_alone():
 
 def test_labels_take_turns():
     assert labels_for(5, 3).tolist() == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("prediction", ["flow", "eps"])
+@pytest.mark.parametrize(("first", "steps"), [(0, None), (6, None), (6, 5), (6, 1), (19, 1)])
+def test_the_tail_of_a_run(prediction, solver, first, steps):
+    """It sees levels of the run from there on, and takes data noised to the first of them back to clean."""
+    sampler, clean = Sampler(prediction, 20, solver), torch.rand(2, 1, 4, 4) * 2 - 1
+    part = sampler.tail(first, steps)
+    seen: list[float] = []
+
+    def knows(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        seen.append(float(t[0]))
+        if prediction == "flow":
+            return (x - clean) / (t / 1000).view(-1, 1, 1, 1)
+        kept = sampler.scheduler.alphas_cumprod[t.long()].view(-1, 1, 1, 1)
+        return (x - kept.sqrt() * clean) / (1 - kept).sqrt()
+
+    noised = part.add_noise(clean, torch.randn_like(clean), torch.full((2,), float(part.timesteps[0])))
+    found = part.run(knows, noised, torch.zeros(2, dtype=torch.int64))
+    torch.testing.assert_close(found, clean, rtol=0, atol=1e-2)
+    assert seen == part.timesteps.tolist()
+    assert part.steps == len(seen) == (steps or 20 - first)
+    assert seen[0] == sampler.timesteps[first]
+    assert set(seen) <= set(sampler.timesteps.tolist())
+    if steps is None:
+        assert seen == sampler.timesteps[first:].tolist()
+    assert sampler.steps == len(sampler.timesteps) == 20, "the run itself is as it was"
+
+
+def test_the_whole_tail_is_the_run():
+    sampler, noise = Sampler("eps", 7, "unipc"), torch.randn(1, 1, 4, 4)
+    labels = torch.zeros(1, dtype=torch.int64)
+    step = lambda x, t, y: torch.tanh(x + t.view(-1, 1, 1, 1) / 1000)  # noqa: E731
+    assert torch.equal(sampler.run(step, noise, labels), sampler.tail(0).run(step, noise, labels))
+
+
+@pytest.mark.parametrize(("first", "steps"), [(4, None), (2, 3), (0, 0)])
+def test_a_tail_of_steps_that_there_are_not(first, steps):
+    with pytest.raises(ValueError, match="steps of the"):
+        Sampler("flow", 4).tail(first, steps)
