@@ -37,7 +37,7 @@ def main() -> None:
             if name == NAMES[0]:
                 shutil.copy(folder / "failures.png", Path(__file__).parent.parent / "docs" / "failures.png")
         rows += [{"bundle": name, **row} for row in found["rows"]]
-        settings |= {key: found[key] for key in ("start", "steps", "solver", "cases")}
+        settings |= {key: found[key] for key in ("start", "early", "late", "steps", "run_steps", "solver", "seed")}
     print(f"Results: {write_result('stress', settings, rows)}")
 
 

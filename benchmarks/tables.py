@@ -266,20 +266,23 @@ def stress() -> str:
     result = read("stress")
     rows = [
         [
-            f"{row['bundle']} at {row['ratio']:g}x",
+            f"{row['bundle']}, run at {row['ratio']:g}x",
             row["kind"],
-            f"{row['psnr']:.1f}",
-            f"{row['detail_psnr']:.1f}",
-            f"{row['control_psnr']:.1f} ({row['control_steps']:.0f})",
-            f"{row['control_detail_psnr']:.1f}",
+            f"{row['cost']:.1f}",
+            *(f"{row[name]:.1f}" for name in ("psnr", "detail_psnr", "control_psnr", "control_detail_psnr")),
             f"{row['attention_to_detail_early']:.2f}, {row['attention_to_detail_late']:.2f}",
             f"{row['dropped_error_late']:.1f}",
+            "" if row["mean_age_late"] is None else f"{row['detail_age_late']:.1f} ({row['mean_age_late']:.1f})",
         ]
         for row in result["rows"]
     ]
-    headers = ["trained or made for", "detail", "PSNR", "in the detail", "fewer steps (n)", "in the detail"]
-    headers += ["attention to detail, early, late", "error of dropped, late"]
-    note = f"\n{result['settings']['count']} cases of each kind; {result['settings']['steps']} steps in a whole run.\n"
+    headers = ["bundle", "detail", "cost in full steps", "PSNR, dB", "in the detail", "fewer steps", "in the detail"]
+    headers += ["attention to detail, early, late", "error of dropped, late", "age of detail (of all), late"]
+    settings = result["settings"]
+    note = (
+        f"\nUp to {settings['count']} cases of each kind; {settings['steps']} steps from noise level "
+        f"{settings['start']:.2f} on, of the {settings['run_steps']} of a whole run, {settings['solver']}.\n"
+    )
     return markdown(headers, rows) + note + machine_note(result)
 
 

@@ -12,13 +12,21 @@ from torch import Tensor
 
 from dcconvert.export.bundle import write_whole
 from dcconvert.fidelity import Fidelity
-from dcconvert.images import captioned_rows, decode_latents, dim_dropped, grid_image, is_latent, png_bytes, to_images
+from dcconvert.images import (
+    captioned_rows,
+    decode_latents,
+    dim_dropped,
+    grid_image,
+    is_latent,
+    png_bytes,
+    tile_scale,
+    to_images,
+)
 
 COLUMNS = 8  # samples a row
 MAPS = 4  # samples shown with their chunk maps
 MOMENTS = 7  # steps shown of each
 SMALL = 64  # images below this side are magnified
-MAGNIFY = 3  # of chunk maps
 
 
 def sample_figure(result: Fidelity) -> bytes:
@@ -50,15 +58,22 @@ def comparison(images: Mapping[str, Tensor], vae: Path | None) -> Image.Image:
 
 
 def token_map_figure(result: Fidelity) -> bytes:
-    """For a few samples: what the model saw at some steps, dropped tokens dimmed; then converted and original."""
+    """For a few samples: what the model saw at some steps, dropped tokens tinted; then converted and original."""
     moments = np.unique(np.linspace(0, len(result.keep) - 1, MOMENTS).round().astype(int))
     original, converted = (to_images(result.images[name]) for name in (result.original, result.converted))
+    scale = tile_scale(original.shape[1])
     tiles = []
     for sample in range(min(MAPS, len(result.keep[0]))):
         for moment in moments:
             seen = to_images(result.mid[moment][sample : sample + 1])[0]
-            tiles.append(dim_dropped(seen, result.keep[moment][sample], MAGNIFY))
-        tiles += [image[sample].repeat(MAGNIFY, 0).repeat(MAGNIFY, 1) for image in (converted, original)]
-    steps = ", ".join(str(moment + 1) for moment in moments)
-    caption = f"kept tokens at steps {steps} of {len(result.keep)} | {result.converted} | {result.original}"
-    return png_bytes(captioned_rows({caption: grid_image(np.stack(tiles), len(moments) + 2)}))
+            tiles.append(dim_dropped(seen, result.keep[moment][sample], scale))
+        tiles += [image[sample].repeat(scale, 0).repeat(scale, 1) for image in (converted, original)]
+    kept = [result.keep[moment].sum((1, 2)).mean() for moment in moments]
+    headings = [f"step {moment + 1}: {mean:.0f} kept" for moment, mean in zip(moments, kept, strict=True)]
+    tokens = result.keep[0][0].size
+    caption = (
+        f"what the model saw at steps of {len(result.keep)}; of {tokens} tokens those it did not compute are tinted "
+        f"blue. Then final images: {result.converted}; {result.original}"
+    )
+    grid = grid_image(np.stack(tiles), len(moments) + 2)
+    return png_bytes(captioned_rows({caption: grid}, [*headings, "converted", "original"]))

@@ -16,6 +16,7 @@ from dcconvert.passes.errors import UsageError
 LATENT_SCALE = 0.18215  # Stable Diffusion's autoencoder, which the published DiTs use
 GAP = 2
 CAPTION = 16
+TILE = 96  # pixels that small pictures are magnified to, at least, where words stand above them
 
 
 def to_images(x: Tensor) -> np.ndarray:
@@ -97,6 +98,11 @@ def captioned_rows(rows: Mapping[str, Image.Image], headings: Sequence[str] = ()
         sheet.paste(image, (0, top + CAPTION))
         top += image.height + CAPTION + GAP
     return sheet
+
+
+def tile_scale(side: int) -> int:
+    """By how much pictures of this side are magnified to fill a tile."""
+    return max(1, -(-TILE // side))
 
 
 def dim_dropped(image: np.ndarray, keep: np.ndarray, scale: int) -> np.ndarray:

@@ -25,7 +25,8 @@ FACTS = {
 
 CAPTIONS = {
     "samples": "Final images, same seeds and classes in the same place.",
-    "token_maps": "What the model saw at some steps, dropped tokens dimmed; on the right the final images.",
+    "token_maps": "Chunk maps, a sample a row: what the model saw at some steps of a run. Tokens that are tinted blue "
+    "were not computed at that step, the others were; on the right the final images.",
 }
 FIGURES = (*CAPTIONS, FAILURES_FIGURE)  # what may lie beside a report, by the names of the files
 
@@ -148,7 +149,10 @@ def compute_section(report: dict[str, Any]) -> str:
     plot = ""
     if steps := compute.get("per_step"):
         drawn = plots.spending(steps, report.get("model", {}).get("tokens"), compute["original_gmacs"])
-        plot = picture(drawn, "Kept tokens and GMACs of one sample over a sampling run.")
+        warm_up = report.get("conversion", {}).get("warm_up_steps")
+        dense = f" The first {warm_up} compute every token: the warm-up." if warm_up else ""
+        caption = f"Kept tokens and GMACs of one sample over a sampling run; every marker is a step.{dense}"
+        plot = picture(drawn, caption)
     return section("Compute", note, table(["", "GMACs"], rows), plot)
 
 

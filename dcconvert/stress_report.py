@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from dcconvert.html_parts import Number, picture, section, table
-from dcconvert.images import captioned_rows, dim_dropped, grid_image, is_latent, png_bytes, to_images
+from dcconvert.images import captioned_rows, dim_dropped, grid_image, is_latent, png_bytes, tile_scale, to_images
 
 if TYPE_CHECKING:
     from dcconvert.starvation import Outcome
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 FAILURES_FIGURE = "failures"  # its name among the figures of a report
 GALLERY = 4  # worst cases of each ratio that are shown
-SIDE = 96  # pixels that small images are magnified to
 FULL = 0.5  # error as a share of the range that is drawn as bright as can be
 
 COLUMNS = (
@@ -129,7 +128,7 @@ def tiles(i: int, cases: Cases, outcome: Outcome) -> list[np.ndarray]:
     """Pictures uint8 [H, W, 3] of one case: input, original, converted, fewer steps, error, kept early and late."""
     fewer = outcome.controls[max(outcome.controls)]
     small = [to_images(part[i : i + 1])[0] for part in (cases.clean, cases.wanted, outcome.images, fewer)]
-    scale = max(1, -(-SIDE // small[0].shape[0]))
+    scale = tile_scale(small[0].shape[0])
     difference = (outcome.images[i] - cases.wanted[i]).abs().mean(0).numpy()
     wanted = cases.wanted
     peak = float(wanted.max() - wanted.min()) if is_latent(wanted) else 2.0

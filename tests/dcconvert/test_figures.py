@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ from PIL import Image
 
 from dcconvert import figures, images
 from dcconvert.fidelity import Fidelity
-from dcconvert.figures import MAGNIFY, MAPS, MOMENTS, sample_figure, save_comparison, token_map_figure
-from dcconvert.images import CAPTION, GAP
+from dcconvert.figures import MAPS, MOMENTS, sample_figure, save_comparison, token_map_figure
+from dcconvert.images import CAPTION, GAP, TILE
 from dcconvert.passes.errors import UsageError
 
 
@@ -30,13 +30,13 @@ def size(columns: int, rows: int, side: int) -> tuple[int, int, int]:
 
 @pytest.fixture
 def captions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The captions that are drawn."""
+    """The headings and captions that are drawn."""
     seen: list[str] = []
     draw = images.captioned_rows
 
-    def spy(rows: Mapping[str, Image.Image]) -> Image.Image:
-        seen.extend(rows)
-        return draw(rows)
+    def spy(rows: Mapping[str, Image.Image], headings: Sequence[str] = ()) -> Image.Image:
+        seen.extend((*headings, *rows))
+        return draw(rows, headings)
 
     monkeypatch.setattr(figures, "captioned_rows", spy)
     return seen
@@ -74,20 +74,23 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("steps", "samples"), [(50, 6), (3, 2), (1, 1)])
 def test_token_maps_show_some_steps_of_some_samples(steps, samples, captions):
     pixels = opened(token_map_figure(result(steps, samples)))
-    side = MAGNIFY * 8
-    assert pixels.shape == size(min(steps, MOMENTS) + 2, min(samples, MAPS), side)
-    [caption] = captions
-    assert caption.startswith("kept tokens at steps 1")
-    assert f"{steps} of {steps} | less | same" in caption
+    height, *rest = size(min(steps, MOMENTS) + 2, min(samples, MAPS), TILE)
+    assert pixels.shape == (CAPTION + height, *rest)
+    *headings, converted, original, caption = captions
+    assert len(headings) == min(steps, MOMENTS)
+    assert headings[0] == "step 1: 8 kept"
+    assert headings[-1] == f"step {steps}: 8 kept"
+    assert (converted, original) == ("converted", "original")
+    assert f"at steps of {steps}; of 16 tokens" in caption
+    assert caption.endswith("less; same")
 
 
-def test_token_maps_dim_what_was_dropped():
-    side = MAGNIFY * 8
-    pixels = opened(token_map_figure(result(steps=2, samples=1)))[CAPTION : CAPTION + side]
-    first, second, converted, original = (pixels[:, i * (side + GAP) :][:, :side] for i in range(4))
-    assert (first[: side // 2] == 0).all()
-    assert (second[: side // 2] == 128).all()
-    assert (second[side // 2 :] == [47, 54, 99]).all()
+def test_token_maps_tint_what_was_dropped():
+    pixels = opened(token_map_figure(result(steps=2, samples=1)))[2 * CAPTION : 2 * CAPTION + TILE]
+    first, second, converted, original = (pixels[:, i * (TILE + GAP) :][:, :TILE] for i in range(4))
+    assert (first[: TILE // 2] == 0).all()
+    assert (second[: TILE // 2] == 128).all()
+    assert (second[TILE // 2 :] == [38, 118, 163]).all()
     assert (converted == 255).all()
     assert (original == 0).all()
 

@@ -23,6 +23,7 @@ from dcconvert.images import (
     png_bytes,
     psnr,
     psnr_mean,
+    tile_scale,
     to_images,
 )
 from dcconvert.passes.errors import UsageError
@@ -109,6 +110,21 @@ def test_captions_stand_above_their_pictures():
     assert (pixels[CAPTION : CAPTION + 10, :30] == [255, 0, 0]).all()
     assert (pixels[-GAP - 20 : -GAP] == [0, 0, 255]).all()
     assert (pixels[:CAPTION] < 128).any()  # some ink
+
+
+def test_headings_stand_above_their_columns():
+    grid = Image.new("RGB", (2 * 96 + GAP, 10), "red")
+    pixels = np.asarray(captioned_rows({"": grid}, ("one", "two")))
+    assert pixels.shape[:2] == (CAPTION + CAPTION + 10 + GAP, 2 * 96 + GAP)
+    for left in (0, 96 + GAP):
+        ink = np.asarray(pixels[:CAPTION, left : left + 96].min((0, 2)) < 128)
+        assert ink[:20].any()
+        assert not ink[60:].any()
+
+
+@pytest.mark.parametrize(("side", "scale"), [(8, 12), (32, 3), (64, 2), (96, 1), (256, 1)])
+def test_small_pictures_fill_a_tile(side, scale):
+    assert tile_scale(side) == scale
 
 
 def test_dropped_tokens_are_blue():
