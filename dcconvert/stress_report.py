@@ -34,6 +34,7 @@ COLUMNS = (
     "late",
     "error of dropped, late",
 )
+ROUTER = 7  # columns before it are about the images, the others about what the router did
 AGE = "age of detail (of all), late"
 
 
@@ -90,14 +91,19 @@ def stress_section(report: dict[str, Any], gallery: bytes | None) -> str:
     left_out = "".join(f" {text}." for text in found["left_out"])
     steps = {row["ratio"]: row["control_steps"] for row in found["rows"]}
     controls = "; ".join(f"{' and '.join(map(str, some))} at {ratio:g}x" for ratio, some in steps.items())
-    note = (
+    cases = (
         f"<p>{found['cases']} images with most of each kind of detail, chosen from {html.escape(found['source'])}, "
         f"noised to level {found['start']:.2f} and sampled from there in {found['steps']} steps, by the original and "
         f"by the converted model ({found['solver']}, {found['run_steps']} steps in a whole run)."
         f"{html.escape(left_out)}</p>"
+    )
+    images = (
         "<p>PSNR: to the original's image from the same noise; in the detail: every token's error weighs as much as "
         "the detail that the original's image has there. Fewer steps: what the original reaches at the same cost "
-        f"without any conversion, interpolated between whole numbers of steps ({controls}). Attention to detail: share "
+        f"without any conversion, interpolated between whole numbers of steps ({controls}).</p>"
+    )
+    router = (
+        "<p>Attention to detail: share "
         "of the detail that lies in computed tokens over the share of tokens that are computed; 1 is chance, below 1 "
         f"detail is starved. Early and late: the steps at noise level {found['early']:.2f} and {found['late']:.2f}. "
         "Error of dropped: error of one step in tokens that were not computed over that in computed ones."
@@ -109,8 +115,13 @@ def stress_section(report: dict[str, Any], gallery: bytes | None) -> str:
         f"black none, bright from {FULL:.0%} of the range on. The last two: the original's image, tokens that the step "
         "did not compute tinted blue. failures.json lists these cases and more, with the seeds to run them again."
     )
+    headings = columns_of(found)
+    tables = [
+        table([headings[place] for place in places], [[row[place] for place in places] for row in rows])
+        for places in (range(ROUTER), (0, 1, *range(ROUTER, len(headings))))
+    ]
     parts = [picture(gallery, caption, True)] if gallery else []
-    return section("Stress set", note, table(columns_of(found), rows), *parts)
+    return section("Stress set", cases, images, tables[0], router, tables[1], *parts)
 
 
 def failure_figure(worst: Sequence[dict[str, Any]], cases: Cases, outcomes: Sequence[Outcome]) -> bytes:
