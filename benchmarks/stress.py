@@ -36,8 +36,9 @@ def main() -> None:
             found = json.loads((folder / "report.json").read_text())["stress"]
             if name == NAMES[0]:
                 shutil.copy(folder / "failures.png", Path(__file__).parent.parent / "docs" / "failures.png")
-        rows += [{"bundle": name, **row} for row in found["rows"]]
-        settings |= {key: found[key] for key in ("start", "early", "late", "steps", "run_steps", "solver", "seed")}
+        levels = {key: found[key] for key in ("early", "late")}
+        rows += [{"bundle": name, **levels, **row} for row in found["rows"]]
+        settings |= {key: found[key] for key in ("start", "steps", "run_steps", "solver", "seed")}
     print(f"Results: {write_result('stress', settings, rows)}")
 
 

@@ -98,10 +98,11 @@ def stress_bundle(settings: Settings, console: Console) -> dict[str, Any]:
     with torch.inference_mode():
         cases, lost = make_cases(bundle, sampler, settings, stages)
         left_out += lost
+        where = looked_at(cases.part, list(planners.values()))
         outcomes = []
         for ratio, made in planners.items():
             with stages.stage(f"run the cases at {ratio:g}x") as tick:
-                outcomes.append(run_at(bundle, made, cases, tick))
+                outcomes.append(run_at(bundle, made, cases, where, tick))
     class_names = bundle.manifest.get("sampler", {}).get("class_names") or []
     all_facts = [facts for outcome in outcomes for facts in judged(cases, outcome, class_names)]
     worst = worst_of(all_facts)
@@ -208,10 +209,13 @@ def original_step(bundle: Bundle) -> Step:
     return lambda x, t, y: bundle.model.original_graph(x, t, y)[0]
 
 
-def run_at(bundle: Bundle, planner: StepPlanner, cases: Cases, tick: Tick) -> Outcome:
-    """The cases through the converted model at one ratio, and through the original with the steps that cost as much."""
+def run_at(bundle: Bundle, planner: StepPlanner, cases: Cases, where: tuple[int, int], tick: Tick) -> Outcome:
+    """The cases through the converted model at one ratio, and through the original with the steps that cost as much.
+
+    `where`: the steps that are looked at.
+    """
     part = cases.part
-    watcher = Watcher(bundle, planner, looked_at(part, planner))
+    watcher = Watcher(bundle, planner, where)
     images = cases.run(part, watcher.new_step, tick)
     compute = compute_section(bundle.model, planner, part.taus)
     cost = compute["run_gmacs"]["converted"] / compute["original_gmacs"]
@@ -220,10 +224,11 @@ def run_at(bundle: Bundle, planner: StepPlanner, cases: Cases, tick: Tick) -> Ou
     return Outcome(planner.schedule.ratio, cost, images, controls, watcher.looks(part))
 
 
-def looked_at(part: Sampler, planner: StepPlanner) -> tuple[int, int]:
-    """The steps nearest to an early and a late noise level, out of those that drop tokens if there are any."""
-    counts = planner.run_counts(part.taus)
-    steps = np.flatnonzero(counts < planner.spec.tokens)
+def looked_at(part: Sampler, planners: Sequence[StepPlanner]) -> tuple[int, int]:
+    """The steps nearest to an early and a late noise level, out of those at which every planner that drops any does."""
+    counts = np.stack([planner.run_counts(part.taus) for planner in planners])
+    drops = counts < planners[0].spec.tokens
+    steps = np.flatnonzero(drops[drops.any(1)].all(0))  # all steps, if no planner drops anything
     steps = steps if len(steps) else np.arange(part.steps)
     early, late = (int(steps[np.abs(part.taus[steps] - level).argmin()]) for level in (EARLY, LATE))
     return early, late

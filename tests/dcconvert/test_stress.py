@@ -159,10 +159,14 @@ def planner_at(bundle, ratio):
     return planner.at_ratio(ratio, sampler.taus)
 
 
+def run_through(bundle, planner, cases):
+    return run_at(bundle, planner, cases, looked_at(cases.part, [planner]), silent)
+
+
 @torch.no_grad()
 def test_keeping_everything_is_the_original(bundle):
     cases = cases_of(bundle)
-    outcome = run_at(bundle, planner_at(bundle, 1.0), cases, silent)
+    outcome = run_through(bundle, planner_at(bundle, 1.0), cases)
     torch.testing.assert_close(outcome.images, cases.wanted, rtol=1e-3, atol=1e-3)
     for look in outcome.looks:
         assert look.keep.all()
@@ -179,7 +183,7 @@ def test_the_error_of_a_look_is_that_of_the_step(chunk_job):
     bundle = read_bundle(chunk_job.folder)
     cases, made = cases_of(bundle), planner_at(bundle, 4.0)
     seen: dict[float, torch.Tensor] = {}
-    outcome = run_at(bundle, made, cases, silent)
+    outcome = run_through(bundle, made, cases)
     model = bundle.model.with_schedule(made.schedule)
 
     def watch(x, t, y):
@@ -199,7 +203,7 @@ def test_the_error_of_a_look_is_that_of_the_step(chunk_job):
 @torch.no_grad()
 def test_kept_tokens_of_mode_carry_are_of_this_step(main_job):
     bundle = read_bundle(main_job.folder)
-    for look in run_at(bundle, planner_at(bundle, 3.0), cases_of(bundle), silent).looks:
+    for look in run_through(bundle, planner_at(bundle, 3.0), cases_of(bundle)).looks:
         assert look.age is not None
         assert ((look.age == 0) == look.keep).all()
         assert not look.keep.all()
@@ -209,7 +213,7 @@ def test_kept_tokens_of_mode_carry_are_of_this_step(main_job):
 def test_the_control_costs_what_the_run_costs(bundle, each_job):
     """Not what a whole run would: the part begins with dense steps of its own in mode carry."""
     cases, made = cases_of(bundle), planner_at(bundle, 3.0)
-    outcome = run_at(bundle, made, cases, silent)
+    outcome = run_through(bundle, made, cases)
     cost = sum(steps * share for steps, share in outcome.control_shares.items())
     assert cost == pytest.approx(max(1, outcome.cost))
     kept = made.run_counts(cases.part.taus)
@@ -221,15 +225,17 @@ def test_the_control_costs_what_the_run_costs(bundle, each_job):
 
 
 def test_looks_are_at_steps_that_drop_tokens(main_job):
+    """At all ratios that drop any: their warm-ups differ."""
     bundle = read_bundle(main_job.folder)
-    sampler, planner = run_planner(bundle, None)
-    part, made = sampler.tail(3), planner.at_ratio(3.0, sampler.taus)
-    counts = made.run_counts(part.taus)
-    early, late = looked_at(part, made)
+    part = run_planner(bundle, None)[0].tail(3)
+    planners = [planner_at(bundle, ratio) for ratio in (1.0, 1.5, 3.0, 6.0)]
+    counts = {planner.schedule.ratio: planner.run_counts(part.taus) for planner in planners}
+    assert (counts[1.0] == TOKENS).all()
+    assert (counts[1.5] < TOKENS).sum() < (counts[6.0] < TOKENS).sum()
+    early, late = looked_at(part, planners)
     assert early < late
-    assert counts[early] < TOKENS
-    assert counts[:early].min(initial=TOKENS) == TOKENS or abs(part.taus[early] - 0.6) < 0.05
-    assert looked_at(sampler.tail(sampler.steps - 1), planner.at_ratio(1.0, sampler.taus)) == (0, 0)
+    assert all(counts[ratio][step] < TOKENS for ratio in (1.5, 3.0, 6.0) for step in (early, late))
+    assert looked_at(part, planners[:1]) == tuple(int(abs(part.taus - level).argmin()) for level in (0.6, 0.2))
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -321,11 +327,11 @@ def test_cases_do_not_depend_on_each_other(bundle, monkeypatch):
     """One case alone, and cases in batches of two, give what all give at once."""
     cases, made = cases_of(bundle), planner_at(bundle, 3.0)
     with torch.no_grad():
-        together = run_at(bundle, made, cases, silent)
+        together = run_through(bundle, made, cases)
         monkeypatch.setattr(stress, "BATCH", 2)
-        batches = run_at(bundle, made, cases, silent)
+        batches = run_through(bundle, made, cases)
         one = {f.name: getattr(cases, f.name)[:1] for f in fields(Cases) if f.name != "part"}
-        alone = run_at(bundle, made, replace(cases, **one), silent)
+        alone = run_through(bundle, made, replace(cases, **one))
     torch.testing.assert_close(batches.images, together.images, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(alone.images, together.images[:1], rtol=1e-3, atol=1e-3)
     for few, many in zip(batches.looks, together.looks, strict=True):
