@@ -21,7 +21,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = ("README.md", "docs/choices.md", "docs/carry.md")
+PAGES = ("README.md", "docs/choices.md", "docs/carry.md", "docs/stress.md")
 MARKER = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -277,7 +277,7 @@ def stress() -> str:
         ]
         for row in result["rows"]
     ]
-    headers = ["trained or made for", "detail", "PSNR", "in the detail", "fewer steps (n)", "in the detail"]
+    headers = ["bundle, run at", "detail", "PSNR", "in the detail", "fewer steps (n)", "in the detail"]
     headers += ["attention to detail, early, late", "error of dropped, late"]
     note = f"\n{result['settings']['count']} cases of each kind; {result['settings']['steps']} steps in a whole run.\n"
     return markdown(headers, rows) + note + machine_note(result)
