@@ -60,10 +60,10 @@ BUNDLES = (
 )
 # Tables: which bundles, and what `evaluate` is told. Fréchet distances need more images than the network has features.
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "routers": (tuple(made.name for made in BUNDLES[:5]), ("--images", "128", "--reference-steps", "50")),
+    "routers": (tuple(made.name for made in BUNDLES[:5]), ("--images", "256", "--reference-steps", "50")),
     "budgets": (
         ("chunk five ratios, pool",),
-        ("--images", "128", "--reference-steps", "50", *(word for ratio in BUDGETS for word in ("--ratio", ratio))),
+        ("--images", "256", "--reference-steps", "50", *(word for ratio in BUDGETS for word in ("--ratio", ratio))),
     ),
     "distance": (
         ("chunk 4x, pool", "chunk 16x, pool", "carry 4x", "carry 4x, tuned"),

@@ -21,7 +21,7 @@ from dcconvert.passes.infra import MODE_DEFAULTS, Options
 from dcconvert.passes.pipeline import MODES
 from dcconvert.passes.routers import ROUTERS
 from dcconvert.passes.schedule import AUTO, KINDS, parse_ratio
-from dcconvert.sampling import SOLVERS
+from dcconvert.sampling import SOLVERS, Guidance
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 DEFAULTS, RECIPE = Options(), Recipe()
@@ -190,7 +190,8 @@ def sample(bundle: Path, **values: Any) -> None:
     """Draw images with a bundle into a PNG grid."""
     from dcconvert.commands import sample_bundle
 
-    sample_bundle(bundle, Console(), **values)
+    guidance = Guidance(values.pop("guidance"), values.pop("lite_cfg"))
+    sample_bundle(bundle, Console(), guidance=guidance, **values)
 
 
 @commands.command()
@@ -217,7 +218,6 @@ def sample(bundle: Path, **values: Any) -> None:
 @click.option("--npz", type=click.Path(path_type=Path), help="Folder for the images, as the ADM suite reads them.")
 def evaluate(bundles: tuple[Path, ...], **values: Any) -> None:
     """Measure bundles against the fixed-token original, and the original with fewer steps: cost and final images."""
-    from dcconvert.contest import Guidance
     from dcconvert.evaluation import Settings, evaluate_bundles
     from dcconvert.judge import Wanted
 

@@ -30,7 +30,7 @@ from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.passes.token_stream import FindTokenStream
 from dcconvert.progress import Stages
 from dcconvert.report import state_note
-from dcconvert.sampling import Sampler, initial_noise, labels_for
+from dcconvert.sampling import Guidance, Sampler, initial_noise, labels_for
 
 SHIPPED = "fashion_dit.safetensors"
 
@@ -127,8 +127,7 @@ def sample_bundle(
     count: int,
     steps: int | None,
     solver: str | None,
-    guidance: float,
-    lite_cfg: float | None,
+    guidance: Guidance,
     separate_halves: bool,
     seed: int,
     labels: tuple[int, ...],
@@ -151,17 +150,15 @@ def sample_bundle(
     def draw(name: str, step: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         with stages.stage(f"sample {name}") as tick:
             images[name] = sampler.run(
-                step, noise, classes, guidance=guidance, null_class=null_class, on_step=lambda *_: tick("steps")
+                step, noise, classes, guidance=guidance.scale, null_class=null_class, on_step=lambda *_: tick("steps")
             )
 
     model, options = bundle.model, bundle.model.options
-    groups = 1 if guidance == 1 or separate_halves else 2
-    if lite_cfg is not None and guidance == 1:
-        raise UsageError("--lite-cfg is the ratio of guidance's unconditional half: give --guidance other than 1 too")
-    lite = None if lite_cfg is None else planner.at_ratio(lite_cfg, sampler.taus)
+    groups = 1 if separate_halves else guidance.halves
+    lite = None if guidance.ratio is None else planner.at_ratio(guidance.ratio, sampler.taus)
     name = f"{options.mode}, {model.schedule.ratio:g}x"
     if model.spec.states:
-        console.print(state_note(model.spec.state_bytes, (count * (1 if guidance == 1 else 2),)), highlight=False)
+        console.print(state_note(model.spec.state_bytes, (count * guidance.halves,)), highlight=False)
     if runtime == "torch":
         with torch.inference_mode():
             draw(name, ConvertedStep(model, model.with_schedule(planner.schedule), groups, lite))

@@ -34,24 +34,10 @@ from dcconvert.export.session import OrtModel, pick
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.run import Backend, Run
 from dcconvert.passes.step_planner import StepPlanner
-from dcconvert.sampling import TRAIN_STEPS, Sampler, Step
+from dcconvert.sampling import TRAIN_STEPS, Guidance, Sampler, Step
 
 MEGABYTE = 1e6
 PHASES = 4  # moments at which a batch of runs begun one after the other is timed
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance; `ratio`: of the unconditional half's own schedule (Lite-CFG, arXiv 2603.06351)."""
-
-    scale: float = 1.0
-    ratio: float | None = None
-
-    @property
-    def halves(self) -> int:
-        return 1 if self.scale == 1 else 2
-
-
 NO_GUIDANCE = Guidance()
 
 
@@ -83,7 +69,7 @@ class Entrant:
         UsageError for a bundle that does not say how to sample it, or a ratio it cannot have."""
         sampler, planner = run_planner(bundle, steps, solver)
         lite = None
-        if guidance.halves == 2 and guidance.ratio is not None:
+        if guidance.ratio is not None:
             lite = planner.at_ratio(guidance.ratio, sampler.taus)
         planner = planner if ratio is None else planner.at_ratio(ratio, sampler.taus)
         name = f"{bundle.model.options.mode} {planner.schedule.ratio:g}x, {sampler.steps} steps"

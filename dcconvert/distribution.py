@@ -5,6 +5,9 @@ Which network it was belongs to the name of a figure: none of these can be compa
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,14 +16,45 @@ Doubles = NDArray[np.float64]
 NEIGHBOURS = 3  # of precision and recall
 
 
-def frechet_distance(found: Doubles, real: Doubles) -> float:
+@dataclass(frozen=True)
+class Real:
+    """Features [n, d] of real images; what depends on them alone is worked out once, for all that is compared."""
+
+    features: Doubles
+
+    @cached_property
+    def mean(self) -> Doubles:
+        return np.asarray(self.features.mean(0))
+
+    @cached_property
+    def covariance(self) -> Doubles:
+        return np.asarray(np.cov(self.features, rowvar=False))
+
+    @cached_property
+    def own_kernel(self) -> float:
+        """Mean of the kernel over all pairs of different features."""
+        values, count = cubic_kernel(self.features, self.features), len(self.features)
+        return float((values.sum() - np.trace(values)) / (count * (count - 1)))
+
+
+def real_of(real: Doubles | Real) -> Real:
+    return real if isinstance(real, Real) else Real(real)
+
+
+def cubic_kernel(one: Doubles, other: Doubles) -> Doubles:
+    """(x.y / d + 1)^3 for all pairs of rows, [n, m]."""
+    return np.asarray((one @ other.T / one.shape[1] + 1) ** 3)
+
+
+def frechet_distance(found: Doubles, real: Doubles | Real) -> float:
     """||mean difference||^2 + tr(A + B - 2 (A B)^(1/2)) of two sets of features [n, d] (arXiv 1706.08500).
 
     It falls with n: with the same n only. With n <= d the covariance has no full rank, and the figure, though still
     defined, is mostly bias.
     """
-    moved = found.mean(0) - real.mean(0)
-    one, other = np.cov(found, rowvar=False), np.cov(real, rowvar=False)
+    real = real_of(real)
+    moved = found.mean(0) - real.mean
+    one, other = np.cov(found, rowvar=False), real.covariance
     values, vectors = np.linalg.eigh(one)
     root = vectors * np.sqrt(values.clip(0))
     product = root.T @ other @ root
@@ -28,16 +62,16 @@ def frechet_distance(found: Doubles, real: Doubles) -> float:
     return float(moved @ moved + np.trace(one) + np.trace(other) - 2 * roots.sum())
 
 
-def kernel_distance(found: Doubles, real: Doubles) -> tuple[float, float]:
+def kernel_distance(found: Doubles, real: Doubles | Real) -> tuple[float, float]:
     """Squared maximum mean discrepancy with the kernel (x.y / d + 1)^3, and its standard error.
 
     The unbiased estimate of arXiv 1801.01401 (KID) on all features [n, d], n > 2: right on average for any n, and
     below zero by chance where the sets are alike. The error is the jackknife's over `found`; `real` counts as given.
     """
-    n, m, width = len(found), len(real), found.shape[1]
-    within, across, beyond = ((a @ b.T / width + 1) ** 3 for a, b in ((found, found), (found, real), (real, real)))
+    real = real_of(real)
+    n, m, fixed = len(found), len(real.features), real.own_kernel
+    within, across = cubic_kernel(found, found), cubic_kernel(found, real.features)
     own = within.sum(1) - within.diagonal()
-    fixed = (beyond.sum() - np.trace(beyond)) / (m * (m - 1))
     value = own.sum() / (n * (n - 1)) + fixed - 2 * across.mean()
     # Leaving out sample i takes its row and its column away.
     left = (own.sum() - 2 * own) / ((n - 1) * (n - 2)) + fixed - 2 * (across.sum() - across.sum(1)) / ((n - 1) * m)

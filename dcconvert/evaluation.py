@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from dcconvert.api import machine
-from dcconvert.contest import Contest, Entrant, Guidance, check_same_original, contest_rows, named_apart
+from dcconvert.contest import Contest, Entrant, check_same_original, contest_rows, named_apart
 from dcconvert.dit import DiTConfig
 from dcconvert.evaluation_report import evaluation_page, terminal_tables
 from dcconvert.export.bundle import read_bundle, writable, write_whole
@@ -22,6 +22,7 @@ from dcconvert.judge import Judge, Wanted
 from dcconvert.passes.errors import UsageError
 from dcconvert.progress import Stages
 from dcconvert.report import report_json
+from dcconvert.sampling import Guidance
 
 SHOWN = 16  # images of each row on the page
 
@@ -102,8 +103,6 @@ def open_entrants(settings: Settings) -> tuple[list[Entrant], DiTConfig]:
     guidance = settings.guidance
     if guidance.halves == 2 and not config.null_class:
         raise UsageError("the model has no unconditional class: evaluate it without --guidance")
-    if guidance.ratio is not None and guidance.halves == 1:
-        raise UsageError("--lite-cfg is the ratio of guidance's unconditional half: give --guidance other than 1 too")
     entrants = [
         Entrant.of(bundle, settings.steps, settings.solver, guidance, ratio)
         for bundle in bundles

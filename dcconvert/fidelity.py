@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dcconvert.evaluate import ConvertedStep, Tick, silent
@@ -79,12 +78,11 @@ def compare_images(
     probe, recorder = Probe(model, backend, original), Recorder(model, backend, result)
     watched: dict[str, Callable[[], Step]] = {original.name: probe.new_step, converted.name: recorder.new_step}
     for contestant in (reference, original, *others, converted):
-        parts = []
-        for x, y in zip(noise.split(batch), labels.split(batch), strict=True):
-            name = contestant.name
-            step = watched.get(name, contestant.new_step)()
-            parts.append(contestant.sampler.run(step, x, y, on_step=lambda _, name=name: tick(name)))  # type: ignore[misc]
-        images = result.images[contestant.name] = torch.cat(parts)
+        name = contestant.name
+        new_step = watched.get(name, contestant.new_step)
+        images = result.images[name] = contestant.sampler.run_batches(
+            new_step, noise, labels, batch, on_step=lambda _, name=name: tick(name)
+        )
         result.rows.append(
             {
                 "name": contestant.name,

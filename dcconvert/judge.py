@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcconvert.contest import Contest, Guidance, Row
+from dcconvert.contest import Contest, Row
 from dcconvert.distribution import (
     NEIGHBOURS,
     Doubles,
+    Real,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -29,7 +30,7 @@ from dcconvert.image_data import read_images
 from dcconvert.images import decode_latents, is_latent, psnr, to_images
 from dcconvert.passes.errors import UsageError
 from dcconvert.progress import Stages
-from dcconvert.sampling import Sampler, Step, initial_noise, labels_for
+from dcconvert.sampling import Guidance, Sampler, Step, initial_noise, labels_for
 
 PAIRS = 256  # of the pair distance, which runs the network twice: enough for its mean
 
@@ -65,7 +66,7 @@ class Judge:
         self.null_class = config.num_classes if config.null_class else None
         self.images: dict[str, Tensor] = {}
         self.extractor = self.opened(threads, stages)
-        self.real: Doubles | None = None
+        self.real: Real | None = None
         self.floor: dict[str, float] = {}
         if self.extractor and settings.real:
             self.read_real(settings.real, self.extractor, stages)
@@ -97,7 +98,7 @@ class Judge:
                     f"{path} holds {len(found)} images: at least {2 * count} are needed, twice --images {count}"
                 )
             features, _ = extractor.describe(self.pictures(chosen), tick)
-        self.real = features[count:]
+        self.real = Real(features[count:])
         self.floor = distances(features[:count], self.real)
 
     def pictures(self, samples: Tensor) -> np.ndarray:
@@ -126,16 +127,13 @@ class Judge:
             with stages.stage("measure images") as tick:
                 self.measure(rows, self.extractor, self.pictures(wanted), tick)
             if self.real is not None:
-                facts |= {"real": str(settings.real), "real_count": len(self.real), "floor": self.floor}
+                facts |= {"real": str(settings.real), "real_count": len(self.real.features), "floor": self.floor}
         self.images = {reference: wanted, **self.images}
         return facts
 
     def draw(self, sampler: Sampler, new_step: Callable[[], Step], batch: int, tick: Callable[[], None]) -> Tensor:
-        parts = []
-        for x, y in zip(self.noise.split(batch), self.labels.split(batch), strict=True):
-            options: dict[str, Any] = {"guidance": self.guidance.scale, "null_class": self.null_class}
-            parts.append(sampler.run(new_step(), x, y, on_step=lambda _: tick(), **options))
-        return torch.cat(parts)
+        options: dict[str, Any] = {"guidance": self.guidance.scale, "null_class": self.null_class}
+        return sampler.run_batches(new_step, self.noise, self.labels, batch, on_step=lambda _: tick(), **options)
 
     def measure(self, rows: Sequence[Row], extractor: Extractor, wanted: np.ndarray, tick: Any) -> None:
         for row in rows:
@@ -161,10 +159,10 @@ class Judge:
             write_whole(folder / f"{stem}.npz", buffer.getvalue())
 
 
-def distances(found: Doubles, real: Doubles) -> dict[str, float]:
+def distances(found: Doubles, real: Real) -> dict[str, float]:
     """Distances of features to those of real images, of which there are at least as many."""
     kernel, error = kernel_distance(found, real)
-    precision, recall = precision_recall(found, real[: len(found)])
+    precision, recall = precision_recall(found, real.features[: len(found)])
     return {
         "frechet": frechet_distance(found, real),
         "kernel": kernel,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,27 @@ TRAIN_STEPS = 1000  # timesteps run from 0 (clean) to 1000 (noise) in every publ
 SOLVERS = ("euler", "dpm++", "unipc")
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance; `ratio`: of the unconditional half's own schedule (Lite-CFG, arXiv 2603.06351).
+
+    UsageError for a ratio without guidance.
+    """
+
+    scale: float = 1.0
+    ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None and self.halves == 1:
+            raise UsageError(
+                "--lite-cfg is the ratio of guidance's unconditional half: give --guidance other than 1 too"
+            )
+
+    @property
+    def halves(self) -> int:
+        return 1 if self.scale == 1 else 2
 
 
 class Sampler:
@@ -109,6 +131,13 @@ class Sampler:
             x = scheduler.step(self._predict(step, x, float(t), labels, guidance, null_class), t, x).prev_sample
             on_step(i)
         return x
+
+    def run_batches(
+        self, new_step: Callable[[], Step], noise: Tensor, labels: Tensor, batch: int, **options: Any
+    ) -> Tensor:
+        """`run` on `batch` samples at a time, each batch with a step function of its own; options as `run` has them."""
+        pairs = zip(noise.split(batch), labels.split(batch), strict=True)
+        return torch.cat([self.run(new_step(), x, y, **options) for x, y in pairs])
 
     @staticmethod
     def _predict(step: Step, x: Tensor, t: float, y: Tensor, guidance: float, null_class: int | None) -> Tensor:

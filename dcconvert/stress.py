@@ -198,11 +198,10 @@ def own_samples(bundle: Bundle, sampler: Sampler, seed: int, tick: Tick) -> Labe
     noise = initial_noise(seed, SAMPLES, config.in_channels, config.image_size)
     labels = labels_for(SAMPLES, config.num_classes)
     many = Sampler(sampler.prediction, SAMPLE_STEPS, SAMPLE_SOLVER)
-    parts = []
-    for x, y in zip(noise.split(BATCH), labels.split(BATCH), strict=True):
-        parts.append(many.run(original_step(bundle), x, y))
-        tick(f"batches of {BATCH}")
-    return LabelledImages(torch.cat(parts), labels)
+    images = many.run_batches(
+        lambda: original_step(bundle), noise, labels, BATCH, on_step=lambda _: tick(f"batches of {BATCH}")
+    )
+    return LabelledImages(images, labels)
 
 
 def original_step(bundle: Bundle) -> Step:
