@@ -19,9 +19,9 @@ import torch
 
 import dcconvert
 from benchmarks.common import SIZES, random_dit, write_result
-from dcconvert.api import export_onnx
 from dcconvert.evaluate import Runtime, compute_section, latency_section
 from dcconvert.export.buckets import ladder
+from dcconvert.export.onnx_export import export_onnx
 from dcconvert.passes.history import SLOTS
 from dcconvert.passes.schedule import AUTO, Schedule
 from dcconvert.passes.step_planner import StepPlanner

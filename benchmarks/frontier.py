@@ -26,10 +26,10 @@ from torch import Tensor
 
 import dcconvert
 from benchmarks.common import RESULTS, write_result
-from dcconvert.api import export_onnx
 from dcconvert.commands import shipped_model
 from dcconvert.evaluate import ConvertedStep, Runtime, compute_section
 from dcconvert.export.latency import interleaved
+from dcconvert.export.onnx_export import export_onnx
 from dcconvert.export.parity import as_array
 from dcconvert.export.session import pick
 from dcconvert.images import psnr

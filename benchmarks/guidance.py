@@ -18,9 +18,9 @@ from torch import Tensor
 
 import dcconvert
 from benchmarks.common import write_result
-from dcconvert.api import export_onnx
 from dcconvert.commands import shipped_model
 from dcconvert.evaluate import ConvertedStep, Runtime, compute_section
+from dcconvert.export.onnx_export import export_onnx
 from dcconvert.images import psnr_mean
 from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.step_planner import StepPlanner

@@ -19,10 +19,10 @@ import torch
 
 import dcconvert
 from benchmarks.common import random_dit, write_result
-from dcconvert.api import Converted, export_onnx
+from dcconvert.api import Converted
 from dcconvert.export.compute import converted_gmacs, original_gmacs
 from dcconvert.export.latency import interleaved, spread
-from dcconvert.export.onnx_export import export_original
+from dcconvert.export.onnx_export import export_onnx, export_original
 from dcconvert.export.parity import as_array
 from dcconvert.export.session import CPU, OrtModel, make_session, pick
 from dcconvert.passes.infra import Options

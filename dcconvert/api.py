@@ -18,16 +18,14 @@ from dcconvert.dit import DiT
 from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.bundle import FORMAT_VERSION, MANIFEST, ONNX, new_folder, read_bundle, write_json, write_model
 from dcconvert.export.lowerings import OPSET
-from dcconvert.export.onnx_export import export_denoise, export_prepare, export_route
+from dcconvert.export.onnx_export import EXAMPLE_BATCH, export_onnx
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.infra import MODE_DEFAULTS, Options
-from dcconvert.passes.layout import Bucket
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.schedule import AUTO, Schedule, parse_ratio
 from dcconvert.passes.step_planner import StepPlanner
 
-EXAMPLE_BATCH = 3  # sizes above one and unlike any other size, so that export cannot mistake the axis
 DEFAULT_BATCHES = (1, 8)
 DEFAULT_STEPS = 50
 
@@ -163,23 +161,6 @@ def dit_inputs(model: DiT, batch: int, seed: int = 0) -> tuple[Tensor, Tensor, T
     x = torch.randn(batch, cfg.in_channels, cfg.image_size, cfg.image_size, generator=generator)
     t = torch.rand(batch, generator=generator) * 1000
     return x, t, torch.arange(batch) % cfg.num_classes
-
-
-def export_onnx(model: DynamicModel, folder: Path) -> None:
-    """Write `route.onnx` and `denoise.onnx`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    inputs = model.spec.example(EXAMPLE_BATCH)
-    export_route(model, folder / "route.onnx", inputs)
-    export_prepare(model, folder / "prepare.onnx", inputs)
-    with torch.no_grad():
-        scores, live = model.route(inputs)
-    tokens = model.spec.tokens
-    row, tile = max(2, tokens // 2 - 1), max(2, tokens // 4 - 1)
-    # Five tiles of a length unlike any other size, so that export keeps the symbolic axes apart.
-    tiles = EXAMPLE_BATCH * -(-row // tile) + 1
-    bucket = Bucket(EXAMPLE_BATCH, tiles * tile, EXAMPLE_BATCH, row, tile)
-    keep = model.step_planner.planner.select(scores.numpy(), np.full(EXAMPLE_BATCH, max(1, row - 2)))
-    export_denoise(model, folder / "denoise.onnx", inputs, live, model.step_planner.of_mask(keep, bucket))
 
 
 def manifest(model: DynamicModel, rungs: Ladder, **more: Any) -> dict[str, Any]:

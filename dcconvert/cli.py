@@ -302,6 +302,21 @@ def upcycle(bundle: Path, out: Path | None, **values: Any) -> None:
 
 
 @commands.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--backend", type=click.Choice(["tensorrt", "tensorrt-rtx"]), help="[tensorrt on a GPU, else -rtx]")
+@click.option("--precision", default="fp16", show_default=True, type=click.Choice(["fp16", "bf16"]))
+@click.option("--compute-capability", default="", help="GPU that tensorrt-rtx builds for, such as 8.9 [those it can].")
+@click.option("--per-bucket", is_flag=True, help="An engine for each bucket, instead of one with a profile for each.")
+@click.option("--ranges", is_flag=True, help="Profiles for all lengths between two buckets, instead of exact ones.")
+@click.option("--dry-run", is_flag=True, help="Print profiles, engines and memory; build nothing.")
+def build(bundle: Path, **values: Any) -> None:
+    """Build TensorRT engines, one profile a bucket. TensorRT-RTX builds ahead of time, without a GPU."""
+    from dcconvert.build import Settings, build_bundle
+
+    build_bundle(Settings(bundle, **values), Console())
+
+
+@commands.command()
 @click.option("--ratio", default="4x", show_default=True, type=Ratio())
 @click.option("-o", "--out", default="demo", show_default=True, type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace an earlier demo.")

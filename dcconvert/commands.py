@@ -14,11 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from dcconvert.api import EXAMPLE_BATCH, dit_inputs
+from dcconvert.api import dit_inputs
 from dcconvert.checkpoint import load_checkpoint
 from dcconvert.dit import DiTConfig
 from dcconvert.evaluate import ConvertedStep, Runtime
 from dcconvert.export.bundle import Bundle, read_bundle
+from dcconvert.export.onnx_export import EXAMPLE_BATCH
 from dcconvert.export.session import OrtModel
 from dcconvert.figures import save_comparison
 from dcconvert.passes.errors import DcconvertError, UsageError

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from dcconvert.api import Converted, convert, export_onnx, machine, manifest, sampling_facts
+from dcconvert.api import Converted, convert, machine, manifest, sampling_facts
 from dcconvert.checkpoint import LoadedDiT, load_checkpoint
 from dcconvert.evaluate import compute_section
 from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.bundle import MANIFEST, ONNX, new_folder, write_json, write_model
+from dcconvert.export.onnx_export import export_onnx
 from dcconvert.export.parity import (
     Check,
     check_batch_invariance,

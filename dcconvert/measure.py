@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dcconvert.api import convert, export_onnx
+from dcconvert.api import convert
 from dcconvert.dit import DiT, DiTConfig
 from dcconvert.evaluate import ConvertedStep, Runtime, compute_section, latency_section, memory_section
 from dcconvert.export.buckets import Ladder, ladder
-from dcconvert.export.onnx_export import export_original
+from dcconvert.export.onnx_export import export_onnx, export_original
 from dcconvert.fidelity import Contestant, Fidelity, compare_images, original_contestant
 from dcconvert.passes.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.infra import Options

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from dcconvert.api import export_onnx
 from dcconvert.export.bundle import MANIFEST, ONNX, new_folder, write_json, write_model
+from dcconvert.export.onnx_export import export_onnx
 from dcconvert.export.parity import IDENTITY, Check, check_batch_invariance, check_isolation, require
 from dcconvert.job import LIMITS
 from dcconvert.passes.model import DynamicModel

@@ -1,13 +1,13 @@
-"""How each dcconvert op is written in ONNX (opset 24, the portable flavour).
+"""How each dcconvert op is written in ONNX (opset 24).
 
 The exporter calls these functions with symbolic ONNX values. Packed attention becomes the standard
 `Attention` op: with one sample a row its `nonpad_kv_seqlen` input says how many keys count, with several
-samples a row a boolean mask keeps them apart.
+samples a row a boolean mask keeps them apart. For TensorRT it is a mask in both cases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -59,6 +59,13 @@ def row_attention(q: Any, k: Any, v: Any, row_lengths: Any, scale: float) -> Any
     return output
 
 
+def masked_row_attention(q: Any, k: Any, v: Any, row_lengths: Any, scale: float) -> Any:
+    """Row attention with a mask: TensorRT-RTX 1.7 takes `nonpad_kv_seqlen` and then does without it, unsaid."""
+    slots = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(k, start=2, end=3)), op.Constant(value_int=1))
+    used = op.Less(op.Unsqueeze(slots, row(0)), op.Unsqueeze(row_lengths, row(1)))
+    return attention(q, k, v, op.Unsqueeze(used, op.Constant(value_ints=[1, 2])), scale=scale)
+
+
 def segment_attention(q: Any, k: Any, v: Any, segment_ids: Any, scale: float) -> Any:
     mask = op.Equal(op.Unsqueeze(segment_ids, row(2)), op.Unsqueeze(segment_ids, row(1)))
     output, *_ = op.Attention(q, k, v, op.Unsqueeze(mask, row(1)), scale=scale)
@@ -107,7 +114,9 @@ def recall(state: Any, weight: Any) -> Any:
     return total
 
 
-PORTABLE: dict[Callable[..., Any], Callable[..., Any]] = {
+Lowerings = Mapping[Callable[..., Any], Callable[..., Any]]  # op -> the function that writes it in ONNX
+
+PORTABLE: Lowerings = {
     torch.ops.dcconvert.chunk.default: chunk,
     torch.ops.dcconvert.dechunk.default: dechunk,
     torch.ops.dcconvert.regroup.default: regroup,
@@ -118,3 +127,5 @@ PORTABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.dcconvert.remember.default: remember,
     torch.ops.dcconvert.recall.default: recall,
 }
+
+TENSORRT: Lowerings = {**PORTABLE, torch.ops.dcconvert.row_attention.default: masked_row_attention}

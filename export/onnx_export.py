@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from dcconvert.export.lowerings import OPSET, PORTABLE
+from dcconvert.export.lowerings import OPSET, PORTABLE, Lowerings
 from dcconvert.passes.carry_plan import CarryPlan
 from dcconvert.passes.errors import CheckFailedError
 from dcconvert.passes.infra import placeholders
+from dcconvert.passes.layout import Bucket
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.plan import Plan
 from dcconvert.passes.spec import SCORES_NAME, count_outputs
@@ -24,6 +26,8 @@ EXTERNAL_DATA_BYTES = 1_000_000_000  # above this, weights go to a file of their
 STACK_TRACE = "pkg.torch.onnx.stack_trace"  # what the exporter notes at every node: paths of this machine
 
 DISTANCE_NAME = "distance"
+
+EXAMPLE_BATCH = 3  # above one and unlike any other size, so that export cannot mistake the axis
 
 # Names of the symbolic axes of every input of `denoise` that the plan makes ("" for one that is fixed).
 PLAN_AXES: dict[str, tuple[str, ...]] = {
@@ -42,25 +46,48 @@ PLAN_AXES: dict[str, tuple[str, ...]] = {
 }
 
 
-def export_route(model: DynamicModel, path: Path, inputs: dict[str, Any]) -> None:
+def export_onnx(model: DynamicModel, folder: Path, lowerings: Lowerings = PORTABLE) -> None:
+    """Write `route.onnx`, `denoise.onnx` and, for models with text, `prepare.onnx`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs = model.spec.example(EXAMPLE_BATCH)
+    export_route(model, folder / "route.onnx", inputs, lowerings)
+    export_prepare(model, folder / "prepare.onnx", inputs, lowerings)
+    with torch.no_grad():
+        scores, live = model.route(inputs)
+    tokens = model.spec.tokens
+    row, tile = max(2, tokens // 2 - 1), max(2, tokens // 4 - 1)
+    # Five tiles of a length unlike any other size, so that export keeps the symbolic axes apart.
+    tiles = EXAMPLE_BATCH * -(-row // tile) + 1
+    bucket = Bucket(EXAMPLE_BATCH, tiles * tile, EXAMPLE_BATCH, row, tile)
+    keep = model.step_planner.planner.select(scores.numpy(), np.full(EXAMPLE_BATCH, max(1, row - 2)))
+    plan = model.step_planner.of_mask(keep, bucket)
+    export_denoise(model, folder / "denoise.onnx", inputs, live, plan, lowerings)
+
+
+def export_route(model: DynamicModel, path: Path, inputs: dict[str, Any], lowerings: Lowerings = PORTABLE) -> None:
     """`route.onnx`: model inputs -> scores [B, N] and the values denoise needs."""
     names = model.spec.route_inputs
     args = tuple(inputs[name] for name in names)
     axes = [("batch",) if isinstance(a, Tensor) and a.ndim else () for a in args]
-    export_graph(model.route_graph, path, args, axes, (SCORES_NAME, *model.spec.live))
+    export_graph(model.route_graph, path, args, axes, (SCORES_NAME, *model.spec.live), lowerings)
 
 
-def export_prepare(model: DynamicModel, path: Path, inputs: dict[str, Any]) -> None:
+def export_prepare(model: DynamicModel, path: Path, inputs: dict[str, Any], lowerings: Lowerings = PORTABLE) -> None:
     """`prepare.onnx`: model inputs -> what stays the same over a run. Only for models that have such values."""
     if model.prepare_graph is None:
         return
     args = tuple(inputs[name] for name in model.spec.prepare_inputs)
     axes = [("batch",) if isinstance(a, Tensor) and a.ndim else () for a in args]
-    export_graph(model.prepare_graph, path, args, axes, model.spec.constants)
+    export_graph(model.prepare_graph, path, args, axes, model.spec.constants, lowerings)
 
 
 def export_denoise(
-    model: DynamicModel, path: Path, inputs: dict[str, Any], live: dict[str, Tensor], plan: Plan | CarryPlan
+    model: DynamicModel,
+    path: Path,
+    inputs: dict[str, Any],
+    live: dict[str, Tensor],
+    plan: Plan | CarryPlan,
+    lowerings: Lowerings = PORTABLE,
 ) -> None:
     """`denoise.onnx`: the values of route and the plan's arrays -> the model's output.
 
@@ -81,7 +108,7 @@ def export_denoise(
         axes.append(tuple("batch" if axis == "rows" and one_row else axis for axis in named))
     carried = (DISTANCE_NAME, *map(state_output, state)) if state else ()
     names = output_names(count_outputs(model.denoise_graph) - len(carried))
-    export_graph(model.denoise_graph, path, args, axes, (*names, *carried))
+    export_graph(model.denoise_graph, path, args, axes, (*names, *carried), lowerings)
 
 
 def export_original(model: DynamicModel, path: Path, inputs: dict[str, Any]) -> None:
@@ -102,7 +129,12 @@ def output_names(count: int) -> tuple[str, ...]:
 
 
 def export_graph(
-    graph_module: GraphModule, path: Path, args: Sequence[Any], axes: Sequence[tuple[str, ...]], outputs: Sequence[str]
+    graph_module: GraphModule,
+    path: Path,
+    args: Sequence[Any],
+    axes: Sequence[tuple[str, ...]],
+    outputs: Sequence[str],
+    lowerings: Lowerings = PORTABLE,
 ) -> None:
     """Export one graph at opset 24 with named symbolic axes (leading axes of each input, in order)."""
     symbols = {axis for named in axes for axis in named if axis}
@@ -119,7 +151,7 @@ def export_graph(
             output_names=list(outputs),
             opset_version=OPSET,
             dynamo=True,
-            custom_translation_table=PORTABLE,
+            custom_translation_table=dict(lowerings),
             verbose=False,
         )
         if exported is None:

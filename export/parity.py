@@ -84,7 +84,7 @@ def check_identity(model: DynamicModel, inputs: dict[str, Any]) -> Check:
 
 def allowed(model: DynamicModel, tolerance: float) -> float:
     """A tolerance of fp32, or the one of values that pass through a state in half precision."""
-    return HALF_STATE_TOLERANCE if model.options.state_dtype == "fp16" else tolerance
+    return max(tolerance, HALF_STATE_TOLERANCE) if model.options.state_dtype == "fp16" else tolerance
 
 
 def second_step(model: DynamicModel, inputs: dict[str, Any]) -> tuple[np.ndarray, dict[str, Tensor], TorchState | None]:
@@ -165,11 +165,12 @@ def check_runtime(
     inputs_of: Callable[[int], dict[str, Any]],
     buckets: tuple[Bucket, ...],
     tick: Callable[[str], None] = lambda _: None,
+    tolerance: float = RUNTIME_TOLERANCE,
 ) -> list[Check]:
     """Torch against ONNX Runtime (CPU) on `route` for every batch size and `denoise` for every bucket.
 
     Compared by polygraphy, new states included. `inputs_of(batch)` gives model inputs; `tick` is told about each
-    comparison.
+    comparison; `tolerance` is that of the model's precision.
     """
     prepares: list[Case] = []
     routes: list[Case] = []
@@ -189,9 +190,9 @@ def check_runtime(
             keep = model.step_planner.planner.select(scores, np.full(batch, bucket.row_tokens))
             plan = plan_second(model, keep, bucket)
             denoises.append(denoise_case(label, model, inputs, live, plan, state))
-    prepared = compare(folder / "prepare.onnx", prepares) if prepares else []
-    tolerance = allowed(model, RUNTIME_TOLERANCE)
-    return [*prepared, *compare(folder / "route.onnx", routes), *compare(folder / "denoise.onnx", denoises, tolerance)]
+    prepared = compare(folder / "prepare.onnx", prepares, tolerance) if prepares else []
+    routed = compare(folder / "route.onnx", routes, tolerance)
+    return [*prepared, *routed, *compare(folder / "denoise.onnx", denoises, allowed(model, tolerance))]
 
 
 def denoise_case(
