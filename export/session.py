@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 
 
-def make_session(path: Path, provider: str = CPU, threads: int = 0) -> Any:
-    """An InferenceSession on exactly `provider`.
+def make_session(path: Path, provider: str = CPU, threads: int = 0, settings: Mapping[str, str] | None = None) -> Any:
+    """An InferenceSession on exactly `provider`, with some of that provider's own settings.
 
     `threads`: intra-op threads, 0 for one a core. Spinning stops at the end of a run: two sessions that take
     turns (route, denoise) would otherwise burn each other's cores while they wait.
@@ -43,7 +43,8 @@ def make_session(path: Path, provider: str = CPU, threads: int = 0) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    providers = [provider] if provider == CPU else [provider, CPU]
+    wanted = (provider, dict(settings or {}))
+    providers = [wanted] if provider == CPU else [wanted, CPU]
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # the base of onnxruntime's own
@@ -103,11 +104,15 @@ class OrtModel:
         ladder: Ladder | PaddedShapes | None = None,
         provider: str = CPU,
         threads: int = 0,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
-        self.route_session = make_session(folder / "route.onnx", provider, threads)
-        self.denoise_session = make_session(folder / "denoise.onnx", provider, threads)
-        constants = planner.spec.constants
-        self.prepare_session = make_session(folder / "prepare.onnx", provider, threads) if constants else None
+        def opened(graph: str) -> Any:
+            return make_session(folder / f"{graph}.onnx", provider, threads, settings)
+
+        self.route_session, self.denoise_session = opened("route"), opened("denoise")
+        self.prepare_session = (
+            make_session(folder / "prepare.onnx", provider, threads) if planner.spec.constants else None
+        )
         self.planner = planner
         self.ladder = ladder
         self.provider = provider
