@@ -1,4 +1,4 @@
-"""`dcconvert build`: engines of a bundle's graphs, one profile a bucket."""
+"""`dcconvert build`: what GPU runtimes need of a bundle: engines with a profile for every bucket, graphs in fp16."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dcconvert.export.engine_worker import RTX
 from dcconvert.export.engines import (
     ENGINES,
     INDEX,
+    MODULES,
     Device,
     Engine,
     Shapes,
@@ -36,7 +37,6 @@ from dcconvert.progress import Stages
 
 TENSORRT = "tensorrt"
 BACKENDS = (TENSORRT, RTX)
-MODULES = {TENSORRT: "tensorrt", RTX: "tensorrt_rtx"}
 EXTRAS = {TENSORRT: "gpu", RTX: "rtx"}
 MEGABYTE = 1e6
 
@@ -46,6 +46,7 @@ class Settings:
     """What a build was asked for; the options of the command line."""
 
     bundle: Path
+    target: str = "trt"
     backend: str | None = None
     precision: str = "fp16"
     compute_capability: str = ""
@@ -55,13 +56,17 @@ class Settings:
 
 
 def build_bundle(settings: Settings, console: Console) -> Path:
-    """Build what is not built yet; returns the folder of the engines.
+    """Build what is not built yet; returns the folder where it is.
 
     Every engine is there whole or not at all and noted at once, so that a build that was stopped goes on where it was.
     UsageError without a backend, or for a graph that it does not take; CheckFailedError if an exported graph is wrong.
     """
     stages = Stages(Console(stderr=True))
     bundle = read_bundle(settings.bundle)
+    if settings.target != "trt":
+        graphs = exported(bundle, FLAVOURS[settings.target], stages)
+        console.print(escape(f"Graphs: {graphs}"), highlight=False, soft_wrap=True)
+        return graphs
     device = find_device(settings.backend, settings.compute_capability)
     flavour = FLAVOURS["trt" if settings.precision == "fp16" else f"trt-{settings.precision}"]
     graphs = exported(bundle, flavour, stages)

@@ -170,7 +170,7 @@ def inspect(model: Path, **values: Any) -> None:
 
 @commands.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--runtime", default="ort", show_default=True, type=click.Choice(["ort", "torch"]))
+@click.option("--runtime", default="ort", show_default=True, type=click.Choice(["ort", "torch", "ort-cuda", "trt"]))
 @click.option("-n", "--count", default=16, show_default=True, type=click.IntRange(1), help="Images.")
 @click.option("--steps", type=click.IntRange(1), help="Sampling steps [those of the bundle].")
 @click.option("--solver", type=click.Choice(SOLVERS), help="Sampler [that of the bundle].")
@@ -303,6 +303,9 @@ def upcycle(bundle: Path, out: Path | None, **values: Any) -> None:
 
 @commands.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--target", default="trt", show_default=True, type=click.Choice(["trt", "ort-cuda"]), help="ort-cuda: fp16."
+)
 @click.option("--backend", type=click.Choice(["tensorrt", "tensorrt-rtx"]), help="[tensorrt on a GPU, else -rtx]")
 @click.option("--precision", default="fp16", show_default=True, type=click.Choice(["fp16", "bf16"]))
 @click.option("--compute-capability", default="", help="GPU that tensorrt-rtx builds for, such as 8.9 [those it can].")
@@ -310,7 +313,10 @@ def upcycle(bundle: Path, out: Path | None, **values: Any) -> None:
 @click.option("--ranges", is_flag=True, help="Profiles for all lengths between two buckets, instead of exact ones.")
 @click.option("--dry-run", is_flag=True, help="Print profiles, engines and memory; build nothing.")
 def build(bundle: Path, **values: Any) -> None:
-    """Build TensorRT engines, one profile a bucket. TensorRT-RTX builds ahead of time, without a GPU."""
+    """Make what GPU runtimes need: TensorRT engines, one profile a bucket; for ort-cuda, graphs in fp16.
+
+    TensorRT-RTX builds ahead of time, without a GPU.
+    """
     from dcconvert.build import Settings, build_bundle
 
     build_bundle(Settings(bundle, **values), Console())

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -21,17 +21,20 @@ from dcconvert.evaluate import ConvertedStep, Runtime
 from dcconvert.export.bundle import Bundle, read_bundle
 from dcconvert.export.onnx_export import EXAMPLE_BATCH
 from dcconvert.export.session import OrtModel
+from dcconvert.export.static_session import StaticModel
+from dcconvert.export.trt_session import open_engines
 from dcconvert.figures import save_comparison
 from dcconvert.passes.errors import DcconvertError, UsageError
 from dcconvert.passes.infra import Options, Program, module_path, run_passes
 from dcconvert.passes.normalise import Normalise
 from dcconvert.passes.pipeline import PIPELINES, captured
+from dcconvert.passes.run import Backend
 from dcconvert.passes.spec import StateSpec
 from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.passes.token_stream import FindTokenStream
 from dcconvert.progress import Stages
 from dcconvert.report import state_note
-from dcconvert.sampling import Guidance, Sampler, initial_noise, labels_for
+from dcconvert.sampling import Guidance, Sampler, Step, initial_noise, labels_for
 
 SHIPPED = "fashion_dit.safetensors"
 
@@ -120,6 +123,39 @@ def run_planner(bundle: Bundle, steps: int | None, solver: str | None = None) ->
     return sampler, StepPlanner(model.spec, model.options, model.schedule.fitted(sampler.taus))
 
 
+def opened(
+    runtime: str, bundle: Bundle, planner: StepPlanner, scratch: Path | None
+) -> tuple[Backend, Step, int | None]:
+    """A bundle in a runtime, the original beside it, and the most samples it takes at once (None: any number).
+
+    With `scratch` the original is exported there for ONNX Runtime on the CPU, to run in the same runtime; beside GPU
+    runtimes it runs in torch.
+    """
+    model = bundle.model
+
+    def in_torch(*values: Tensor) -> Tensor:
+        return cast(Tensor, model.original_graph(*values)[0])
+
+    most = max(bundle.ladder.batches)
+    if runtime == "torch":
+        return model.with_schedule(planner.schedule), in_torch, None
+    if runtime == "trt":
+        engines = open_engines(bundle.folder, bundle.onnx, planner)
+        return engines, in_torch, max(engines.ladder.batches)
+    if runtime == "ort-cuda":
+        graphs = bundle.onnx / runtime
+        if not graphs.is_dir():
+            raise UsageError(
+                f"{bundle.folder} has no graphs for {runtime}: 'dcconvert build --target {runtime}' makes them"
+            )
+        return StaticModel(graphs, planner, bundle.ladder), in_torch, most
+    # No ladder: guidance doubles the batch, each step has its own shape.
+    if scratch is None:
+        return OrtModel(bundle.onnx, planner), in_torch, None
+    beside = Runtime.open(model, planner, None, bundle.onnx, scratch)
+    return beside.converted, beside.original_step, None
+
+
 def sample_bundle(
     folder: Path,
     console: Console,
@@ -148,33 +184,31 @@ def sample_bundle(
     stages = Stages(Console(stderr=True))
     images: dict[str, Tensor] = {}
 
-    def draw(name: str, step: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-        with stages.stage(f"sample {name}") as tick:
-            images[name] = sampler.run(
-                step, noise, classes, guidance=guidance.scale, null_class=null_class, on_step=lambda *_: tick("steps")
-            )
-
     model, options = bundle.model, bundle.model.options
     groups = 1 if separate_halves else guidance.halves
     lite = None if guidance.ratio is None else planner.at_ratio(guidance.ratio, sampler.taus)
     name = f"{options.mode}, {model.schedule.ratio:g}x"
     if model.spec.states:
         console.print(state_note(model.spec.state_bytes, (count * guidance.halves,)), highlight=False)
-    if runtime == "torch":
-        with torch.inference_mode():
-            draw(name, ConvertedStep(model, model.with_schedule(planner.schedule), groups, lite))
-            if compare:
-                draw("original", lambda *v: model.original_graph(*v)[0])
-    else:
-        # No ladder: guidance doubles the batch, each step has its own shape.
-        with tempfile.TemporaryDirectory(prefix="dcconvert-") as scratch:
-            if compare:
-                beside = Runtime.open(model, planner, None, bundle.onnx, Path(scratch))
-                session = beside.converted
-            else:
-                session = OrtModel(bundle.onnx, planner)
-        draw(name, ConvertedStep(model, session, groups, lite))
-        if compare:
-            draw("original", beside.original_step)
+    with tempfile.TemporaryDirectory(prefix="dcconvert-") as scratch:
+        backend, original, batch = opened(runtime, bundle, planner, Path(scratch) if compare else None)
+    if batch is not None and batch < guidance.halves:
+        raise UsageError(f"{folder} has no bucket for the two halves of guidance: convert with --batch 2 or more")
+
+    def draw(name: str, new_step: Callable[[], Step]) -> None:
+        with stages.stage(f"sample {name}") as tick, torch.inference_mode():
+            images[name] = sampler.run_batches(
+                new_step,
+                noise,
+                classes,
+                count if batch is None else batch // guidance.halves,
+                guidance=guidance.scale,
+                null_class=null_class,
+                on_step=lambda *_: tick("steps"),
+            )
+
+    draw(name, lambda: ConvertedStep(model, backend, groups, lite))
+    if compare:
+        draw("original", lambda: original)
     save_comparison(dict(reversed(images.items())), out, vae)
     console.print(escape(f"Images: {out}"), highlight=False, soft_wrap=True)

@@ -29,6 +29,7 @@ from dcconvert.passes.layout import Bucket
 ENGINES = "engines"
 INDEX = "engines.json"
 TIMING_CACHE = "timing.cache"
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # of the backends
 GRAPHS = ("route", "prepare", "denoise")
 POLL_SECONDS = 0.2
 

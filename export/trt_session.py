@@ -1,0 +1,244 @@
+"""TensorRT and TensorRT-RTX engines of a bundle: route, plan on the host, denoise."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcconvert.export.buckets import Ladder
+from dcconvert.export.engines import ENGINES, INDEX, MODULES, file_hash, full_buckets, read_index
+from dcconvert.export.onnx_export import DISTANCE_NAME, output_names, state_output
+from dcconvert.passes.carry_plan import CarryPlan
+from dcconvert.passes.errors import CheckFailedError, UsageError
+from dcconvert.passes.layout import Bucket
+from dcconvert.passes.plan import Plan
+from dcconvert.passes.run import Run
+from dcconvert.passes.spec import SCORES_NAME, StateSpec
+from dcconvert.passes.step_planner import StepPlanner
+
+
+class TrtState:
+    """What a run remembers, twice on the GPU: a step reads one and writes the other, then they change places."""
+
+    def __init__(self, specs: Sequence[StateSpec], batch: int, tokens: int, device: str) -> None:
+        def empty() -> dict[str, Tensor]:
+            return {s.name: torch.zeros(s.shape(batch, tokens), dtype=s.torch_dtype, device=device) for s in specs}
+
+        self.values, self.written = empty(), empty()
+        self.distance: np.ndarray | None = None
+
+    def clear(self, samples: Sequence[int]) -> None:
+        for value in self.values.values():
+            value[:, list(samples)] = 0
+
+    def swap(self) -> None:
+        self.values, self.written = self.written, self.values
+
+
+class LoadedEngine:
+    """An engine with one execution context, which changes its profile when the bucket changes.
+
+    Buffers for what the host gives, and for outputs, are allocated once a shape.
+    """
+
+    def __init__(self, engine: Any, trt: Any, device: str) -> None:
+        self.engine, self.trt, self.device = engine, trt, device
+        self.context = engine.create_execution_context()
+        self.profile: int | None = None
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        self.inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        self.outputs = [name for name in names if name not in self.inputs]
+        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def __call__(self, profile: int, given: dict[str, Any], written: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name, in `written` where that has them. CheckFailedError if the engine does not run."""
+        stream = torch.cuda.current_stream().cuda_stream if self.device != "cpu" else 0
+        if profile != self.profile:
+            self.context.set_optimization_profile_async(profile, stream)
+            self.profile = profile
+        for name in self.inputs:
+            value = self.on_device(name, given[name])
+            self.context.set_input_shape(name, tuple(value.shape))
+            self.context.set_tensor_address(name, value.data_ptr())
+        outputs = {name: written[name] if name in written else self.output(name) for name in self.outputs}
+        for name, value in outputs.items():
+            self.context.set_tensor_address(name, value.data_ptr())
+        if not self.context.execute_async_v3(stream):
+            raise CheckFailedError("an engine did not run: build it again with 'dcconvert build'")
+        return outputs
+
+    def on_device(self, name: str, value: Any) -> Tensor:
+        if isinstance(value, Tensor):
+            return value
+        source = torch.from_numpy(np.ascontiguousarray(value))
+        return self.buffer(name, tuple(source.shape), source.dtype).copy_(source)
+
+    def output(self, name: str) -> Tensor:
+        shape = tuple(self.context.get_tensor_shape(name))
+        kind = self.trt.nptype(self.engine.get_tensor_dtype(name))
+        return self.buffer(name, shape, torch.from_numpy(np.empty(0, kind)).dtype)
+
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if (name, shape) not in self._buffers:
+            self._buffers[name, shape] = torch.empty(shape, dtype=dtype, device=self.device)
+        return self._buffers[name, shape]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a bucket of a graph is: an engine, and the profile in it."""
+
+    engine: LoadedEngine
+    profile: int
+
+
+class TrtModel:
+    """A converted model on TensorRT or TensorRT-RTX: the backend of a `Run` over the original's inputs as numpy arrays.
+
+    The ladder are the buckets that there are engines for: a batch whose own bucket is missing runs in the next larger
+    one. `device`: "cuda"; `trt`: the backend's module, imported if it is not given.
+
+    Raises:
+        UsageError: engines are missing, damaged, of another version or GPU, or older than the graphs.
+    """
+
+    def __init__(self, folder: Path, onnx: Path, planner: StepPlanner, device: str = "cuda", trt: Any = None) -> None:
+        index = read_index(folder)
+        self.trt = trt or backend_module(index["device"], folder)
+        self.planner, self.device, self.ranges = planner, device, bool(index["ranges"])
+        runtime = self.trt.Runtime(self.trt.Logger(self.trt.Logger.ERROR))
+        self.places: dict[tuple[str, Bucket], Place] = {}
+        for entry in index["engines"]:
+            check_graph(entry, onnx, folder)
+            loaded = LoadedEngine(load_engine(runtime, folder / entry["file"]), self.trt, device)
+            for number, sizes in enumerate(entry["buckets"]):
+                self.places[entry["graph"], Bucket(**sizes)] = Place(loaded, number)
+        self.ladder = engine_ladder(self.places, planner, folder)
+        self.full = {bucket.batch: bucket for bucket in full_buckets(self.ladder.buckets)}
+
+    def start(self, batch: int, groups: int = 1) -> Run:
+        """A new sampling run of `batch` samples; call its `step` for every timestep. `groups` as in `Run`."""
+        return Run(self, batch, groups)
+
+    def padded(self, batch: int) -> int:
+        """The smallest batch size there are engines for that holds `batch` samples; UsageError if none does."""
+        return self.ladder.choose(batch, self.planner.spec.tokens).batch
+
+    def bucket(self, counts: np.ndarray) -> Bucket:
+        """The bucket of a batch; with ranges, as short as its longest sample in the profile of that bucket."""
+        chosen = self.ladder.choose(len(counts), counts)
+        if not self.ranges:
+            return chosen
+        below = [b.row_tokens for b in self.ladder.buckets if b.batch == chosen.batch and b < chosen]
+        length = max(int(np.max(counts)), max(below, default=0) + 1)
+        return Bucket(chosen.batch, chosen.batch * length, chosen.rows, length, length)
+
+    def prepare(self, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+        """What stays the same over a run, by name, on the device; nothing for most models."""
+        if not self.planner.spec.constants:
+            return {}
+        made = self.run("prepare", self.full[len(inputs[self.planner.spec.image])], inputs)
+        return {name: value.clone() for name, value in made.items()}  # the buffers are the next run's
+
+    def route(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, Any]]:
+        """Scores [B, N], and the values denoise needs, by name, on the device."""
+        live = self.run("route", self.full[len(inputs[self.planner.spec.image])], inputs)
+        return live.pop(SCORES_NAME).cpu().numpy(), live
+
+    def denoise(
+        self, inputs: dict[str, Any], live: dict[str, Any], plan: Plan | CarryPlan, state: TrtState | None = None
+    ) -> list[np.ndarray]:
+        """Flat outputs of the model; in mode carry the state (None: an empty one) is brought forward."""
+        spec = self.planner.spec
+        if spec.constants and spec.constants[0] not in inputs:
+            inputs = {**inputs, **self.prepare(inputs)}
+        if spec.states and state is None:
+            state = self.new_state(len(plan.counts))
+        given = {**inputs, **live, **plan.arrays(), **(state.values if state else {})}
+        written = {state_output(name): value for name, value in state.written.items()} if state else {}
+        made = self.run("denoise", self.ladder.choose(len(plan.counts), plan.counts), given, written)
+        found = {name: value.cpu().numpy().copy() for name, value in made.items() if name not in written}
+        if state is not None:
+            state.swap()
+            state.distance = found.pop(DISTANCE_NAME)
+        return [found[name] for name in output_names(len(found))]
+
+    def run(
+        self, graph: str, bucket: Bucket, given: dict[str, Any], written: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        place = self.places[graph, bucket]
+        return place.engine(place.profile, given, written or {})
+
+    def new_state(self, batch: int) -> TrtState:
+        """An empty state for `batch` samples."""
+        return TrtState(self.planner.spec.states, batch, self.planner.spec.tokens, self.device)
+
+
+def open_engines(bundle: Path, onnx: Path, planner: StepPlanner) -> TrtModel:
+    """The engines of a bundle that run on this machine; UsageError, with what there is instead, if none does."""
+    folders = sorted(path.parent for path in (bundle / ENGINES).glob(f"*/{INDEX}"))
+    if not folders:
+        raise UsageError(f"{bundle} has no engines: make them with 'dcconvert build {bundle}'")
+    reasons = []
+    for folder in folders:
+        try:
+            return TrtModel(folder, onnx, planner)
+        except UsageError as error:
+            reasons.append(str(error))
+    raise UsageError("; ".join(reasons))
+
+
+def backend_module(wanted: dict[str, Any], folder: Path) -> Any:
+    """The module that runs engines of this device; UsageError if that is not here, or not the same."""
+    name, again = str(wanted["backend"]), "build them here with 'dcconvert build'"
+    try:
+        trt = importlib.import_module(MODULES[name])
+    except (ImportError, OSError, KeyError) as error:
+        raise UsageError(f"{folder} is for {name}, which is not installed here: install it, or {again}") from error
+    if trt.__version__ != wanted["version"]:
+        raise UsageError(f"{folder} is for {name} {wanted['version']}, here is {trt.__version__}: {again}")
+    if not torch.cuda.is_available():
+        raise UsageError(f"{folder}: engines run on an NVIDIA GPU, and torch {torch.__version__} sees none here")
+    found = ".".join(map(str, torch.cuda.get_device_capability()))
+    if wanted["capability"] and wanted["capability"] != found:
+        raise UsageError(
+            f"{folder} is for compute capability {wanted['capability']}, this GPU "
+            f"({torch.cuda.get_device_name()}) has {found}: {again}"
+        )
+    return trt
+
+
+def check_graph(entry: dict[str, Any], onnx: Path, folder: Path) -> None:
+    """UsageError if an engine was not built from the graph that lies in the bundle now."""
+    path = onnx / f"{entry['graph']}.onnx"
+    if path.is_file() and file_hash(path) != entry["onnx_sha256"]:
+        raise UsageError(f"{folder / entry['file']} is older than {path}: build again with 'dcconvert build'")
+
+
+def load_engine(runtime: Any, path: Path) -> Any:
+    try:
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; build again with 'dcconvert build'") from error
+    if engine is None:
+        raise UsageError(f"{path} cannot be loaded on this GPU: build again with 'dcconvert build'")
+    return engine
+
+
+def engine_ladder(places: dict[tuple[str, Bucket], Place], planner: StepPlanner, folder: Path) -> Ladder:
+    """The buckets that can run; UsageError if there is none that keeps everything."""
+    tokens = planner.spec.tokens
+    buckets = tuple(sorted(bucket for graph, bucket in places if graph == "denoise"))
+    found = Ladder(buckets, tokens, 0.0)
+    graphs = ("route", "prepare") if planner.spec.constants else ("route",)
+    complete = bool(buckets) and all((graph, b) in places for graph in graphs for b in full_buckets(buckets))
+    if not complete or not any(b.fits([tokens] * found.batches[-1]) for b in buckets):
+        raise UsageError(f"engines are missing in {folder}: build again with 'dcconvert build'")
+    return found
