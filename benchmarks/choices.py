@@ -26,7 +26,7 @@ from dcconvert.passes.infra import Options
 from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.sampling import Sampler, Step, initial_noise, labels_for
 
-BASE = Options(mode="chunk")
+BASE = Options(mode="chunk", router="predictability")
 ONE_AT_A_TIME: tuple[dict[str, Any], ...] = (
     {},
     {"router": "cosine"},

@@ -127,6 +127,7 @@ def convert(
     )
     if model.spec.timestep is not None:
         check_scale(model.flat_inputs(tuple(args), kwargs)[model.spec.timestep], timestep_scale)
+    model = model.with_schedule(model.schedule.levelled(1 - np.arange(steps) / steps, model.spec.tokens))
     return Converted.of(model, {"steps": steps, **sampling_facts(module, steps)})
 
 

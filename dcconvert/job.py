@@ -99,6 +99,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
             )
         sampler = Sampler(info.prediction, settings.steps, settings.solver)
         taus = sampler.taus
+        model = model.with_schedule(model.schedule.levelled(taus, model.spec.tokens))
         planner = StepPlanner(model.spec, model.options, model.schedule.fitted(taus))
         counts = planner.run_counts(taus)
         rungs = ladder(settings.batches, counts, model.spec.tokens)

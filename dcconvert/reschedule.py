@@ -42,7 +42,7 @@ class Rescheduled:
     @classmethod
     def of(cls, bundle: Bundle, schedule: Schedule, sampler: Sampler, stages: Stages) -> Rescheduled:
         """CheckFailedError if ONNX Runtime does not give what torch does in the new buckets."""
-        model = bundle.model.with_schedule(schedule)
+        model = bundle.model.with_schedule(schedule.levelled(sampler.taus, bundle.model.spec.tokens))
         counts = model.step_planner.run_counts(sampler.taus)
         rungs = ladder(bundle.ladder.batches, counts, model.spec.tokens)
         with stages.stage("compare with ONNX Runtime") as tick:

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.layout import MIXED_TILE, Bucket
+from dcconvert.passes.schedule import LEVELS
 
 __all__ = ["Bucket", "Ladder", "ladder"]
 
@@ -78,7 +79,7 @@ class Ladder:
         return result
 
 
-def ladder(batches: Sequence[int], counts_per_step: ArrayLike, tokens: int, max_rungs: int = 6) -> Ladder:
+def ladder(batches: Sequence[int], counts_per_step: ArrayLike, tokens: int, max_rungs: int = LEVELS - 1) -> Ladder:
     """Choose the buckets for ``batches`` and the kept tokens a sample at each step of a run (1..``tokens``).
 
     At most ``max_rungs`` row lengths, those with the least expected padding, and always the full one beside them; every

@@ -48,7 +48,7 @@ class Options:
 
 
 # Head blocks, tail blocks (each), router and schedule of a mode.
-MODE_DEFAULTS = {"carry": (0, "drift", "falling"), "chunk": (1, "predictability", "constant")}
+MODE_DEFAULTS = {"carry": (0, "drift", "falling"), "chunk": (1, "pool", "constant")}
 
 
 @dataclass

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +17,7 @@ from dcconvert.passes.errors import UsageError
 KINDS = ("constant", "rising", "falling")
 CURVE = "curve"  # made by `dcconvert calibrate`
 AUTO = -1  # warm-up steps chosen from what the run may cost
+LEVELS = 6  # numbers of kept tokens that a run uses, each of them a shape to export, compile and capture
 WARM_UP = 3  # steps it takes to know how things change; more cost what later steps need (docs/carry.md)
 
 # A time in float32 may overshoot the ends of [0, 1] by its rounding.
@@ -45,7 +47,9 @@ class Schedule:
     The first ``warm_up`` steps of a run, and after them every ``refresh``-th (0: none), are dense: they keep
     everything. ``AUTO`` stands for three, but no more than half of what the run may cost. ``fitted`` sets ``centre``,
     ``mean`` (mean tau and kept fraction of the sparse steps) and ``dense_first`` (the number of warm-up steps) for the
-    steps of one sampler. UsageError for an unknown kind, a ratio below 1, knots or numbers out of range.
+    steps of one sampler. ``levelled`` sets ``levels``: each step keeps the nearest of these numbers of tokens, so that
+    the static shapes of an exported model need no padding. UsageError for an unknown kind, a ratio below 1, knots or
+    numbers out of range.
     """
 
     kind: str
@@ -56,13 +60,17 @@ class Schedule:
     mean: float = 0.0  # 0: 1 / ratio
     dense_first: int = 0
     knots: tuple[tuple[float, float], ...] = ()
+    levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in (*KINDS, CURVE):
             raise UsageError(f"unknown schedule {self.kind!r}: choose one of {', '.join(KINDS)}")
         object.__setattr__(self, "ratio", parse_ratio(self.ratio))
         object.__setattr__(self, "knots", tuple((float(tau), float(kept)) for tau, kept in self.knots))
+        object.__setattr__(self, "levels", tuple(int(level) for level in self.levels))
         _checked_tau(self.centre)
+        if any(low >= high for low, high in pairwise((0, *self.levels))):
+            raise UsageError(f"levels {list(self.levels)}: numbers of tokens must be positive and rising")
         if self.warm_up < AUTO or self.refresh < 0 or not 0 <= self.mean <= 1:
             raise UsageError("warm-up and refresh steps must not be negative, the mean kept fraction from 0 to 1")
         if (self.kind == CURVE) != bool(self.knots) or any(not 0 < kept < math.inf for _, kept in self.knots):
@@ -100,6 +108,17 @@ class Schedule:
             kept = fit.fraction(taus[sparse])
         return fit
 
+    def levelled(self, taus: ArrayLike, tokens: int, most: int = LEVELS) -> Schedule:
+        """Return the same schedule with at most ``most`` numbers of kept tokens in a run, ``tokens`` among them.
+
+        Those that a run fitted to ``taus`` is closest to, so that its mean stays what it was but for the rounding.
+        UsageError as ``fitted``.
+        """
+        counts = replace(self, levels=()).fitted(taus).run_counts(taus, tokens)
+        sparse = counts[counts < tokens]
+        chosen = nearest_levels(sparse, most - 1).tolist() if sparse.size else []
+        return replace(self, levels=(*chosen, tokens))
+
     def _dense(self, step: NDArray[np.int64], first: int) -> NDArray[np.bool_]:
         """Whether the steps with these numbers keep everything."""
         warm = step < first
@@ -120,12 +139,16 @@ class Schedule:
         return np.minimum(mean + sign * slope * (tau - self.centre), 1.0)
 
     def counts(self, tau: ArrayLike, tokens: int, step: ArrayLike | None = None) -> NDArray[np.int64]:
-        """Kept tokens a sample at each ``tau``, out of ``tokens``: rounded, at least 1. UsageError as ``check``.
+        """Kept tokens a sample at each ``tau``, out of ``tokens``: rounded, at least 1, one of the levels if there are
+        any. UsageError as ``check``.
 
         ``step`` counts the steps since each run began and says which are dense; without it none is.
         """
         self.check(tokens)
         counts = np.maximum(np.rint(self.fraction(tau) * tokens), 1).astype(np.int64)
+        if self.levels:
+            levels = np.asarray(self.levels)
+            counts = levels[np.abs(counts[..., None] - levels).argmin(-1)]
         if step is None:
             return counts
         return np.where(self._dense(np.asarray(step), self.dense_first or max(self.warm_up, 0)), tokens, counts)
@@ -141,6 +164,33 @@ class Schedule:
                 f"ratio {self.ratio:g}x leaves less than one of the {tokens} tokens of a sample: "
                 f"the largest ratio for this model is {tokens}x"
             )
+
+
+def nearest_levels(counts: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """At most ``most`` numbers, ascending, with the least squared distance of ``counts`` to the nearest of them.
+
+    Exact k-means on a line, by dynamic programming over the sorted distinct counts: least[j] is the least cost of the
+    counts up to j in the groups so far. Each number is the rounded mean of its group, which keeps the mean of all.
+    """
+    values, weights = np.unique(counts, return_counts=True)
+    heads, sums, squares = (
+        np.concatenate([[0.0], np.cumsum(weights * np.power(values, power, dtype=np.float64))]) for power in (0, 1, 2)
+    )
+    # cost[i, j]: squared distances of counts i..j to their mean.
+    size, total, square = (part[None, 1:] - part[:-1, None] for part in (heads, sums, squares))
+    cost = square - np.divide(total**2, size, out=np.zeros_like(total), where=size > 0)
+    cost[np.tril_indices(len(values), -1)] = np.inf
+    least, cuts = cost[0], []
+    for _ in range(min(most, len(values)) - 1):
+        before = np.concatenate([[np.inf], least[:-1]])[:, None] + cost  # one more group, which begins at i
+        cuts.append(before.argmin(axis=0))
+        least = before.min(axis=0)
+    ends, last = [len(values)], len(values) - 1
+    for cut in reversed(cuts):
+        ends.append(int(cut[last]))
+        last = ends[-1] - 1
+    parts = [slice(start, end) for start, end in pairwise([0, *reversed(ends)])]
+    return np.unique([round(np.average(values[part], weights=weights[part])) for part in parts])
 
 
 def _checked_tau(tau: ArrayLike) -> NDArray[np.float64]:

@@ -37,7 +37,10 @@ class StepPlanner:
 
         UsageError for a ratio that such a run cannot have.
         """
-        return StepPlanner(self.spec, self.options, replace(self.schedule, ratio=ratio, mean=0.0).fitted(taus))
+        other = replace(self.schedule, ratio=ratio, mean=0.0).fitted(taus)
+        if other.ratio != self.schedule.ratio:
+            other = other.levelled(taus, self.spec.tokens)
+        return StepPlanner(self.spec, self.options, other)
 
     @property
     def carries(self) -> bool:

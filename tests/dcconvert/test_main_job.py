@@ -62,7 +62,7 @@ def test_the_manifest_says_what_was_done(each_job, mode):
 def test_the_report_says_how_it_was_made(each_job, mode):
     report = each_job.report
     conversion = report["conversion"]
-    assert (conversion["mode"], conversion["router"]) == (mode, {"carry": "drift", "chunk": "predictability"}[mode])
+    assert (conversion["mode"], conversion["router"]) == (mode, {"carry": "drift", "chunk": "pool"}[mode])
     assert conversion["sampler"] == f"{SOLVER[mode]}, {STEPS[mode]} steps"
     assert report["limits"] == [LIMITS[mode]]
     page = (each_job.folder / "report.html").read_text()

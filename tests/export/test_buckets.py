@@ -57,9 +57,13 @@ def test_everything_kept_has_one_rung():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ratio", [1, 1.2, 2, 4, 16])
 @pytest.mark.parametrize("steps", [4, 25, 250])
-def test_waste_of_the_schedules_stays_under_ten_percent(kind, ratio, steps):
+def test_levelled_schedules_need_six_buckets_and_no_padding(kind, ratio, steps):
     taus = 1 - np.arange(steps) / steps
-    assert ladder([1, 8], Schedule(kind, ratio).fitted(taus).run_counts(taus, 256), 256).expected_waste < 0.1
+    free = Schedule(kind, ratio).fitted(taus)
+    found = ladder([8], free.levelled(taus, 256).run_counts(taus, 256), 256)
+    assert found.expected_waste == 0
+    assert len(found.buckets) <= 6
+    assert ladder([8], free.run_counts(taus, 256), 256).expected_waste < 0.11
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -222,5 +222,5 @@ def test_summary_tells_what_was_done(tiny):
     summary = tiny[1].summary()
     assert "2x4 = 8 tokens, 4 kept on average (2x)" in summary
     assert "3 blocks: 1 head, 1 trunk, 1 tail" in summary
-    assert "router predictability, schedule constant" in summary
+    assert "router pool, schedule constant" in summary
     assert "PackTrunk: 1 matches" in summary

@@ -25,7 +25,7 @@ def test_order():
 def test_defaults_of_each_mode():
     assert (Options().mode, Options().head_blocks, Options().tail_blocks, Options().router) == ("carry", 0, 0, "drift")
     chunk = Options(mode="chunk")
-    assert (chunk.head_blocks, chunk.tail_blocks, chunk.router) == (1, 1, "predictability")
+    assert (chunk.head_blocks, chunk.tail_blocks, chunk.router) == (1, 1, "pool")
     given = Options(mode="chunk", head_blocks=0, router="pool")
     assert (given.head_blocks, given.tail_blocks, given.router) == (0, 1, "pool")
 

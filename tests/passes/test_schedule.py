@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcconvert.passes.errors import UsageError
-from dcconvert.passes.schedule import AUTO, CURVE, KINDS, Schedule, parse_ratio
+from dcconvert.passes.schedule import AUTO, CURVE, KINDS, LEVELS, Schedule, nearest_levels, parse_ratio
 
 
 @pytest.mark.parametrize(
@@ -216,3 +217,56 @@ def test_bad_arguments():
 def test_bad_knots(kind, knots, message):
     with pytest.raises(UsageError, match=message):
         Schedule(kind, 4, knots=knots)
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=9), st.integers(1, 4))
+def test_levels_are_the_nearest_there_are(counts, most):
+    """Against every way of cutting the sorted counts into groups."""
+    found = nearest_levels(np.array(counts), most)
+    assert 1 <= len(found) <= most
+    assert list(found) == sorted(set(found))
+    values = np.unique(counts)
+
+    def cost(ends: tuple[int, ...]) -> float:
+        groups = np.split(values, ends)
+        return sum(float(np.var(c) * len(c)) for g in groups if len(c := [n for n in counts if n in g]))
+
+    parts = min(most, len(values))
+    best = min(cost(ends) for ends in itertools.combinations(range(1, len(values)), parts - 1))
+    rounded = sum(float(np.square(found - count).min()) for count in counts)
+    assert rounded <= best + len(counts) * 0.25 + 1e-9  # a rounded mean is half a token off at most
+
+
+def test_hand_computed_levels():
+    assert nearest_levels(np.array([10, 11, 30, 32, 50]), 3).tolist() == [10, 31, 50]
+    assert nearest_levels(np.array([7, 7]), 5).tolist() == [7]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ratio", [1, 2, 4, 16])
+@pytest.mark.parametrize("warm_up", [0, AUTO])
+def test_a_levelled_run_has_few_lengths_and_the_same_mean(kind, ratio, warm_up):
+    taus = 1 - np.arange(50) / 50
+    free = Schedule(kind, ratio, warm_up=warm_up).fitted(taus)
+    levelled = free.levelled(taus, 256)
+    counts = levelled.run_counts(taus, 256)
+    assert set(counts.tolist()) <= set(levelled.levels)
+    assert levelled.levels[-1] == 256
+    assert len(levelled.levels) <= LEVELS
+    assert abs(counts.mean() - free.run_counts(taus, 256).mean()) <= 0.5
+    assert np.array_equal(counts == 256, free.run_counts(taus, 256) == 256)  # dense steps stay what they are
+    few = free.levelled(taus, 256, most=2)
+    assert len(few.levels) <= 2
+
+
+def test_levels_hold_for_other_noise_levels_too():
+    taus = 1 - np.arange(50) / 50
+    levelled = Schedule("falling", 4).fitted(taus).levelled(taus, 256)
+    others = levelled.fitted(1 - np.arange(33) / 33)
+    assert set(others.run_counts(1 - np.arange(33) / 33, 256).tolist()) <= set(levelled.levels)
+
+
+@pytest.mark.parametrize("levels", [(0, 4), (4, 4), (8, 4)])
+def test_levels_that_do_not_rise_are_refused(levels):
+    with pytest.raises(UsageError, match="must be positive and rising"):
+        Schedule("constant", 4, levels=levels)
