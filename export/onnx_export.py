@@ -36,6 +36,7 @@ PLAN_AXES: dict[str, tuple[str, ...]] = {
     "segment_ids": ("rows", "row_tokens"),
     "fill_index": ("batch",),
     "fill_weight": ("batch",),
+    "cu_seqlens": ("segments",),
     "token_index": ("tiles", "tile_tokens"),
     "write_index": ("tiles", "tile_tokens"),
     "recall_weight": ("", "batch"),

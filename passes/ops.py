@@ -10,6 +10,7 @@ Shapes: B samples of N grid tokens of width D; packed tokens in G tiles of L, ea
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "dcconvert"
@@ -98,6 +100,41 @@ def _(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, scale: float) -> Ten
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::varlen_attention", mutates_args=())
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: float) -> Tensor:
+    """Self-attention within segments of the packed axis: q, k, v [G, L, H, d] -> [G, L, H, d].
+
+    cu_seqlens int32: segment s is cu_seqlens[s] to cu_seqlens[s+1] of the T = G*L tokens; none is longer than max_len
+    or L. On CUDA in half precision torch's variable-length flash attention computes it (`torch.nn.attention.varlen`,
+    compute capability 8.0 and later), with no padding and no mask; elsewhere it is a mask over all T x T pairs.
+    """
+    place = torch.arange(q.shape[0] * q.shape[1], device=q.device, dtype=cu_seqlens.dtype)
+    segment = torch.searchsorted(cu_seqlens, place, right=True)
+    mask = segment.unsqueeze(1) == segment
+    one, keys, values = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, T, d]
+    out = F.scaled_dot_product_attention(one, keys, values, attn_mask=mask, scale=scale)
+    return out.squeeze(0).transpose(0, 1).reshape(q.shape)
+
+
+@varlen_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: float) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@varlen_attention.register_kernel("cuda")
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: float) -> Tensor:
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return REFERENCES["varlen_attention"](q, k, v, cu_seqlens, max_len, scale)
+    longest = max(max_len, q.shape[1])
+    bounds = (cu_seqlens, cu_seqlens, longest, longest)
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    attend: Any = varlen_attn
+    if "scale" in inspect.signature(varlen_attn).parameters:
+        return attend(*flat, *bounds, scale=scale).view(q.shape)
+    flat[0] = flat[0] * (scale * math.sqrt(q.shape[-1]))  # torch versions whose scale is always 1 / sqrt(d)
+    return attend(*flat, *bounds).view(q.shape)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::address", mutates_args=())
 def address(index: Tensor, channels: int) -> Tensor:
     """Where in a state the packed tokens go: index int64 [G, L, 4] of (slot, sample, 0, token) -> [G, C, L, 4]."""
@@ -128,6 +165,12 @@ def _(state: Tensor, values: Tensor, address: Tensor) -> Tensor:
     return torch.empty_like(state, memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::remember_", mutates_args=("state",))
+def remember_(state: Tensor, values: Tensor, address: Tensor) -> None:
+    """`remember` without a copy: the state given is written to. For inference only, see `in_place`."""
+    state[address.unbind(-1)] = values
+
+
 @torch.library.custom_op(f"{NAMESPACE}::recall", mutates_args=())
 def recall(state: Tensor, weight: Tensor) -> Tensor:
     """Read every token from the state: sum_p weight[p, b, 0, n] * state[p, b, :, n].
@@ -156,7 +199,8 @@ def weighted_gather(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 
 REFERENCES: dict[str, Callable[..., Tensor]] = {
-    op._name: op._init_fn for op in (chunk, dechunk, regroup, row_attention, segment_attention, remember, recall)
+    op._name: op._init_fn
+    for op in (chunk, dechunk, regroup, row_attention, segment_attention, varlen_attention, remember, recall)
 }
 
 
@@ -208,6 +252,12 @@ def dechunk_flops(h: Any, update: Any, fill_index: Any, *_: object, **__: object
 def recall_flops(state: Any, *_: object, **__: object) -> int:
     """One multiply-add for each value of the state: 2 P B C N E."""
     return 2 * math.prod(state)
+
+
+@register_flop_formula([torch.ops.dcconvert.varlen_attention])
+def varlen_flops(q: Any, k: Any, v: Any, cu_seqlens: Any, max_len: int, *_: object, **__: object) -> int:
+    """Two matrix products, every segment as long as the longest: 4 T H S d; lengths are no business of shapes."""
+    return 4 * math.prod(q) * max_len
 
 
 register_flop_formula([torch.ops.dcconvert.row_attention, torch.ops.dcconvert.segment_attention])(attention_flops)
