@@ -26,6 +26,7 @@ class Options:
     """What the user may choose about the rewriting; defaults are the measured best (docs/carry.md, docs/choices.md).
 
     `members`, `neighbours`, `coverage` and `packing` are of mode chunk, `guard` and `state_dtype` of mode carry.
+    Packing `varlen` is for torch on a GPU in half precision: attention by `torch.nn.attention.varlen`; no ONNX.
     """
 
     mode: str = "carry"
