@@ -38,8 +38,11 @@ class Captured:
     def __call__(self, *args: Any) -> Sequence[Any]:
         """The function's results; their memory is used again by the next call."""
         for own, given, fixed in zip(self.args, args, self.fixed, strict=True):
-            if isinstance(own, Tensor) and not fixed and own is not given:
-                own.copy_(given, non_blocking=True)
+            if not isinstance(own, Tensor) or own.data_ptr() == given.data_ptr():
+                continue
+            if fixed:
+                raise ValueError("a captured graph keeps to the state it was captured with: use it for one run only")
+            own.copy_(given, non_blocking=True)
         self.graph.replay()
         return self.results
 
@@ -50,7 +53,10 @@ def in_runtime(function: Callable[..., Sequence[Any]], runtime: str) -> Callable
 
 
 class TorchRuntime:
-    """Route and denoise of a converted model in one of RUNTIMES, for shapes that stay what they are."""
+    """Route and denoise of a converted model in one of RUNTIMES, for shapes that stay what they are.
+
+    Captured, it is the backend of one run only, and of mode carry the model's graph must write in place.
+    """
 
     def __init__(self, model: DynamicModel, runtime: str) -> None:
         self.model = model
@@ -58,7 +64,6 @@ class TorchRuntime:
         self._route = in_runtime(model.route_graph, runtime)
         self._denoise = in_runtime(model.denoise_graph, runtime)
         self._captured: dict[Any, Captured] = {}
-        self._states: dict[int, dict[str, Tensor]] = {}
 
     @property
     def planner(self) -> StepPlanner:
@@ -77,13 +82,7 @@ class TorchRuntime:
         return dict(self.model.prepare(inputs))
 
     def new_state(self, batch: int) -> TorchState:
-        """An empty state; captured graphs write to one memory, so that there is one for each batch size."""
-        state = self.model.new_state(batch)
-        if self.captures:
-            state.tensors = self._states.setdefault(batch, state.tensors)
-            for tensor in state.tensors.values():
-                tensor.zero_()
-        return state
+        return self.model.new_state(batch)
 
     def call(self, name: str, function: Callable[..., Sequence[Any]], args: Sequence[Any], states: int = 0) -> Any:
         """Results of one half; the last `states` arguments are written to in place."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -49,25 +48,29 @@ class Case:
 
 @dataclass
 class Models:
-    """Converted models of random weights, made on the CPU and moved to the device; of one DiT at a time."""
+    """Converted models of random weights, made on the CPU and moved to the device, where they stay."""
 
     device: torch.device
     ratios: Sequence[float]
     depth: int = 0  # blocks, 0 for those of the published size
     flop_ratios: dict[tuple[Case, float], float] = field(default_factory=dict)
-    _dit: tuple[tuple[Any, ...], DiT] | None = None
-    _models: dict[str, Converted] = field(default_factory=dict)
+    _known: dict[tuple[str, int, str], tuple[DiT, dict[str, Converted]]] = field(default_factory=dict)
 
-    def get(self, case: Case, dtype: str) -> Converted:
-        """The model of a case on the device; all forms of a DiT share its weights."""
+    def get(self, case: Case, dtype: str) -> tuple[DiT, Converted]:
+        """The original and the model of a case on the device; all forms share the weights."""
         key = (case.size, case.pixels, dtype)
-        if self._dit is None or self._dit[0] != key:
-            self.drop()
+        if key not in self._known:
             dit = random_dit(case.size, 2, case.pixels, depth=self.depth)
-            made = {form: self.converted(Case(case.size, case.pixels, form), dit) for form in FORMS}
-            self._models = {form: model.to(self.device, DTYPES[dtype]) for form, model in made.items()}
-            self._dit = (key, dit)
-        return self._models[case.form]
+            made = {form: self.converted(replace(case, form=form), dit) for form in FORMS}
+            self._known[key] = dit, {form: model.to(self.device, DTYPES[dtype]) for form, model in made.items()}
+        dit, models = self._known[key]
+        return dit, models[case.form]
+
+    def seconds(self, case: Case, dtype: str) -> float:
+        """What making the model is likely to take, if it is not there yet."""
+        if self.depth or (case.size, case.pixels, dtype) in self._known:
+            return 0.0
+        return (100.0 if case.size == "XL" else 30.0) * (1.5 if case.pixels > 256 else 1)
 
     def converted(self, case: Case, dit: DiT) -> Converted:
         model = dcconvert.convert(dit, 4, options=FORMS[case.form])
@@ -81,25 +84,9 @@ class Models:
             in_place(model.denoise_graph)
         return model
 
-    def dit(self) -> DiT:
-        if self._dit is None:
-            raise RuntimeError("no model was asked for yet")
-        return self._dit[1]
-
-    def drop(self) -> None:
-        self._dit = None
-        self._models = {}
-        free(self.device)
-
 
 def kept_tokens(model: Converted, ratio: float) -> int:
     return max(1, round(model.spec.tokens / ratio))
-
-
-def free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def wait(device: torch.device) -> None:
@@ -171,12 +158,12 @@ def latency(
     models: Models, case: Case, dtype: str, batch: int, ratio: float, runtime: str, runs: int
 ) -> dict[str, Any]:
     """One step, route, plan and denoise, in turns with the original in the same runtime, precision and batch."""
-    model, device = models.get(case, dtype), models.device
-    inputs = named_inputs(models.dit(), batch, dtype, device)
+    dit, model = models.get(case, dtype)
+    device = models.device
+    inputs = named_inputs(dit, batch, dtype, device)
     counts = np.full(batch, kept_tokens(model, ratio))
-    backend, original = TorchRuntime(model, runtime), OriginalRuntime(model, runtime)
-    run, plans = backend.start(batch), []
-    noise = [1.0]
+    original = OriginalRuntime(model, runtime)
+    run, plans, noise = TorchRuntime(model, "eager").start(batch), [], [1.0]
 
     def converted_step() -> None:
         noise[0] -= 1e-3
@@ -188,11 +175,12 @@ def latency(
         original(inputs)
         wait(device)
 
-    with torch.inference_mode(runtime in ("eager", "CUDA graph")), torch.no_grad():
-        converted_step()  # of a run of mode carry the first step computes everything
+    with torch.inference_mode() if "compiled" not in runtime else torch.no_grad():
+        converted_step()  # of a run of mode carry the first step computes everything; it needs no other runtime
+        run.backend = TorchRuntime(model, runtime)
         calls = {"original": original_step, "converted": converted_step}
         times = interleaved(calls, runs, warm_up=3)
-        memory = {f"{name}_peak_mb": peak_mb(call, device) for name, call in calls.items()}
+        memory = {} if runtime.endswith("CUDA graph") else peaks(calls, model, batch, device)
     speedup = float(np.median(times["original"]) / np.median(times["converted"]))
     flop_ratio = models.flop_ratios[case, ratio]
     return {
@@ -209,13 +197,26 @@ def latency(
     }
 
 
-def peak_mb(call: Callable[[], Any], device: torch.device) -> float | None:
-    """The most memory that tensors took during a call, weights and state included, in MB; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    return round(torch.cuda.max_memory_allocated(device) / MEGABYTE, 1)
+def peaks(
+    calls: dict[str, Callable[[], Any]], model: Converted, batch: int, device: torch.device
+) -> dict[str, float | None]:
+    """The most memory that tensors take in a step, in MB: weights, what the step works on, and the state of a run.
+
+    Of captured graphs the allocator does not know it, and of a CPU neither: None.
+    """
+    weights = sum(t.numel() * t.element_size() for t in model.original_graph.state_dict().values())
+    resident = {"original": weights, "converted": weights + model.spec.state_bytes * batch}
+    found: dict[str, float | None] = {}
+    for name, call in calls.items():
+        if device.type != "cuda":
+            found[f"{name}_peak_mb"] = None
+            continue
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        worked = torch.cuda.max_memory_allocated(device) - before
+        found[f"{name}_peak_mb"] = round((resident[name] + worked) / MEGABYTE, 1)
+    return found
 
 
 # Forms of attention

@@ -10,7 +10,6 @@ Shapes: B samples of N grid tokens of width D; packed tokens in G tiles of L, ea
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "dcconvert"
@@ -125,14 +123,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: 
 def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: float) -> Tensor:
     if q.dtype not in (torch.float16, torch.bfloat16):
         return REFERENCES["varlen_attention"](q, k, v, cu_seqlens, max_len, scale)
+    from torch.nn.attention.varlen import varlen_attn  # brings torch._dynamo, which takes seconds to import
+
     longest = max(max_len, q.shape[1])
-    bounds = (cu_seqlens, cu_seqlens, longest, longest)
-    flat = [x.flatten(0, 1) for x in (q, k, v)]
-    attend: Any = varlen_attn
-    if "scale" in inspect.signature(varlen_attn).parameters:
-        return attend(*flat, *bounds, scale=scale).view(q.shape)
-    flat[0] = flat[0] * (scale * math.sqrt(q.shape[-1]))  # torch versions whose scale is always 1 / sqrt(d)
-    return attend(*flat, *bounds).view(q.shape)
+    queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
+    found: Any = varlen_attn(queries, keys, values, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
+    return found.view(q.shape)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::address", mutates_args=())

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+import dcconvert
 from benchmarks import gpu, gpu_cases, tables
 from benchmarks.gpu_backend import TorchRuntime
 from dcconvert.passes.infra import Options
-from tests.dcconvert.harness import tiny_dit
+from dcconvert.passes.retarget import in_place
+from tests.passes.harness import dit_call
 
 ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="its reasons are those of a machine without a GPU")
 
@@ -122,8 +124,8 @@ def test_the_table_shows_a_result(tmp_path, monkeypatch, result):
 
 @pytest.mark.parametrize("mode", ["carry", "chunk"])
 def test_a_step_of_the_backend_is_the_models(mode):
-    model = gpu_cases.dcconvert.convert(tiny_dit(), 2, options=Options(mode=mode), steps=3)
-    x, t, y = gpu_cases.dit_inputs(tiny_dit(), 3)
+    dit, (x, t, y), _ = dit_call()
+    model = dcconvert.convert(dit, 2, options=Options(mode=mode), steps=3)
     runs = [backend.start(3) for backend in (model, TorchRuntime(model, "eager"))]
     with torch.no_grad():
         for factor in (1, 0.9, 0.8):
@@ -136,11 +138,12 @@ def test_a_step_of_the_backend_is_the_models(mode):
 @pytest.mark.parametrize("runtime", ["CUDA graph", "compiled"])
 @pytest.mark.parametrize("mode", ["carry", "chunk"])
 def test_captured_and_compiled_steps_on_a_gpu(runtime, mode):
-    model = gpu_cases.dcconvert.convert(tiny_dit(), 2, options=Options(mode=mode, router="pool"), steps=3)
+    dit, inputs, _ = dit_call()
+    model = dcconvert.convert(dit, 2, options=Options(mode=mode, router="pool"), steps=3)
     if mode == "carry":
-        gpu_cases.in_place(model.denoise_graph)
+        in_place(model.denoise_graph)
     model.to("cuda")
-    x, t, y = (value.cuda() for value in gpu_cases.dit_inputs(tiny_dit(), 3))
+    x, t, y = (value.cuda() for value in inputs)
     runs = [TorchRuntime(model, name).start(3) for name in ("eager", runtime)]
     with torch.no_grad():
         for factor in (1, 0.9, 0.8):

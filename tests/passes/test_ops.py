@@ -208,6 +208,7 @@ def test_variable_lengths_are_those_of_rows():
 def test_torchs_variable_length_attention_takes_what_the_kernel_gives_it():
     names = list(inspect.signature(varlen_attn).parameters)
     assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert "scale" in names
 
 
 @pytest.mark.gpu

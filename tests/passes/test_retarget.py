@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import dcconvert
-from dcconvert.api import dit_inputs
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.infra import Options
 from dcconvert.passes.model import DynamicModel
+from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.retarget import in_place, to_device
-from tests.dcconvert.harness import tiny_dit
-from tests.passes.harness import relative
+from dcconvert.passes.schedule import Schedule
+from tests.passes.harness import dit_call, relative
 
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float64: 1e-6, torch.float32: 1e-6}
 
 
+def tiny_dit() -> nn.Module:
+    """The same weights every time."""
+    torch.manual_seed(0)
+    return dit_call(16)[0]
+
+
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    x, t, y = dit_inputs(tiny_dit(), 3)
+    torch.manual_seed(0)
+    x, t, y = dit_call(16)[1]
     return x.to(dtype), t, y
+
+
+def converted(dit: nn.Module, **options: Any) -> DynamicModel:
+    """A quarter of 64 tokens is kept after the first step of a run."""
+    chosen, place = Options(**options), next(dit.parameters())
+    spending = Schedule("constant", 4, warm_up=int(chosen.mode == "carry"))
+    x, t, y = inputs()
+    return rewrite(dit, (x.to(place), t.to(place.device), y.to(place.device)), {}, chosen, spending)
 
 
 def steps(model: DynamicModel, dtype: torch.dtype) -> list[Tensor]:
@@ -38,10 +54,8 @@ def steps(model: DynamicModel, dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_cast_after_conversion(mode, dtype):
     """It must give what a model captured in that precision gives, up to its rounding, and what the plain one gives."""
-    options, tolerance = Options(mode=mode, router="pool"), TOLERANCES[dtype]
-    plain, captured = (
-        dcconvert.convert(dit, 2, options=options, steps=3) for dit in (tiny_dit(), tiny_dit().to(dtype))
-    )
+    options, tolerance = {"mode": mode, "router": "pool"}, TOLERANCES[dtype]
+    plain, captured = (converted(dit, **options) for dit in (tiny_dit(), tiny_dit().to(dtype)))
     wanted = steps(plain, torch.float32)
     cast = plain.to(dtype)
     for found, other, was in zip(steps(cast, dtype), steps(captured, dtype), wanted, strict=True):
@@ -54,7 +68,7 @@ def test_cast_after_conversion(mode, dtype):
 
 
 def test_a_state_in_half_precision_stays_so():
-    model = dcconvert.convert(tiny_dit(), 2, options=Options(state_dtype="fp16"), steps=3, warm_up=1)
+    model = converted(tiny_dit(), state_dtype="fp16")
     wanted = steps(model, torch.float32)
     model = model.to(torch.bfloat16)
     assert {state.dtype for state in model.spec.states} == {"float16"}
@@ -64,13 +78,13 @@ def test_a_state_in_half_precision_stays_so():
 def test_each_model_on_shared_weights_follows():
     """The weights are cast with the first one; the graphs of the second must notice."""
     dit = tiny_dit()
-    first, second = (dcconvert.convert(dit, 2, options=Options(mode=mode), steps=3) for mode in ("carry", "chunk"))
+    first, second = (converted(dit, mode=mode) for mode in ("carry", "chunk"))
     for model in (first, second):
         steps(model.to(torch.bfloat16), torch.bfloat16)
 
 
 def test_a_state_that_is_written_in_place():
-    model = dcconvert.convert(tiny_dit(), 2, steps=3, warm_up=1)
+    model = converted(tiny_dit())
     wanted = steps(model, torch.float32)
     in_place(model.denoise_graph)
     for found, was in zip(steps(model, torch.float32), wanted, strict=True):
@@ -86,14 +100,14 @@ def test_a_state_that_is_written_in_place():
 def test_a_cast_model_is_saved_and_loaded(tmp_path):
     from dcconvert.passes.serialise import model_from_dict, model_tensors, model_to_dict
 
-    model = dcconvert.convert(tiny_dit(), 2, steps=3, warm_up=1).to(torch.bfloat16)
+    model = converted(tiny_dit()).to(torch.bfloat16)
     again = model_from_dict(model_to_dict(model), model_tensors(model))
     for found, wanted in zip(steps(again, torch.bfloat16), steps(model, torch.bfloat16), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 def test_only_precisions_that_models_run_in():
-    model = dcconvert.convert(tiny_dit(), 2)
+    model = converted(tiny_dit())
     with pytest.raises(UsageError, match=r"cannot be cast to torch.float8_e4m3fn: choose one of torch.float16"):
         model.to(torch.float8_e4m3fn)
 
@@ -101,7 +115,7 @@ def test_only_precisions_that_models_run_in():
 @pytest.mark.parametrize("mode", ["carry", "chunk"])
 def test_graphs_follow_to_another_device(mode):
     """On fake tensors of a GPU: an op that meets a tensor left on the CPU raises."""
-    model = dcconvert.convert(tiny_dit(), 2, options=Options(mode=mode))
+    model = converted(tiny_dit(), mode=mode)
     graphs = (model.route_graph, model.denoise_graph, model.original_graph)
     cuda = torch.device("cuda", 0)
     for graph in graphs:
@@ -134,10 +148,10 @@ def test_on_a_gpu(mode, packing):
     """Moved there, or converted there: the same results as on the CPU."""
     if mode == "carry" and packing == "varlen":
         pytest.skip("mode carry attends to all tokens and has one packing")
-    options = Options(mode=mode, packing=packing, router="pool")
-    wanted = steps(dcconvert.convert(tiny_dit(), 2, options=options, steps=3), torch.float32)
-    moved = dcconvert.convert(tiny_dit(), 2, options=options, steps=3).cuda()
-    there = dcconvert.convert(tiny_dit().cuda(), 2, options=options, steps=3)
+    options = {"mode": mode, "packing": packing, "router": "pool"}
+    wanted = steps(converted(tiny_dit(), **options), torch.float32)
+    moved = converted(tiny_dit(), **options).cuda()
+    there = converted(tiny_dit().cuda(), **options)
     x, t, y = (value.cuda() for value in inputs())
     for model in (moved, there):
         run = model.start(3)
