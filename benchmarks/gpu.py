@@ -1,7 +1,7 @@
 """Parity, latency and memory on a GPU, original against converted, in one script that needs no network.
 
     python -m benchmarks.gpu                          # all parts, at most 9 minutes -> benchmarks/results/gpu.json
-    python -m benchmarks.gpu --parts latency --minutes 5 --out gpu.json
+    python -m benchmarks.gpu --parts latency --minutes 5 --convert-on device --out gpu.json
     python -m benchmarks.gpu --tiny --out tiny.json   # a trial with three blocks, on a CPU too
 
 Torch, numpy and safetensors are all that torch's parts need. What another part misses is the reason it gives for being
@@ -229,6 +229,12 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="models of three blocks, 64 px, batch 2 (always so on a CPU)"
     )
+    parser.add_argument(
+        "--convert-on",
+        default="cpu",
+        choices=["cpu", "device"],
+        help="where models are converted; the device is faster",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
     args = parser.parse_args(words)
     start = time.monotonic()
@@ -238,8 +244,10 @@ def main(words: list[str] | None = None) -> None:
         parser.error("there is no GPU, or --tiny was asked for: name the file of such a trial with --out")
     torch.backends.cudnn.allow_tf32 = False  # or float32 would mean something else in convolutions than in linears
     settings = {"device": device.type, "tiny": plan.tiny, "runs": args.runs, "minutes": args.minutes}
+    settings["convert_on"] = args.convert_on
     record = Record(args.out, settings, start + 60 * args.minutes)
-    models = Models(device, ratios=(4,) if plan.tiny else (1, 2, 4, 16), depth=plan.depth)
+    made_on = device if args.convert_on == "device" else torch.device("cpu")
+    models = Models(device, (4,) if plan.tiny else (1, 2, 4, 16), made_on, plan.depth)
     for job in jobs(tuple(args.parts), plan, models):
         record.do(job)
     print(f"Results: {args.out}")

@@ -48,10 +48,11 @@ class Case:
 
 @dataclass
 class Models:
-    """Converted models of random weights, made on the CPU and moved to the device, where they stay."""
+    """Converted models of random weights, made in float32 on `made_on` and moved to the device, where they stay."""
 
     device: torch.device
     ratios: Sequence[float]
+    made_on: torch.device
     depth: int = 0  # blocks, 0 for those of the published size
     flop_ratios: dict[tuple[Case, float], float] = field(default_factory=dict)
     _known: dict[tuple[str, int, str], tuple[DiT, dict[str, Converted]]] = field(default_factory=dict)
@@ -60,7 +61,7 @@ class Models:
         """The original and the model of a case on the device; all forms share the weights."""
         key = (case.size, case.pixels, dtype)
         if key not in self._known:
-            dit = random_dit(case.size, 2, case.pixels, depth=self.depth)
+            dit = random_dit(case.size, 2, case.pixels, depth=self.depth).to(self.made_on)
             made = {form: self.converted(replace(case, form=form), dit) for form in FORMS}
             self._known[key] = dit, {form: model.to(self.device, DTYPES[dtype]) for form, model in made.items()}
         dit, models = self._known[key]
@@ -70,7 +71,8 @@ class Models:
         """What making the model is likely to take, if it is not there yet."""
         if self.depth or (case.size, case.pixels, dtype) in self._known:
             return 0.0
-        return (100.0 if case.size == "XL" else 30.0) * (1.5 if case.pixels > 256 else 1)
+        seconds = (100.0 if case.size == "XL" else 30.0) * (2 if case.pixels > 256 else 1)
+        return seconds if self.made_on.type == "cpu" else seconds / 3
 
     def converted(self, case: Case, dit: DiT) -> Converted:
         model = dcconvert.convert(dit, 4, options=FORMS[case.form])
@@ -109,11 +111,11 @@ def parity(models: Models, size: str, pixels: int, form: str, batch: int = 3) ->
     changes the output), and the order of the tokens is fixed beforehand, so that rounding changes no choice.
     "original_rounding" is what the precision does to the original itself.
     """
-    dit = random_dit(size, 2, pixels, depth=models.depth, std=telling_std(size))
+    dit = random_dit(size, 2, pixels, depth=models.depth, std=telling_std(size)).to(models.made_on)
     router = "age" if form == "carry" else "pool"
     model = dcconvert.convert(dit, 4, options=replace(FORMS[form], router=router))
     inputs = named_inputs(dit, batch, "fp32", torch.device("cpu"))
-    wanted, wanted_original = parity_outputs(model, inputs)
+    wanted, wanted_original = parity_outputs(model.cpu(), inputs)
     precisions = {}
     for name, dtype in DTYPES.items():  # each from the one before it, which holds its values but for a rare rounding
         there = {key: value.to(models.device) for key, value in inputs.items()}

@@ -50,7 +50,7 @@ def dechunk(h: Tensor, update: Tensor, fill_index: Tensor, fill_weight: Tensor) 
 
 @dechunk.register_fake
 def _(h: Tensor, update: Tensor, fill_index: Tensor, fill_weight: Tensor) -> Tensor:
-    return torch.empty_like(h, memory_format=torch.contiguous_format)
+    return h + update.new_empty(h.shape)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::regroup", mutates_args=())
@@ -74,12 +74,12 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor, row_lengths: Tensor, scale: f
     mask = (slots < row_lengths.unsqueeze(1)).view(k.shape[0], 1, 1, -1)
     # Full rows need no mask; on CUDA the look would wait for the device and a tracer sees no values: the mask stays.
     full = type(mask) is Tensor and mask.device.type == "cpu" and bool(mask.all())
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if full else mask, scale=scale)
+    return slots_first(F.scaled_dot_product_attention(q, k, v, attn_mask=None if full else mask, scale=scale))
 
 
 @row_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, row_lengths: Tensor, scale: float) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return slots_first(torch.empty_like(q))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::segment_attention", mutates_args=())
@@ -90,12 +90,20 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, scal
     Krell et al. (arXiv 2107.02027).
     """
     mask = (segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)).unsqueeze(1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return slots_first(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
 
 
 @segment_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, scale: float) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return slots_first(torch.empty_like(q))
+
+
+def slots_first(x: Tensor) -> Tensor:
+    """[R, H, S, d] with the memory of [R, S, H, d]: what most kernels give and models want next, and always the same.
+
+    A compiler holds an op to the strides of its fake kernel.
+    """
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::varlen_attention", mutates_args=())
@@ -111,7 +119,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_le
     mask = segment.unsqueeze(1) == segment
     one, keys, values = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, T, d]
     out = F.scaled_dot_product_attention(one, keys, values, attn_mask=mask, scale=scale)
-    return out.squeeze(0).transpose(0, 1).reshape(q.shape)
+    return out.squeeze(0).transpose(0, 1).contiguous().view(q.shape)
 
 
 @varlen_attention.register_fake
@@ -128,7 +136,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: 
     longest = max(max_len, q.shape[1])
     queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
     found: Any = varlen_attn(queries, keys, values, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
-    return found.view(q.shape)
+    return found.contiguous().view(q.shape)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::address", mutates_args=())
@@ -151,7 +159,7 @@ def remember(state: Tensor, values: Tensor, address: Tensor) -> Tensor:
     state [P, B, C, N, E]; values [G, C, L, E]; address int64 [G, C, L, 4] of (slot, sample, c, token). Returns the new
     state. Pads write the value of the token they copy to its own place, so that their order does not matter.
     """
-    written = state.clone()
+    written = state.clone(memory_format=torch.contiguous_format)
     written[address.unbind(-1)] = values
     return written
 
@@ -179,7 +187,7 @@ def recall(state: Tensor, weight: Tensor) -> Tensor:
     total = next(terms)
     for term in terms:
         total += term
-    return total
+    return total.contiguous()
 
 
 @recall.register_fake

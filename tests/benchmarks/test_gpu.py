@@ -101,7 +101,7 @@ def test_a_trial_does_not_take_the_place_of_the_result(capsys):
 
 def test_the_most_telling_cases_come_first():
     plan = gpu.Plan(torch.device("cuda"), tiny=False, runs=20)
-    found = gpu.jobs(("latency",), plan, gpu_cases.Models(plan.device, (1, 4)))
+    found = gpu.jobs(("latency",), plan, gpu_cases.Models(plan.device, (1, 4), torch.device("cpu")))
     first = [job.facts for job in found[:6]]
     assert all(f["model"] == "DiT-XL/2" and (f["batch"], f["ratio"], f["dtype"]) == (8, 4, "bf16") for f in first)
     assert {f["form"] for f in first} == set(gpu_cases.FORMS)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -221,6 +222,24 @@ def test_variable_lengths_on_a_gpu(dtype):
     wanted = torch.ops.dcconvert.varlen_attention(q.float(), k.float(), v.float(), bounds, 64, 0.125)
     found = torch.ops.dcconvert.varlen_attention(q.cuda(), k.cuda(), v.cuda(), bounds.cuda(), 64, 0.125)
     torch.testing.assert_close(found.cpu().float(), wanted, rtol=2e-2, atol=2e-2 if dtype != torch.float32 else 1e-4)
+
+
+@every_case
+def test_memory_is_laid_out_as_the_fake_kernel_says(name, case):
+    """A compiler takes it at its word, whatever the layout of the operands."""
+
+    def turned(value):
+        ranked = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 2
+        return value.detach().transpose(1, 2).contiguous().transpose(1, 2) if ranked else value
+
+    for args in (arguments()[name][case], list(map(turned, arguments()[name][case]))):
+        with torch.no_grad():
+            found = getattr(torch.ops.dcconvert, name)(*args)
+        mode = FakeTensorMode()
+        fake = [mode.from_tensor(a.detach()) if isinstance(a, Tensor) else a for a in args]
+        with mode, torch.no_grad():
+            expected = getattr(torch.ops.dcconvert, name)(*fake)
+        assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
 
 
 def test_an_address_is_repeated_for_every_channel():
