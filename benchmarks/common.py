@@ -17,22 +17,27 @@ RESULTS = Path(__file__).parent / "results"
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
 
 
-def random_dit(size: str, patch: int, pixels: int, seed: int = 0) -> DiT:
-    """A DiT of a published size with random weights, none of them zero."""
-    depth, width, heads = SIZES[size]
+def random_dit(size: str, patch: int, pixels: int, seed: int = 0, depth: int = 0, std: float = 0.02) -> DiT:
+    """A DiT of a published size with random weights, none of them zero; `depth` makes it shallower for a trial.
+
+    With the standard deviation of an initialisation its blocks hardly matter; near 1 / sqrt(width) they do.
+    """
+    blocks, width, heads = SIZES[size]
     torch.manual_seed(seed)
-    model = DiT(DiTConfig(depth=depth, width=width, heads=heads, patch=patch, image_size=pixels // 8)).eval()
+    model = DiT(DiTConfig(depth=depth or blocks, width=width, heads=heads, patch=patch, image_size=pixels // 8)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.normal_(std=0.02)
+                parameter.normal_(std=std)
     return model
 
 
-def write_result(name: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
-    """Write `results/NAME.json` with machine, versions and settings."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_result(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], path: Path | None = None) -> Path:
+    """Write `results/NAME.json`, or `path`, with machine, versions and settings: whole, or not at all."""
+    path = path or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"dcconvert": dcconvert.__version__, "machine": machine(), "settings": settings, "rows": rows}
-    path.write_text(json.dumps(facts, indent=1) + "\n")
+    work = path.with_name(f".{path.name}.part")
+    work.write_text(json.dumps(facts, indent=1) + "\n")
+    work.replace(path)
     return path

@@ -286,6 +286,41 @@ def stress() -> str:
     return markdown(headers, rows) + note + machine_note(result)
 
 
+def gpu() -> str:
+    """Batch 8 at 4x, everything that was measured; one line while there is no result."""
+    if not (RESULTS / "gpu.json").is_file():
+        return "On a GPU: not measured yet.\n"
+    result = read("gpu")
+    found = [row for row in result["rows"] if row["part"] in ("latency", "onnxruntime", "tensorrt")]
+    wanted = {"batch": 8, "ratio": 4, "pixels": 256}
+    shown = [row for row in found if "skipped" not in row and wanted.items() <= row.items()]
+    rows = [
+        [
+            f"{row['model']}, {row['form']}, {row.get('runtime', row['part'])}, {row['dtype']}",
+            f"{row['original_ms']['median']:.2f}",
+            f"{row['converted_ms']['median']:.2f}",
+            f"{row['speedup']:.2f}",
+            f"{row['flop_ratio']:.2f}",
+            f"{row['efficiency']:.2f}",
+            megabytes(row, "original_peak_mb"),
+            megabytes(row, "converted_peak_mb"),
+        ]
+        for row in shown
+    ]
+    headers = ["batch 8, 256 px, 4x", "original, ms", "converted, ms", "times faster", "fewer operations"]
+    headers += ["share reached", "original, MB", "converted, MB"]
+    facts = result["machine"]
+    skipped = sum("skipped" in row for row in result["rows"])
+    note = (
+        f"\nMeasured on a GPU: {facts['gpu']}; torch {facts['torch']}. Random weights; {skipped} cases were skipped.\n"
+    )
+    return markdown(headers, rows) + note
+
+
+def megabytes(row: dict[str, Any], key: str) -> str:
+    return f"{row[key]:,.0f}" if row.get(key) else ""
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "demo": demo,
@@ -293,6 +328,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "choices": choices,
     "frontier": frontier,
     "carry_speed": carry_speed,
+    "gpu": gpu,
     "state_memory": state_memory,
     "carry_variants": carry_variants,
     "calibrated": calibrated,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -17,13 +19,12 @@ from dcconvert.checkpoint import LoadedDiT
 from dcconvert.dit import DiT
 from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.bundle import FORMAT_VERSION, MANIFEST, ONNX, new_folder, read_bundle, write_json, write_model
-from dcconvert.export.lowerings import OPSET
-from dcconvert.export.onnx_export import EXAMPLE_BATCH, export_onnx
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.infra import MODE_DEFAULTS, Options
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.schedule import AUTO, Schedule, parse_ratio
+from dcconvert.passes.spec import EXAMPLE_BATCH
 from dcconvert.passes.step_planner import StepPlanner
 
 DEFAULT_BATCHES = (1, 8)
@@ -58,6 +59,8 @@ class Converted(DynamicModel):
 
     def save(self, folder: str | Path, batches: Sequence[int] = DEFAULT_BATCHES, force: bool = False) -> Path:
         """Write a bundle: weights, graphs, ONNX files, manifest. UsageError if the folder exists already."""
+        from dcconvert.export.onnx_export import export_onnx  # needs onnxscript
+
         target = Path(folder)
         with new_folder(target, force) as work:
             rungs = self.ladder(batches)
@@ -157,15 +160,18 @@ def load(folder: str | Path) -> Converted:
 
 
 def dit_inputs(model: DiT, batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Random (x, t, y) for a DiT."""
+    """Random (x, t, y) for a DiT, on its device; x is of its precision, t always of float32."""
     cfg, generator = model.cfg, torch.Generator().manual_seed(seed)
     x = torch.randn(batch, cfg.in_channels, cfg.image_size, cfg.image_size, generator=generator)
     t = torch.rand(batch, generator=generator) * 1000
-    return x, t, torch.arange(batch) % cfg.num_classes
+    place = model.pos_embed
+    return x.to(place), t.to(place.device), torch.arange(batch, device=place.device) % cfg.num_classes
 
 
 def manifest(model: DynamicModel, rungs: Ladder, **more: Any) -> dict[str, Any]:
     """What a bundle says about itself; `more` is added at the top level."""
+    from dcconvert.export.lowerings import OPSET  # needs onnxscript
+
     return {
         "format_version": FORMAT_VERSION,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -185,28 +191,40 @@ def manifest(model: DynamicModel, rungs: Ladder, **more: Any) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, memory and versions, for manifests, reports and benchmark files."""
-    import onnx
-    import psutil
-
-    facts = {
+    """Processor, memory and versions, for manifests, reports and benchmark files; None for what is not installed."""
+    facts: dict[str, Any] = {
         "cpu": cpu_name(),
-        "cores": psutil.cpu_count(logical=True),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "memory_gb": memory_gb(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "onnx": onnx.__version__,
+        "onnx": version_of("onnx"),
         "numpy": np.__version__,
+        "onnxruntime": version_of("onnxruntime"),
     }
-    try:
-        import onnxruntime
-
-        facts["onnxruntime"] = onnxruntime.__version__
-    except ImportError:
-        facts["onnxruntime"] = None
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        facts["gpu"] = f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB, compute capability {gpu.major}.{gpu.minor}"
+        facts["cuda"] = torch.version.cuda
     return facts
+
+
+def version_of(package: str) -> str | None:
+    """A package's version; None if it cannot be imported."""
+    try:
+        return str(importlib.import_module(package).__version__)
+    except ImportError:
+        return None
+
+
+def memory_gb() -> float | None:
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return round(psutil.virtual_memory().total / 1e9, 1)
 
 
 def cpu_name() -> str:

@@ -19,7 +19,6 @@ from dcconvert.checkpoint import load_checkpoint
 from dcconvert.dit import DiTConfig
 from dcconvert.evaluate import ConvertedStep, Runtime
 from dcconvert.export.bundle import Bundle, read_bundle
-from dcconvert.export.onnx_export import EXAMPLE_BATCH
 from dcconvert.export.session import OrtModel
 from dcconvert.export.static_session import StaticModel
 from dcconvert.export.trt_session import open_engines
@@ -29,7 +28,7 @@ from dcconvert.passes.infra import Options, Program, module_path, run_passes
 from dcconvert.passes.normalise import Normalise
 from dcconvert.passes.pipeline import PIPELINES, captured
 from dcconvert.passes.run import Backend
-from dcconvert.passes.spec import StateSpec
+from dcconvert.passes.spec import EXAMPLE_BATCH, StateSpec
 from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.passes.token_stream import FindTokenStream
 from dcconvert.progress import Stages

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcconvert.passes.carry_plan import CarryPlan
 from dcconvert.passes.layout import Bucket
-from dcconvert.passes.model import DynamicModel
+from dcconvert.passes.model import DynamicModel, place_of
 from dcconvert.passes.ops import attention_flops
 from dcconvert.passes.plan import Plan
 
@@ -26,10 +26,11 @@ ATTENTION = (*CPU_ATTENTION, torch.ops.dcconvert.row_attention, torch.ops.dcconv
 
 
 def count_macs(module: nn.Module, args: tuple[Any, ...], formulas: Mapping[Any, Any] = CPU_ATTENTION) -> float:
-    """Multiply-accumulates of one run on inputs shaped like `args` (half of the FLOPs counted)."""
+    """Multiply-accumulates of one run on inputs shaped like `args` (half of the FLOPs counted), wherever both are."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
+    device = place_of(module).device
     with fake, FlopCounterMode(display=False, custom_mapping=dict(formulas)) as counter, torch.no_grad():
-        module(*(fake.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
+        module(*(fake.from_tensor(a).to(device) if isinstance(a, Tensor) else a for a in args))
     return counter.get_total_flops() / 2
 
 

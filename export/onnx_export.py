@@ -15,19 +15,18 @@ from torch.fx import GraphModule
 
 from dcconvert.export.lowerings import OPSET, PORTABLE, Lowerings
 from dcconvert.passes.carry_plan import CarryPlan
-from dcconvert.passes.errors import CheckFailedError
+from dcconvert.passes.errors import CheckFailedError, UsageError
 from dcconvert.passes.infra import placeholders
 from dcconvert.passes.layout import Bucket
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.plan import Plan
-from dcconvert.passes.spec import SCORES_NAME, count_outputs
+from dcconvert.passes.spec import EXAMPLE_BATCH, SCORES_NAME, count_outputs
 
 EXTERNAL_DATA_BYTES = 1_000_000_000  # above this, weights go to a file of their own beside the graph
 STACK_TRACE = "pkg.torch.onnx.stack_trace"  # what the exporter notes at every node: paths of this machine
 
 DISTANCE_NAME = "distance"
 
-EXAMPLE_BATCH = 3  # above one and unlike any other size, so that export cannot mistake the axis
 
 # Names of the symbolic axes of every input of `denoise` that the plan makes ("" for one that is fixed).
 PLAN_AXES: dict[str, tuple[str, ...]] = {
@@ -40,6 +39,7 @@ PLAN_AXES: dict[str, tuple[str, ...]] = {
     "segment_ids": ("rows", "row_tokens"),
     "fill_index": ("batch",),
     "fill_weight": ("batch",),
+    "cu_seqlens": ("segments",),
     "token_index": ("tiles", "tile_tokens"),
     "write_index": ("tiles", "tile_tokens"),
     "recall_weight": ("", "batch"),
@@ -47,7 +47,12 @@ PLAN_AXES: dict[str, tuple[str, ...]] = {
 
 
 def export_onnx(model: DynamicModel, folder: Path, lowerings: Lowerings = PORTABLE) -> None:
-    """Write `route.onnx`, `denoise.onnx` and, for models with text, `prepare.onnx`."""
+    """Write `route.onnx`, `denoise.onnx` and, for models with text, `prepare.onnx`.
+
+    UsageError for a model that has no form in ONNX.
+    """
+    if model.options.packing == "varlen":
+        raise UsageError("packing varlen is for torch only: convert with packing rows to export ONNX")
     folder.mkdir(parents=True, exist_ok=True)
     inputs = model.spec.example(EXAMPLE_BATCH)
     export_route(model, folder / "route.onnx", inputs, lowerings)

@@ -9,6 +9,7 @@ In the order in which a model goes through them:
 - `normalise`, `token_stream`, `insert_router`, `pack_trunk`, `split_route`: one pass each.
 - `packing`, `rules`: how the trunk is written again for packed tokens, one rule for each ATen op.
 - `spec`, `model`: what a rewritten model is, and how it is called like the original.
+- `retarget`: the same on another device or in another precision.
 
 What they stand on:
 

@@ -106,8 +106,7 @@ def distance(packer: Packer, state: Node) -> Node:
     """Euclidean distance [B, N] between the two slots of a state [P, B, 1, N, D]."""
     newer, older = (packer.emit(aten.select.int, state, 0, slot) for slot in range(SLOTS))
     moved = packer.emit(aten.sub.Tensor, newer, older)
-    if moved.meta["val"].dtype != torch.float32:
-        moved = packer.emit(aten.to.dtype, moved, torch.float32)  # squares of halves overflow
+    moved = packer.emit(aten.to.dtype, moved, torch.float32)  # squares of halves overflow
     squares = packer.emit(aten.mul.Tensor, moved, moved)
     return packer.emit(aten.sqrt.default, packer.emit(aten.sum.dim_IntList, squares, [1, 3]))
 

@@ -60,6 +60,7 @@ def full_plan(program: Program) -> list[Tensor]:
         planner = Planner(stream.grid, options.members, options.neighbours, options.packing)
         arrays = planner.full_plan(batch).arrays()
     dtypes = {name: node.meta["val"].dtype for name, node in program.plan_inputs.items()}
-    plan = [torch.from_numpy(arrays[name]).to(dtype) for name, dtype in dtypes.items()]
+    plan = [torch.from_numpy(arrays[name]).to(program.device, dtype) for name, dtype in dtypes.items()]
     states = [node.meta["val"] for node in program.state.values()]
-    return plan + [torch.zeros(v.shape[0], batch, *map(int, v.shape[2:]), dtype=v.dtype) for v in states]
+    shapes = ((v.shape[0], batch, *map(int, v.shape[2:])) for v in states)
+    return plan + [torch.zeros(*s, dtype=v.dtype, device=program.device) for s, v in zip(shapes, states, strict=True)]

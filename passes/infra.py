@@ -26,6 +26,7 @@ class Options:
     """What the user may choose about the rewriting; defaults are the measured best (docs/carry.md, docs/choices.md).
 
     `members`, `neighbours`, `coverage` and `packing` are of mode chunk, `guard` and `state_dtype` of mode carry.
+    Packing `varlen` is for torch on a GPU in half precision: attention by `torch.nn.attention.varlen`; no ONNX.
     """
 
     mode: str = "carry"
@@ -104,6 +105,11 @@ class Program:
     def fake_mode(self) -> FakeTensorMode:
         return placeholders(self.graph)[0].meta["val"].fake_mode
 
+    @property
+    def device(self) -> torch.device:
+        """Where the example inputs are."""
+        return next((v.device for v in self.example if isinstance(v, Tensor)), torch.device("cpu"))
+
     def found_stream(self) -> TokenStream:
         if self.stream is None:
             raise CheckFailedError("the token stream was asked for before FindTokenStream ran; fix the pipeline order")
@@ -140,7 +146,7 @@ class Program:
             node = self.graph.placeholder(name)
         node.name = name  # without the suffix that an input renamed by capture would leave
         with self.fake_mode:
-            node.meta["val"] = torch.empty(tuple(shape), dtype=dtype)
+            node.meta["val"] = torch.empty(tuple(shape), dtype=dtype, device=self.device)
         return node
 
 

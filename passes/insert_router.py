@@ -45,8 +45,9 @@ def inline(program: Program, module: nn.Module, source: Node) -> Node:
     from dcconvert.passes.capture import capture
 
     shape = source.meta["val"].shape
-    example = torch.zeros(3, *(int(size) for size in shape[1:]), dtype=source.meta["val"].dtype)
-    inner = capture(module, (example,))
+    like = source.meta["val"]
+    example = torch.zeros(3, *(int(size) for size in shape[1:]), dtype=like.dtype, device=like.device)
+    inner = capture(module.to(like.device), (example,))
     Normalise().call(inner)
     prefix = f"dcconvert_{PREFIX}" if hasattr(program.graph_module, PREFIX) else PREFIX
     program.graph_module.add_submodule(prefix, state_holder(inner.graph_module))
@@ -60,7 +61,7 @@ def inline(program: Program, module: nn.Module, source: Node) -> Node:
                 mapping[node] = program.graph.get_attr(f"{prefix}.{node.target}")
                 with program.fake_mode:
                     value = node.meta["val"]
-                    mapping[node].meta["val"] = torch.empty(value.shape, dtype=value.dtype)
+                    mapping[node].meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
             elif node.op == "call_function":
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), mapping.__getitem__)
                 mapping[node] = program.emit(node.target, args, kwargs)

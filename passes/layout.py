@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from dcconvert.passes.errors import CheckFailedError, UsageError
 from dcconvert.passes.neighbourhood import Ints, Mask
 
-PACKINGS = ("rows", "bins")
+PACKINGS = ("rows", "bins", "varlen")  # varlen: as rows, but torch's attention takes the packed tokens as they are
 
 # Tile length when samples keep different numbers of tokens: on average half a tile a sample is padding.
 MIXED_TILE = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from dcconvert.passes.errors import UsageError
 from dcconvert.passes.follow import FollowedRun
 from dcconvert.passes.infra import Options, PassRecord
 from dcconvert.passes.plan import Plan
+from dcconvert.passes.retarget import retype, retyped_spec, to_device
 from dcconvert.passes.run import Run
 from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.spec import ModelSpec
@@ -66,6 +67,7 @@ class DynamicModel(nn.Module):
         self.options = options
         self.records = list(records)
         self.step_planner = StepPlanner(spec, options, schedule)
+        self.target = place_of(self)
         self.followed = FollowedRun(self)
 
     @property
@@ -123,11 +125,9 @@ class DynamicModel(nn.Module):
         if self.spec.constants and self.spec.constants[0] not in inputs:
             inputs = {**inputs, **self.prepare(inputs)}
         hidden = live[self.spec.live[0]]
-        arrays = {name: torch.from_numpy(a).to(hidden.device) for name, a in plan.arrays().items()}
-        arrays |= {n: a.to(hidden.dtype) for n, a in arrays.items() if a.is_floating_point()}
         if self.spec.states:
             state = state or self.new_state(len(hidden), hidden.device)
-        given = {**inputs, **live, **arrays, **(state.tensors if state else {})}
+        given = {**inputs, **live, **self.plan_tensors(plan, hidden), **(state.tensors if state else {})}
         results = self.denoise_graph(*(given[name] for name in self.spec.denoise_inputs))
         if state is None:
             return results
@@ -135,6 +135,55 @@ class DynamicModel(nn.Module):
         state.tensors = dict(zip(state.tensors, results[-len(state.tensors) :], strict=True))
         state.distance = distance.detach().double().cpu().numpy()
         return outputs
+
+    def plan_tensors(self, plan: Plan | CarryPlan, like: Tensor) -> dict[str, Tensor]:
+        """The arrays of a plan that denoise takes, by name, on the device and of the precision of `like`."""
+        found = {}
+        for name, array in plan.arrays().items():
+            if name in self.spec.denoise_inputs:
+                tensor = torch.from_numpy(array)
+                tensor = tensor.to(like.dtype) if tensor.is_floating_point() else tensor
+                found[name] = tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor
+        return found
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicModel:
+        """What `to`, `cuda`, `half` and the like come down to: the graphs follow the weights.
+
+        Weights are shared with the module that was converted, and both weights and graphs with models that
+        `with_schedule` made of this one: move each of those that you go on using.
+        """
+        super()._apply(fn, recurse)
+        old, new = self.target, place_of(self)
+        graphs = [g for g in (self.route_graph, self.denoise_graph, self.original_graph, self.prepare_graph) if g]
+        if new.device != old.device:
+            for graph in graphs:
+                to_device(graph, new.device)
+        if new.dtype != old.dtype:
+            self.retype(old.dtype, new.dtype)
+        if (new.device, new.dtype) != (old.device, old.dtype):
+            self.target = new
+            self.followed = FollowedRun(self)
+        return self
+
+    def retype(self, old: torch.dtype, new: torch.dtype) -> None:
+        """Let graphs and spec follow weights that were cast from `old` to `new`."""
+        self.spec = retyped_spec(self.spec, old, new)
+        self.step_planner = StepPlanner(self.spec, self.options, self.schedule)
+        batch, place = 2, place_of(self)
+        inputs = {n: v.to(place.device) if isinstance(v, Tensor) else v for n, v in self.spec.example(batch).items()}
+
+        def follow(graph: GraphModule, names: Sequence[str], given: dict[str, Any]) -> list[Any]:
+            return [v.to(place.device) for v in retype(graph, [given[name] for name in names], old, new)]
+
+        follow(self.original_graph, self.spec.inputs, inputs)
+        _, *live = follow(self.route_graph, self.spec.route_inputs, inputs)
+        given = {**inputs, **dict(zip(self.spec.live, live, strict=True))}
+        if self.prepare_graph is not None:
+            made = follow(self.prepare_graph, self.spec.prepare_inputs, inputs)
+            given |= dict(zip(self.spec.constants, made, strict=True))
+        given |= self.plan_tensors(self.step_planner.full_plan(batch), live[0])
+        given |= self.new_state(batch).tensors if self.spec.states else {}
+        follow(self.denoise_graph, self.spec.denoise_inputs, given)
 
     def new_state(self, batch: int, device: torch.device | str | None = None) -> TorchState:
         """An empty state for `batch` samples."""
@@ -185,3 +234,9 @@ class DynamicModel(nn.Module):
         ]
         lines += [inspect.cleandoc(f"{r.name}: {r.matches} matches {'; '.join(r.notes)}") for r in self.records]
         return "\n".join(lines)
+
+
+def place_of(module: nn.Module) -> Tensor:
+    """An empty tensor on the device and of the precision of a module's weights."""
+    weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    return weight.detach().new_empty(0)

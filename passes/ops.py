@@ -50,7 +50,7 @@ def dechunk(h: Tensor, update: Tensor, fill_index: Tensor, fill_weight: Tensor) 
 
 @dechunk.register_fake
 def _(h: Tensor, update: Tensor, fill_index: Tensor, fill_weight: Tensor) -> Tensor:
-    return torch.empty_like(h, memory_format=torch.contiguous_format)
+    return h + update.new_empty(h.shape)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::regroup", mutates_args=())
@@ -74,12 +74,12 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor, row_lengths: Tensor, scale: f
     mask = (slots < row_lengths.unsqueeze(1)).view(k.shape[0], 1, 1, -1)
     # Full rows need no mask; on CUDA the look would wait for the device and a tracer sees no values: the mask stays.
     full = type(mask) is Tensor and mask.device.type == "cpu" and bool(mask.all())
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if full else mask, scale=scale)
+    return slots_first(F.scaled_dot_product_attention(q, k, v, attn_mask=None if full else mask, scale=scale))
 
 
 @row_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, row_lengths: Tensor, scale: float) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return slots_first(torch.empty_like(q))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::segment_attention", mutates_args=())
@@ -90,12 +90,53 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, scal
     Krell et al. (arXiv 2107.02027).
     """
     mask = (segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)).unsqueeze(1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return slots_first(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
 
 
 @segment_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, scale: float) -> Tensor:
+    return slots_first(torch.empty_like(q))
+
+
+def slots_first(x: Tensor) -> Tensor:
+    """[R, H, S, d] with the memory of [R, S, H, d]: what most kernels give and models want next, and always the same.
+
+    A compiler holds an op to the strides of its fake kernel.
+    """
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::varlen_attention", mutates_args=())
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: float) -> Tensor:
+    """Self-attention within segments of the packed axis: q, k, v [G, L, H, d] -> [G, L, H, d].
+
+    cu_seqlens int32: segment s is cu_seqlens[s] to cu_seqlens[s+1] of the T = G*L tokens; none is longer than max_len
+    or L. On CUDA in half precision torch's variable-length flash attention computes it (`torch.nn.attention.varlen`,
+    compute capability 8.0 and later), with no padding and no mask; elsewhere it is a mask over all T x T pairs.
+    """
+    place = torch.arange(q.shape[0] * q.shape[1], device=q.device, dtype=cu_seqlens.dtype)
+    segment = torch.searchsorted(cu_seqlens, place, right=True)
+    mask = segment.unsqueeze(1) == segment
+    one, keys, values = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, T, d]
+    out = F.scaled_dot_product_attention(one, keys, values, attn_mask=mask, scale=scale)
+    return out.squeeze(0).transpose(0, 1).contiguous().view(q.shape)
+
+
+@varlen_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: float) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@varlen_attention.register_kernel("cuda")
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: float) -> Tensor:
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return REFERENCES["varlen_attention"](q, k, v, cu_seqlens, max_len, scale)
+    from torch.nn.attention.varlen import varlen_attn  # brings torch._dynamo, which takes seconds to import
+
+    longest = max(max_len, q.shape[1])
+    queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
+    found: Any = varlen_attn(queries, keys, values, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
+    return found.contiguous().view(q.shape)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::address", mutates_args=())
@@ -118,7 +159,7 @@ def remember(state: Tensor, values: Tensor, address: Tensor) -> Tensor:
     state [P, B, C, N, E]; values [G, C, L, E]; address int64 [G, C, L, 4] of (slot, sample, c, token). Returns the new
     state. Pads write the value of the token they copy to its own place, so that their order does not matter.
     """
-    written = state.clone()
+    written = state.clone(memory_format=torch.contiguous_format)
     written[address.unbind(-1)] = values
     return written
 
@@ -126,6 +167,12 @@ def remember(state: Tensor, values: Tensor, address: Tensor) -> Tensor:
 @remember.register_fake
 def _(state: Tensor, values: Tensor, address: Tensor) -> Tensor:
     return torch.empty_like(state, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::remember_", mutates_args=("state",))
+def remember_(state: Tensor, values: Tensor, address: Tensor) -> None:
+    """`remember` without a copy: the state given is written to. For inference only, see `in_place`."""
+    state[address.unbind(-1)] = values
 
 
 @torch.library.custom_op(f"{NAMESPACE}::recall", mutates_args=())
@@ -140,7 +187,7 @@ def recall(state: Tensor, weight: Tensor) -> Tensor:
     total = next(terms)
     for term in terms:
         total += term
-    return total
+    return total.contiguous()
 
 
 @recall.register_fake
@@ -156,7 +203,8 @@ def weighted_gather(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 
 REFERENCES: dict[str, Callable[..., Tensor]] = {
-    op._name: op._init_fn for op in (chunk, dechunk, regroup, row_attention, segment_attention, remember, recall)
+    op._name: op._init_fn
+    for op in (chunk, dechunk, regroup, row_attention, segment_attention, varlen_attention, remember, recall)
 }
 
 
@@ -208,6 +256,12 @@ def dechunk_flops(h: Any, update: Any, fill_index: Any, *_: object, **__: object
 def recall_flops(state: Any, *_: object, **__: object) -> int:
     """One multiply-add for each value of the state: 2 P B C N E."""
     return 2 * math.prod(state)
+
+
+@register_flop_formula([torch.ops.dcconvert.varlen_attention])
+def varlen_flops(q: Any, k: Any, v: Any, cu_seqlens: Any, max_len: int, *_: object, **__: object) -> int:
+    """Two matrix products, every segment as long as the longest: 4 T H S d; lengths are no business of shapes."""
+    return 4 * math.prod(q) * max_len
 
 
 register_flop_formula([torch.ops.dcconvert.row_attention, torch.ops.dcconvert.segment_attention])(attention_flops)

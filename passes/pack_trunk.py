@@ -16,7 +16,7 @@ from dcconvert.passes.token_stream import dependents
 aten = torch.ops.aten
 
 # Hints for the symbolic sizes: distinct, above one, and no size a model is likely to have.
-HINT_TILES, HINT_TILE, HINT_ROWS, HINT_SLOTS = 61, 67, 53, 59
+HINT_TILES, HINT_TILE, HINT_ROWS, HINT_SLOTS, HINT_SEGMENTS = 61, 67, 53, 59, 71
 
 
 class PackTrunk(Pass):
@@ -103,7 +103,7 @@ def layout_inputs(program: Program) -> PlanInputs:
     """The inputs that say how kept tokens are laid out; names and shapes are those of both modes' plans."""
     options = program.options
     tiles, tile, slots = (program.new_size(hint) for hint in (HINT_TILES, HINT_TILE, HINT_SLOTS))
-    rows = program.batch if options.packing == "rows" else program.new_size(HINT_ROWS)  # one sample a row
+    rows = program.new_size(HINT_ROWS) if options.packing == "bins" else program.batch  # one sample a row
     return {
         "sample_ids": ((tiles,), torch.int64),
         "packed_index": ((tiles, tile), torch.int64),
@@ -125,6 +125,7 @@ def chunk_inputs(program: Program) -> PlanInputs:
         "segment_ids": ((rows, slots), index),
         "fill_index": ((batch, stream.tokens, options.neighbours), index),
         "fill_weight": ((batch, stream.tokens, options.neighbours), weight),
+        "cu_seqlens": ((program.new_size(HINT_SEGMENTS),), torch.int32),
     }
 
 

@@ -26,12 +26,13 @@ PLAN_ARRAYS = (
     "segment_ids",
     "fill_index",
     "fill_weight",
+    "cu_seqlens",
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Index arrays of one step, int64 (weights float32), and the keep mask they were made from.
+    """Index arrays of one step, int64 (weights float32, cu_seqlens int32), and the keep mask they were made from.
 
     T = G x L packed tokens in tiles, M members of a chunk, R x S slots of the attention grid, B x N token grid,
     K neighbours:
@@ -46,6 +47,8 @@ class Plan:
       and -1 is an id like any other: no slot is ever without keys.
     - fill_index, fill_weight [B, N, K]: the kept tokens of the same sample nearest to each position, as packed
       indices, and their normalised Gaussian weights; a kept position has itself, weight 1.
+    - cu_seqlens [B+G+1]: bounds of segments of the packed axis, for variable-length attention: each sample's tokens,
+      then its pads; then every spare tile; then empty ones. None is longer than S or L.
 
     The rest of a sample's last tile, and the tiles that a larger bucket adds, are pads: copies of packed token 0
     (without its other members), at its slot. Nothing reads their results: no grid_index or fill_index points at one.
@@ -68,6 +71,16 @@ class Plan:
         return {name: getattr(self, name) for name in PLAN_ARRAYS}
 
     @property
+    def cu_seqlens(self) -> NDArray[np.int32]:
+        tiles, tile = self.packed_index.shape
+        batch, pads = len(self.counts), -self.counts % tile
+        lengths = np.zeros(batch + tiles, np.int64)
+        lengths[: 2 * batch] = np.stack([self.counts, pads], axis=1).ravel()
+        spare = tiles - int((self.counts + pads).sum()) // tile
+        lengths[2 * batch : 2 * batch + spare] = tile
+        return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+    @property
     def kept(self) -> int:
         """Kept tokens of all samples, padding not counted."""
         return int(self.counts.sum())
@@ -87,7 +100,8 @@ class Planner:
     """Makes plans for one token grid; everything that depends only on the grid is computed here, once.
 
     ``grid``: (H, W). ``members``: M, tokens averaged into a packed one; 1 selects it unchanged. ``neighbours``: K.
-    ``packing``: ``rows`` puts sample b in row b (what cross-attention needs); ``bins`` lets short samples share a row.
+    ``packing``: ``rows`` puts sample b in row b (what cross-attention needs), as does ``varlen``; ``bins`` lets short
+    samples share a row.
     ``coverage``: keep the best token of every cell of the grid before filling up by score.
     UsageError for sizes below 1 or an unknown packing.
     """

@@ -46,17 +46,20 @@ class CosineRouter(nn.Module):
 
 
 class FixedRouter(nn.Module):
-    """The same priorities for every sample and step: `pool` (even coverage at any budget) or `random`."""
+    """The same priorities for every sample and step: `pool` (even coverage at any budget) or `random`.
+
+    They are kept as ranks, integers, and given in float32: in half precision many would be equal.
+    """
 
     priorities: Tensor
 
     def __init__(self, priorities: Tensor) -> None:
         super().__init__()
-        self.register_buffer("priorities", priorities)
+        self.register_buffer("priorities", priorities.argsort().argsort())
 
     def forward(self, h: Tensor) -> Tensor:
         """h [B, N, D] -> p [B, N]; zero times h, so that a token that is not finite shows in its score."""
-        return (0 * h).sum(-1) + self.priorities
+        return (0 * h).sum(-1).float() + (self.priorities.float() + 0.5) / len(self.priorities)
 
 
 def window_mean(h: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -16,6 +16,7 @@ from dcconvert.passes.infra import Program, placeholders
 
 TIMESTEP_NAMES = ("t", "timestep", "timesteps")
 SCORES_NAME = "scores"
+EXAMPLE_BATCH = 3  # above one and unlike any other size, so that export cannot mistake the axis
 
 
 @dataclass(frozen=True)

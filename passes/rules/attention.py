@@ -23,13 +23,14 @@ def attention(packer: Packer, node: Node, layout: Layout) -> Laid:
     given: dict[str, Any] = dict(zip(ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
     if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
         raise packer.refuse(node, "attention with dropout, a causal mask or grouped queries has no rule")
+    tokenwise = [packer.in_trunk(given[name]) for name in ("key", "value")]
+    layout = "packed" if packer.packing == "varlen" and all(tokenwise) else "grid"
     # What is carried is taken where it was computed: then only the queries move to the rows, not all three.
-    q = packer.moved(given["query"], "grid") if packer.carry else packer.get(given["query"], "grid")
+    q = packer.moved(given["query"], "grid") if packer.carry else packer.get(given["query"], layout)
     if (q.batch, q.token, q.node.meta["val"].ndim) != (0, 2, 4):
         raise packer.refuse(node, "queries must be laid out [B, H, N, d]")
     scale = given.get("scale") or 1 / math.sqrt(int(given["query"].meta["val"].shape[-1]))
     packer.attentions += 1
-    tokenwise = [packer.in_trunk(given[name]) for name in ("key", "value")]
     if all(tokenwise):
         return self_attention(packer, node, given, q, scale)
     if any(tokenwise):
@@ -42,14 +43,25 @@ def self_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, s
         raise packer.refuse(node, "self-attention with a mask has no rule")
     if packer.carry is not None:
         return carried_attention(packer, node, given, q, scale)
-    k, v = (packer.get(given[name], "grid") for name in ("key", "value"))
+    k, v = (packer.get(given[name], q.layout) for name in ("key", "value"))
     if any((x.batch, x.token) != (q.batch, q.token) for x in (k, v)):
         raise packer.refuse(node, "keys and values must be laid out [B, H, N, d]")
+    if packer.packing == "varlen":
+        return varlen_attention(packer, q, k, v, scale)
     if packer.packing == "rows":
         op, separator = torch.ops.dcconvert.row_attention.default, packer.plan_input("row_lengths")
     else:
         op, separator = torch.ops.dcconvert.segment_attention.default, packer.plan_input("segment_ids")
     return q.at(packer.emit(op, q.node, k.node, v.node, separator, scale))
+
+
+def varlen_attention(packer: Packer, q: Laid, k: Laid, v: Laid, scale: float) -> Laid:
+    """Attention over the packed axis as it is, tokens before heads; rows are not laid out at all."""
+    tokens_first = [packer.emit(aten.transpose.int, x.node, 1, 2) for x in (q, k, v)]
+    longest = packer.emit(aten.sym_size.int, packer.plan_input("grid_index"), 1)
+    bounds = (packer.plan_input("cu_seqlens"), longest, scale)
+    out = packer.emit(torch.ops.dcconvert.varlen_attention.default, *tokens_first, *bounds)
+    return q.at(packer.emit(aten.transpose.int, out, 1, 2))
 
 
 def carried_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:
@@ -67,7 +79,7 @@ def carried_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid
 
 def cross_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:
     """Queries of row r against the keys of sample r; pad queries give rows nobody reads."""
-    if packer.packing != "rows":
+    if packer.packing == "bins":
         raise UsageError("this model has cross-attention, which needs one sample a row: use --packing rows")
     mask = given.get("attn_mask")
     if isinstance(mask, Node) and mask.meta["val"].ndim > 1 and mask.meta["val"].shape[-2] != 1:

@@ -109,6 +109,15 @@ def test_counting_runs_nothing():
     assert count_macs(layer, (value,)) == 3 * 1_200_000**2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_model_on_a_gpu_costs_the_same():
+    model = convert()
+    wanted = converted_gmacs(model, inputs(2), 3), original_gmacs(model, inputs(2))
+    model.cuda()
+    assert (converted_gmacs(model, inputs(2), 3), original_gmacs(model, inputs(2))) == pytest.approx(wanted)
+
+
 def test_counting_leaves_the_model_alone():
     model = convert()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

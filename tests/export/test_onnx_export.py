@@ -124,7 +124,7 @@ def test_names_are_those_of_the_model(folder, packing, request):
 def test_every_array_of_a_plan_has_named_axes():
     assert set(PLAN_AXES) == {*PLAN_ARRAYS, *CARRY_ARRAYS}
     named = {axis for axes in PLAN_AXES.values() for axis in axes if axis}
-    assert named == {"batch", "tiles", "tile_tokens", "rows", "row_tokens"}
+    assert named == {"batch", "tiles", "tile_tokens", "rows", "row_tokens", "segments"}
 
 
 def test_types(graph):

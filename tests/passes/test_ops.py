@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcconvert.passes import ops
@@ -15,6 +20,7 @@ from dcconvert.passes import ops
 B, N, D = 2, 6, 4  # samples, grid tokens, width
 G, L, M, K = 3, 2, 3, 2  # tiles, tokens a tile, members, neighbours
 R, H, S, d = 3, 2, 4, 5  # rows, heads, slots, width of a head
+BOUNDS = (0, 4, 4, 5, 6)  # of segments of the packed axis, one of them empty
 P, C, E = 2, 3, 2  # state slots, and C x E values of every token
 
 Arguments = tuple[Tensor | float, ...]
@@ -58,6 +64,7 @@ def arguments() -> dict[str, list[Arguments]]:
         ],
         "row_attention": [(*heads, torch.tensor(lengths), 0.3) for lengths in ([4, 1, 3], [4, 4, 4])],
         "segment_attention": [(*heads, segments, 0.3)],
+        "varlen_attention": [(*(normal(G, L, H, d) for _ in "qkv"), torch.tensor(BOUNDS, dtype=torch.int32), 4, 0.3)],
         "remember": [
             (normal(P, B, channels, N, E), normal(G, channels, L, E), places(channels)) for channels in (1, C)
         ],
@@ -104,6 +111,15 @@ def attend_by_hand(q, k, v, visible, scale):
     return out
 
 
+def varlen_by_hand(q, k, v, bounds, longest, scale):
+    out = torch.zeros_like(q).flatten(0, 1)
+    for start, end in pairwise(bounds.tolist()):
+        part = [x.flatten(0, 1)[start:end].transpose(0, 1) for x in (q, k, v)]
+        shares = (part[0] @ part[1].transpose(1, 2) * scale).softmax(-1)
+        out[start:end] = (shares @ part[2]).transpose(0, 1)
+    return out.view(q.shape)
+
+
 def remember_by_hand(state, values, address):
     out = state.clone()
     for g, c, t in torch.cartesian_prod(*map(torch.arange, address.shape[:3])).tolist():
@@ -128,6 +144,7 @@ BY_HAND: dict[str, Callable[..., Tensor]] = {
     "segment_attention": lambda q, k, v, ids, scale: attend_by_hand(
         q, k, v, lambda r, i, j: ids[r, i] == ids[r, j], scale
     ),
+    "varlen_attention": varlen_by_hand,
     "remember": remember_by_hand,
     "recall": recall_by_hand,
 }
@@ -175,6 +192,54 @@ def test_unused_slots_never_reach_the_result():
     ):
         plain, wild = op(q, k, v, separator, 1.0), op(q, wild_k, wild_v, separator, 1.0)
         torch.testing.assert_close(plain[:, :, :2], wild[:, :, :2], rtol=0, atol=0)
+
+
+def test_variable_lengths_are_those_of_rows():
+    """The same tokens packed end to end, and one sample a row with its length."""
+    lengths = [4, 1, 3]
+    rows = [torch.randn(len(lengths), H, S, d) for _ in range(3)]
+    wanted = torch.ops.dcconvert.row_attention(*rows, torch.tensor(lengths), 0.3)
+    used = [(r, s) for r, length in enumerate(lengths) for s in range(length)]
+    packed = [torch.stack([x[r, :, s] for r, s in used]).view(4, 2, H, d) for x in rows]
+    bounds = torch.tensor([0, 4, 5, 8], dtype=torch.int32)
+    found = torch.ops.dcconvert.varlen_attention(*packed, bounds, 4, 0.3).flatten(0, 1)
+    torch.testing.assert_close(found, torch.stack([wanted[r, :, s] for r, s in used]))
+
+
+def test_torchs_variable_length_attention_takes_what_the_kernel_gives_it():
+    names = list(inspect.signature(varlen_attn).parameters)
+    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert "scale" in names
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_variable_lengths_on_a_gpu(dtype):
+    lengths = [40, 0, 64, 17, 7]
+    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    q, k, v = (torch.randn(16, 8, 4, 64, dtype=dtype) for _ in range(3))
+    wanted = torch.ops.dcconvert.varlen_attention(q.float(), k.float(), v.float(), bounds, 64, 0.125)
+    found = torch.ops.dcconvert.varlen_attention(q.cuda(), k.cuda(), v.cuda(), bounds.cuda(), 64, 0.125)
+    torch.testing.assert_close(found.cpu().float(), wanted, rtol=2e-2, atol=2e-2 if dtype != torch.float32 else 1e-4)
+
+
+@every_case
+def test_memory_is_laid_out_as_the_fake_kernel_says(name, case):
+    """A compiler takes it at its word, whatever the layout of the operands."""
+
+    def turned(value):
+        ranked = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 2
+        return value.detach().transpose(1, 2).contiguous().transpose(1, 2) if ranked else value
+
+    for args in (arguments()[name][case], list(map(turned, arguments()[name][case]))):
+        with torch.no_grad():
+            found = getattr(torch.ops.dcconvert, name)(*args)
+        mode = FakeTensorMode()
+        fake = [mode.from_tensor(a.detach()) if isinstance(a, Tensor) else a for a in args]
+        with mode, torch.no_grad():
+            expected = getattr(torch.ops.dcconvert, name)(*fake)
+        assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
 
 
 def test_an_address_is_repeated_for_every_channel():
@@ -241,3 +306,4 @@ def test_flop_formulas():
     attention = R * H * 2 * (2 * S * S * d)  # two products of S x S x d, two FLOPs each multiply-add
     assert flops("row_attention", *plain["row_attention"]) == attention
     assert flops("segment_attention", *plain["segment_attention"]) == attention
+    assert flops("varlen_attention", *plain["varlen_attention"]) == G * L * H * 2 * (2 * 4 * d)  # 4: the longest

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -83,9 +85,11 @@ def test_invariants_for_any_bucket_that_is_large_enough(case, data):
         "segment_ids": (bucket.rows, bucket.row_tokens),
         "fill_index": (batch, tokens, planner.neighbours),
         "fill_weight": (batch, tokens, planner.neighbours),
+        "cu_seqlens": (batch + tiled[0] + 1,),
     }
     for name, array in arrays.items():
-        assert array.dtype == (np.float32 if "weight" in name else np.int64), name
+        wanted = np.int32 if name == "cu_seqlens" else np.float32 if "weight" in name else np.int64
+        assert array.dtype == wanted, name
         assert array.flags.c_contiguous, name
     assert plan.kept == keep.sum()
     place, samples = kept_places(plan), token_samples(plan)
@@ -100,6 +104,15 @@ def test_invariants_for_any_bucket_that_is_large_enough(case, data):
     assert (weight[~real] == np.eye(1, planner.members)).all()
     np.testing.assert_allclose(weight.sum(axis=1), 1, rtol=1e-6)
     assert ((weight > 0) | (index == index[:, :1])).all()
+
+    # Segments tile the packed axis, the tokens of one sample each or pads alone, and fit the longest row or tile.
+    assert plan.cu_seqlens[0] == 0
+    assert plan.cu_seqlens[-1] == bucket.tokens
+    segments = [np.arange(*bounds) for bounds in pairwise(plan.cu_seqlens) if bounds[0] < bounds[1]]
+    assert [place.tolist() for place in segments if real[place].any()] == [
+        place[samples[place] == sample].tolist() for sample in range(batch)
+    ]
+    assert max(map(len, segments)) <= max(bucket.row_tokens, bucket.tile)
 
     # The two layouts are inverses; no slot refers to a pad, and unused ones stay in their row where possible.
     grid, slots = plan.grid_index.ravel(), plan.packed_index.ravel()

@@ -42,7 +42,11 @@ def test_every_rule_of_the_family_is_tested():
 
 @pytest.mark.parametrize(
     ("packing", "op", "separator"),
-    [("rows", ops.row_attention.default, "row_lengths"), ("bins", ops.segment_attention.default, "segment_ids")],
+    [
+        ("rows", ops.row_attention.default, "row_lengths"),
+        ("bins", ops.segment_attention.default, "segment_ids"),
+        ("varlen", ops.varlen_attention.default, "cu_seqlens"),
+    ],
 )
 def test_self_attention_stays_within_each_sample(packing, op, separator):
     program = check_trunk(self_attention, packing=packing)

@@ -1,0 +1,257 @@
+"""Parity, latency and memory on a GPU, original against converted, in one script that needs no network.
+
+    python -m benchmarks.gpu                          # all parts, at most 9 minutes -> benchmarks/results/gpu.json
+    python -m benchmarks.gpu --parts latency --minutes 5 --convert-on device --out gpu.json
+    python -m benchmarks.gpu --tiny --out tiny.json   # a trial with three blocks, on a CPU too
+
+Torch, numpy and safetensors are all that torch's parts need. What another part misses is the reason it gives for being
+skipped. Cases run in the order of their worth, and the file is written after each of them, so that a run that is cut
+short leaves what it has. Times are medians of calls in turns, each waited for; weights are random. A step is route,
+plan on the host and denoise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import RESULTS, write_result
+from benchmarks.gpu_backend import RUNTIMES
+from benchmarks.gpu_cases import FORMS, Case, Models, attention_forms, latency, parity
+
+PARTS = ("parity", "latency", "attention", "onnxruntime", "tensorrt")
+FIRST, LAST = 1, 2  # priorities of the cases of one part: those that the table shows, and the rest
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case: what it is called in the file, how to measure it, and the seconds it needs."""
+
+    part: str
+    facts: dict[str, Any]
+    measure: Callable[[], dict[str, Any]]
+    needs: float = 5.0
+    priority: int = FIRST
+    makes: Callable[[], float] = float
+
+
+@dataclass
+class Record:
+    """The file, written whole after every case."""
+
+    path: Path
+    settings: dict[str, Any]
+    deadline: float
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def do(self, job: Job) -> None:
+        """Measure a case, or note why not: no time left, something missing, or what went wrong."""
+        start = time.monotonic()
+        try:
+            if start + job.needs + job.makes() > self.deadline:
+                raise TimeoutError("out of time")
+            row = job.measure()
+        except Exception as error:  # an unknown machine: the other cases must still run
+            row = {"skipped": reason(error)}
+        seconds = round(time.monotonic() - start, 1)
+        self.rows.append({"part": job.part, **job.facts, **row, "seconds": seconds})
+        write_result("gpu", self.settings, self.rows, self.path)
+        print(shown(self.rows[-1]), flush=True)
+
+
+def reason(error: Exception) -> str:
+    """One line that says why a case was skipped."""
+    line = " ".join(str(error).split())[:300]
+    if isinstance(error, TimeoutError):
+        return line
+    if isinstance(error, ImportError):
+        return f"not installed: {line}"
+    return f"{type(error).__name__}: {line}"
+
+
+def shown(row: dict[str, Any]) -> str:
+    facts = ", ".join(str(v) for k, v in row.items() if k in ("part", "model", "pixels", "batch", "form", "dtype"))
+    facts += "".join(f", {row[k]}" for k in ("ratio", "runtime", "case") if k in row)
+    if "skipped" in row:
+        return f"{facts}: skipped, {row['skipped']}"
+    keys = ("speedup", "flop_ratio", "all_kept_error", "precisions", "error")
+    return f"{facts}: " + ", ".join(f"{key} {row[key]}" for key in keys if key in row)
+
+
+# Jobs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run: the published ones, or tiny ones."""
+
+    device: torch.device
+    tiny: bool
+    runs: int
+
+    @property
+    def small(self) -> str:
+        return "S" if self.tiny else "B"
+
+    @property
+    def pixels(self) -> int:
+        return 64 if self.tiny else 256
+
+    @property
+    def depth(self) -> int:
+        return 3 if self.tiny else 0
+
+
+def parity_jobs(plan: Plan, models: Models) -> Iterator[Job]:
+    for form in FORMS:
+        facts = {"model": f"DiT-{plan.small}/2", "pixels": plan.pixels, "form": form}
+        yield Job("parity", facts, partial(parity, models, plan.small, plan.pixels, form), needs=15)
+
+
+def latency_jobs(plan: Plan, models: Models) -> Iterator[Job]:
+    """The most telling first: batch 8 at 4x in bf16; then compiled; then other ratios, batches, precision and size."""
+
+    def job(size: str, pixels: int, form: str, dtype: str, batch: int, ratio: float, runtime: str, rank: int) -> Job:
+        case = Case(size, pixels, form)
+        facts = {"model": case.model, "pixels": pixels, "batch": batch, "form": form, "ratio": ratio}
+        args = (models, case, dtype, batch, ratio, runtime, plan.runs)
+        needs = (150.0 if size == "XL" else 70.0) if "compiled" in runtime else 8.0
+        facts |= {"dtype": dtype, "runtime": runtime}
+        return Job("latency", facts, partial(latency, *args), needs, rank, partial(models.seconds, case, dtype))
+
+    if plan.tiny:
+        for form in FORMS:
+            for runtime in RUNTIMES[:1] if plan.device.type == "cpu" else RUNTIMES:
+                yield job("S", plan.pixels, form, "bf16", 2, 4, runtime, FIRST)
+        return
+    for size in ("XL", "B"):
+        for form in FORMS:
+            for runtime in RUNTIMES[:2]:
+                yield job(size, 256, form, "bf16", 8, 4, runtime, FIRST)
+    for form in FORMS:
+        yield job("B", 256, form, "bf16", 8, 4, "compiled, CUDA graph", LAST)
+    yield from (job("B", 256, form, "bf16", 8, ratio, "CUDA graph", LAST) for ratio in (1, 2, 16) for form in FORMS)
+    yield from (job("B", 256, form, "bf16", batch, 4, "CUDA graph", LAST) for batch in (1, 32) for form in FORMS)
+    yield from (job("XL", 256, form, "bf16", 8, ratio, "CUDA graph", LAST) for ratio in (1, 2, 16) for form in FORMS)
+    yield from (job("XL", 256, form, "bf16", batch, 4, "CUDA graph", LAST) for batch in (1, 32) for form in FORMS)
+    yield from (job("XL", 256, form, "bf16", 8, 4, "compiled, CUDA graph", LAST) for form in ("carry", "chunk, varlen"))
+    yield from (job("XL", 512, form, "bf16", 8, ratio, "CUDA graph", LAST) for ratio in (4, 16) for form in FORMS)
+    yield from (job("B", 256, form, "fp16", 8, 4, "CUDA graph", LAST) for form in FORMS)
+    yield from (job("B", 512, form, "bf16", 8, 4, "CUDA graph", LAST) for form in FORMS)
+
+
+def attention_jobs(plan: Plan, models: Models) -> Iterator[Job]:
+    cases = {
+        "8 x 64 of 256": ([64] * 8, 256),
+        "mixed, 8 x 32 or 96 of 256": ([32, 96] * 4, 256),
+        "32 x 64 of 256": ([64] * 32, 256),
+        "8 x 256 of 1024": ([256] * 8, 1024),
+        "one long, 7 short of 1024": ([1024] + [64] * 7, 1024),
+    }
+    if plan.tiny:
+        cases = {"3 x 4 of 16": ([4] * 3, 16), "mixed": ([8, 1, 4], 16)}
+    for size in (plan.small,) if plan.tiny else ("XL", "B"):
+        for name, (counts, tokens) in cases.items():
+            args = (size, counts, tokens, "bf16", plan.device, plan.runs)
+            facts = {"model": f"DiT-{size}/2", "case": name, "dtype": "bf16"}
+            yield Job("attention", facts, partial(attention_forms, *args), needs=3)
+
+
+def onnx_jobs(plan: Plan, models: Models) -> Iterator[Job]:
+    """Both modes and, in mode chunk, TensorRT from the same files; each export is made once, by its first job."""
+    batch, ratio = (2, 4) if plan.tiny else (8, 4)
+    known: dict[str, Any] = {}
+
+    def exported(form: str) -> Any:
+        from benchmarks.gpu_runtimes import Exported
+
+        if form not in known:
+            known[form] = Exported(plan.small, plan.pixels, form, plan.depth)
+        return known[form]
+
+    def on_onnx_runtime(form: str) -> dict[str, Any]:
+        from benchmarks.gpu_runtimes import onnx_runtime
+
+        on_gpu = plan.device.type == "cuda"
+        check_provider(on_gpu)
+        return onnx_runtime(exported(form), batch, ratio, on_gpu, plan.runs)
+
+    def on_tensorrt() -> dict[str, Any]:
+        from benchmarks.gpu_runtimes import tensorrt, tensorrt_module
+
+        tensorrt_module()
+        if plan.device.type != "cuda":
+            raise RuntimeError("engines run on a GPU, and there is none")
+        return tensorrt(exported("chunk"), batch, ratio, plan.runs)
+
+    facts = {"model": f"DiT-{plan.small}/2", "pixels": plan.pixels, "batch": batch, "ratio": ratio, "dtype": "fp32"}
+    for form in ("carry", "chunk"):
+        yield Job("onnxruntime", {**facts, "form": form}, partial(on_onnx_runtime, form), needs=60 - 50 * plan.tiny)
+    yield Job("tensorrt", {**facts, "form": "chunk"}, on_tensorrt, needs=90 - 80 * plan.tiny)
+
+
+def check_provider(on_gpu: bool) -> None:
+    """ImportError before the work of an export if this machine's ONNX Runtime could not run it."""
+    import onnxruntime
+
+    if on_gpu and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise ImportError(f"onnxruntime {onnxruntime.__version__} has no CUDAExecutionProvider")
+
+
+JOBS: dict[str, Callable[[Plan, Models], Iterator[Job]]] = {
+    "parity": parity_jobs,
+    "latency": latency_jobs,
+    "attention": attention_jobs,
+    "onnxruntime": onnx_jobs,
+    "tensorrt": onnx_jobs,
+}
+
+
+def jobs(parts: tuple[str, ...], plan: Plan, models: Models) -> list[Job]:
+    """The cases of these parts, those of the first rank before all others."""
+    makers = dict.fromkeys(JOBS[part] for part in PARTS if part in parts)
+    found = [job for maker in makers for job in maker(plan, models) if job.part in parts]
+    return sorted(found, key=lambda job: job.priority)
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Parity, latency and memory on a GPU, original against converted.")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--minutes", type=float, default=9.0, help="no case starts that would end later")
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument(
+        "--tiny", action="store_true", help="models of three blocks, 64 px, batch 2 (always so on a CPU)"
+    )
+    parser.add_argument(
+        "--convert-on",
+        default="cpu",
+        choices=["cpu", "device"],
+        help="where models are converted; the device is faster",
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
+    args = parser.parse_args(words)
+    start = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = Plan(device, args.tiny or device.type == "cpu", args.runs)
+    if plan.tiny and args.out == RESULTS / "gpu.json":
+        parser.error("there is no GPU, or --tiny was asked for: name the file of such a trial with --out")
+    torch.backends.cudnn.allow_tf32 = False  # or float32 would mean something else in convolutions than in linears
+    settings = {"device": device.type, "tiny": plan.tiny, "runs": args.runs, "minutes": args.minutes}
+    settings["convert_on"] = args.convert_on
+    record = Record(args.out, settings, start + 60 * args.minutes)
+    made_on = device if args.convert_on == "device" else torch.device("cpu")
+    models = Models(device, (4,) if plan.tiny else (1, 2, 4, 16), made_on, plan.depth)
+    for job in jobs(tuple(args.parts), plan, models):
+        record.do(job)
+    print(f"Results: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

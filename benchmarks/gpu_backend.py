@@ -1,0 +1,136 @@
+"""A converted model and its original in torch: as they are, compiled, or captured as CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcconvert.passes.carry_plan import CarryPlan
+from dcconvert.passes.model import DynamicModel, TorchState
+from dcconvert.passes.plan import Plan
+from dcconvert.passes.run import Run
+from dcconvert.passes.step_planner import StepPlanner
+
+RUNTIMES = ("eager", "CUDA graph", "compiled", "compiled, CUDA graph")
+
+
+class Captured:
+    """A function of tensors as a CUDA graph over buffers of its own; other arguments stay what they were."""
+
+    def __init__(self, function: Callable[..., Sequence[Any]], args: Sequence[Any], fixed: Sequence[bool]) -> None:
+        """`fixed` says of each argument whether its own memory is read and written in place."""
+        self.fixed = fixed
+        self.args = [a if keep or not isinstance(a, Tensor) else a.clone() for a, keep in zip(args, fixed, strict=True)]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                function(*self.args)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.results = function(*self.args)
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        """The function's results; their memory is used again by the next call."""
+        for own, given, fixed in zip(self.args, args, self.fixed, strict=True):
+            if not isinstance(own, Tensor) or own.data_ptr() == given.data_ptr():
+                continue
+            if fixed:
+                raise ValueError("a captured graph keeps to the state it was captured with: use it for one run only")
+            own.copy_(given, non_blocking=True)
+        self.graph.replay()
+        return self.results
+
+
+def in_runtime(function: Callable[..., Sequence[Any]], runtime: str) -> Callable[..., Sequence[Any]]:
+    """A graph module compiled for the shapes it is called with, or as it is."""
+    return torch.compile(function, dynamic=False) if runtime.startswith("compiled") else function
+
+
+class TorchRuntime:
+    """Route and denoise of a converted model in one of RUNTIMES, for shapes that stay what they are.
+
+    Captured, it is the backend of one run only, and of mode carry the model's graph must write in place.
+    """
+
+    def __init__(self, model: DynamicModel, runtime: str) -> None:
+        self.model = model
+        self.captures = runtime.endswith("CUDA graph")
+        self._route = in_runtime(model.route_graph, runtime)
+        self._denoise = in_runtime(model.denoise_graph, runtime)
+        self._captured: dict[Any, Captured] = {}
+
+    @property
+    def planner(self) -> StepPlanner:
+        return self.model.step_planner
+
+    def padded(self, batch: int) -> int:
+        return batch
+
+    def bucket(self, counts: np.ndarray) -> None:
+        """Shapes as they come; a graph is captured for each."""
+
+    def start(self, batch: int) -> Run:
+        return Run(self, batch)
+
+    def prepare(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return dict(self.model.prepare(inputs))
+
+    def new_state(self, batch: int) -> TorchState:
+        return self.model.new_state(batch)
+
+    def call(self, name: str, function: Callable[..., Sequence[Any]], args: Sequence[Any], states: int = 0) -> Any:
+        """Results of one half; the last `states` arguments are written to in place."""
+        if not self.captures:
+            return function(*args)
+        key = (name, *(tuple(a.shape) if isinstance(a, Tensor) else a for a in args))
+        if key not in self._captured:
+            before = [a.clone() for a in args[len(args) - states :]]  # trial runs of the capture write to them
+            fixed = [False] * (len(args) - states) + [True] * states
+            self._captured[key] = Captured(function, args, fixed)
+            for own, was in zip(args[len(args) - states :], before, strict=True):
+                own.copy_(was)
+        return self._captured[key](*args)
+
+    def route(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        spec = self.model.spec
+        scores, *live = self.call("route", self._route, [inputs[name] for name in spec.route_inputs])
+        return scores, dict(zip(spec.live, live, strict=True))
+
+    def denoise(
+        self, inputs: dict[str, Any], live: dict[str, Tensor], plan: Plan | CarryPlan, state: TorchState | None = None
+    ) -> Any:
+        spec = self.model.spec
+        arrays = self.model.plan_tensors(plan, live[spec.live[0]])
+        given = {**inputs, **live, **arrays, **(state.tensors if state else {})}
+        args = [given[name] for name in spec.denoise_inputs]
+        results = self.call("denoise", self._denoise, args, len(spec.states))
+        if state is None:
+            return results
+        count = len(spec.states)
+        state.tensors = dict(zip(state.tensors, results[len(results) - count :], strict=True))
+        state.distance = results[len(results) - count - 1].double().cpu().numpy()
+        return results[: len(results) - count - 1]
+
+
+class OriginalRuntime:
+    """The fixed-token original in one of RUNTIMES: called with its inputs by name."""
+
+    def __init__(self, model: DynamicModel, runtime: str) -> None:
+        self.names = model.spec.inputs
+        self.captures = runtime.endswith("CUDA graph")
+        self._function = in_runtime(model.original_graph, runtime)
+        self._captured: Captured | None = None
+
+    def __call__(self, inputs: dict[str, Any]) -> Any:
+        args = [inputs[name] for name in self.names]
+        if not self.captures:
+            return self._function(*args)
+        if self._captured is None:
+            self._captured = Captured(self._function, args, [False] * len(args))
+        return self._captured(*args)

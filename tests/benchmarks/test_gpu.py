@@ -1,0 +1,151 @@
+"""The benchmark for GPU machines, tiny and on a CPU: what it writes, what it skips and why, and its parity."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dcconvert
+from benchmarks import gpu, gpu_cases, tables
+from benchmarks.gpu_backend import TorchRuntime
+from dcconvert.passes.infra import Options
+from dcconvert.passes.retarget import in_place
+from tests.passes.harness import dit_call
+
+ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="its reasons are those of a machine without a GPU")
+
+
+def run(out: Path, *words: str) -> dict[str, Any]:
+    gpu.main(["--tiny", "--runs", "2", "--out", str(out), *words])
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(tmp_path_factory.mktemp("gpu") / "gpu.json", "--parts", "parity", "latency", "attention", "tensorrt")
+
+
+def rows(result: dict[str, Any], part: str) -> list[dict[str, Any]]:
+    return [row for row in result["rows"] if row["part"] == part]
+
+
+def test_every_case_is_measured_or_says_why_not(result):
+    assert {row["part"] for row in result["rows"]} == {"parity", "latency", "attention", "tensorrt"}
+    for row in rows(result, "parity") + rows(result, "latency") + rows(result, "attention"):
+        assert "skipped" not in row, row
+    assert result["settings"]["tiny"] is True
+    assert result["machine"]["torch"] == torch.__version__
+
+
+def test_parity_in_every_precision(result):
+    assert [row["form"] for row in rows(result, "parity")] == list(gpu_cases.FORMS)
+    for row in rows(result, "parity"):
+        assert row["dropping_changes"] > 0.02  # or the errors would say little
+        assert set(row["precisions"]) == set(gpu_cases.DTYPES)
+        for name, found in row["precisions"].items():
+            assert found["within"], (row["form"], name, found)
+            assert 0 <= found["all_kept_error"] <= found["tolerance"] == gpu_cases.TOLERANCES[name]
+        halves = [row["precisions"][name]["all_kept_error"] for name in ("fp32", "fp16", "bf16")]
+        assert halves == sorted(halves), "fewer digits, larger errors"
+
+
+def test_a_speed_up_stands_beside_the_operations_saved(result):
+    for row in rows(result, "latency"):
+        assert row["kept"] * 4 == row["tokens"]
+        assert row["original_ms"]["runs"] == row["converted_ms"]["runs"] == 2
+        assert row["speedup"] == pytest.approx(row["original_ms"]["median"] / row["converted_ms"]["median"], rel=0.01)
+        assert row["efficiency"] == pytest.approx(row["speedup"] / row["flop_ratio"], rel=0.01)
+        assert row["flop_ratio"] > 1
+        assert (row["state_mb"] > 0) == (row["form"] == "carry")
+
+
+def test_all_forms_of_attention_compute_the_same(result):
+    even, mixed = rows(result, "attention")
+    assert set(even["ms"]) == set(even["error"]) == {*mixed["ms"], "rows without a mask"}
+    for row in (even, mixed):
+        assert max(row["error"].values()) < row["tolerance"]
+
+
+@ON_A_CPU
+def test_what_is_missing_is_named(result):
+    (row,) = rows(result, "tensorrt")
+    assert row["skipped"].startswith(("not installed: ", "RuntimeError: engines run on a GPU"))
+
+
+def test_no_time_left(tmp_path):
+    found = run(tmp_path / "gpu.json", "--minutes", "0")
+    assert len(found["rows"]) > 10
+    assert {row["skipped"] for row in found["rows"]} == {"out of time"}
+
+
+def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    def fails(*_: object) -> dict[str, Any]:
+        raise RuntimeError("CUDA error:\n an illegal memory access")
+
+    monkeypatch.setattr(gpu, "parity", fails)
+    found = run(tmp_path / "gpu.json", "--parts", "parity", "attention")
+    assert {row["skipped"] for row in rows(found, "parity")} == {"RuntimeError: CUDA error: an illegal memory access"}
+    assert all("ms" in row for row in rows(found, "attention"))
+
+
+def test_a_trial_does_not_take_the_place_of_the_result(capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["--tiny"])
+    assert stop.value.code == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_the_most_telling_cases_come_first():
+    plan = gpu.Plan(torch.device("cuda"), tiny=False, runs=20)
+    found = gpu.jobs(("latency",), plan, gpu_cases.Models(plan.device, (1, 4), torch.device("cpu")))
+    first = [job.facts for job in found[:6]]
+    assert all(f["model"] == "DiT-XL/2" and (f["batch"], f["ratio"], f["dtype"]) == (8, 4, "bf16") for f in first)
+    assert {f["form"] for f in first} == set(gpu_cases.FORMS)
+    covered = {(job.facts["model"], job.facts["pixels"]) for job in found}
+    assert covered == {(f"DiT-{size}/2", pixels) for size in ("XL", "B") for pixels in (256, 512)}
+    for name, values in {"batch": {1, 8, 32}, "ratio": {1, 2, 4, 16}, "dtype": {"fp16", "bf16"}}.items():
+        assert {job.facts[name] for job in found} == values
+
+
+def test_the_table_shows_a_result(tmp_path, monkeypatch, result):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.gpu() == "On a GPU: not measured yet.\n"
+    shown = {**result, "machine": {**result["machine"], "gpu": "a GPU"}}
+    shown["rows"] = [{**row, "batch": 8, "pixels": 256} for row in result["rows"]]
+    (tmp_path / "gpu.json").write_text(json.dumps(shown))
+    for form in gpu_cases.FORMS:
+        assert f"| DiT-S/2, {form}, eager, bf16 | " in tables.gpu()
+    assert "Measured on a GPU: a GPU; torch" in tables.gpu()
+
+
+@pytest.mark.parametrize("mode", ["carry", "chunk"])
+def test_a_step_of_the_backend_is_the_models(mode):
+    dit, (x, t, y), _ = dit_call()
+    model = dcconvert.convert(dit, 2, options=Options(mode=mode), steps=3)
+    runs = [backend.start(3) for backend in (model, TorchRuntime(model, "eager"))]
+    with torch.no_grad():
+        for factor in (1, 0.9, 0.8):
+            wanted, found = (run.step({"x": x, "t": t * factor, "y": y})[0] for run in runs)
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("runtime", ["CUDA graph", "compiled"])
+@pytest.mark.parametrize("mode", ["carry", "chunk"])
+def test_captured_and_compiled_steps_on_a_gpu(runtime, mode):
+    dit, inputs, _ = dit_call()
+    model = dcconvert.convert(dit, 2, options=Options(mode=mode, router="pool"), steps=3)
+    if mode == "carry":
+        in_place(model.denoise_graph)
+    model.to("cuda")
+    x, t, y = (value.cuda() for value in inputs)
+    runs = [TorchRuntime(model, name).start(3) for name in ("eager", runtime)]
+    with torch.no_grad():
+        for factor in (1, 0.9, 0.8):
+            wanted, found = (run.step({"x": x, "t": t * factor, "y": y})[0].clone() for run in runs)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
