@@ -10,12 +10,14 @@
 #                before it (TORCH="--index-url URL torch==2.13.0") where your machine's index has not the build you want
 #   CONSTRAINTS  pinned versions; CONSTRAINTS=/dev/null takes the newest (needed with another torch version)
 #   VENV         the environment's folder
+#   JOBS         test processes at a time, of one thread and about 3 GB each
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
@@ -38,7 +40,7 @@ wheel: $(VENV)/.test-installed
 	$(BIN)/python .ci/check_wheel.py
 
 pytest: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # A second run finds these stamps and installs nothing. Torch comes first, alone: nothing that depends on it
 # then picks another build.

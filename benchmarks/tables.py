@@ -21,7 +21,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = ("README.md", "docs/choices.md", "docs/carry.md", "docs/stress.md")
+PAGES = ("README.md", "docs/choices.md", "docs/carry.md", "docs/stress.md", "docs/upcycle.md")
 MARKER = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

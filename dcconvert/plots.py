@@ -64,14 +64,14 @@ def quality_over_cost(rows: Sequence[dict[str, Any]], key: str = "psnr", label: 
     for axes, (cost, cost_label) in zip(panels, costs, strict=True):
         for number, solver in enumerate(dict.fromkeys(row["solver"] for row in controls)):
             control = sorted((row for row in controls if row["solver"] == solver), key=lambda row: row[cost])
-            name = "original, fewer steps (control)" + (f", {solver}" if number else "")
+            name = "original with so many steps (control)" + (f", {solver}" if number else "")
             places = [row[cost] for row in control], [row[key] for row in control]
             axes.plot(*places, "o--", color=(ORANGE, GREY)[number % 2], label=name)
             for row in control:
-                annotate(axes, (row[cost], row[key]), f"{row['steps']} steps")
+                annotate(axes, (row[cost], row[key]), str(row["steps"]), (2, -7))
         for row in (row for row in rows if row["mode"] != "original"):
             axes.plot(row[cost], row[key], "s", color=BLUE if row["mode"] == "carry" else GREY)
-            annotate(axes, (row[cost], row[key]), row["name"])
+            annotate(axes, (row[cost], row[key]), row["name"], (7, 12))
         axes.set(xlabel=cost_label, ylabel=label)
         axes.margins(x=0.15, y=0.2)
         axes.set_xlim(left=0)
@@ -79,8 +79,8 @@ def quality_over_cost(rows: Sequence[dict[str, Any]], key: str = "psnr", label: 
     return png(figure)
 
 
-def annotate(axes: Axes, place: tuple[float, float], text: str) -> None:
-    axes.annotate(text, place, (7, -4), textcoords="offset points", fontsize=8, va="top")
+def annotate(axes: Axes, place: tuple[float, float], text: str, offset: tuple[int, int]) -> None:
+    axes.annotate(text, place, offset, textcoords="offset points", fontsize=8, va="top")
 
 
 def frontier(rows: Sequence[dict[str, Any]]) -> bytes:

@@ -125,7 +125,7 @@ def test_the_control_is_a_curve_by_cost_and_converted_models_are_points(drawn):
         assert [np.asarray(line.get_xydata()).tolist() for line in axes.lines] == [control, carry, chunk]
         assert [line.get_linestyle() for line in axes.lines] == ["--", "None", "None"]
         assert len({line.get_color() for line in axes.lines}) == 3
-        texts = ["20 steps", "50 steps", "carry 4x, 50 steps", "chunk 4x, 50 steps"]
+        texts = ["20", "50", "carry 4x, 50 steps", "chunk 4x, 50 steps"]
         assert [text.get_text() for text in axes.texts] == texts
     assert "GMACs" in by_compute.get_xlabel()
     assert "ms" in by_latency.get_xlabel()
