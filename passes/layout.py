@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from dcconvert.passes.errors import CheckFailedError, UsageError
 from dcconvert.passes.neighbourhood import Ints, Mask
+from dcconvert.passes.row_packing import shortest_pack_first
 
 PACKINGS = ("rows", "bins", "varlen")  # varlen: as rows, but torch's attention takes the packed tokens as they are
 
@@ -104,27 +104,6 @@ def _sizes(counts: Ints, packing: str, bucket: Bucket | None) -> tuple[Ints, Int
     if bucket.tokens < need.tokens or bucket.rows < need.rows or bucket.row_tokens < need.row_tokens:
         raise UsageError(f"the kept tokens need {need} and do not fit {bucket}: choose a larger bucket")
     return row, start, bucket
-
-
-def shortest_pack_first(lengths: Sequence[int] | Ints, capacity: int) -> tuple[Ints, Ints]:
-    """Row and first slot of every sample: longest first, each into the row with the most room left, else a new one.
-
-    SPFHP of Krell et al. (arXiv 2107.02027) without its histogram, which pays only for far larger batches. Ties go to
-    the lower sample and the lower row. UsageError if a sample is longer than ``capacity``.
-    """
-    lengths = np.asarray(lengths, dtype=np.int64)
-    if lengths.max() > capacity:
-        raise UsageError(f"a sample keeps {lengths.max()} tokens and rows hold {capacity}: choose longer rows")
-    row, start, used = np.zeros_like(lengths), np.zeros_like(lengths), [0]
-    for sample in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[sample])
-        best = used.index(min(used))
-        if used[best] + length > capacity:
-            best = len(used)
-            used.append(0)
-        row[sample], start[sample] = best, used[best]
-        used[best] += length
-    return row, start
 
 
 def _places(counts: Ints, tile: int) -> Ints:

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcconvert.passes.errors import CheckFailedError, UsageError
-from dcconvert.passes.layout import MIXED_TILE, Bucket, shortest_pack_first
+from dcconvert.passes.layout import MIXED_TILE, Bucket
 from dcconvert.passes.plan import PLAN_ARRAYS, Planner, fill_sigma
+from dcconvert.passes.row_packing import shortest_pack_first
 
 
 @st.composite

@@ -1,0 +1,171 @@
+"""Packing of samples that keep different numbers of tokens into attention rows: how full, how long, how fast.
+
+    pip install scipy
+    python -m benchmarks.packing            # some minutes on two cores
+
+Two kinds of lengths. `batch`: what samples of the shipped model keep when they are at different steps of their runs, or
+where a natural threshold (p > 0.5 of the predictability router) decides; every algorithm packs each batch, and ONNX
+Runtime runs one sample a row against rows that are shared, interleaved. `data set`: 100,000 lengths up to 512, a
+stand-in for those of Krell et al. (arXiv 2107.02027), which are not at hand: a quarter fills a row, the others fall off
+linearly, so that without packing half of all slots are padding, as in the paper.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import dcconvert
+from benchmarks.common import write_result
+from dcconvert.api import Converted
+from dcconvert.commands import shipped_model
+from dcconvert.export.latency import interleaved, spread
+from dcconvert.export.onnx_export import export_onnx, export_original
+from dcconvert.export.parity import as_array
+from dcconvert.export.session import CPU, OrtModel, make_session, pick
+from dcconvert.passes.infra import Options
+from dcconvert.passes.plan import Planner
+from dcconvert.passes.row_packing import PACKERS, Packer, efficiency, nnlshp, spfhp
+from dcconvert.passes.schedule import Schedule
+
+CAPACITY, SAMPLES, DEPTH = 512, 100_000, 3
+STEPS = 50
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Packing of variable lengths into attention rows.")
+    parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--runs", type=int, default=15, help="timed steps of each form")
+    parser.add_argument("--capacity", type=int, default=CAPACITY, help="longest length of the data set")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--name", default="packing_cpu", help="result file, without .json")
+    args = parser.parse_args()
+    rows = [*data_set(args.capacity), *(row for batch in args.batches for row in measured(batch, args))]
+    settings = {"model": shipped_model().name, "runtime": "onnxruntime CPUExecutionProvider, fp32", **vars(args)}
+    print(f"Results: {write_result(args.name, settings, rows)}")
+
+
+def data_set(capacity: int) -> list[dict[str, Any]]:
+    """Both histogram algorithms on lengths whose padding without packing is a half."""
+    lengths = stand_in(capacity)
+    histogram = Counter(lengths.tolist())
+    alone = float(lengths.mean() / capacity)
+    rows = [{"kind": "data set", "name": "one a row", "efficiency": alone, "seconds": 0.0, "speedup_bound": 1.0}]
+    makers: dict[str, Callable[[], Any]] = {
+        f"SPFHP, up to {DEPTH}": lambda: spfhp(histogram, capacity, DEPTH),
+        "SPFHP, any number": lambda: spfhp(histogram, capacity),
+        f"NNLSHP, up to {DEPTH}": lambda: nnlshp(histogram, capacity, DEPTH),
+    }
+    for name, make in makers.items():
+        start = time.perf_counter()
+        packs = make()
+        taken = time.perf_counter() - start
+        found = efficiency(packs, capacity)
+        facts = {"efficiency": found, "seconds": round(taken, 4), "speedup_bound": found / alone}
+        rows.append({"kind": "data set", "name": name, **facts})
+        print(f"data set, {name}: {found:.1%} in {taken:.2f} s", flush=True)
+    return rows
+
+
+def stand_in(capacity: int) -> np.ndarray:
+    """Lengths [SAMPLES]: a quarter as long as rows are, the others with a linearly falling density; mean one half."""
+    rng = np.random.default_rng(0)
+    shorter = np.clip(np.rint(capacity * (1 - np.sqrt(rng.random(SAMPLES)))), 1, capacity)
+    return np.where(rng.random(SAMPLES) < 0.25, capacity, shorter).astype(np.int64)
+
+
+def measured(batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every algorithm on batches of the shipped model, and the step latency of shared rows against one a row."""
+    dit = dcconvert.load_checkpoint(shipped_model())
+    models = {
+        packing: dcconvert.convert(dit, 4, options=Options(mode="chunk", router="predictability", packing=packing))
+        for packing in ("rows", "bins")
+    }
+    model = models["rows"]
+    feed = {key: as_array(value) for key, value in model.spec.example(batch).items()}
+    cases = {
+        f"falling 4x, {batch} samples at different steps": staggered(model, batch),
+        f"natural threshold, {batch} samples": natural(model, batch),
+    }
+    with tempfile.TemporaryDirectory() as tmp:
+        sessions = {}
+        for packing, other in models.items():
+            export_onnx(other, Path(tmp) / packing)
+            sessions[packing] = OrtModel(Path(tmp) / packing, other.step_planner, threads=args.threads)
+        export_original(model, Path(tmp) / "original.onnx", model.spec.example(3))
+        original = make_session(Path(tmp) / "original.onnx", CPU, args.threads)
+        rows = []
+        for name, counts in cases.items():
+            runs = {packing: session.start(batch) for packing, session in sessions.items()}
+            calls: dict[str, Callable[[], Any]] = {"original": lambda: original.run(None, pick(original, feed))}
+            calls |= {p: lambda run=run, counts=counts: run.step(feed, counts) for p, run in runs.items()}  # type: ignore[misc]
+            times = interleaved(calls, args.runs, warm_up=2)
+            rows += [packed(name, counts, label, packer, model, times) for label, packer in PACKERS.items()]
+    return rows
+
+
+def packed(
+    case: str, counts: np.ndarray, label: str, packer: Packer, model: Converted, times: dict[str, list[float]]
+) -> dict[str, Any]:
+    """One row: how full, how long the packing itself takes, and, of the two forms that run, the step."""
+    capacity = int(counts.max())
+    row, _ = packer(counts, capacity)
+    taken = timed(lambda: packer(counts, capacity))
+    facts = {
+        "kind": "batch",
+        "case": case,
+        "name": label,
+        "kept": counts.tolist(),
+        "rows": int(row.max()) + 1,
+        "efficiency": float(counts.sum() / (capacity * (row.max() + 1))),
+        "pack_us": round(taken * 1e6, 1),
+    }
+    form = {"one a row": "rows", "SPFHP": "bins"}.get(label)
+    if form:
+        planner = Planner(model.spec.grid, model.options.members, model.options.neighbours, form)
+        scores = np.random.default_rng(0).random((len(counts), model.spec.tokens), np.float32)
+        plan = timed(lambda: planner(scores, counts))
+        step = float(np.median(times[form]))
+        facts |= {
+            "plan_us": round(plan * 1e6, 1),
+            "plan_share": plan / step,
+            "step_ms": spread(times[form]),
+            "original_ms": spread(times["original"]),
+            "speedup": float(np.median(times["original"]) / step),
+        }
+    print(f"{case}, {label}: {facts['efficiency']:.1%}, {facts['pack_us']:.0f} us", flush=True)
+    return facts
+
+
+def timed(call: Callable[[], Any], least: int = 20) -> float:
+    """Median seconds of a call."""
+    found = []
+    for _ in range(least):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return float(np.median(found))
+
+
+def staggered(model: Converted, batch: int) -> np.ndarray:
+    """Kept tokens of samples whose runs of a falling schedule began one after the other."""
+    taus = 1 - np.arange(STEPS) / STEPS
+    counts = Schedule("falling", 4).fitted(taus).run_counts(taus, model.spec.tokens)
+    return counts[np.arange(batch) * STEPS // batch]
+
+
+def natural(model: Converted, batch: int) -> np.ndarray:
+    """Tokens with p > 0.5 in samples of noise at different levels, as the router of the shipped model sees them."""
+    scores, _ = model.route(model.spec.example(batch))
+    return np.maximum((scores > 0.5).sum(1).numpy(), 1)
+
+
+if __name__ == "__main__":
+    main()
