@@ -26,6 +26,7 @@ import dcconvert
 from benchmarks.common import write_result
 from dcconvert.api import Converted
 from dcconvert.commands import shipped_model
+from dcconvert.export.buckets import ladder
 from dcconvert.export.latency import interleaved, spread
 from dcconvert.export.onnx_export import export_onnx, export_original
 from dcconvert.export.parity import as_array
@@ -34,9 +35,11 @@ from dcconvert.passes.infra import Options
 from dcconvert.passes.plan import Planner
 from dcconvert.passes.row_packing import PACKERS, Packer, efficiency, nnlshp, spfhp
 from dcconvert.passes.schedule import Schedule
+from dcconvert.passes.step_planner import StepPlanner
 
 CAPACITY, SAMPLES, DEPTH = 512, 100_000, 3
 STEPS = 50
+PLANNED = (("carry", "drift"), ("chunk", "pool"), ("chunk", "predictability"))
 
 
 def main() -> None:
@@ -48,6 +51,7 @@ def main() -> None:
     parser.add_argument("--name", default="packing_cpu", help="result file, without .json")
     args = parser.parse_args()
     rows = [*data_set(args.capacity), *(row for batch in args.batches for row in measured(batch, args))]
+    rows += [planning(mode, router, min(args.batches), args) for mode, router in PLANNED]
     settings = {"model": shipped_model().name, "runtime": "onnxruntime CPUExecutionProvider, fp32", **vars(args)}
     print(f"Results: {write_result(args.name, settings, rows)}")
 
@@ -131,7 +135,7 @@ def packed(
     if form:
         planner = Planner(model.spec.grid, model.options.members, model.options.neighbours, form)
         scores = np.random.default_rng(0).random((len(counts), model.spec.tokens), np.float32)
-        plan = timed(lambda: planner(scores, counts))
+        plan = timed(lambda: planner.plan(planner.select(scores, counts)))
         step = float(np.median(times[form]))
         facts |= {
             "plan_us": round(plan * 1e6, 1),
@@ -142,6 +146,30 @@ def packed(
         }
     print(f"{case}, {label}: {facts['efficiency']:.1%}, {facts['pack_us']:.0f} us", flush=True)
     return facts
+
+
+def planning(mode: str, router: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One row: how long the plan takes in a run of the shipped model at 4x, with one sample a row."""
+    dit = dcconvert.load_checkpoint(shipped_model())
+    model = dcconvert.convert(dit, 4, steps=STEPS, options=Options(mode=mode, router=router))
+    taus = 1 - np.arange(STEPS) / STEPS
+    planner = StepPlanner(model.spec, model.options, model.schedule.fitted(taus))
+    feed = {key: as_array(value) for key, value in model.spec.example(batch).items()}
+    with tempfile.TemporaryDirectory() as tmp:
+        export_onnx(model, Path(tmp))
+        rungs = ladder((batch,), planner.run_counts(taus), model.spec.tokens)
+        session = OrtModel(Path(tmp), planner, rungs, threads=args.threads)
+        stages: dict[str, list[float]] = {"route": [], "plan": [], "denoise": []}
+        for warm in (True, False):
+            run = session.start(batch)
+            for tau in taus:
+                run.step({**feed, "t": np.full(batch, 1000 * tau, np.float32)})
+                for stage, kept in stages.items():
+                    kept += [] if warm else [getattr(run.last_times, stage)]
+    means = {f"{stage}_ms": float(np.mean(kept)) * 1e3 for stage, kept in stages.items()}
+    share = means["plan_ms"] / sum(means.values())
+    print(f"{mode}, {router}: plan {share:.1%} of the step", flush=True)
+    return {"kind": "plan", "name": f"{mode}, {router}", "batch": batch, **means, "plan_share": share}
 
 
 def timed(call: Callable[[], Any], least: int = 20) -> float:

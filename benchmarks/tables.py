@@ -21,7 +21,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = ("README.md", "docs/choices.md", "docs/carry.md", "docs/stress.md", "docs/upcycle.md")
+PAGES = ("README.md", "docs/choices.md", "docs/carry.md", "docs/stress.md", "docs/upcycle.md", "docs/packing.md")
 MARKER = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -56,6 +56,48 @@ def speed() -> str:
         for row in result["rows"]
     ]
     headers = ["batch 8, 256 px", "original, ms", "converted, ms", "times faster", "fewer operations", "share reached"]
+    return markdown(headers, rows) + machine_note(result)
+
+
+def packing_rows(kind: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    result = read("packing_cpu")
+    return result, [row for row in result["rows"] if row["kind"] == kind]
+
+
+def packing_data_set() -> str:
+    result, found = packing_rows("data set")
+    rows = [[row["name"], f"{row['efficiency']:.1%}", f"{row['seconds']:.3g}"] for row in found]
+    return markdown(["lengths up to 512", "tokens in the slots", "seconds"], rows) + machine_note(result)
+
+
+def packing_batches() -> str:
+    result, found = packing_rows("batch")
+    rows = [
+        [
+            f"{row['case']}: {row['name']}",
+            str(row["rows"]),
+            f"{row['efficiency']:.0%}",
+            f"{row['pack_us']:.0f}",
+            f"{row['step_ms']['median']:.1f}" if "step_ms" in row else "",
+            f"{row['speedup']:.2f}" if "speedup" in row else "",
+        ]
+        for row in found
+    ]
+    headers = ["batch and algorithm", "rows", "tokens in the slots", "µs", "step, ms", "times faster than the original"]
+    return markdown(headers, rows) + machine_note(result)
+
+
+def packing_plan() -> str:
+    result, found = packing_rows("plan")
+    rows = [
+        [
+            row["name"],
+            *(f"{row[f'{stage}_ms']:.2f}" for stage in ("route", "plan", "denoise")),
+            f"{row['plan_share']:.1%}",
+        ]
+        for row in found
+    ]
+    headers = [f"4x, batch {found[0]['batch']}", "route, ms", "plan, ms", "denoise, ms", "share of the plan"]
     return markdown(headers, rows) + machine_note(result)
 
 
@@ -338,6 +380,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "upcycling_budgets": lambda: evaluated("budgets"),
     "upcycling_distance": lambda: evaluated("distance", DISTANCE),
     "stress": stress,
+    "packing_data_set": packing_data_set,
+    "packing_batches": packing_batches,
+    "packing_plan": packing_plan,
 }
 
 

@@ -60,13 +60,16 @@ class History:
 
     def elapsed(self, tau: Doubles) -> Doubles:
         """Noise levels passed since each token was computed [B, N]."""
-        return np.take_along_axis(self.times, self.newest[None], 0)[0] - tau[:, None]
+        return self._last(0) - tau[:, None]
+
+    def _last(self, back: int) -> Doubles:
+        """Noise levels [B, N] at which each token was computed: the last time (0), or the one before (1)."""
+        first, second = self.times
+        return np.where(self.newest == back, first, second)
 
     def gaps(self) -> Doubles:
         """Noise levels between the two last computations of each token [B, N]; 0 where there are not two."""
-        older = np.take_along_axis(self.times, 1 - self.newest[None], 0)[0]
-        newer = np.take_along_axis(self.times, self.newest[None], 0)[0]
-        return np.where(self.written > 1, older - newer, 0.0)
+        return np.where(self.written > 1, self._last(1) - self._last(0), 0.0)
 
     def drift(self) -> Doubles:
         """How far each token's update moved per unit of noise level [B, N].

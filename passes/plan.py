@@ -16,6 +16,8 @@ from dcconvert.passes.neighbourhood import Ints, Mask, Nearest, Neighbourhood
 
 Floats = NDArray[np.float32]
 
+REMEMBERED = 16  # plans, a few hundred kilobytes each at most for the sizes that are usual
+
 PLAN_ARRAYS = (
     "chunk_index",
     "chunk_weight",
@@ -128,10 +130,20 @@ class Planner:
         self._neighbourhood = Neighbourhood(height, width)
         self._cell_size = _cell_sizes(height, width)
         self._cells: dict[int, Ints] = {}
+        self._lately: dict[tuple[bytes, bytes, Bucket | None], Plan] = {}
 
     def __call__(self, scores: np.ndarray, counts: ArrayLike, bucket: Bucket | None = None) -> Plan:
-        """Select ``counts`` [B] tokens a sample by ``scores`` [B, N] and plan them; errors as in those two."""
-        return self.plan(self.select(scores, counts), bucket)
+        """Select ``counts`` [B] tokens a sample by ``scores`` [B, N] and plan them; errors as in those two.
+
+        The same scores and counts give the plan that they gave lately: a router that does not look at the tokens, such
+        as `pool`, says the same at every step.
+        """
+        key = (np.asarray(scores).tobytes(), np.asarray(counts).tobytes(), bucket)
+        if key not in self._lately:
+            if len(self._lately) == REMEMBERED:
+                del self._lately[next(iter(self._lately))]
+            self._lately[key] = self.plan(self.select(scores, counts), bucket)
+        return self._lately[key]
 
     def full_plan(self, batch: int, bucket: Bucket | None = None) -> Plan:
         """Plan that keeps every token of ``batch`` samples."""

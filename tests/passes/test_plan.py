@@ -387,3 +387,18 @@ def test_planner_refuses():
 def test_bucket_refuses_sizes_that_make_no_tiles(sizes):
     with pytest.raises(UsageError, match="multiple of"):
         Bucket(*sizes)
+
+
+def test_the_same_scores_give_the_plan_they_gave_lately():
+    planner = Planner((2, 4))
+    scores = np.random.default_rng(0).random((2, 8), np.float32)
+    first = planner(scores, [3, 5])
+    assert planner(scores.copy(), [3, 5]) is first
+    assert planner(scores, [5, 3]).counts.tolist() == [5, 3]
+    assert planner(scores[::-1].copy(), [3, 5]) is not first
+    assert planner(scores, [3, 5], Bucket(2, 16, 2, 8, 8)).packed_index.shape == (2, 8)
+    for shift in range(1, 20):
+        planner(scores + shift, [3, 5])
+    again = planner(scores, [3, 5])
+    assert again is not first  # forgotten by now
+    assert all(np.array_equal(a, b) for a, b in zip(again.arrays().values(), first.arrays().values(), strict=True))
