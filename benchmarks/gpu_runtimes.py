@@ -1,44 +1,82 @@
-"""Parts of `benchmarks.gpu` that need another runtime: ONNX Runtime and TensorRT, both from the exported graphs."""
+"""Parts of `benchmarks.gpu` that need another runtime: ONNX Runtime and TensorRT, in the flavours that they are given.
+
+Matrix products and attention are in fp16, of the original as of the converted model, everything else in fp32.
+"""
 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import dcconvert
 from benchmarks.common import random_dit
 from benchmarks.gpu_cases import FORMS, TOLERANCES, kept_tokens, telling_std
 from dcconvert.api import Converted
+from dcconvert.build import find_device
+from dcconvert.export.buckets import ladder
 from dcconvert.export.compute import converted_gmacs, original_gmacs
+from dcconvert.export.engines import (
+    MODULES,
+    Engine,
+    build_engine,
+    file_hash,
+    full_buckets,
+    input_shapes,
+    plan_engines,
+    profile,
+    write_index,
+)
+from dcconvert.export.flavours import FLAVOURS
 from dcconvert.export.latency import interleaved, spread
 from dcconvert.export.onnx_export import export_onnx, export_original
 from dcconvert.export.parity import as_array
-from dcconvert.export.session import CPU, CUDA, OrtModel, make_session, pick
+from dcconvert.export.precision import in_precision
+from dcconvert.export.session import CPU, CUDA, make_session
+from dcconvert.export.static_session import StaticModel, bound
+from dcconvert.export.trt_session import LoadedEngine, TrtModel, backend_module, load_engine
 
 Array = np.ndarray
 
 
 class Exported:
-    """A converted model in float32 and its ONNX files, in a folder that goes with it."""
+    """A converted model and its ONNX files in some flavours, in a folder that goes with it."""
 
     def __init__(self, size: str, pixels: int, form: str, depth: int = 0) -> None:
         dit = random_dit(size, 2, pixels, depth=depth, std=telling_std(size))
         self.model: Converted = dcconvert.convert(dit, 4, options=FORMS[form])
         self._folder = tempfile.TemporaryDirectory()
-        self.folder = Path(self._folder.name)
-        export_onnx(self.model, self.folder)
-        export_original(self.model, self.folder / "original.onnx", self.model.spec.example(3))
+
+    def folder(self, flavour: str) -> Path:
+        """Route, denoise and original in a flavour, exported when they are first wanted."""
+        folder = Path(self._folder.name) / flavour
+        if not folder.exists():
+            changed, lowerings = in_precision(self.model, FLAVOURS[flavour].precision), FLAVOURS[flavour].lowerings
+            export_onnx(changed, folder, lowerings)
+            export_original(changed, folder / "original.onnx", changed.spec.example(3))
+        return folder
 
     def feed(self, batch: int) -> dict[str, Array]:
         return {name: as_array(value) for name, value in self.model.spec.example(batch).items()}
 
-    def row(self, times: dict[str, list[float]], kept: int) -> dict[str, Any]:
+    def measure(
+        self, backend: Any, original: Callable[[dict[str, Array]], Array], batch: int, ratio: float, runs: int
+    ) -> dict[str, Any]:
+        """Steps of a backend and of the original in turns, and how far they are apart with everything kept."""
+        kept, feed, run, noise = kept_tokens(self.model, ratio), self.feed(batch), backend.start(batch), [1.0]
+
+        def step(count: int) -> Array:
+            noise[0] -= 1e-3
+            return run.step({**feed, "t": np.full_like(feed["t"], 1000 * noise[0])}, np.full(batch, count))[0]
+
+        wanted = original({**feed, "t": np.full_like(feed["t"], 999)})
+        error = float(np.linalg.norm(step(self.model.spec.tokens) - wanted) / np.linalg.norm(wanted))
+        calls: dict[str, Callable[[], Any]] = {"original": lambda: original(feed), "converted": lambda: step(kept)}
+        times = interleaved(calls, runs, warm_up=3)
         inputs = self.model.spec.example(2)
         flop_ratio = original_gmacs(self.model, inputs) / converted_gmacs(self.model, inputs, kept)
         speedup = float(np.median(times["original"]) / np.median(times["converted"]))
@@ -49,34 +87,30 @@ class Exported:
             "speedup": round(speedup, 3),
             "flop_ratio": round(flop_ratio, 3),
             "efficiency": round(speedup / flop_ratio, 3),
+            "all_kept_error": error,
+            "tolerance": TOLERANCES["fp16"],
         }
 
 
 def onnx_runtime(exported: Exported, batch: int, ratio: float, on_gpu: bool, runs: int) -> dict[str, Any]:
-    """A step on ONNX Runtime in float32, state and hidden values on the device; images come from and go to the host."""
+    """A step on ONNX Runtime, as CUDA graphs where there is CUDA; only images and plans pass the host."""
     model, provider = exported.model, CUDA if on_gpu else CPU
-    session = OrtModel(exported.folder, model.step_planner, provider=provider)
-    original = make_session(exported.folder / "original.onnx", provider)
-    feed, kept = exported.feed(batch), kept_tokens(model, ratio)
-    run, noise = session.start(batch), [1.0]
+    folder, tokens = exported.folder("ort-cuda"), model.spec.tokens
+    session = StaticModel(folder, model.step_planner, ladder((batch,), [kept_tokens(model, ratio)], tokens), provider)
+    feed = exported.feed(batch)
+    settings = {"enable_cuda_graph": "1"} if on_gpu else None
+    original = bound(make_session(folder / "original.onnx", provider, settings=settings), feed, batch, on_gpu)
 
-    def step(count: int) -> Array:
-        noise[0] -= 1e-3
-        return run.step({**feed, "t": np.full_like(feed["t"], 1000 * noise[0])}, np.full(batch, count))[0]
+    def call(values: dict[str, Array]) -> Array:
+        original(values)
+        return np.array(original.outputs["output"].numpy())
 
-    (wanted,) = original.run(None, pick(original, {**feed, "t": np.full_like(feed["t"], 999)}))
-    error = float(np.linalg.norm(step(model.spec.tokens) - wanted) / np.linalg.norm(wanted))
-    calls: dict[str, Callable[[], Any]] = {
-        "original": lambda: original.run(None, pick(original, feed)),
-        "converted": lambda: step(kept),
-    }
-    row = exported.row(interleaved(calls, runs, warm_up=3), kept)
-    return {"provider": provider, **row, "all_kept_error": error, "tolerance": TOLERANCES["fp32"]}
+    return {"provider": provider, **exported.measure(session, call, batch, ratio, runs)}
 
 
 def tensorrt_module() -> str:
     """The TensorRT that is installed; ImportError if none is."""
-    for name in ("tensorrt", "tensorrt_rtx"):
+    for name in MODULES.values():
         try:
             __import__(name)
         except ImportError:
@@ -86,62 +120,29 @@ def tensorrt_module() -> str:
 
 
 def tensorrt(exported: Exported, batch: int, ratio: float, runs: int) -> dict[str, Any]:
-    """A step as engines for one bucket, built and run through polygraphy; all inputs and outputs pass the host.
-
-    The state of mode carry would pass it too, so that only mode chunk is of interest.
-    """
-    import os
-
-    name = tensorrt_module()
-    if name == "tensorrt_rtx":
-        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when polygraphy is imported
-    from polygraphy.backend.trt import CreateConfig, EngineFromNetwork, NetworkFromOnnxPath, Profile, TrtRunner
-
-    model, feed, kept = exported.model, exported.feed(batch), kept_tokens(exported.model, ratio)
-    with torch.no_grad():
-        scores, live = model.route({n: torch.from_numpy(v) for n, v in feed.items()})
-    plan = model.step_planner.plan(scores.numpy(), np.full(batch, kept))
-    given = {**feed, **{n: as_array(v) for n, v in live.items()}, **plan.arrays()}
-    started = time.perf_counter()
-    runners = {}
-    for part in ("original", "route", "denoise"):
-        path = exported.folder / f"{part}.onnx"
-        profile, names = Profile(), [node.name for node in make_session(path, CPU).get_inputs()]
-        for name_ in names:
-            profile.add(name_, given[name_].shape, given[name_].shape, given[name_].shape)
-        config = CreateConfig(profiles=[profile])
-        runners[part] = (TrtRunner(EngineFromNetwork(NetworkFromOnnxPath(str(path)), config=config)), names)
-    for runner, _ in runners.values():
-        runner.activate()
-    built = time.perf_counter() - started
-
-    def infer(part: str, values: dict[str, Array]) -> dict[str, Array]:
-        runner, names = runners[part]
-        return dict(runner.infer({n: values[n] for n in names}, copy_outputs_to_host=True))
-
-    def step() -> dict[str, Array]:
-        made = infer("route", feed)
-        found = model.step_planner.plan(made["scores"], np.full(batch, kept))
-        return infer("denoise", {**feed, **made, **found.arrays()})
-
-    try:
-        (wanted,) = make_session(exported.folder / "denoise.onnx", CPU).run(
-            None, pick_names(given, runners["denoise"][1])
-        )
-        found = infer("denoise", given)["output"]
-        times = interleaved({"original": lambda: infer("original", feed), "converted": step}, runs, warm_up=3)
-    finally:
-        for runner, _ in runners.values():
-            runner.deactivate()
-    error = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+    """A step as engines, built as `dcconvert build` does; the state stays on the GPU, images pass the host."""
+    model, folder, device = exported.model, exported.folder("trt"), find_device(None)
+    buckets = ladder((batch,), [kept_tokens(model, ratio)], model.spec.tokens).buckets
+    [full] = full_buckets(buckets)
+    path = folder / "original.onnx"
+    shapes = profile(input_shapes(path), full, full)
+    whole = Engine("original", path, file_hash(path), (full,), (shapes,), "fp16", device)
+    with tempfile.TemporaryDirectory() as work:
+        engines = Path(work)
+        planned = plan_engines(folder, buckets, "fp16", device, per_bucket=False, ranges=False)
+        built = [build_engine(engine, engines) for engine in (*planned, whole)]
+        write_index(engines, device, False, built[:-1])
+        backend = TrtModel(engines, folder, model.step_planner)
+        trt = backend_module({"backend": device.backend, "version": device.version, "capability": ""}, engines)
+        runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        original = LoadedEngine(load_engine(runtime, engines / whole.file), trt, "cuda")
+    call = partial(first_output, original)
     return {
-        "builder": name,
-        "build_seconds": round(built, 1),
-        **exported.row(times, kept),
-        "onnxruntime_error": error,
-        "tolerance": TOLERANCES["fp32"],
+        "builder": device.folder,
+        "build_seconds": sum(entry["seconds"] for entry in built),
+        **exported.measure(backend, call, batch, ratio, runs),
     }
 
 
-def pick_names(given: dict[str, Array], names: list[str]) -> dict[str, Array]:
-    return {name: given[name] for name in names}
+def first_output(engine: LoadedEngine, feed: dict[str, Array]) -> Array:
+    return np.array(engine(0, feed, {})["output"].cpu().numpy())

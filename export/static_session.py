@@ -53,6 +53,23 @@ class BoundStep:
         return all(isinstance(values[n], np.ndarray) or values[n] is bound for n, bound in self.inputs.items())
 
 
+def bound(
+    session: Any, given: Mapping[str, Any], batch: int, graphs: bool, written: Mapping[str, Any] | None = None
+) -> BoundStep:
+    """A step that reads `given`, arrays from buffers of their shape, and writes to `written` and to new buffers."""
+    device = "cuda" if graphs else "cpu"
+    inputs = {
+        name: on_device(np.ascontiguousarray(value), device) if isinstance(value, np.ndarray) else value
+        for name, value in given.items()
+    }
+    outputs = dict(written or {})
+    for node in session.get_outputs():
+        if node.name not in outputs:
+            shape = [size if isinstance(size, int) else batch for size in node.shape]
+            outputs[node.name] = on_device(np.zeros(shape, DTYPES[node.type]), device)
+    return BoundStep(session, inputs, outputs, graphs)
+
+
 class StaticState(OrtState):
     """A state on loan: its buffers, and the steps that are bound to them, go to another run when this one is over."""
 
@@ -84,7 +101,7 @@ class StaticModel(OrtModel):
         given = {node.name: inputs[node.name] for node in self.route_session.get_inputs()}
         batch = len(inputs[self.planner.spec.image])
         if batch not in self._routes:
-            self._routes[batch] = self._bound(self.route_session, given, batch, {})
+            self._routes[batch] = bound(self.route_session, given, batch, self.graphs)
         step = self._routes[batch]
         step(given)
         live = dict(step.outputs)
@@ -106,7 +123,7 @@ class StaticModel(OrtModel):
         key = (plan.grid_index.shape, plan.packed_index.shape, len(plan.counts))
         if key not in steps or not steps[key].reads(given):
             written = {state_output(name): value for name, value in held.items()}
-            steps[key] = self._bound(self.denoise_session, given, len(plan.counts), written)
+            steps[key] = bound(self.denoise_session, given, len(plan.counts), self.graphs, written)
         steps[key](given)
         outputs = [steps[key].outputs[name].numpy().copy() for name in self._outputs if name not in self._carried]
         if state is not None:
@@ -116,19 +133,6 @@ class StaticModel(OrtModel):
     @property
     def _carried(self) -> set[str]:
         return {state_output(spec.name) for spec in self.planner.spec.states}
-
-    def _bound(self, session: Any, given: dict[str, Any], batch: int, written: dict[str, Any]) -> BoundStep:
-        """A step that reads `given`, arrays from buffers of their shape, and writes to `written` and new buffers."""
-        inputs = {
-            name: on_device(np.ascontiguousarray(value), self.device) if isinstance(value, np.ndarray) else value
-            for name, value in given.items()
-        }
-        outputs = dict(written)
-        for node in session.get_outputs():
-            if node.name not in outputs:
-                shape = [size if isinstance(size, int) else batch for size in node.shape]
-                outputs[node.name] = on_device(np.zeros(shape, DTYPES[node.type]), self.device)
-        return BoundStep(session, inputs, outputs, self.graphs)
 
     def new_state(self, batch: int) -> StaticState:
         """An empty state for `batch` samples, in buffers that no run uses any more where there are such."""

@@ -72,8 +72,14 @@ def test_all_forms_of_attention_compute_the_same(result):
 
 @ON_A_CPU
 def test_what_is_missing_is_named(result):
-    (row,) = rows(result, "tensorrt")
-    assert row["skipped"].startswith(("not installed: ", "RuntimeError: engines run on a GPU"))
+    for row in rows(result, "tensorrt"):
+        assert row["skipped"].startswith(("not installed: ", "RuntimeError: engines run on a GPU"))
+
+
+def test_onnx_runtime_gives_the_original_with_everything_kept(tmp_path):
+    found = rows(run(tmp_path / "gpu.json", "--parts", "onnxruntime"), "onnxruntime")
+    assert [row["form"] for row in found] == ["carry", "chunk"]
+    assert all(row["all_kept_error"] < row["tolerance"] for row in found)
 
 
 def test_no_time_left(tmp_path):
