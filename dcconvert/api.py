@@ -23,7 +23,7 @@ from dcconvert.passes.errors import UsageError
 from dcconvert.passes.infra import MODE_DEFAULTS, Options
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.schedule import AUTO, Schedule, parse_ratio
+from dcconvert.passes.schedule import AUTO, LEVELS, Schedule, parse_ratio
 from dcconvert.passes.spec import EXAMPLE_BATCH
 from dcconvert.passes.step_planner import StepPlanner
 
@@ -55,7 +55,7 @@ class Converted(DynamicModel):
         taus = 1 - np.arange(steps) / steps
         planner = StepPlanner(self.spec, self.options, self.schedule.fitted(taus))
         counts = planner.run_counts(taus)
-        return ladder(batches, counts, self.spec.tokens)
+        return ladder(batches, counts, self.spec.tokens, max(LEVELS, len(self.schedule.levels)) - 1)
 
     def save(self, folder: str | Path, batches: Sequence[int] = DEFAULT_BATCHES, force: bool = False) -> Path:
         """Write a bundle: weights, graphs, ONNX files, manifest. UsageError if the folder exists already."""
@@ -79,6 +79,7 @@ def convert(
     steps: int = DEFAULT_STEPS,
     warm_up: int = AUTO,
     refresh: int = 0,
+    buckets: int = LEVELS,
     options: Options | None = None,
     timestep: str | None = None,
     timestep_scale: float = 1000.0,
@@ -95,6 +96,7 @@ def convert(
         schedule: kept fraction over time: constant, rising or falling (toward clean images); None for that of the mode.
         steps: sampling steps of a run, over which the ratio is meant.
         warm_up, refresh: mode carry: how many first steps, and every how many steps after them, compute everything.
+        buckets: most numbers of kept tokens that a run uses, each of them a static shape of the exported model.
         options: mode, head and tail blocks, router, seed.
         timestep: the input that holds the timestep, where its name does not tell.
         timestep_scale: its value at pure noise.
@@ -130,7 +132,7 @@ def convert(
     )
     if model.spec.timestep is not None:
         check_scale(model.flat_inputs(tuple(args), kwargs)[model.spec.timestep], timestep_scale)
-    model = model.with_schedule(model.schedule.levelled(1 - np.arange(steps) / steps, model.spec.tokens))
+    model = model.with_schedule(model.schedule.levelled(1 - np.arange(steps) / steps, model.spec.tokens, buckets))
     return Converted.of(model, {"steps": steps, **sampling_facts(module, steps)})
 
 

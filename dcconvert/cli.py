@@ -20,7 +20,7 @@ from dcconvert.passes.errors import DcconvertError, UsageError
 from dcconvert.passes.infra import MODE_DEFAULTS, Options
 from dcconvert.passes.pipeline import MODES
 from dcconvert.passes.routers import ROUTERS
-from dcconvert.passes.schedule import AUTO, KINDS, parse_ratio
+from dcconvert.passes.schedule import AUTO, KINDS, LEVELS, parse_ratio
 from dcconvert.sampling import SOLVERS, Guidance
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -124,6 +124,9 @@ def commands() -> None:
 @click.option("--warm-up", type=click.IntRange(1), help="First steps of a run that keep everything [carry: 3].")
 @click.option(
     "--refresh", default=0, type=click.IntRange(0), help="Keep everything at every N-th step after them [never]."
+)
+@click.option(
+    "--buckets", default=LEVELS, show_default=True, type=click.IntRange(2), help="Most static shapes a batch size."
 )
 @click.option("--steps", default=50, show_default=True, type=click.IntRange(1), help="Sampling steps of a run.")
 @click.option("--solver", default="euler", show_default=True, type=click.Choice(SOLVERS), help="euler is DDIM for eps.")

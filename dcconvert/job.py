@@ -56,6 +56,7 @@ class Settings:
     schedule: str | None
     warm_up: int
     refresh: int
+    buckets: int
     options: Options
     batches: tuple[int, ...]
     steps: int
@@ -99,10 +100,10 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
             )
         sampler = Sampler(info.prediction, settings.steps, settings.solver)
         taus = sampler.taus
-        model = model.with_schedule(model.schedule.levelled(taus, model.spec.tokens))
+        model = model.with_schedule(model.schedule.levelled(taus, model.spec.tokens, settings.buckets))
         planner = StepPlanner(model.spec, model.options, model.schedule.fitted(taus))
         counts = planner.run_counts(taus)
-        rungs = ladder(settings.batches, counts, model.spec.tokens)
+        rungs = ladder(settings.batches, counts, model.spec.tokens, settings.buckets - 1)
         report = describe(settings, dit, model, planner, rungs)
         if model.spec.states:
             stages.note(state_note(model.spec.state_bytes, settings.batches))
@@ -128,6 +129,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
             "command": settings.command,
             "source": report["source"],
             "steps": settings.steps,
+            "most_buckets": settings.buckets,
             **sampling_facts(dit, settings.steps, settings.solver),
         }
         parity = {check.name: check.value for check in checks}

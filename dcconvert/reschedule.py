@@ -16,8 +16,9 @@ from dcconvert.export.bundle import GRAPH, MANIFEST, Bundle, read_json, write_js
 from dcconvert.export.parity import Check, check_runtime, require
 from dcconvert.figures import sample_figure, token_map_figure
 from dcconvert.measure import LATENCY_RUNS, Effort, Subject, measure
+from dcconvert.passes.errors import UsageError
 from dcconvert.passes.model import DynamicModel
-from dcconvert.passes.schedule import Schedule
+from dcconvert.passes.schedule import LEVELS, Schedule
 from dcconvert.passes.serialise import model_to_dict
 from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.progress import Stages
@@ -42,9 +43,10 @@ class Rescheduled:
     @classmethod
     def of(cls, bundle: Bundle, schedule: Schedule, sampler: Sampler, stages: Stages) -> Rescheduled:
         """CheckFailedError if ONNX Runtime does not give what torch does in the new buckets."""
-        model = bundle.model.with_schedule(schedule.levelled(sampler.taus, bundle.model.spec.tokens))
+        most = most_buckets(bundle)
+        model = bundle.model.with_schedule(schedule.levelled(sampler.taus, bundle.model.spec.tokens, most))
         counts = model.step_planner.run_counts(sampler.taus)
-        rungs = ladder(bundle.ladder.batches, counts, model.spec.tokens)
+        rungs = ladder(bundle.ladder.batches, counts, model.spec.tokens, most - 1)
         with stages.stage("compare with ONNX Runtime") as tick:
             checks = check_runtime(model, bundle.onnx, model.spec.example, rungs.buckets, tick)
             require(checks)
@@ -126,6 +128,14 @@ class Rescheduled:
         result = measure(subject, effort, scratch, report, stages)
         report["limits"] = list(dict.fromkeys(report.get("limits", [])))
         return {} if result is None else {"samples": sample_figure(result), "token_maps": token_map_figure(result)}
+
+
+def most_buckets(bundle: Bundle) -> int:
+    """How many buckets a batch size may have; UsageError for a manifest that says something else than a number."""
+    most = bundle.manifest.get("most_buckets", LEVELS)
+    if not isinstance(most, int) or most < 2:
+        raise UsageError(f"{bundle.folder} has no number of at least 2 as most_buckets: convert the model again")
+    return most
 
 
 def of_runtime(check: str) -> bool:

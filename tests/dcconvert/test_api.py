@@ -14,7 +14,7 @@ from dcconvert import Converted, Options, UnsupportedModelError, UsageError, con
 from dcconvert.api import dit_inputs, machine
 from dcconvert.export.bundle import read_bundle
 from dcconvert.export.session import OrtModel
-from dcconvert.passes.schedule import Schedule
+from dcconvert.passes.schedule import LEVELS, Schedule
 from tests.dcconvert.harness import CONFIG, TOKENS, contents, tiny_dit
 from tests.passes.harness import diffusers_call, first_tensor, relative
 
@@ -232,12 +232,13 @@ def test_saving_that_fails_leaves_nothing(from_diffusers, tmp_path, monkeypatch)
     assert contents(tmp_path) == []
 
 
-def test_buckets_keep_padding_low(main_job):
+def test_buckets_have_no_padding(main_job):
     ladder = main_job.model.ladder(batches=(1, 4))
     assert ladder.batches == (1, 4)
     assert ladder.tokens == TOKENS
     assert ladder.rungs[-1] == TOKENS
-    assert ladder.expected_waste < 0.1
+    assert ladder.expected_waste == 0
+    assert len(ladder.rungs) <= LEVELS
 
 
 def test_loading_what_is_no_bundle(tmp_path):

@@ -17,7 +17,9 @@ from dcconvert.export.bundle import read_bundle
 from dcconvert.export.session import OrtModel, OrtState
 from dcconvert.images import to_images
 from dcconvert.job import LIMITS
+from dcconvert.passes.errors import UsageError
 from dcconvert.passes.pipeline import PIPELINES
+from dcconvert.reschedule import most_buckets
 from dcconvert.sampling import Sampler, initial_noise, labels_for
 from tests.dcconvert.harness import CONFIG, TOKENS, contents, refusal, run_cli, write_checkpoint
 
@@ -246,9 +248,21 @@ def half(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("half")
     checkpoint = write_checkpoint(folder / "tiny.safetensors")
     words = ("--ratio", "2x", "--steps", 12, "--warm-up", 2, "--refresh", 5, "--state", "fp16", "--solver", "unipc")
-    run = run_cli(checkpoint, *words, "--router", "age", "--batch", 2, "--no-measure", "-o", folder / "half")
+    words += ("--router", "age", "--batch", 2, "--buckets", 3, "--no-measure")
+    run = run_cli(checkpoint, *words, "-o", folder / "half")
     assert run.code == 0, run.err
     return folder / "half"
+
+
+def test_as_many_buckets_as_were_asked_for(half):
+    bundle = read_bundle(half)
+    assert len(bundle.ladder.buckets) == 3
+    assert bundle.ladder.expected_waste == 0
+    assert bundle.model.schedule.levels == bundle.ladder.rungs
+    assert most_buckets(bundle) == 3
+    bundle.manifest["most_buckets"] = "many"
+    with pytest.raises(UsageError, match="no number of at least 2 as most_buckets"):
+        most_buckets(bundle)
 
 
 def test_warm_up_and_refresh_steps_keep_everything(half):
