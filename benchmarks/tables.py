@@ -59,46 +59,33 @@ def speed() -> str:
     return markdown(headers, rows) + machine_note(result)
 
 
-def packing_rows(kind: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def packing(kind: str, headers: list[str], cells: Callable[[dict[str, Any]], list[str]]) -> str:
     result = read("packing_cpu")
-    return result, [row for row in result["rows"] if row["kind"] == kind]
+    return markdown(headers, [cells(row) for row in result["rows"] if row["kind"] == kind]) + machine_note(result)
 
 
 def packing_data_set() -> str:
-    result, found = packing_rows("data set")
-    rows = [[row["name"], f"{row['efficiency']:.1%}", f"{row['seconds']:.3g}"] for row in found]
-    return markdown(["lengths up to 512", "tokens in the slots", "seconds"], rows) + machine_note(result)
+    headers = ["lengths up to 512", "tokens in the slots", "seconds"]
+    return packing("data set", headers, lambda row: [row["name"], f"{row['efficiency']:.1%}", f"{row['seconds']:.3g}"])
+
+
+def packing_batch(row: dict[str, Any]) -> list[str]:
+    packed = [f"{row['case']}: {row['name']}", str(row["rows"]), f"{row['efficiency']:.0%}", f"{row['pack_us']:.0f}"]
+    run = "step_ms" in row
+    return [*packed, f"{row['step_ms']['median']:.1f}" if run else "", f"{row['speedup']:.2f}" if run else ""]
 
 
 def packing_batches() -> str:
-    result, found = packing_rows("batch")
-    rows = [
-        [
-            f"{row['case']}: {row['name']}",
-            str(row["rows"]),
-            f"{row['efficiency']:.0%}",
-            f"{row['pack_us']:.0f}",
-            f"{row['step_ms']['median']:.1f}" if "step_ms" in row else "",
-            f"{row['speedup']:.2f}" if "speedup" in row else "",
-        ]
-        for row in found
-    ]
     headers = ["batch and algorithm", "rows", "tokens in the slots", "µs", "step, ms", "times faster than the original"]
-    return markdown(headers, rows) + machine_note(result)
+    return packing("batch", headers, packing_batch)
 
 
 def packing_plan() -> str:
-    result, found = packing_rows("plan")
-    rows = [
-        [
-            row["name"],
-            *(f"{row[f'{stage}_ms']:.2f}" for stage in ("route", "plan", "denoise")),
-            f"{row['plan_share']:.1%}",
-        ]
-        for row in found
-    ]
-    headers = [f"4x, batch {found[0]['batch']}", "route, ms", "plan, ms", "denoise, ms", "share of the plan"]
-    return markdown(headers, rows) + machine_note(result)
+    headers = ["4x, batch 8", "route, ms", "plan, ms", "denoise, ms", "share of the plan"]
+    stages = ("route_ms", "plan_ms", "denoise_ms")
+    return packing(
+        "plan", headers, lambda row: [row["name"], *(f"{row[s]:.2f}" for s in stages), f"{row['plan_share']:.1%}"]
+    )
 
 
 def demo() -> str:

@@ -18,7 +18,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "RESULTS", folder)
-        patch.setattr(packing, "STEPS", 4)
+        patch.setattr(packing, "STEPS", 9)
         patch.setattr(sys, "argv", ["packing", "--batches", "4", "--runs", "1", "--capacity", "48", "--threads", "1"])
         packing.main()
     found = json.loads((folder / "packing_cpu.json").read_text())["rows"]

@@ -248,8 +248,8 @@ def half(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("half")
     checkpoint = write_checkpoint(folder / "tiny.safetensors")
     words = ("--ratio", "2x", "--steps", 12, "--warm-up", 2, "--refresh", 5, "--state", "fp16", "--solver", "unipc")
-    words += ("--router", "age", "--batch", 2, "--buckets", 3, "--no-measure")
-    run = run_cli(checkpoint, *words, "-o", folder / "half")
+    more = ("--router", "age", "--batch", 2, "--buckets", 3, "--no-measure")
+    run = run_cli(checkpoint, *words, *more, "-o", folder / "half")
     assert run.code == 0, run.err
     return folder / "half"
 

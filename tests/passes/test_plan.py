@@ -330,16 +330,6 @@ def test_bins_skip_the_pads_of_tiles():
     ]  # fmt: skip
 
 
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(20, 40))
-def test_bins_never_overlap(lengths, capacity):
-    row, start = shortest_pack_first(lengths, capacity)
-    slots = [(r, s + i) for r, s, n in zip(row, start, lengths, strict=True) for i in range(n)]
-    assert len(set(slots)) == sum(lengths)
-    assert max(slot for _, slot in slots) < capacity
-    assert set(row.tolist()) == set(range(row.max() + 1))
-    assert (row.max() + 1) * capacity < 2 * sum(lengths) + capacity
-
-
 @settings(max_examples=20)
 @given(cases())
 def test_call_selects_and_plans(case):

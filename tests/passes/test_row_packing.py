@@ -35,6 +35,8 @@ def test_every_sample_has_its_slots(name, lengths, capacity):
     assert max(slot for _, slot in slots) < capacity
     assert set(row.tolist()) == set(range(row.max() + 1))
     assert row.max() + 1 <= len(lengths)
+    if name in ("first fit", "SPFHP"):
+        assert (row.max() + 1) * capacity < 2 * sum(lengths) + capacity
     first = {r: s for r, s in sorted(zip(row.tolist(), start.tolist(), strict=True), reverse=True)}
     assert set(first.values()) == {0}  # a row begins with a sample
 
