@@ -325,6 +325,19 @@ def build(bundle: Path, **values: Any) -> None:
     build_bundle(Settings(bundle, **values), Console())
 
 
+@commands.command("export-triton")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the model repository.")
+@click.option("--name", default="dit", show_default=True, help="The model that clients call.")
+@click.option("--device", default="gpu", show_default=True, type=click.Choice(["gpu", "cpu"]))
+@click.option("--force", is_flag=True, help="Replace an existing repository.")
+def triton(bundle: Path, out: Path, name: str, device: str, force: bool) -> None:
+    """Write a model repository for NVIDIA Triton Inference Server."""
+    from dcconvert.commands import triton_repository
+
+    triton_repository(bundle, out, Console(), name=name, device=device, force=force)
+
+
 @commands.command()
 @click.option("--ratio", default="4x", show_default=True, type=Ratio())
 @click.option("-o", "--out", default="demo", show_default=True, type=click.Path(path_type=Path))

@@ -21,6 +21,7 @@ from dcconvert.evaluate import ConvertedStep, Runtime
 from dcconvert.export.bundle import Bundle, read_bundle
 from dcconvert.export.session import OrtModel
 from dcconvert.export.static_session import StaticModel
+from dcconvert.export.triton import export_triton
 from dcconvert.export.trt_session import open_engines
 from dcconvert.figures import save_comparison
 from dcconvert.passes.errors import DcconvertError, UsageError
@@ -211,3 +212,18 @@ def sample_bundle(
         draw("original", lambda: original)
     save_comparison(dict(reversed(images.items())), out, vae)
     console.print(escape(f"Images: {out}"), highlight=False, soft_wrap=True)
+
+
+def triton_repository(folder: Path, out: Path, console: Console, *, name: str, device: str, force: bool) -> None:
+    """Write a Triton model repository of a bundle, and say what the server needs."""
+    if not name.replace("_", "").replace("-", "").isalnum():
+        raise UsageError(f"--name {name}: letters, digits, - and _ only, for it names folders")
+    source = export_triton(read_bundle(folder), out, name, device, force)
+    console.print(
+        escape(
+            f"Graphs: {source}\nThe server needs its onnxruntime and python backends, and dcconvert installed for the "
+            f"latter.\nStart it with: tritonserver --model-repository {out}"
+        ),
+        highlight=False,
+        soft_wrap=True,
+    )

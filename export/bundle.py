@@ -42,18 +42,18 @@ class Bundle:
 
 
 @contextmanager
-def new_folder(target: Path, force: bool = False) -> Iterator[Path]:
+def new_folder(target: Path, force: bool = False, kind: str = "bundle", mark: str = MANIFEST) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place when the block ends without an error.
 
-    With `force` an older bundle is moved out of the way first and deleted last; it stays if anything goes wrong.
-    Raises UsageError if the target exists (and `force` is off), is something else than a bundle, or cannot be
-    written (no permission, disk full).
+    With `force` an older one is moved out of the way first and deleted last; it stays if anything goes wrong.
+    Raises UsageError if the target exists (and `force` is off), is something else than what is called `kind` and holds
+    the file `mark`, or cannot be written (no permission, disk full).
     """
     target = target.resolve()  # a link to a bundle stays a link
     if target.exists() and not force:
         raise UsageError(f"{target} exists already: choose another folder with -o, or replace it with --force")
-    if target.exists() and not (target.is_dir() and ((target / MANIFEST).exists() or not any(target.iterdir()))):
-        raise UsageError(f"{target} is no bundle and will not be replaced: choose another folder with -o")
+    if target.exists() and not (target.is_dir() and ((target / mark).exists() or not any(target.iterdir()))):
+        raise UsageError(f"{target} is no {kind} and will not be replaced: choose another folder with -o")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

@@ -31,6 +31,7 @@ from dcconvert.passes.plan import PLAN_ARRAYS
 from dcconvert.passes.routers import ROUTERS
 from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.spec import ModelSpec
+from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.passes.treespec import shown, treespec_fault
 
 VERSION = 2
@@ -91,9 +92,7 @@ def model_from_dict(data: Any, tensors: Mapping[str, Tensor]) -> DynamicModel:
     Raises UsageError for data that is damaged, of another version, or asks for anything outside the lists above.
     """
     with damage_is_a_usage_error():
-        check_version(data)
-        spec = read_spec(data["spec"])
-        options, schedule = plainly(Options(**data["options"])), plainly(Schedule(**data["schedule"]))
+        spec, options, schedule = read_facts(data)
         records = [plainly(PassRecord(**{**r, "notes": tuple(map(str, r["notes"]))})) for r in data["passes"]]
         pool = dict(tensors)
         route, denoise, original = (read_graph(data["graphs"][name], pool) for name in GRAPHS)
@@ -101,6 +100,18 @@ def model_from_dict(data: Any, tensors: Mapping[str, Tensor]) -> DynamicModel:
         model = DynamicModel(route, denoise, original, spec, options, schedule, records, prepare)
         check_seams(model)
         return model
+
+
+def planner_from_dict(data: Any) -> StepPlanner:
+    """The planner of a model without its graphs and tensors; errors as `model_from_dict`."""
+    with damage_is_a_usage_error():
+        return StepPlanner(*read_facts(data))
+
+
+def read_facts(data: Any) -> tuple[ModelSpec, Options, Schedule]:
+    check_version(data)
+    options, schedule = plainly(Options(**data["options"])), plainly(Schedule(**data["schedule"]))
+    return read_spec(data["spec"]), options, schedule
 
 
 def model_tensors(model: DynamicModel) -> dict[str, Tensor]:
