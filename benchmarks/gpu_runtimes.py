@@ -132,7 +132,7 @@ def tensorrt(exported: Exported, batch: int, ratio: float, runs: int) -> dict[st
         planned = plan_engines(folder, buckets, "fp16", device, per_bucket=False, ranges=False)
         built = [build_engine(engine, engines) for engine in (*planned, whole)]
         write_index(engines, device, False, built[:-1])
-        backend = TrtModel(engines, folder, model.step_planner)
+        backend = TrtModel(engines, folder.parent, model.step_planner)
         trt = backend_module({"backend": device.backend, "version": device.version, "capability": ""}, engines)
         runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         original = LoadedEngine(load_engine(runtime, engines / whole.file), trt, "cuda")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ from dcconvert.export.engines import (
     write_index,
 )
 from dcconvert.export.flavours import FLAVOURS, Flavour, write_flavour
+from dcconvert.export.packed_attention import refusal, with_packed_attention
 from dcconvert.passes.errors import StoppedError, UsageError
 from dcconvert.passes.layout import Bucket
+from dcconvert.passes.model import DynamicModel
 from dcconvert.progress import Stages
 
 TENSORRT = "tensorrt"
@@ -49,6 +52,7 @@ class Settings:
     target: str = "trt"
     backend: str | None = None
     precision: str = "fp16"
+    attention: str = "auto"
     compute_capability: str = ""
     per_bucket: bool = False
     ranges: bool = False
@@ -68,7 +72,7 @@ def build_bundle(settings: Settings, console: Console) -> Path:
         console.print(escape(f"Graphs: {graphs}"), highlight=False, soft_wrap=True)
         return graphs
     device = find_device(settings.backend, settings.compute_capability)
-    flavour = FLAVOURS["trt" if settings.precision == "fp16" else f"trt-{settings.precision}"]
+    flavour = choose_flavour(bundle.model, settings, device, stages)
     graphs = exported(bundle, flavour, stages)
     wanted = plan_engines(
         graphs,
@@ -87,6 +91,28 @@ def build_bundle(settings: Settings, console: Console) -> Path:
     console.print(engine_table(entries, device))
     console.print(escape(f"Engines: {folder}"), highlight=False, soft_wrap=True)
     return folder
+
+
+def choose_flavour(model: DynamicModel, settings: Settings, device: Device, stages: Stages) -> Flavour:
+    """The flavour that the settings ask for; with attention "auto" the packed one if the backend builds it.
+
+    UsageError for attention "packed" where there is none.
+    """
+    ending = "" if settings.precision == "fp16" else f"-{settings.precision}"
+    masks, packed = (FLAVOURS[f"{name}{ending}"] for name in ("trt", "trt-packed"))
+    if settings.attention == "masks":
+        return masks
+    try:
+        with stages.stage("packed attention") as tick:
+            tick(f"does {device.backend} build it?")
+            reason = refusal(with_packed_attention(model), settings.precision, device)
+    except UsageError as error:
+        reason = str(error)
+    if reason and settings.attention == "packed":
+        raise UsageError(reason)
+    if reason:
+        stages.note(escape(f"attention with masks, because {reason.split('.  ')[0]}"))
+    return masks if reason else packed
 
 
 def find_device(backend: str | None, capability: str = "") -> Device:
@@ -144,7 +170,8 @@ def build_missing(
     """Build engines that are not there, take away those that are of no use any more; what the index says of all."""
     before = {}
     if (folder / INDEX).is_file():
-        before = {e["file"]: e for e in read_index(folder)["engines"] if (folder / e["file"]).is_file()}
+        with suppress(UsageError):  # of a damaged one nothing is known: everything is built again
+            before = {e["file"]: e for e in read_index(folder)["engines"] if (folder / e["file"]).is_file()}
     entries = [before[engine.file] for engine in wanted if engine.file in before]
     left = [engine for engine in wanted if engine.file not in before]
     for number, engine in enumerate(left, len(entries) + 1):

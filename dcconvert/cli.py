@@ -311,6 +311,7 @@ def upcycle(bundle: Path, out: Path | None, **values: Any) -> None:
 )
 @click.option("--backend", type=click.Choice(["tensorrt", "tensorrt-rtx"]), help="[tensorrt on a GPU, else -rtx]")
 @click.option("--precision", default="fp16", show_default=True, type=click.Choice(["fp16", "bf16"]))
+@click.option("--attention", default="auto", show_default=True, type=click.Choice(["auto", "masks", "packed"]))
 @click.option("--compute-capability", default="", help="GPU that tensorrt-rtx builds for, such as 8.9 [those it can].")
 @click.option("--per-bucket", is_flag=True, help="An engine for each bucket, instead of one with a profile for each.")
 @click.option("--ranges", is_flag=True, help="Profiles for all lengths between two buckets, instead of exact ones.")

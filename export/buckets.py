@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from dcconvert.passes.layout import MIXED_TILE, Bucket
 from dcconvert.passes.schedule import LEVELS
 
 __all__ = ["Bucket", "Ladder", "ladder"]
+
+REMEMBERED = 256
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Ladder:
     tokens: int
     expected_waste: float
 
-    @property
+    @cached_property
     def batches(self) -> tuple[int, ...]:
         """Batch sizes, ascending."""
         return tuple(sorted({bucket.batch for bucket in self.buckets}))
@@ -49,12 +52,21 @@ class Ladder:
                 f"batch {batch} is outside the buckets, which go from 1 to {self.batches[-1]}: "
                 f"split it, or convert again with a larger --batch"
             )
-        kept = np.asarray(counts)
+        kept = np.asarray(counts, np.int64)
         if kept.ndim > 1 or kept.size not in (1, batch) or kept.min() < 1 or kept.max() > self.tokens:
             raise UsageError(f"counts {kept.tolist()}: expected {batch} of them, each from 1 to {self.tokens}")
-        kept = np.broadcast_to(kept, (batch,))
-        fitting = (bucket for bucket in self.buckets if bucket.fits(kept))
-        return min(fitting, key=lambda bucket: (bucket.tokens, bucket.batch))
+        key = np.broadcast_to(kept, (batch,)).tobytes()
+        if key not in self._chosen:
+            if len(self._chosen) == REMEMBERED:
+                self._chosen.clear()
+            fitting = (bucket for bucket in self.buckets if bucket.fits(np.frombuffer(key, np.int64)))
+            self._chosen[key] = min(fitting, key=lambda bucket: (bucket.tokens, bucket.batch))
+        return self._chosen[key]
+
+    @cached_property
+    def _chosen(self) -> dict[bytes, Bucket]:
+        """Choices made lately; the steps of a run often keep the same numbers of tokens."""
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and dicts for the manifest."""

@@ -82,6 +82,7 @@ class Engine:
         return {
             "file": self.file,
             "graph": self.graph,
+            "flavour": self.onnx.parent.name,
             "onnx_sha256": self.onnx_sha256,
             "precision": self.precision,
             "buckets": [asdict(bucket) for bucket in self.buckets],
@@ -184,6 +185,7 @@ def axis_sizes(bucket: Bucket) -> dict[str, int]:
         "tile_tokens": bucket.tile,
         "rows": bucket.rows,
         "row_tokens": bucket.row_tokens,
+        "segments": bucket.batch + bucket.tokens // bucket.tile + 1,
     }
 
 
@@ -207,7 +209,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
         found = json.loads(path.read_text())
-        if all(isinstance(entry["file"], str) for entry in found["engines"]) and found["device"]["backend"]:
+        known = all(isinstance(entry[name], str) for entry in found["engines"] for name in ("file", "flavour"))
+        if known and found["device"]["backend"]:
             return dict(found)
     except FileNotFoundError as error:
         raise UsageError(f"{folder} has no engines: make them with 'dcconvert build'") from error

@@ -10,6 +10,7 @@ import torch
 
 from dcconvert.export.lowerings import PORTABLE, TENSORRT, Lowerings
 from dcconvert.export.onnx_export import export_onnx
+from dcconvert.export.packed_attention import with_packed_attention
 from dcconvert.export.parity import Check, check_runtime, mixed_plan, relative_error, require, second_step
 from dcconvert.export.precision import in_precision
 from dcconvert.passes.layout import Bucket
@@ -22,6 +23,7 @@ class Flavour:
 
     `error`: how far the output may be from the model in fp32, relative. `agreement`: how far ONNX Runtime may be from
     torch with the same graphs, as in `check_runtime`; None where ONNX Runtime has no kernels on the CPU to compare.
+    `packed`: attention takes the packed tokens as they are (`with_packed_attention`).
     """
 
     name: str
@@ -29,6 +31,7 @@ class Flavour:
     lowerings: Lowerings
     error: float
     agreement: float | None
+    packed: bool = False
 
 
 FLAVOURS = {
@@ -37,6 +40,8 @@ FLAVOURS = {
         Flavour("ort-cuda", "fp16", PORTABLE, 1e-2, 3e-2),
         Flavour("trt", "fp16", TENSORRT, 1e-2, 3e-2),
         Flavour("trt-bf16", "bf16", TENSORRT, 5e-2, None),
+        Flavour("trt-packed", "fp16", TENSORRT, 1e-2, 3e-2, packed=True),
+        Flavour("trt-packed-bf16", "bf16", TENSORRT, 5e-2, None, packed=True),
     )
 }
 
@@ -48,9 +53,12 @@ def write_flavour(
     buckets: tuple[Bucket, ...],
     tick: Callable[[str], None] = lambda _: None,
 ) -> list[Check]:
-    """Write `folder`/NAME/*.onnx and check them; returns the checks. CheckFailedError if one fails."""
+    """Write `folder`/NAME/*.onnx and check them; returns the checks.
+
+    CheckFailedError if one fails; UsageError for a model that cannot be written so.
+    """
     tick(f"{flavour.name}, {flavour.precision}")
-    changed = in_precision(model, flavour.precision)
+    changed = in_precision(with_packed_attention(model) if flavour.packed else model, flavour.precision)
     checks = [check_precision(model, changed, flavour)]
     require(checks)
     export_onnx(changed, folder / flavour.name, flavour.lowerings)

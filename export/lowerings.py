@@ -2,7 +2,8 @@
 
 The exporter calls these functions with symbolic ONNX values. Packed attention becomes the standard
 `Attention` op: with one sample a row its `nonpad_kv_seqlen` input says how many keys count, with several
-samples a row a boolean mask keeps them apart. For TensorRT it is a mask in both cases.
+samples a row a boolean mask keeps them apart. For TensorRT it is a mask in both cases, or the layer that it has for
+packed attention.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from onnxscript import values
 
+from dcconvert.export.trt_attention import ATTRIBUTES, DOMAIN, register_schema
 from dcconvert.passes import ops  # noqa: F401  (registers torch.ops.dcconvert)
 
 OPSET = 24
 op: Any = values.Opset("", OPSET)
+trt: Any = values.Opset(DOMAIN, 1)
 
 
 def row(value: int) -> Any:
@@ -70,6 +73,15 @@ def segment_attention(q: Any, k: Any, v: Any, segment_ids: Any, scale: float) ->
     mask = op.Equal(op.Unsqueeze(segment_ids, row(2)), op.Unsqueeze(segment_ids, row(1)))
     output, *_ = op.Attention(q, k, v, op.Unsqueeze(mask, row(1)), scale=scale)
     return output
+
+
+def packed_attention(q: Any, k: Any, v: Any, query_lengths: Any, key_lengths: Any, scale: float) -> Any:
+    """[G, L, H, d] as [T, H, d]; the layer has no scale of its own."""
+    register_schema()
+    queries, keys, values = map(flatten_pair, (q, k, v))
+    scaled = op.Mul(queries, op.CastLike(op.Constant(value_float=scale), queries))
+    found = trt.TRT_Attention(scaled, keys, values, None, query_lengths, key_lengths, **ATTRIBUTES)
+    return op.Reshape(found, op.Shape(q))
 
 
 def attention(
@@ -128,4 +140,8 @@ PORTABLE: Lowerings = {
     torch.ops.dcconvert.recall.default: recall,
 }
 
-TENSORRT: Lowerings = {**PORTABLE, torch.ops.dcconvert.row_attention.default: masked_row_attention}
+TENSORRT: Lowerings = {
+    **PORTABLE,
+    torch.ops.dcconvert.row_attention.default: masked_row_attention,
+    torch.ops.dcconvert.packed_attention.default: packed_attention,
+}

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from dcconvert.export.lowerings import OPSET, PORTABLE, Lowerings
+from dcconvert.export.trt_attention import add_function
 from dcconvert.passes.carry_plan import CarryPlan
 from dcconvert.passes.errors import CheckFailedError, UsageError
 from dcconvert.passes.infra import placeholders
@@ -40,6 +41,7 @@ PLAN_AXES: dict[str, tuple[str, ...]] = {
     "fill_index": ("batch",),
     "fill_weight": ("batch",),
     "cu_seqlens": ("segments",),
+    "cu_seqlens_kv": ("segments",),
     "token_index": ("tiles", "tile_tokens"),
     "write_index": ("tiles", "tile_tokens"),
     "recall_weight": ("", "batch"),
@@ -165,6 +167,7 @@ def export_graph(
             )
         for node in exported.model.graph:
             node.metadata_props.pop(STACK_TRACE, None)
+        add_function(exported.model)
         exported.save(str(path), external_data=size > EXTERNAL_DATA_BYTES)
 
 

@@ -276,14 +276,17 @@ def scaled_error(found: np.ndarray, wanted: np.ndarray, scale: float) -> float:
 
 @contextmanager
 def quiet_polygraphy() -> Iterator[None]:
-    """Keep polygraphy's log out of the terminal; the result is in our own table."""
+    """Keep polygraphy's log, and ONNX Runtime's warnings, out of the terminal; the result is in our own table."""
+    import onnxruntime
     from polygraphy.logger import G_LOGGER
 
     logging.getLogger("Polygraphy").setLevel(logging.CRITICAL)
     before = G_LOGGER.module_severity.get()
     G_LOGGER.module_severity = G_LOGGER.CRITICAL
+    onnxruntime.set_default_logger_severity(3)
     os.environ.setdefault("POLYGRAPHY_AUTOINSTALL_DEPS", "0")
     try:
         yield
     finally:
         G_LOGGER.module_severity = before
+        onnxruntime.set_default_logger_severity(2)

@@ -26,7 +26,12 @@ HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Where the work is. A linear layer counts where it has tokens; one on [B, D], such as adaLN's, stays in fp32.
 PRODUCTS = {aten.linear.default, aten.matmul.default, aten.bmm.default}
-ATTENTION = {aten.scaled_dot_product_attention.default, own.row_attention.default, own.segment_attention.default}
+ATTENTION = {
+    aten.scaled_dot_product_attention.default,
+    own.row_attention.default,
+    own.segment_attention.default,
+    own.packed_attention.default,
+}
 # What only moves values, or is applied between two matrix products and cannot leave their range.
 PASSING = {
     operator.getitem,

@@ -103,7 +103,8 @@ class TrtModel:
     """A converted model on TensorRT or TensorRT-RTX: the backend of a `Run` over the original's inputs as numpy arrays.
 
     The ladder are the buckets that there are engines for: a batch whose own bucket is missing runs in the next larger
-    one. `device`: "cuda"; `trt`: the backend's module, imported if it is not given.
+    one. `onnx`: the folder with the flavours that they were built from. `device`: "cuda"; `trt`: the backend's module,
+    imported if it is not given.
 
     Raises:
         UsageError: engines are missing, damaged, of another version or GPU, or older than the graphs.
@@ -217,7 +218,7 @@ def backend_module(wanted: dict[str, Any], folder: Path) -> Any:
 
 def check_graph(entry: dict[str, Any], onnx: Path, folder: Path) -> None:
     """UsageError if an engine was not built from the graph that lies in the bundle now."""
-    path = onnx / f"{entry['graph']}.onnx"
+    path = onnx / entry["flavour"] / f"{entry['graph']}.onnx"
     if path.is_file() and file_hash(path) != entry["onnx_sha256"]:
         raise UsageError(f"{folder / entry['file']} is older than {path}: build again with 'dcconvert build'")
 

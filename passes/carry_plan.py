@@ -53,8 +53,9 @@ def carry_plan(history: History, keep: Mask, tau: Doubles, bucket: Bucket | None
     keep = np.ascontiguousarray(keep, dtype=bool)
     laid = lay_out(keep, history.tokens, "rows", bucket)
     slot = history.write(keep, tau)
-    sample, token = np.divmod(laid.kept, history.tokens)
-    address = np.stack([slot[sample, token], sample, np.zeros_like(sample), token], axis=1)
+    address = np.zeros((len(laid.kept), 4), np.int64)
+    address[:, 0] = slot.ravel()[laid.kept]
+    np.divmod(laid.kept, history.tokens, out=(address[:, 1], address[:, 3]))
     return CarryPlan(
         keep,
         laid.counts,

@@ -26,7 +26,7 @@ REACH = 2.0
 class History:
     """Bookkeeping of one batch of samples on their way through a sampling run.
 
-    Times are noise levels (1 for noise, 0 for clean). Arrays over tokens are [B, N], over slots [P, B, N].
+    Times are noise levels (1 for noise, 0 for clean). Arrays over tokens are [B, N].
     """
 
     def __init__(self, batch: int, tokens: int) -> None:
@@ -34,8 +34,9 @@ class History:
         self.tokens = tokens
         self.steps: Ints = np.zeros(batch, np.int64)  # steps each sample has made
         self.tau: Doubles = np.full(batch, np.inf)  # noise level of its last step
-        self.times: Doubles = np.zeros((SLOTS, batch, tokens))
-        self.newest: Ints = np.zeros((batch, tokens), np.int64)
+        self.latest: Doubles = np.zeros((batch, tokens))  # when each token was computed the last time
+        self.before: Doubles = np.zeros((batch, tokens))  # and the time before
+        self.newest: Ints = np.zeros((batch, tokens), np.int64)  # the slot of its last value
         self.written: Ints = np.zeros((batch, tokens), np.int64)  # how often each token was computed
         self.age: Ints = np.zeros((batch, tokens), np.int64)  # steps since then
         self.distance: Doubles = np.zeros((batch, tokens))  # between the updates in the two slots
@@ -44,9 +45,8 @@ class History:
         """Forget these samples: their next step is the first of a run and computes every token."""
         self.steps[samples] = 0
         self.tau[samples] = np.inf
-        for array in (self.newest, self.written, self.age, self.distance):
+        for array in (self.latest, self.before, self.newest, self.written, self.age, self.distance):
             array[samples] = 0
-        self.times[:, samples] = 0
 
     def check(self, tau: Doubles) -> None:
         """UsageError if the noise of a sample rose since its last step."""
@@ -60,16 +60,11 @@ class History:
 
     def elapsed(self, tau: Doubles) -> Doubles:
         """Noise levels passed since each token was computed [B, N]."""
-        return self._last(0) - tau[:, None]
-
-    def _last(self, back: int) -> Doubles:
-        """Noise levels [B, N] at which each token was computed: the last time (0), or the one before (1)."""
-        first, second = self.times
-        return np.where(self.newest == back, first, second)
+        return self.latest - tau[:, None]
 
     def gaps(self) -> Doubles:
         """Noise levels between the two last computations of each token [B, N]; 0 where there are not two."""
-        return np.where(self.written > 1, self._last(1) - self._last(0), 0.0)
+        return (self.before - self.latest) * (self.written > 1)
 
     def drift(self) -> Doubles:
         """How far each token's update moved per unit of noise level [B, N].
@@ -84,22 +79,24 @@ class History:
 
     def write(self, keep: Mask, tau: Doubles) -> Ints:
         """Note that a step at `tau` [B] computes the tokens of `keep`; the slot each token is written to [B, N]."""
-        again = self.elapsed(tau) == 0  # of solvers that look twice at one noise level the last look counts
-        slot = np.where(keep & ~again, 1 - self.newest, self.newest)
-        sample, token = np.nonzero(keep)
-        self.times[slot[sample, token], sample, token] = tau[sample]
-        self.newest = slot
-        self.written += keep & ~again
-        self.age = np.where(keep, 0, self.age + 1)
+        fresh = keep & (
+            self.latest != tau[:, None]
+        )  # of solvers that look twice at one noise level the last look counts
+        self.newest = self.newest ^ fresh
+        np.copyto(self.before, self.latest, where=fresh)
+        np.copyto(self.latest, tau[:, None], where=fresh)
+        self.written += fresh
+        self.age += 1
+        self.age[keep] = 0
         self.steps += 1
         self.tau = tau.copy()
-        return slot
+        return self.newest
 
     def weights(self, tau: Doubles) -> NDArray[np.float32]:
         """Weights [P, B, N] that read every token at `tau` [B]: a line through its two values, 1 and 0 if fresh."""
         gaps = self.gaps()
         ahead = np.divide(self.elapsed(tau), gaps, out=np.zeros_like(gaps), where=gaps > 0).clip(0, REACH)
         weights = np.empty((SLOTS, self.batch, self.tokens), np.float32)
-        for slot in range(SLOTS):
-            weights[slot] = np.where(self.newest == slot, 1 + ahead, -ahead)
+        weights[0] = np.where(self.newest == 0, 1 + ahead, -ahead)
+        np.subtract(1, weights[0], out=weights[1])
         return weights

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -50,6 +52,8 @@ class Bucket:
 class TokenLayout:
     """Where the kept tokens of a mask [B, N] go: T = G x L packed places, R x S slots of the attention grid.
 
+    Layouts of the same counts share arrays: do not write to them.
+
     - kept: flat b*N+n of every kept token, in packed order; place: its packed place.
     - sample_ids [G], grid_index [R, S], packed_index [G, L], row_lengths [R], segment_ids [R, S]: as in ``Plan``.
     """
@@ -63,13 +67,11 @@ class TokenLayout:
     packed_index: Ints
     row_lengths: Ints
     segment_ids: Ints
+    source: Ints  # [G, L], which kept token a packed place has; pads have the first of their sample
 
     def spread(self, values: Ints) -> Ints:
-        """A value of each kept token [X, ...] on the packed axis [G, L, ...]; pads have their sample's first."""
-        first = (np.cumsum(self.counts) - self.counts)[self.sample_ids]
-        packed = np.repeat(values[first], self.sizes.tile, axis=0)
-        packed[self.place] = values
-        return packed.reshape(-1, self.sizes.tile, *values.shape[1:])
+        """A value of each kept token [X, ...] on the packed axis [G, L, ...]."""
+        return values.take(self.source, axis=0)
 
 
 def lay_out(keep: Mask, tokens: int, packing: str = "rows", bucket: Bucket | None = None) -> TokenLayout:
@@ -82,9 +84,20 @@ def lay_out(keep: Mask, tokens: int, packing: str = "rows", bucket: Bucket | Non
     counts = keep.sum(axis=1, dtype=np.int64)
     if counts.min() == 0:
         raise CheckFailedError(f"sample {int(counts.argmin())} keeps no token: every sample needs at least one")
+    sizes, place, *grid = _lay_out_counts(counts.tobytes(), packing, bucket)
+    return TokenLayout(sizes, counts, np.flatnonzero(keep), place, *grid)
+
+
+@lru_cache(maxsize=64)
+def _lay_out_counts(kept: bytes, packing: str, bucket: Bucket | None) -> tuple[Any, ...]:
+    """All of a layout that the numbers of kept tokens decide; the steps of a run often keep the same ones."""
+    counts = np.frombuffer(kept, np.int64)
     row, start, sizes = _sizes(counts, packing, bucket)
     place = _places(counts, sizes.tile)
-    return TokenLayout(sizes, counts, np.flatnonzero(keep), place, *_grid(counts, place, row, start, sizes))
+    grid = _grid(counts, place, row, start, sizes)
+    source = np.repeat((np.cumsum(counts) - counts)[grid[0]], sizes.tile)
+    source[place] = np.arange(len(place))
+    return sizes, place, *grid, source.reshape(-1, sizes.tile)
 
 
 def _sizes(counts: Ints, packing: str, bucket: Bucket | None) -> tuple[Ints, Ints, Bucket]:

@@ -139,6 +139,24 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: 
     return found.contiguous().view(q.shape)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::packed_attention", mutates_args=())
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, query_lengths: Tensor, key_lengths: Tensor, scale: float
+) -> Tensor:
+    """`varlen_attention` as TensorRT 11 has a layer for it: q, k, v [G, L, H, d] -> [G, L, H, d].
+
+    query_lengths and key_lengths int32: bounds of the segments on either side, the same values in two tensors, because
+    TensorRT wants them apart.
+    """
+    tokens = q.shape[0] * q.shape[1]
+    return REFERENCES["varlen_attention"](q, k, v, query_lengths, tokens, scale)
+
+
+@packed_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, query_lengths: Tensor, key_lengths: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::address", mutates_args=())
 def address(index: Tensor, channels: int) -> Tensor:
     """Where in a state the packed tokens go: index int64 [G, L, 4] of (slot, sample, 0, token) -> [G, C, L, 4]."""
@@ -204,7 +222,17 @@ def weighted_gather(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 REFERENCES: dict[str, Callable[..., Tensor]] = {
     op._name: op._init_fn
-    for op in (chunk, dechunk, regroup, row_attention, segment_attention, varlen_attention, remember, recall)
+    for op in (
+        chunk,
+        dechunk,
+        regroup,
+        row_attention,
+        segment_attention,
+        varlen_attention,
+        packed_attention,
+        remember,
+        recall,
+    )
 }
 
 
@@ -262,6 +290,12 @@ def recall_flops(state: Any, *_: object, **__: object) -> int:
 def varlen_flops(q: Any, k: Any, v: Any, cu_seqlens: Any, max_len: int, *_: object, **__: object) -> int:
     """Two matrix products, every segment as long as the longest: 4 T H S d; lengths are no business of shapes."""
     return 4 * math.prod(q) * max_len
+
+
+@register_flop_formula([torch.ops.dcconvert.packed_attention])
+def packed_flops(q: Any, *_: object, **__: object) -> int:
+    """Two matrix products over all pairs, an upper bound: 4 T H T d; lengths are no business of shapes."""
+    return 4 * math.prod(q) * q[0] * q[1]
 
 
 register_flop_formula([torch.ops.dcconvert.row_attention, torch.ops.dcconvert.segment_attention])(attention_flops)

@@ -6,6 +6,7 @@ All of it runs on the host in numpy, once a denoising step. Packed tokens are or
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,6 +30,7 @@ PLAN_ARRAYS = (
     "fill_index",
     "fill_weight",
     "cu_seqlens",
+    "cu_seqlens_kv",
 )
 
 
@@ -50,7 +52,8 @@ class Plan:
     - fill_index, fill_weight [B, N, K]: the kept tokens of the same sample nearest to each position, as packed
       indices, and their normalised Gaussian weights; a kept position has itself, weight 1.
     - cu_seqlens [B+G+1]: bounds of segments of the packed axis, for variable-length attention: each sample's tokens,
-      then its pads; then every spare tile; then empty ones. None is longer than S or L.
+      then its pads; then every spare tile; then empty ones. None is longer than S or L. cu_seqlens_kv: the same of
+      the keys.
 
     The rest of a sample's last tile, and the tiles that a larger bucket adds, are pads: copies of packed token 0
     (without its other members), at its slot. Nothing reads their results: no grid_index or fill_index points at one.
@@ -72,7 +75,7 @@ class Plan:
         """The inputs of ``denoise``, by name."""
         return {name: getattr(self, name) for name in PLAN_ARRAYS}
 
-    @property
+    @cached_property
     def cu_seqlens(self) -> NDArray[np.int32]:
         tiles, tile = self.packed_index.shape
         batch, pads = len(self.counts), -self.counts % tile
@@ -81,6 +84,10 @@ class Plan:
         spare = tiles - int((self.counts + pads).sum()) // tile
         lengths[2 * batch : 2 * batch + spare] = tile
         return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+    @property
+    def cu_seqlens_kv(self) -> NDArray[np.int32]:
+        return self.cu_seqlens
 
     @property
     def kept(self) -> int:

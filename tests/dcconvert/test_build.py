@@ -12,6 +12,8 @@ import pytest
 
 from dcconvert import build
 from dcconvert.export.engines import Device
+from dcconvert.export.trt_session import check_graph
+from dcconvert.passes.errors import UsageError
 from tests.dcconvert.harness import contents, refusal, run_cli
 
 
@@ -58,6 +60,7 @@ def instant(monkeypatch) -> Instant:
     builder = Instant()
     monkeypatch.setattr(build, "build_engine", builder)
     monkeypatch.setattr(build, "find_device", lambda *_: Device("tensorrt-rtx", "1"))
+    monkeypatch.setattr(build, "refusal", lambda *_: "it has [no] kernel")
     return builder
 
 
@@ -103,6 +106,41 @@ def test_a_dry_run_builds_nothing(copied, rtx):
     assert "Nothing was built" in run.out
     assert " to 64" in run.out  # a range, up to everything
     assert contents(copied) == before
+
+
+def test_sampling_looks_for_the_graphs_that_engines_were_built_from(built, rtx):
+    folder, _ = built
+    for entry in index_of(folder, rtx)["engines"]:
+        check_graph(entry, folder / "onnx", folder)
+        with pytest.raises(UsageError, match="is older than"):
+            check_graph({**entry, "onnx_sha256": "0"}, folder / "onnx", folder)
+
+
+def test_packed_attention_is_used_where_it_is_built(copied, instant, monkeypatch):
+    run = run_cli("build", copied)
+    assert "attention with masks, because it has [no] kernel" in run.err
+    assert denoise_flavour(copied) == "trt"
+    insisted = run_cli("build", copied, "--attention", "packed")
+    assert (insisted.code, insisted.err.splitlines()[-1]) == (2, "error: it has [no] kernel")
+    monkeypatch.setattr(build, "refusal", lambda *_: "")
+    assert run_cli("build", copied).code == 0
+    assert denoise_flavour(copied) == "trt-packed"
+    assert run_cli("build", copied, "--attention", "masks").code == 0
+    assert denoise_flavour(copied) == "trt"
+
+
+def denoise_flavour(folder: Path) -> str:
+    [entry] = [e for e in index_of(folder, "tensorrt-rtx-1")["engines"] if e["graph"] == "denoise"]
+    return str(entry["flavour"])
+
+
+def test_a_damaged_index_is_no_obstacle(copied, instant):
+    assert run_cli("build", copied).code == 0
+    index = copied / "engines" / "tensorrt-rtx-1" / "engines.json"
+    index.write_text("{")
+    run = run_cli("build", copied)
+    assert run.code == 0, run.err
+    assert instant.done == ["route", "denoise"] * 2
 
 
 def test_an_engine_for_each_bucket(copied, instant, chunk_job):
@@ -172,12 +210,12 @@ def test_the_gpu_of_this_machine_is_what_engines_are_for(monkeypatch):
 def test_bad_input_is_one_line(tmp_path, copied):
     assert "is not a bundle" in refusal(2, "build", tmp_path)
     (copied / "onnx" / "trt" / "denoise.onnx").write_bytes(b"no graph")
-    assert "cannot read" in refusal(2, "build", copied, "--backend", "tensorrt-rtx")
+    assert "cannot read" in refusal(2, "build", copied, "--backend", "tensorrt-rtx", "--attention", "masks")
 
 
 @pytest.mark.parametrize("capability", ["12.0", "1.0"])
 def test_a_compute_capability_is_built_for_or_refused(rtx, copied, capability):
-    words = ("build", copied, "--backend", "tensorrt-rtx", "--compute-capability", capability)
+    words = ("build", copied, "--backend", "tensorrt-rtx", "--attention", "masks", "--compute-capability", capability)
     if capability == "12.0":
         assert run_cli(*words).code == 0
         assert index_of(copied, f"{rtx}-sm120")["device"]["capability"] == "12.0"

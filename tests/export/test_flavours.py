@@ -12,7 +12,7 @@ from dcconvert.export.precision import in_precision
 from dcconvert.passes.errors import CheckFailedError
 from dcconvert.passes.layout import Bucket
 
-WRITTEN = (("chunk", "ort-cuda"), ("chunk", "trt"), ("carry", "trt"), ("carry", "trt-bf16"))
+WRITTEN = (("chunk", "ort-cuda"), ("chunk", "trt"), ("chunk", "trt-packed"), ("carry", "trt"), ("carry", "trt-bf16"))
 BUCKETS = (Bucket(1, 6, 1, 6, 6), Bucket(3, 60, 3, 16, 4))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def mode(request: pytest.FixtureRequest) -> tuple[DynamicModel, Path]:
 
 
 def opened(model: DynamicModel, graphs: Path, folder: Path) -> TrtModel:
-    return TrtModel(folder, graphs, model.step_planner, "cpu", fake_trt)
+    return TrtModel(folder, graphs.parent, model.step_planner, "cpu", fake_trt)
 
 
 def at(step: int, batch: int = 3) -> dict[str, np.ndarray]:
@@ -122,9 +123,14 @@ def test_files_that_are_missing_or_damaged_are_one_line(rows_model, rows_onnx, t
 
 
 def test_engines_older_than_the_graphs_are_one_line(rows_model, rows_onnx, carry_onnx, tmp_path):
-    build(rows_onnx, tmp_path)
+    graphs, engines = tmp_path / "onnx" / "trt", tmp_path / "engines"
+    shutil.copytree(rows_onnx, graphs)
+    engines.mkdir()
+    build(graphs, engines)
+    opened(rows_model, graphs, engines)
+    shutil.copy(carry_onnx / "denoise.onnx", graphs)
     with pytest.raises(UsageError, match=r"is older than .*: build again"):
-        opened(rows_model, carry_onnx, tmp_path)
+        opened(rows_model, graphs, engines)
 
 
 def test_an_engine_that_does_not_run_fails_the_check(rows_model, rows_onnx, tmp_path, monkeypatch):
@@ -147,7 +153,7 @@ def bundle(rows_onnx, tmp_path, monkeypatch) -> Path:
 
 def refused(bundle: Path, model: DynamicModel, graphs: Path) -> str:
     with pytest.raises(UsageError) as caught:
-        open_engines(bundle, graphs, model.step_planner)
+        open_engines(bundle, graphs.parent, model.step_planner)
     return str(caught.value)
 
 

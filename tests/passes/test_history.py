@@ -178,16 +178,13 @@ def test_restart_forgets_these_samples_and_no_others():
     for tau in (1.0, 0.8, 0.5):
         history.write(rng.random((3, 4)) < 0.6, level(tau, 3))
         history.distance = rng.random((3, 4))
-    arrays = ("steps", "tau", "newest", "written", "age", "distance", "times")
+    arrays = ("steps", "tau", "latest", "before", "newest", "written", "age", "distance")
     before = {name: getattr(history, name).copy() for name in arrays}
     history.restart([0, 2])
     for name in arrays:
-        axis = 1 if name == "times" else 0
         for sample, wanted in ((0, getattr(fresh, name)), (1, before[name]), (2, getattr(fresh, name))):
-            np.testing.assert_array_equal(
-                getattr(history, name).take(sample, axis), wanted.take(sample, axis), f"{name} of {sample}"
-            )
-    for name in set(arrays) - {"times"}:
+            np.testing.assert_array_equal(getattr(history, name)[sample], wanted[sample], f"{name} of {sample}")
+    for name in arrays:
         assert (before[name][2] != getattr(fresh, name)[2]).any(), name  # there was something to forget
 
 
@@ -211,7 +208,7 @@ def test_a_written_noise_level_is_a_copy():
 
 def test_a_step_that_computes_nothing_of_a_token_changes_no_slot_of_it():
     history = after((1.0, EVERY), (0.9, EVERY))
-    times, newest = history.times.copy(), history.newest.copy()
+    times, newest = history.latest.copy(), history.newest.copy()
     history.write(NONE, level(0.6))
-    np.testing.assert_array_equal(history.times, times)
+    np.testing.assert_array_equal(history.latest, times)
     np.testing.assert_array_equal(history.newest, newest)

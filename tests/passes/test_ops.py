@@ -65,6 +65,9 @@ def arguments() -> dict[str, list[Arguments]]:
         "row_attention": [(*heads, torch.tensor(lengths), 0.3) for lengths in ([4, 1, 3], [4, 4, 4])],
         "segment_attention": [(*heads, segments, 0.3)],
         "varlen_attention": [(*(normal(G, L, H, d) for _ in "qkv"), torch.tensor(BOUNDS, dtype=torch.int32), 4, 0.3)],
+        "packed_attention": [
+            (*(normal(G, L, H, d) for _ in "qkv"), *(torch.tensor(BOUNDS, dtype=torch.int32) for _ in "qk"), 0.3)
+        ],
         "remember": [
             (normal(P, B, channels, N, E), normal(G, channels, L, E), places(channels)) for channels in (1, C)
         ],
@@ -145,6 +148,7 @@ BY_HAND: dict[str, Callable[..., Tensor]] = {
         q, k, v, lambda r, i, j: ids[r, i] == ids[r, j], scale
     ),
     "varlen_attention": varlen_by_hand,
+    "packed_attention": varlen_by_hand,
     "remember": remember_by_hand,
     "recall": recall_by_hand,
 }
@@ -307,3 +311,4 @@ def test_flop_formulas():
     assert flops("row_attention", *plain["row_attention"]) == attention
     assert flops("segment_attention", *plain["segment_attention"]) == attention
     assert flops("varlen_attention", *plain["varlen_attention"]) == G * L * H * 2 * (2 * 4 * d)  # 4: the longest
+    assert flops("packed_attention", *plain["packed_attention"]) == G * L * H * 2 * (2 * G * L * d)

@@ -74,9 +74,9 @@ def test_the_modulation_stays_per_sample():
 @pytest.mark.parametrize(
     ("packing", "unused"),
     [
-        ("rows", {"segment_ids", "cu_seqlens"}),
-        ("bins", {"row_lengths", "cu_seqlens"}),
-        ("varlen", {"row_lengths", "segment_ids"}),
+        ("rows", {"segment_ids", "cu_seqlens", "cu_seqlens_kv"}),
+        ("bins", {"row_lengths", "cu_seqlens", "cu_seqlens_kv"}),
+        ("varlen", {"row_lengths", "segment_ids", "cu_seqlens_kv"}),
     ],
 )
 def test_plan_inputs(packing, unused):

@@ -86,10 +86,10 @@ def test_invariants_for_any_bucket_that_is_large_enough(case, data):
         "segment_ids": (bucket.rows, bucket.row_tokens),
         "fill_index": (batch, tokens, planner.neighbours),
         "fill_weight": (batch, tokens, planner.neighbours),
-        "cu_seqlens": (batch + tiled[0] + 1,),
+        **dict.fromkeys(("cu_seqlens", "cu_seqlens_kv"), (batch + tiled[0] + 1,)),
     }
     for name, array in arrays.items():
-        wanted = np.int32 if name == "cu_seqlens" else np.float32 if "weight" in name else np.int64
+        wanted = np.int32 if name.startswith("cu_") else np.float32 if "weight" in name else np.int64
         assert array.dtype == wanted, name
         assert array.flags.c_contiguous, name
     assert plan.kept == keep.sum()
