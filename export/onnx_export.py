@@ -75,7 +75,7 @@ def export_route(model: DynamicModel, path: Path, inputs: dict[str, Any], loweri
     """`route.onnx`: model inputs -> scores [B, N] and the values denoise needs."""
     names = model.spec.route_inputs
     args = tuple(inputs[name] for name in names)
-    axes = [("batch",) if isinstance(a, Tensor) and a.ndim else () for a in args]
+    axes = batch_axes(model, names)
     export_graph(model.route_graph, path, args, axes, (SCORES_NAME, *model.spec.live), lowerings)
 
 
@@ -84,7 +84,7 @@ def export_prepare(model: DynamicModel, path: Path, inputs: dict[str, Any], lowe
     if model.prepare_graph is None:
         return
     args = tuple(inputs[name] for name in model.spec.prepare_inputs)
-    axes = [("batch",) if isinstance(a, Tensor) and a.ndim else () for a in args]
+    axes = batch_axes(model, model.spec.prepare_inputs)
     export_graph(model.prepare_graph, path, args, axes, model.spec.constants, lowerings)
 
 
@@ -105,13 +105,9 @@ def export_denoise(
     given = {**inputs, **model.prepare(inputs), **live, **arrays, **state}
     args = tuple(given[name] for name in model.spec.denoise_inputs)
     axes = []
-    for name, value in zip(model.spec.denoise_inputs, args, strict=True):
-        named = (
-            ("", "batch")
-            if name in state
-            else PLAN_AXES.get(name, ("batch",) if isinstance(value, Tensor) and value.ndim else ())
-        )
-        one_row = model.options.packing == "rows"
+    one_row = model.options.packing == "rows"
+    for name, plain in zip(model.spec.denoise_inputs, batch_axes(model, model.spec.denoise_inputs), strict=True):
+        named = ("", "batch") if name in state else PLAN_AXES.get(name, plain)
         axes.append(tuple("batch" if axis == "rows" and one_row else axis for axis in named))
     carried = (DISTANCE_NAME, *map(state_output, state)) if state else ()
     names = output_names(count_outputs(model.denoise_graph) - len(carried))
@@ -121,8 +117,14 @@ def export_denoise(
 def export_original(model: DynamicModel, path: Path, inputs: dict[str, Any]) -> None:
     """The fixed-token original, to be measured beside the converted model."""
     args = tuple(inputs[name] for name in model.spec.inputs)
-    axes = [("batch",) if isinstance(a, Tensor) and a.ndim else () for a in args]
+    axes = batch_axes(model, model.spec.inputs)
     export_graph(model.original_graph, path, args, axes, output_names(count_outputs(model.original_graph)))
+
+
+def batch_axes(model: DynamicModel, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """The leading symbolic axes of inputs of a model, or of values that its graphs hand on, which all have a batch."""
+    once = {spec.name for spec in model.spec.input_specs if not spec.batched}
+    return [() if name in once else ("batch",) for name in names]
 
 
 def state_output(name: str) -> str:

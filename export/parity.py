@@ -119,7 +119,8 @@ def check_isolation(model: DynamicModel, inputs: dict[str, Any]) -> Check:
     loud = {name: torch.cat([value[:-1], torch.full_like(value[-1:], LOUD)]) for name, value in live.items()}
     loud_state = state and TorchState({n: with_loud_sample(t) for n, t in state.tensors.items()})
     before = model.denoise(inputs, live, plan, state)[0][:-1]
-    shouted = {name: drown_last(value) for name, value in inputs.items()}
+    batched = batched_inputs(model)
+    shouted = {name: drown_last(value) if name in batched else value for name, value in inputs.items()}
     louder, _ = model.route(shouted)
     router = relative_error(louder[:-1], torch.from_numpy(scores[:-1]))
     after = model.denoise(shouted, loud, plan, loud_state)[0][:-1]
@@ -132,9 +133,14 @@ def with_loud_sample(state: Tensor) -> Tensor:
     return torch.cat([state[:, :-1], torch.full_like(state[:, -1:], LOUD)], dim=1)
 
 
+def batched_inputs(model: DynamicModel) -> set[str]:
+    """Names of the inputs that have a value for every sample."""
+    return {spec.name for spec in model.spec.input_specs if spec.batched}
+
+
 def drown_last(value: Any) -> Any:
     """An input with the last sample's floats replaced by a loud value."""
-    if not isinstance(value, Tensor) or not value.ndim or not value.is_floating_point():
+    if not value.is_floating_point():
         return value
     return torch.cat([value[:-1], torch.full_like(value[-1:], LOUD)])
 
@@ -149,9 +155,9 @@ def check_batch_invariance(model: DynamicModel, inputs: dict[str, Any]) -> Check
         state and TorchState({n: t[:, i : i + 1] for n, t in state.tensors.items()}) for i in range(len(scores))
     ]
     together = model.denoise(inputs, live, plan, state)[0]
-    errors = []
+    errors, batched = [], batched_inputs(model)
     for i, own_state in enumerate(alone_states):
-        alone = {n: v[i : i + 1] if isinstance(v, Tensor) and v.ndim else v for n, v in inputs.items()}
+        alone = {n: v[i : i + 1] if n in batched else v for n, v in inputs.items()}
         own = plan_second(model, plan.keep[i : i + 1])
         single = model.denoise(alone, {n: v[i : i + 1] for n, v in live.items()}, own, own_state)[0]
         errors.append(relative_error(single[0], together[i]))

@@ -61,6 +61,8 @@ def capture(
     try:
         with torch.no_grad():
             exported = torch.export.export(module, tuple(args), kwargs, dynamic_shapes=shapes, strict=False)
+            if any(writes_in_place(node) for node in exported.graph.nodes):
+                exported = exported.run_decompositions({})  # the same ops, out of place
     except Exception as error:  # torch.export raises many unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(f"torch.export cannot capture {type(module).__name__}: {reason}") from error
@@ -80,6 +82,11 @@ def capture(
         options=options or Options(),
         example=tuple(pytree.tree_leaves((tuple(args), kwargs))),
     )
+
+
+def writes_in_place(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
 
 
 def has_batch_axis(node: torch.fx.Node) -> bool:

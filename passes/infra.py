@@ -61,6 +61,7 @@ class TokenStream:
     width: int
     cuts: list[Node]
     boundaries: list[Node]  # residual stream before block 0, after block 0, ..., after the last block
+    contexts: dict[Node, tuple[Node, ...]] = field(default_factory=dict)  # tokens beside the grid at each cut
 
     @property
     def tokens(self) -> int:
@@ -96,6 +97,7 @@ class Program:
     inputs: tuple[str, ...] = ()  # the original's flat inputs, in call order
     image: str = ""  # the one that patchify reads
     timestep: str | None = None  # the one that holds the timestep, where it is known
+    grid: tuple[int, int] | None = None  # given by the user, for models in which it cannot be seen
 
     @property
     def graph(self) -> torch.fx.Graph:

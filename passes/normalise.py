@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -24,7 +26,7 @@ class Normalise(Pass):
 
     1. Input guards and metadata assertions go.
     2. Dropout that is off, copies, casts to the type a tensor already has and squeezes of an axis longer than one are
-       replaced by their input.
+       replaced by their input, a copy over another value by what is copied.
     3. `view` becomes `reshape` (a removed copy may have been what made the view legal).
     4. Nodes that nothing uses go.
     """
@@ -41,6 +43,9 @@ class Normalise(Pass):
                 program.graph.erase_node(node)
             elif node.target in VIEWS:
                 node.target = aten.reshape.default
+            elif node.target is aten.copy.default and is_like(node, node.args[1]):
+                node.replace_all_uses_with(node.args[1])
+                program.graph.erase_node(node)
             elif is_identity(node):
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 program.graph.erase_node(node)
@@ -60,6 +65,14 @@ class Normalise(Pass):
                 raise UnsupportedModelError(
                     f"in-place op {where(node)} cannot be rewritten; use its out-of-place form in the model"
                 )
+
+
+def is_like(node: Node, other: Any) -> bool:
+    """Whether a node's value has the shape and type of another's."""
+    one, two = node.meta.get("val"), isinstance(other, Node) and other.meta.get("val")
+    if not isinstance(one, Tensor) or not isinstance(two, Tensor):
+        return False
+    return str(one.shape) == str(two.shape) and one.dtype == two.dtype
 
 
 def is_identity(node: Node) -> bool:

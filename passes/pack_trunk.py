@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,10 +33,11 @@ class PackTrunk(Pass):
 
     def call(self, program: Program) -> PassResult:
         start, end = program.found_trunk()
-        nodes = trunk_nodes(program, start, end)
+        contexts = program.found_stream().contexts.get(end, ())
+        nodes = trunk_nodes(program, start, (end, *contexts))
         packer = self.prepare(program)
-        users = [user for user in end.users if user not in nodes]
-        with program.graph.inserting_after(end):
+        users = {value: [user for user in value.users if user not in nodes] for value in (end, *contexts)}
+        with program.graph.inserting_after(nodes[-1]):
             marker = program.graph.call_function(aten.alias.default, (end,))  # new nodes go before it
         with program.graph.inserting_before(marker):
             packed = self.enter(packer, start)
@@ -45,8 +47,9 @@ class PackTrunk(Pass):
             update = packer.emit(aten.sub.Tensor, packer.get(end, "packed").node, packed)
             result = self.leave(packer, start, update)
         program.graph.erase_node(marker)
-        for user in users:
-            user.replace_input_with(end, result)
+        for value, outside in users.items():
+            for user in outside:
+                user.replace_input_with(value, result if value is end else packer.outside(value))
         remove_dead_code(program.graph)
         drop_unused_inputs(program)
         program.trunk = (start, result)
@@ -79,10 +82,10 @@ class PackTrunk(Pass):
                 raise CheckFailedError(f"{where(node)} is still in the graph but unused; this is a bug of dcconvert")
 
 
-def trunk_nodes(program: Program, start: Node, end: Node) -> list[Node]:
-    """Nodes on a path from `start` to `end`, in graph order, `start` left out."""
-    after = dependents(program, start)
-    needed, found = {end}, []
+def trunk_nodes(program: Program, start: Node, ends: Sequence[Node]) -> list[Node]:
+    """Nodes on a path from `start` to one of `ends`, in graph order, `start` left out."""
+    after = dependents(program, [start])
+    needed, found = set(ends), []
     for node in reversed(after):
         if node in needed and node is not start:
             found.append(node)

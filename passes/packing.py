@@ -8,6 +8,10 @@ grid the sizes are R and S. Ops are written in the packed layout. Ops that only
 move data exist in whichever layout they are asked for, so attention pulls its operands' reshapes and
 permutes into the grid and the two gathers land where a value is smallest: at the output of the linear
 layer before attention and at the input of the one after it.
+
+Where other tokens take part in attention (text in joint attention, always computed), a value of theirs alone stays what
+it was, [B, X, ...], and one that holds both is kept in two parts: its grid tokens, laid out as above, and its context.
+Every op on it is written twice, once for each part.
 """
 
 from __future__ import annotations
@@ -19,15 +23,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from dcconvert.passes import ops  # noqa: F401  (registers torch.ops.dcconvert)
 from dcconvert.passes.errors import UnsupportedModelError
 from dcconvert.passes.infra import Program, where
+from dcconvert.passes.joint import Joint, joins, positional, takes_apart
 from dcconvert.passes.token_stream import same
 
 aten = torch.ops.aten
 
-Layout = Literal["packed", "grid"]
+Layout = Literal["packed", "grid", "context"]
 
 
 @dataclass(frozen=True)
@@ -78,20 +84,62 @@ class Packer:
         self.attentions = 0
         self._laid: dict[tuple[Node, Layout], Laid] = {}
         self._native: dict[Node, Layout] = {}
-        self._expanded: dict[Node, Node] = {}
+        self._expanded: dict[tuple[Any, ...], Node] = {}
         self._groups: dict[Layout, Node] = {}
+        self._outside: dict[Node, Node] = {}  # values of context alone
+        self._joint: dict[Node, Joint] = {}
 
     def start(self, node: Node, packed: Node) -> None:
         """Declare the trunk's input and its packed form."""
+        self.entry = node
         self._store(node, Laid(packed, 0, 1))
 
     def visit(self, node: Node) -> None:
         """Rewrite one trunk node, all of whose trunk inputs were visited before."""
+        if not any(source in self._native for source in node.all_input_nodes):
+            self.keep_outside(node, self.copied(node))
+            return
+        joint = next((self._joint[n] for n in node.all_input_nodes if n in self._joint), None)
+        if joins(self, node) or (joint and takes_apart(self, node, joint)):
+            return
         rule = self.rules(node)
         layout: Layout = "packed"
         if rule.moves_only:
             layout = self._native[self.trunk_input(node)]
+        if joint:
+            self._joint[node] = joint
         self._store(node, rule.apply(self, node, layout))
+        if joint and (node, "context") not in self._laid:
+            self.store_context(node, rule.apply(self, node, "context"))
+
+    def copied(self, node: Node) -> Node:
+        """A node of context alone, written again on what its inputs became."""
+        args, kwargs = map_arg((node.args, node.kwargs), self.outside)
+        return self.again(node, *args, **kwargs)
+
+    def outside(self, value: Node) -> Node:
+        """What a value without grid tokens became; itself if the trunk does not change it."""
+        return self._outside.get(value, value)
+
+    def keep_outside(self, node: Node, value: Node) -> None:
+        self._outside[node] = value
+
+    def joint(self, value: Any) -> Joint | None:
+        """Where grid tokens and others are in a value that holds both."""
+        return self._joint.get(value) if isinstance(value, Node) else None
+
+    def store_joint(self, node: Node, joint: Joint, laid: Laid, context: Node) -> None:
+        """Declare a value that holds grid tokens and others on the same axis."""
+        self._joint[node] = joint
+        self._store(node, laid)
+        self.store_context(node, replace(laid, node=context))
+
+    def store_context(self, node: Node, laid: Laid) -> None:
+        self._laid[node, "context"] = replace(laid, layout="context")
+
+    def store(self, node: Node, laid: Laid) -> None:
+        """Declare what a node of grid tokens alone became."""
+        self._store(node, laid)
 
     def _store(self, node: Node, laid: Laid) -> None:
         self._native[node] = laid.layout
@@ -110,14 +158,18 @@ class Packer:
         if known is not None:
             return known
         rule = None if layout == "packed" or node not in self._native else self._movable_rule(node)
-        laid = rule.apply(self, node, layout) if rule else self._convert(self._laid[node, self._native[node]], layout)
+        laid = rule.apply(self, node, layout) if rule else self._convert(self.native(node), layout)
         self._laid[node, layout] = laid
         return laid
+
+    def native(self, node: Node) -> Laid:
+        """A visited node's value as it was written."""
+        return self._laid[node, self._native[node]]
 
     def moved(self, node: Node, layout: Layout) -> Laid:
         """A visited node's value as it was written, moved to the layout asked for."""
         if (node, layout) not in self._laid:
-            self._laid[node, layout] = self._convert(self._laid[node, self._native[node]], layout)
+            self._laid[node, layout] = self._convert(self.native(node), layout)
         return self._laid[node, layout]
 
     def _movable_rule(self, node: Node) -> Rule | None:
@@ -147,12 +199,14 @@ class Packer:
         rank = laid.node.meta["val"].ndim
         return [laid.batch, laid.token, *(a for a in range(rank) if a not in (laid.batch, laid.token))]
 
-    def outside_operand(self, value: Node, laid: Laid, node: Node) -> Node:
-        """An operand of a pointwise op that was computed outside the trunk, made to fit packed tokens.
+    def outside_operand(self, value: Node, laid: Laid, node: Node) -> Any:
+        """An operand of a pointwise op that was computed outside the trunk, made to fit packed tokens or a context.
 
         Constants that do not vary with position pass; a per-sample value is gathered once a tile and left to
-        broadcast over the tile's tokens. UnsupportedModelError for a value that varies with the token's position.
+        broadcast over the tile's tokens; of one that varies with position (rotary embeddings) each packed token gets
+        the part of its place. UnsupportedModelError if its token axis is no axis of positions.
         """
+        value = self.outside(value)
         tensor = value.meta.get("val")
         if not isinstance(tensor, Tensor):
             return value
@@ -160,17 +214,26 @@ class Packer:
         sizes = {axis: tensor.shape[axis - offset] for axis in (laid.batch, laid.token) if axis >= offset}
         per_sample = laid.batch in sizes and same(sizes[laid.batch], self.program.batch)
         if sizes.get(laid.token, 1) != 1:
-            raise UnsupportedModelError(
-                f"{where(node)} adds a value of shape {tuple(tensor.shape)} that varies with the token's position "
-                "inside the trunk; only position terms before the first block are supported "
-                "(--head-blocks moves the trunk)"
-            )
-        if not per_sample:
+            return positional(self, value, laid, node)
+        if not per_sample or laid.layout == "context":
             return value
-        if value not in self._expanded:
-            index = (laid.batch - offset, self.plan_input("sample_ids"))
-            self._expanded[value] = self.emit(aten.index_select.default, value, *index)
-        return self._expanded[value]
+        key = (value, laid.batch - offset)
+        if key not in self._expanded:
+            self._expanded[key] = self.emit(aten.index_select.default, value, key[1], self.plan_input("sample_ids"))
+        return self._expanded[key]
+
+    def remembered(self, key: tuple[Any, ...], make: Callable[[], Node]) -> Node:
+        """A node that several places need, made when it is first asked for."""
+        if key not in self._expanded:
+            self._expanded[key] = make()
+        return self._expanded[key]
+
+    def token_index(self) -> Node:
+        """Flat b*N+n of every packed token [G, L]; of a chunk, the one it was made around."""
+        if self.carry is not None:
+            return self.plan_input("token_index")
+        chunks = self.plan_input("chunk_index")
+        return self.remembered(("token_index",), lambda: self.emit(aten.select.int, chunks, 2, 0))
 
     def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         return self.program.emit(target, args, kwargs)
@@ -185,43 +248,12 @@ class Packer:
         return self.program.plan_inputs[name]
 
     def groups(self, layout: Layout) -> Node:
-        """The size of the batch axis in a layout, as a node: tiles G or attention rows R."""
+        """The size of the batch axis in a layout, as a node: tiles G, attention rows R or samples B."""
         if layout not in self._groups:
-            index = self.plan_input("grid_index" if layout == "grid" else "packed_index")
+            sized = {"grid": "grid_index", "packed": "packed_index"}
+            index = self.plan_input(sized[layout]) if layout in sized else self.entry
             self._groups[layout] = self.emit(aten.sym_size.int, index, 0)
         return self._groups[layout]
 
     def refuse(self, node: Node, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{where(node)}: {reason}")
-
-
-def operand(node: Node, position: int = 0) -> Node:
-    """The argument at `position`, computed by another node; UnsupportedModelError for a constant."""
-    value = node.args[position]
-    if not isinstance(value, Node):
-        raise unexpected(node, position, "a tensor")
-    return value
-
-
-def integer(node: Node, position: int, default: int | None = None) -> int:
-    """The argument at `position`, a plain integer, or `default` where it is left out; else UnsupportedModelError."""
-    value = node.args[position] if position < len(node.args) else default
-    if not isinstance(value, int):
-        raise unexpected(node, position, "a plain integer")
-    return value
-
-
-def integers(node: Node, position: int) -> list[int]:
-    """The argument at `position`, a list of plain integers; else UnsupportedModelError."""
-    value = node.args[position]
-    if not isinstance(value, list | tuple):
-        raise unexpected(node, position, "a list of plain integers")
-    found = [item for item in value if isinstance(item, int)]
-    if len(found) < len(value):
-        raise unexpected(node, position, "a list of plain integers")
-    return found
-
-
-def unexpected(node: Node, position: int, wanted: str) -> UnsupportedModelError:
-    found = node.args[position] if position < len(node.args) else "nothing"
-    return UnsupportedModelError(f"{where(node)}: argument {position} is {found}, where the rule needs {wanted}")

@@ -51,6 +51,7 @@ def captured(
     kwargs: Mapping[str, Any] | None,
     options: Options,
     timestep: str | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> Program:
     """Capture `module` on the example inputs, ready for the pipeline of the mode; errors as `rewrite`."""
     if options.mode not in PIPELINES:
@@ -58,6 +59,7 @@ def captured(
     if options.mode == "chunk" and options.state_dtype != "model":
         raise UsageError("mode chunk has no state whose precision could be chosen: leave --state out")
     program = capture(module, args, kwargs, options)
+    program.grid = grid
     find_inputs(program, timestep)
     return program
 
@@ -71,15 +73,17 @@ def rewrite(
     *,
     timestep: str | None = None,
     timestep_scale: float = 1000.0,
+    grid: tuple[int, int] | None = None,
     dump: Path | None = None,
 ) -> DynamicModel:
     """Capture `module` on the example inputs and run the pipeline.
 
     `timestep` names the input that holds the timestep (guessed from TIMESTEP_NAMES when None) and
-    `timestep_scale` is its value at pure noise. `dump`: folder for the graph after each pass. Raises the
-    errors of `capture` and of the passes; the module is put in eval mode and not changed otherwise.
+    `timestep_scale` is its value at pure noise. `grid`: (H, W) of the tokens, where it cannot be seen. `dump`:
+    folder for the graph after each pass. Raises the errors of `capture` and of the passes; the module is put in
+    eval mode and not changed otherwise.
     """
-    program = captured(module, args, kwargs, options, timestep)
+    program = captured(module, args, kwargs, options, timestep, grid)
     original = copy_graph(program)
     records = run_passes(program, PIPELINES[options.mode], dump, NumericGate(program))
     Normalise().call(replace(program, graph_module=original))

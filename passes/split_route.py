@@ -35,7 +35,7 @@ class SplitRoute(Pass):
 
     def call(self, program: Program) -> PassResult:
         scores, (start, _) = program.found_scores(), program.found_trunk()
-        early = ancestors([scores, start])
+        early = ancestors([scores, start, *program.found_stream().contexts.get(start, ())])
         early |= {n for n in program.graph.nodes if n.target is operator.getitem and n.args[0] in early}
         values = [n for n in program.graph.nodes if n in early and n is not scores and crosses(program, n, early)]
         values.sort(key=lambda n: n is not start)

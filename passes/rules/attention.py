@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -23,19 +24,68 @@ def attention(packer: Packer, node: Node, layout: Layout) -> Laid:
     given: dict[str, Any] = dict(zip(ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
     if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
         raise packer.refuse(node, "attention with dropout, a causal mask or grouped queries has no rule")
+    if any(packer.joint(given[name]) for name in ARGUMENTS[:3]):
+        return joint_attention(packer, node, given)
     tokenwise = [packer.in_trunk(given[name]) for name in ("key", "value")]
     layout = "packed" if packer.packing == "varlen" and all(tokenwise) else "grid"
     # What is carried is taken where it was computed: then only the queries move to the rows, not all three.
     q = packer.moved(given["query"], "grid") if packer.carry else packer.get(given["query"], layout)
     if (q.batch, q.token, q.node.meta["val"].ndim) != (0, 2, 4):
         raise packer.refuse(node, "queries must be laid out [B, H, N, d]")
-    scale = given.get("scale") or 1 / math.sqrt(int(given["query"].meta["val"].shape[-1]))
+    scale = scale_of(given)
     packer.attentions += 1
     if all(tokenwise):
         return self_attention(packer, node, given, q, scale)
     if any(tokenwise):
         raise packer.refuse(node, "keys and values must both come from the tokens or both from outside")
     return cross_attention(packer, node, given, q, scale)
+
+
+def scale_of(given: dict[str, Any]) -> float:
+    return float(given.get("scale") or 1 / math.sqrt(int(given["query"].meta["val"].shape[-1])))
+
+
+def joint_attention(packer: Packer, node: Node, given: dict[str, Any]) -> Laid:
+    """Tokens of the grid and others of the same sample among themselves; the others come first in a row."""
+    joint = packer.joint(given["query"])
+    if joint is None or any(packer.joint(given[name]) != joint for name in ("key", "value")):
+        raise packer.refuse(node, "queries, keys and values must hold the same tokens beside the grid in one order")
+    if given.get("attn_mask") is not None:
+        raise packer.refuse(node, "joint attention with a mask has no rule")
+    if packer.packing == "bins":
+        raise UsageError("this model has joint attention, which needs one sample a row: use --packing rows")
+    q = packer.moved(given["query"], "grid") if packer.carry else packer.get(given["query"], "grid")
+    carried = packer.carry and [packed_heads(packer, node, given[name], q) for name in ("key", "value")]
+    layouts = [q] if packer.carry else [packer.get(given[name], "grid") for name in ARGUMENTS[:3]]
+    if any((x.batch, x.token, x.node.meta["val"].ndim) != (0, 2, 4) for x in layouts):
+        raise packer.refuse(node, "queries, keys and values must be laid out [B, H, N, d]")
+    grids = [x.node for x in layouts]
+    if packer.carry and carried:
+        grids += [
+            packer.carry(f"{name}_{packer.attentions}", packed)
+            for name, packed in zip(("key", "value"), carried, strict=True)
+        ]
+    packer.attentions += 1
+    contexts = [packer.get(given[name], "context").node for name in ARGUMENTS[:3]]
+    rows = [packer.emit(aten.cat.default, pair, 2) for pair in zip(contexts, grids, strict=True)]
+    if packer.carry:
+        out = packer.emit(aten.scaled_dot_product_attention.default, *rows, None, scale=scale_of(given))
+    else:
+        lengths = packer.plan_input("row_lengths")
+        longer = packer.remembered(
+            ("lengths", joint.context), lambda: packer.emit(aten.add.Tensor, lengths, joint.context)
+        )
+        out = packer.emit(torch.ops.dcconvert.row_attention.default, *rows, longer, scale_of(given))
+    packer.store_context(node, q.at(packer.emit(aten.slice.Tensor, out, 2, 0, joint.context)))
+    return q.at(packer.emit(aten.slice.Tensor, out, 2, joint.context, sys.maxsize))
+
+
+def packed_heads(packer: Packer, node: Node, value: Node, q: Laid) -> Node:
+    """Keys or values of the packed tokens, with the axes of the queries."""
+    packed = packer.get(value, "packed")
+    if (packed.batch, packed.token) != (q.batch, q.token):
+        raise packer.refuse(node, "keys and values must be laid out [B, H, N, d]")
+    return packed.node
 
 
 def self_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:
@@ -69,10 +119,8 @@ def carried_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid
     assert packer.carry is not None
     everywhere = []
     for name in ("key", "value"):
-        packed = packer.get(given[name], "packed")
-        if (packed.batch, packed.token) != (q.batch, q.token):
-            raise packer.refuse(node, "keys and values must be laid out [B, H, N, d]")
-        everywhere.append(packer.carry(f"{name}_{packer.attentions - 1}", packed.node))
+        packed = packed_heads(packer, node, given[name], q)
+        everywhere.append(packer.carry(f"{name}_{packer.attentions - 1}", packed))
     operands = (q.node, *everywhere, None)
     return q.at(packer.emit(aten.scaled_dot_product_attention.default, *operands, scale=scale))
 
@@ -84,5 +132,6 @@ def cross_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, 
     mask = given.get("attn_mask")
     if isinstance(mask, Node) and mask.meta["val"].ndim > 1 and mask.meta["val"].shape[-2] != 1:
         raise packer.refuse(node, "its mask varies with the token's position")
-    operands = (q.node, given["key"], given["value"], mask)
+    key, value = (packer.outside(given[name]) for name in ("key", "value"))
+    operands = (q.node, key, value, mask)
     return q.at(packer.emit(aten.scaled_dot_product_attention.default, *operands, scale=scale))

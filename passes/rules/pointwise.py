@@ -14,8 +14,8 @@ from dcconvert.passes.rules import rule
 
 @rule(*CASTS)  # elementwise, but without the tag
 def pointwise(packer: Packer, node: Node, layout: Layout) -> Laid:
-    """Token operands packed, per-sample operands gathered per token, constants as they are."""
-    first = packer.get(packer.trunk_input(node), "packed")
+    """Token operands packed, per-sample and positional operands gathered per token, constants as they are."""
+    first = packer.get(packer.trunk_input(node), layout)
     rank = node.meta["val"].ndim
     shift = rank - first.node.meta["val"].ndim  # broadcasting may add leading axes
     if shift:
@@ -24,7 +24,7 @@ def pointwise(packer: Packer, node: Node, layout: Layout) -> Laid:
     def operand(value: Node) -> Any:
         if not packer.in_trunk(value):
             return packer.outside_operand(value, first, node)
-        laid = packer.get(value, "packed")
+        laid = packer.get(value, layout)
         if (laid.batch, laid.token) != (first.batch, first.token):
             raise packer.refuse(node, "its operands carry batch and token on different axes")
         return laid.node

@@ -8,7 +8,8 @@ import operator
 import torch
 from torch.fx import Node
 
-from dcconvert.passes.packing import Laid, Layout, Packer, integer, integers, operand
+from dcconvert.passes.arguments import integer, integers, operand
+from dcconvert.passes.packing import Laid, Layout, Packer
 from dcconvert.passes.rules import rule
 
 aten = torch.ops.aten

@@ -242,11 +242,14 @@ def run_packed(program: Program, plan: Plan, h: Tensor, *outside: Tensor) -> Ten
     return result
 
 
-def by_hand(body: Callable[..., Tensor], plan: Plan, h: Tensor, *outside: Tensor) -> Tensor:
+def by_hand(
+    body: Callable[..., Tensor], plan: Plan, h: Tensor, *outside: Tensor, token_axis: int | None = None
+) -> Tensor:
     """The definition of a packed trunk: every sample alone, on its kept tokens, in loops.
 
     A kept token enters as the weighted mean of its members; every position leaves with its own value plus
-    the weighted updates of its fill neighbours.
+    the weighted updates of its fill neighbours. `token_axis`: that of the first value from outside, of which every
+    kept token gets the part of its place.
     """
     plain = plan_tensors(plan, h.dtype)
     members, weights = plain["chunk_index"].flatten(0, -2), plain["chunk_weight"].flatten(0, -2)
@@ -256,7 +259,10 @@ def by_hand(body: Callable[..., Tensor], plan: Plan, h: Tensor, *outside: Tensor
         kept = [int(plan.fill_index[b, n, 0]) for n in np.flatnonzero(plan.keep[b])]
         rows = [(weights[p].unsqueeze(1) * flat[members[p]]).sum(0) for p in kept]
         u = torch.stack(rows).unsqueeze(0)
-        v = body(u, *(o[b : b + 1] if o.ndim and o.shape[0] == len(h) else o for o in outside))
+        own = [o[b : b + 1] if o.ndim and o.shape[0] == len(h) else o for o in outside]
+        if token_axis is not None:
+            own[0] = own[0].index_select(token_axis, torch.from_numpy(np.flatnonzero(plan.keep[b])))
+        v = body(u, *own)
         updates.update(zip(kept, (v - u)[0], strict=True))
     result = h.clone()
     for b, n in np.ndindex(*plan.keep.shape):
@@ -266,8 +272,14 @@ def by_hand(body: Callable[..., Tensor], plan: Plan, h: Tensor, *outside: Tensor
     return result
 
 
-def check_trunk(body: Callable[..., Tensor], *outside: Tensor, packing: str = "rows", width: int = WIDTH) -> Program:
-    """Pack `body`; everything kept it must equal the original, and dropping tokens the definition.
+def check_trunk(
+    body: Callable[..., Tensor],
+    *outside: Tensor,
+    packing: str = "rows",
+    width: int = WIDTH,
+    token_axis: int | None = None,
+) -> Program:
+    """Pack `body`; everything kept it must equal the original, and dropping tokens the definition (`by_hand`).
 
     Even counts, mixed counts and a bucket with room to spare are tried. Returns the packed program.
     """
@@ -280,7 +292,9 @@ def check_trunk(body: Callable[..., Tensor], *outside: Tensor, packing: str = "r
         for bucket in (None, larger(planner, keep)):
             plan = planner.plan(keep, bucket)
             found = run_packed(program, plan, h, *outside)
-            torch.testing.assert_close(found, by_hand(body, plan, h, *outside), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                found, by_hand(body, plan, h, *outside, token_axis=token_axis), atol=1e-5, rtol=1e-5
+            )
     return program
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcconvert.passes.errors import CheckFailedError, UnsupportedModelError
+from dcconvert.passes.errors import CheckFailedError
 from dcconvert.passes.infra import PassResult, Program, run_passes
 from dcconvert.passes.pack_trunk import PackTrunk
 from dcconvert.passes.plan import PLAN_ARRAYS, Planner
@@ -114,7 +114,7 @@ def test_dropping_changes_the_trunk_only_where_it_should():
     assert (a[~mask] - b[~mask]).abs().min() > 0
 
 
-def test_positions_added_inside_the_trunk_are_refused():
+def test_positions_added_inside_the_trunk_follow_the_tokens():
     class Positioned(Block):
         def __init__(self) -> None:
             super().__init__()
@@ -123,8 +123,8 @@ def test_positions_added_inside_the_trunk_are_refused():
         def forward(self, x: Tensor, c: Tensor) -> Tensor:
             return super().forward(x + self.positions, c)
 
-    with pytest.raises(UnsupportedModelError, match=r"aten\.add\.Tensor in blocks\.1 .*the token's position"):
-        packed(TinyModel(Positioned() for _ in range(3)))
+    program = packed(TinyModel(Positioned() for _ in range(3)))
+    assert count(program.graph_module, ops.regroup.default) == 3  # to rows and back, and the positions
 
 
 def test_a_result_of_another_shape_is_caught():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.families import FAMILIES, made
 from dcconvert.passes.capture import capture
 from dcconvert.passes.errors import CheckFailedError, UnsupportedModelError, UsageError
 from dcconvert.passes.infra import Options, Program, module_path, run_passes
@@ -91,6 +92,42 @@ def test_diffusers_models(make):
     assert (stream.grid, stream.width, stream.depth) == ((4, 4), 32, 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "depth", "beside"), [("sd3", 4, 7), ("sd35", 3, 7), ("flux", 6, 7), ("auraflow", 4, 15), ("wan", 4, 0)]
+)
+def test_blocks_of_models_with_other_tokens(name, depth, beside):
+    """First blocks, where text enters, and last ones, which it leaves, count; so do double and single streams."""
+    program = capture(*made(FAMILIES[name]))
+    run_passes(program, (Normalise(), FindTokenStream()))
+    stream = program.found_stream()
+    assert (stream.depth, stream.width) == (depth, 32)
+    assert stream.contexts[stream.boundaries[0]] == ()
+    for boundary in stream.boundaries[1:-1]:
+        assert sum(int(node.meta["val"].shape[1]) for node in stream.contexts[boundary]) == beside
+
+
+def test_video_lies_frame_below_frame():
+    program = capture(*made(FAMILIES["wan"]))
+    run_passes(program, (Normalise(), FindTokenStream()))
+    assert program.found_stream().grid == (3 * 4, 4)
+
+
+def test_the_grid_of_a_linear_patchify_may_be_given():
+    program = capture(*made(FAMILIES["flux"]))
+    program.grid = (2, 8)
+    run_passes(program, (Normalise(), FindTokenStream()))
+    assert program.found_stream().grid == (2, 8)
+    program.grid = (3, 5)
+    with pytest.raises(UsageError, match="the grid 3x5 does not have the 16 tokens"):
+        run_passes(program, (FindTokenStream(),))
+
+
+def test_long_skips_are_named():
+    program = capture(*made(FAMILIES["hunyuan-dit"]))
+    with pytest.raises(UnsupportedModelError, match=r"longest alive is .* in blocks\.0 .*, until .* in blocks\.3"):
+        run_passes(program, (Normalise(), FindTokenStream()))
+
+
 def test_a_value_that_stays_alive_leaves_no_cut():
     class LongSkip(TinyModel):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -103,7 +140,7 @@ def test_a_value_that_stays_alive_leaves_no_cut():
     program = program_of(LongSkip(Block() for _ in range(3)))
     patchify = next(node for node in program.graph.nodes if node.target is aten.conv2d.default)
     cuts = find_cuts(program, patchify, TOKENS)
-    assert [str(node.target) for node in cuts] == [
+    assert [str(cut.node.target) for cut in cuts] == [
         "aten.transpose.int",  # patches
         "aten.add.Tensor",  # with positions: kept to the end, so that nothing after it is alive alone
         "aten.add.Tensor",  # where the skip ends

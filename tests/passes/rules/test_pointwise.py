@@ -71,10 +71,23 @@ def test_cast_to_another_type_and_back():
     check_trunk(lambda h: (h.double() * 2).float())
 
 
-@pytest.mark.parametrize("shape", [(1, TOKENS, WIDTH), (TOKENS, WIDTH), (TOKENS, 1), (BATCH, TOKENS, WIDTH)])
-def test_operand_that_varies_with_position_is_refused(shape):
-    with pytest.raises(UnsupportedModelError, match=r"aten\.add\.Tensor .*varies with the token's position"):
-        pack(lambda h, p: h + p, H, torch.randn(shape))
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((1, TOKENS, WIDTH), 1), ((TOKENS, WIDTH), 0), ((TOKENS, 1), 0), ((BATCH, TOKENS, WIDTH), 1)]
+)
+def test_operand_that_varies_with_position_follows_the_tokens(shape, axis):
+    check_trunk(lambda h, p: torch.sin(h) * p + p, torch.randn(shape), token_axis=axis)
+
+
+def test_operand_that_varies_with_position_follows_heads():
+    """Rotary embeddings: [N, d] against [B, H, N, d]."""
+
+    def body(h: Tensor, angle: Tensor) -> Tensor:
+        x = h.unflatten(2, (3, 4)).transpose(1, 2)
+        even, odd = x.unflatten(3, (2, 2)).unbind(-1)
+        turned = x * angle.cos() + torch.stack([-odd, even], -1).flatten(3) * angle.sin()
+        return turned.transpose(1, 2).flatten(2)
+
+    check_trunk(body, torch.randn(TOKENS, 4), token_axis=0)
 
 
 def test_operands_on_different_axes_are_refused():

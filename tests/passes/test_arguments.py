@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.fx import Graph, Node
 
+from dcconvert.passes.arguments import integer, integers, nodes, operand
 from dcconvert.passes.errors import UnsupportedModelError
-from dcconvert.passes.packing import integer, integers, operand
 
 
 @pytest.fixture
@@ -46,3 +46,14 @@ def test_integers(permute, select):
     permute.args = (permute.args[0], [1, permute.args[0]])
     with pytest.raises(UnsupportedModelError, match=r"argument 1 is \[1, x\]"):
         integers(permute, 1)
+
+
+def test_nodes():
+    graph = Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    cat = graph.call_function(torch.ops.aten.cat.default, ([x, y], 1))
+    assert nodes(cat, 0) == [x, y]
+    cat.args = ([x, 2], 1)
+    for position in (0, 1):
+        with pytest.raises(UnsupportedModelError, match="needs a list of tensors"):
+            nodes(cat, position)

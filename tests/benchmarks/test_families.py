@@ -1,0 +1,55 @@
+"""Every family is converted, exported and run on ONNX Runtime in both modes, or refused for a reason."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+
+from benchmarks import families
+from benchmarks.families import BATCH, FAMILIES, checks, converted, measured
+from dcconvert.export.parity import check_identity, check_isolation
+from dcconvert.passes.pipeline import MODES
+
+REFUSED = {
+    "latte": "torch.export cannot capture LatteTransformer3DModel",
+    "hunyuan-dit": "no repeating transformer blocks found",
+    "sana": r"no packing rule for aten\.pad\.default",
+    "qwen-image": r"no packing rule for aten\.view_as_complex\.default",
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in REFUSED])
+def test_keeping_everything_gives_the_original(name, mode):
+    model = converted(FAMILIES[name], mode)
+    inputs = model.spec.example(BATCH)
+    assert check_identity(model, inputs).value < 1e-6
+    assert check_isolation(model, inputs).passed
+
+
+@pytest.mark.parametrize(("name", "mode"), [("sd35", "carry"), ("flux", "carry"), ("flux", "chunk"), ("wan", "chunk")])
+def test_onnx_runtime_agrees(name, mode):
+    """The script does the same for all of them."""
+    assert checks(converted(FAMILIES[name], mode))["failed"] == []
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_family_that_is_not_supported_says_why(name):
+    row = measured(name, FAMILIES[name], "carry")
+    assert re.search(REFUSED[name], row["reason"])
+    assert "\n" not in row["reason"]
+
+
+def test_the_script_writes_a_row_for_each_family_and_mode(tmp_path, monkeypatch, capsys):
+    target = tmp_path / "families.json"
+    monkeypatch.setattr(sys, "argv", ["families", "--only", "sana", "sit", "--output", str(target)])
+    monkeypatch.setattr(families, "checks", lambda model: {"identity": 0.0, "failed": ["denoise"]})
+    families.main()
+    rows = json.loads(target.read_text())["rows"]
+    assert [(row["family"], row["mode"]) for row in rows] == [(f, m) for f in ("sana", "sit") for m in MODES]
+    said = capsys.readouterr().out
+    assert "sana, carry: no packing rule" in said
+    assert "sit, chunk: ['denoise']" in said
