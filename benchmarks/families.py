@@ -81,7 +81,7 @@ def diffusers_dit() -> Call:
     from diffusers import DiTTransformer2DModel
 
     module = DiTTransformer2DModel(
-        **size(num_layers=4, in_channels=4, out_channels=8, sample_size=SIDE, num_embeds_ada_norm=10)
+        **size(num_layers=4, in_channels=4, out_channels=8, sample_size=SIDE, num_embeds_ada_norm=1000)
     )
     return module, (image(),), {"timestep": steps().long(), "class_labels": torch.arange(BATCH), "return_dict": False}
 

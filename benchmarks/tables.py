@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.family_table import family_table
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PAGES = ("README.md", "docs/choices.md", "docs/carry.md", "docs/stress.md", "docs/upcycle.md", "docs/packing.md")
@@ -370,6 +372,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "packing_data_set": packing_data_set,
     "packing_batches": packing_batches,
     "packing_plan": packing_plan,
+    "families": lambda: family_table(read("families_cpu"), markdown) + machine_note(read("families_cpu")),
 }
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from dcconvert.checkpoint import LoadedDiT
 from dcconvert.dit import DiT
+from dcconvert.drop_in import DropIn, is_diffusers
 from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.bundle import FORMAT_VERSION, MANIFEST, ONNX, new_folder, read_bundle, write_json, write_model
 from dcconvert.passes.errors import UsageError
@@ -70,11 +73,63 @@ class Converted(DynamicModel):
         return target
 
 
+@overload
+def convert(module: DiT, ratio: float | str = 4, **options: Any) -> Converted: ...
+
+
+@overload
+def convert(
+    module: nn.Module, ratio: float | str = 4, *, example_inputs: Sequence[Any] | Mapping[str, Any], **options: Any
+) -> Converted: ...
+
+
+@overload
+def convert(module: nn.Module, ratio: float | str = 4, **options: Any) -> Converted | DropIn: ...
+
+
 def convert(
     module: nn.Module,
     ratio: float | str = 4,
     *,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    timestep_scale: float | None = None,
+    **options: Any,
+) -> Converted | DropIn:
+    """Rewrite a diffusion transformer into a dynamic-chunking one with the same call signature.
+
+    Args:
+        module: a `dcconvert.DiT`, a diffusers transformer, or any module that `torch.export` captures, makes tokens of
+            patches and has repeating blocks with attention. It is put in eval mode and shares its weights with the
+            result.
+        ratio: tokens divided by kept tokens, on average over a run: 4, "4x", "2.5x"; 1 keeps everything.
+        example_inputs: one call's inputs, positional (a sequence) or by name (a mapping), with a batch of at
+            least 2. May be left out for a `dcconvert.DiT`, and for a diffusers transformer, which is then converted
+            when its pipeline calls it: `pipe.transformer = dcconvert.convert(pipe.transformer, ratio=4)`.
+        timestep_scale: the timestep at pure noise [1000; of a diffusers transformer what its first call shows].
+        options: those of `convert_call`.
+
+    Raises:
+        UsageError: bad ratio, options or example inputs.
+        UnsupportedModelError: the model holds something no pass or rule supports; the message names it.
+    """
+    if example_inputs is None and is_diffusers(module):
+        inspect.signature(convert_call).bind(module, ratio, example_inputs=(), **options)
+        parse_ratio(ratio)
+        return DropIn(module, partial(convert_call, ratio=ratio, **options), timestep_scale)
+    if example_inputs is None:
+        if not isinstance(module, DiT):
+            raise UsageError(f"example_inputs are needed to capture a {type(module).__name__}: give one call's inputs")
+        example_inputs = dit_inputs(module, EXAMPLE_BATCH)
+    return convert_call(
+        module, ratio, example_inputs=example_inputs, timestep_scale=timestep_scale or 1000.0, **options
+    )
+
+
+def convert_call(
+    module: nn.Module,
+    ratio: float | str = 4,
+    *,
+    example_inputs: Sequence[Any] | Mapping[str, Any],
     schedule: str | None = None,
     steps: int = DEFAULT_STEPS,
     warm_up: int = AUTO,
@@ -83,16 +138,13 @@ def convert(
     options: Options | None = None,
     timestep: str | None = None,
     timestep_scale: float = 1000.0,
+    grid: tuple[int, int] | None = None,
     dump_graphs: Path | None = None,
 ) -> Converted:
-    """Rewrite a diffusion transformer into a dynamic-chunking one with the same call signature.
+    """`convert` on one call's inputs.
 
     Args:
-        module: a `dcconvert.DiT`, or any module that `torch.export` captures, has a patchify convolution and
-            repeating blocks with attention. It is put in eval mode and shares its weights with the result.
-        ratio: tokens divided by kept tokens, on average over a run: 4, "4x", "2.5x"; 1 keeps everything.
-        example_inputs: one call's inputs, positional (a sequence) or by name (a mapping), with a batch of at
-            least 2. May be left out for a `dcconvert.DiT`.
+        module, ratio, example_inputs: as in `convert`.
         schedule: kept fraction over time: constant, rising or falling (toward clean images); None for that of the mode.
         steps: sampling steps of a run, over which the ratio is meant.
         warm_up, refresh: mode carry: how many first steps, and every how many steps after them, compute everything.
@@ -100,16 +152,13 @@ def convert(
         options: mode, head and tail blocks, router, seed.
         timestep: the input that holds the timestep, where its name does not tell.
         timestep_scale: its value at pure noise.
+        grid: (H, W) of the tokens, where it cannot be seen in the model and they are no square.
         dump_graphs: folder that receives the readable graph after each pass.
 
     Raises:
         UsageError: bad ratio, options or example inputs.
         UnsupportedModelError: the model holds something no pass or rule supports; the message names it.
     """
-    if example_inputs is None:
-        if not isinstance(module, DiT):
-            raise UsageError(f"example_inputs are needed to capture a {type(module).__name__}: give one call's inputs")
-        example_inputs = dit_inputs(module, EXAMPLE_BATCH)
     args: Sequence[Any] = () if isinstance(example_inputs, Mapping) else example_inputs
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     options = options or Options()
@@ -128,6 +177,7 @@ def convert(
         spending,
         timestep=timestep,
         timestep_scale=timestep_scale,
+        grid=grid,
         dump=dump_graphs,
     )
     if model.spec.timestep is not None:

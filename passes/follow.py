@@ -29,8 +29,10 @@ class FollowedRun:
     remembered, in noise level, conditioning and content. That is a judgement: a loop that can hold a `Run` should.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, limit: float | None = None) -> None:
+        """`limit`: how far an image may move in any step, relative to its norm, where it is known who calls."""
         self.backend = backend
+        self.limit = limit
         self.run: Run | None = None
         self.last: dict[str, Any] = {}
         self._restarts = 0
@@ -79,7 +81,8 @@ class FollowedRun:
             elif now.shape != before.shape or now.device != before.device:
                 goes_on &= False
             elif spec.name == planner.spec.image:
-                goes_on &= moved(now, before) <= np.minimum(PACE * passed + SLACK, LIMIT)
+                allowed = self.limit or np.minimum(PACE * passed + SLACK, LIMIT)
+                goes_on &= moved(now, before) <= allowed
             elif spec.batched:
                 goes_on &= (now == before).reshape(batch, -1).all(1).cpu().numpy()
             else:

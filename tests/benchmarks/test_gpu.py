@@ -132,6 +132,7 @@ def test_the_table_shows_a_result(tmp_path, monkeypatch, result):
 def test_a_step_of_the_backend_is_the_models(mode):
     dit, (x, t, y), _ = dit_call()
     model = dcconvert.convert(dit, 2, options=Options(mode=mode), steps=3)
+    assert isinstance(model, dcconvert.Converted)
     runs = [backend.start(3) for backend in (model, TorchRuntime(model, "eager"))]
     with torch.no_grad():
         for factor in (1, 0.9, 0.8):
@@ -146,6 +147,7 @@ def test_a_step_of_the_backend_is_the_models(mode):
 def test_captured_and_compiled_steps_on_a_gpu(runtime, mode):
     dit, inputs, _ = dit_call()
     model = dcconvert.convert(dit, 2, options=Options(mode=mode, router="pool"), steps=3)
+    assert isinstance(model, dcconvert.Converted)
     if mode == "carry":
         in_place(model.denoise_graph)
     model.to("cuda")
