@@ -16,6 +16,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from dcconvert.checkpoint import LoadedDiT
 from dcconvert.dit import DiT
@@ -74,7 +75,7 @@ class Converted(DynamicModel):
 
 
 @overload
-def convert(module: DiT, ratio: float | str = 4, **options: Any) -> Converted: ...
+def convert(module: DiT | ExportedProgram, ratio: float | str = 4, **options: Any) -> Converted: ...
 
 
 @overload
@@ -88,7 +89,7 @@ def convert(module: nn.Module, ratio: float | str = 4, **options: Any) -> Conver
 
 
 def convert(
-    module: nn.Module,
+    module: nn.Module | ExportedProgram,
     ratio: float | str = 4,
     *,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
@@ -100,7 +101,7 @@ def convert(
     Args:
         module: a `dcconvert.DiT`, a diffusers transformer, or any module that `torch.export` captures, makes tokens of
             patches and has repeating blocks with attention. It is put in eval mode and shares its weights with the
-            result.
+            result. Or what `torch.export` made of such a module, with a batch of any size.
         ratio: tokens divided by kept tokens, on average over a run: 4, "4x", "2.5x"; 1 keeps everything.
         example_inputs: one call's inputs, positional (a sequence) or by name (a mapping), with a batch of at
             least 2. May be left out for a `dcconvert.DiT`, and for a diffusers transformer, which is then converted
@@ -112,7 +113,10 @@ def convert(
         UsageError: bad ratio, options or example inputs.
         UnsupportedModelError: the model holds something no pass or rule supports; the message names it.
     """
-    if example_inputs is None and is_diffusers(module):
+    if isinstance(module, ExportedProgram):
+        args, kwargs = module.example_inputs or ((), {})
+        example_inputs = kwargs or args
+    elif example_inputs is None and is_diffusers(module):
         inspect.signature(convert_call).bind(module, ratio, example_inputs=(), **options)
         parse_ratio(ratio)
         return DropIn(module, partial(convert_call, ratio=ratio, **options), timestep_scale)
@@ -126,7 +130,7 @@ def convert(
 
 
 def convert_call(
-    module: nn.Module,
+    module: nn.Module | ExportedProgram,
     ratio: float | str = 4,
     *,
     example_inputs: Sequence[Any] | Mapping[str, Any],
@@ -195,7 +199,7 @@ def check_scale(times: Tensor, timestep_scale: float) -> None:
         )
 
 
-def sampling_facts(module: nn.Module, steps: int, solver: str = "euler") -> dict[str, Any]:
+def sampling_facts(module: nn.Module | ExportedProgram, steps: int, solver: str = "euler") -> dict[str, Any]:
     """What a manifest says about sampling: for a DiT that came from a checkpoint, nothing for other modules."""
     if not isinstance(module, LoadedDiT):
         return {}

@@ -72,6 +72,11 @@ def _check_zip(path: Path) -> None:
         raise UsageError(f"{path} is truncated or damaged: its zip directory is missing; get it again.") from None
     if "constants.pkl" in entries:
         raise UsageError(f"{path} is a TorchScript archive, not a checkpoint; {SAVE_PLAINLY}.")
+    if "archive_format" in entries:
+        raise UsageError(
+            f"{path} is an exported program, and torch.export.load runs code that such a file may hold: if you trust "
+            "it, dcconvert.convert(torch.export.load(path), ratio=4) in Python."
+        )
     if "data.pkl" not in entries:
         raise UsageError(f"{path} is a zip file but not a torch checkpoint (no data.pkl in it); {SAVE_PLAINLY}.")
 

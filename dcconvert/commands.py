@@ -14,8 +14,6 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from dcconvert.api import dit_inputs
-from dcconvert.checkpoint import load_checkpoint
 from dcconvert.dit import DiTConfig
 from dcconvert.evaluate import ConvertedStep, Runtime
 from dcconvert.export.bundle import Bundle, read_bundle
@@ -29,12 +27,13 @@ from dcconvert.passes.infra import Options, Program, module_path, run_passes
 from dcconvert.passes.normalise import Normalise
 from dcconvert.passes.pipeline import PIPELINES, captured
 from dcconvert.passes.run import Backend
-from dcconvert.passes.spec import EXAMPLE_BATCH, StateSpec
+from dcconvert.passes.spec import StateSpec
 from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.passes.token_stream import FindTokenStream
 from dcconvert.progress import Stages
 from dcconvert.report import state_note
 from dcconvert.sampling import Guidance, Sampler, Step, initial_noise, labels_for
+from dcconvert.sources import open_source
 
 SHIPPED = "fashion_dit.safetensors"
 
@@ -51,21 +50,18 @@ def inspect_checkpoint(
     path: Path, options: Options, console: Console, *, dump_graphs: Path | None, **read: Any
 ) -> None:
     """Print what was recognised, the cut points and what the passes would do, or why they would not."""
-    dit = load_checkpoint(path, **read)
-    info, config = dit.checkpoint_info, dit.cfg
-    table = Table(title=f"{path.name}: a DiT checkpoint", show_header=False, title_justify="left")
-    for name, value in config.as_dict().items():
+    source = open_source(path, **read)
+    table = Table(title=f"{path.name}: {source.kind}", show_header=False, title_justify="left")
+    for name, value in source.facts.items():
         table.add_row(name.replace("_", " "), str(value))
-    table.add_row("predicts", info.prediction)
-    table.add_row("weights from", info.source or "the top level")
-    table.add_row("parameters", f"{sum(p.numel() for p in dit.parameters()) / 1e6:.1f} M")
-    table.add_row("sha256", info.sha256)
+    table.add_row("parameters", f"{sum(p.numel() for p in source.module.parameters()) / 1e6:.1f} M")
+    table.add_row("sha256", source.sha256)
     console.print(table)
-    example = dit_inputs(dit, EXAMPLE_BATCH)
-    program = captured(dit, example, None, options)
+    args, kwargs = ((), source.example) if isinstance(source.example, dict) else (source.example, None)
+    program = captured(source.module, args, kwargs, options, grid=source.grid)
     run_passes(program, (Normalise(), FindTokenStream()))
     print_cuts(program, console)
-    program = captured(dit, example, None, options)
+    program = captured(source.module, args, kwargs, options, grid=source.grid)
     try:
         records = run_passes(program, PIPELINES[options.mode], dump_graphs)
     except DcconvertError as error:

@@ -218,7 +218,11 @@ def latency_section(
 def timing_inputs(model: DynamicModel, batch: int) -> dict[str, Any]:
     """Inputs of a step, all at one timestep, where a run may make as many steps as we like: no time depends on it."""
     spec = model.spec
-    return {**spec.example(batch), str(spec.timestep): torch.full((batch,), 0.5 * spec.timestep_scale)}
+    given = spec.example(batch)
+    if spec.timestep is None:
+        return given
+    halfway = torch.full((batch,), 0.5 * spec.timestep_scale)
+    return {**given, spec.timestep: halfway.to(given[spec.timestep].dtype)}
 
 
 def on_ort(runtime: Runtime, feed: dict[str, np.ndarray], batch: int) -> Timed:

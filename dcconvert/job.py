@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from dcconvert.api import Converted, convert, machine, manifest, sampling_facts
-from dcconvert.checkpoint import LoadedDiT, load_checkpoint
+from dcconvert.api import Converted, convert_call, machine, manifest, sampling_facts
 from dcconvert.evaluate import compute_section
 from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.bundle import MANIFEST, ONNX, new_folder, write_json, write_model
@@ -32,6 +31,7 @@ from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.progress import Stages
 from dcconvert.report import state_note, write_report
 from dcconvert.sampling import Sampler
+from dcconvert.sources import Source, open_source
 
 ASSUMED = (
     "The checkpoint does not say what it predicts; noise (eps) was assumed, as in DiT. For a flow model, such as SiT, "
@@ -80,31 +80,28 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
     """
     with new_folder(settings.out, settings.force) as work:
         with stages.stage("read checkpoint"):
-            dit = load_checkpoint(
-                settings.checkpoint,
-                heads=settings.heads,
-                image_size=settings.image_size,
-                prediction=settings.prediction,
-            )
-        info = dit.checkpoint_info
+            source = open_source(settings.checkpoint, settings.heads, settings.image_size, settings.prediction)
         with stages.stage("rewrite"):
-            model = convert(
-                dit,
+            model = convert_call(
+                source.module,
                 settings.ratio,
+                example_inputs=source.example,
                 schedule=settings.schedule,
                 steps=settings.steps,
                 warm_up=settings.warm_up,
                 refresh=settings.refresh,
                 options=settings.options,
+                timestep_scale=source.timestep_scale,
+                grid=source.grid,
                 dump_graphs=settings.dump_graphs,
             )
-        sampler = Sampler(info.prediction, settings.steps, settings.solver)
+        sampler = Sampler(source.prediction, settings.steps, settings.solver)
         taus = sampler.taus
         model = model.with_schedule(model.schedule.levelled(taus, model.spec.tokens, settings.buckets))
         planner = StepPlanner(model.spec, model.options, model.schedule.fitted(taus))
         counts = planner.run_counts(taus)
         rungs = ladder(settings.batches, counts, model.spec.tokens, settings.buckets - 1)
-        report = describe(settings, dit, model, planner, rungs)
+        report = describe(settings, source, model, planner, rungs)
         if model.spec.states:
             stages.note(state_note(model.spec.state_bytes, settings.batches))
         with stages.stage("verify in torch"):
@@ -120,7 +117,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
             report["compute"] = compute_section(model, planner, taus)
         figures: dict[str, bytes] = {}
         if settings.measure:
-            subject = Subject(model, planner, rungs, work / ONNX, sampler, info.config, dit)
+            subject = Subject(model, planner, rungs, work / ONNX, sampler, source.config, source.dit)
             figures = measured_figures(subject, settings, work, report, stages)
         else:
             report["limits"].append("Latency, memory and fidelity were not measured (--no-measure).")
@@ -130,7 +127,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
             "source": report["source"],
             "steps": settings.steps,
             "most_buckets": settings.buckets,
-            **sampling_facts(dit, settings.steps, settings.solver),
+            **sampling_facts(source.module, settings.steps, settings.solver),
         }
         parity = {check.name: check.value for check in checks}
         write_json(manifest(model, rungs, **facts, parity=parity), work / MANIFEST)
@@ -158,22 +155,20 @@ def check_torch(model: Converted) -> list[Check]:
 
 
 def describe(
-    settings: Settings, dit: LoadedDiT, model: Converted, planner: StepPlanner, rungs: Ladder
+    settings: Settings, source: Source, model: Converted, planner: StepPlanner, rungs: Ladder
 ) -> dict[str, Any]:
     """The parts of the report that need no measurement."""
-    info, spec, options = dit.checkpoint_info, model.spec, model.options
-    assumed = " (assumed: --prediction says otherwise)" if info.prediction_assumed else ""
-    kind = f"DiT checkpoint{f' ({info.source})' if info.source else ''}, predicts {info.prediction}{assumed}"
+    spec, options = model.spec, model.options
     return {
         "command": settings.command,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "source": {"path": settings.checkpoint.name, "sha256": info.sha256, "kind": kind},
+        "source": {"path": settings.checkpoint.name, "sha256": source.sha256, "kind": source.kind},
         "model": {
             "grid": list(spec.grid),
             "tokens": spec.tokens,
             "width": spec.width,
             "depth": spec.depth,
-            "parameters": sum(p.numel() for p in dit.parameters()),
+            "parameters": sum(p.numel() for p in source.module.parameters()),
         },
         "conversion": {
             "ratio": model.schedule.ratio,
@@ -196,7 +191,7 @@ def describe(
             "expected_waste": rungs.expected_waste,
         },
         "limits": [
-            *([ASSUMED] if info.prediction_assumed else []),
+            *([ASSUMED] if source.assumed else []),
             LIMITS[options.mode],
         ],
         "machine": machine(),

@@ -21,6 +21,10 @@ from dcconvert.sampling import Sampler, initial_noise, labels_for
 
 LATENCY_RUNS = 9
 OTHER_MODE_RUNS = 5
+NO_SAMPLER = (
+    "Images were not compared: sampling with this model needs its pipeline. Put the converted model there and look: "
+    "docs/pipelines.md."
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,9 @@ def measure(subject: Subject, effort: Effort, scratch: Path, report: dict[str, A
 
 def no_images(subject: Subject, effort: Effort, latency: dict[str, Any]) -> str:
     """Why the images are left out, or nothing."""
-    if effort.images < 1 or subject.config is None:
+    if subject.config is None:
+        return NO_SAMPLER
+    if effort.images < 1:
         return "Fidelity was not measured (--images 0)."
     passes = effort.reference_steps + 4 * subject.sampler.steps
     needed = passes * effort.images / latency["batch"] * latency["original_ms"]["median"] / 1e3

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
@@ -66,6 +67,29 @@ def capture(
     except Exception as error:  # torch.export raises many unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(f"torch.export cannot capture {type(module).__name__}: {reason}") from error
+    return program_of(exported, (tuple(args), kwargs), options)
+
+
+def opened(exported: ExportedProgram, options: Options | None = None) -> Program:
+    """The Program of a model that was exported already, with a batch axis of any size, and with its example inputs.
+
+    UsageError for one without example inputs or with a batch of fixed size.
+    """
+    example = exported.example_inputs
+    if example is None:
+        raise UsageError("the exported program has no example inputs: save it with those it was exported with")
+    shapes = [n.meta["val"].shape for n in exported.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
+    if not any(isinstance(size, torch.SymInt) for shape in shapes for size in shape[:1]):
+        raise UsageError(
+            "the exported program is for one batch size: export it with dynamic_shapes={..: {0: torch.export.Dim(..)}}"
+        )
+    if any(writes_in_place(node) for node in exported.graph.nodes):
+        exported = exported.run_decompositions({})
+    return program_of(exported, example, options)
+
+
+def program_of(exported: ExportedProgram, example: Any, options: Options | None) -> Program:
+    """An exported program as a plain graph with flat inputs and outputs."""
     root = exported.module()
     root.graph.set_codegen(CodeGen())  # flat inputs and outputs from here on
     graph_module = GraphModule(root, root.graph)  # a plain module: same tensors, none of export's hooks
@@ -80,7 +104,7 @@ def capture(
         in_spec=pytree.treespec_dumps(exported.call_spec.in_spec),
         out_spec=pytree.treespec_dumps(exported.call_spec.out_spec),
         options=options or Options(),
-        example=tuple(pytree.tree_leaves((tuple(args), kwargs))),
+        example=tuple(pytree.tree_leaves(example)),
     )
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 
-from dcconvert.passes.capture import capture
+from dcconvert.passes.capture import capture, opened
 from dcconvert.passes.carry_trunk import CarryTrunk
 from dcconvert.passes.errors import CheckFailedError, UsageError
 from dcconvert.passes.gate import NumericGate
@@ -46,7 +47,7 @@ MODES = tuple(PIPELINES)
 
 
 def captured(
-    module: nn.Module,
+    module: nn.Module | ExportedProgram,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
     options: Options,
@@ -58,14 +59,14 @@ def captured(
         raise UsageError(f"unknown mode '{options.mode}': choose one of {', '.join(MODES)}")
     if options.mode == "chunk" and options.state_dtype != "model":
         raise UsageError("mode chunk has no state whose precision could be chosen: leave --state out")
-    program = capture(module, args, kwargs, options)
+    program = opened(module, options) if isinstance(module, ExportedProgram) else capture(module, args, kwargs, options)
     program.grid = grid
     find_inputs(program, timestep)
     return program
 
 
 def rewrite(
-    module: nn.Module,
+    module: nn.Module | ExportedProgram,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
     options: Options,
@@ -76,7 +77,7 @@ def rewrite(
     grid: tuple[int, int] | None = None,
     dump: Path | None = None,
 ) -> DynamicModel:
-    """Capture `module` on the example inputs and run the pipeline.
+    """Capture `module` on the example inputs (or take what is captured already) and run the pipeline.
 
     `timestep` names the input that holds the timestep (guessed from TIMESTEP_NAMES when None) and
     `timestep_scale` is its value at pure noise. `grid`: (H, W) of the tokens, where it cannot be seen. `dump`:

@@ -1,0 +1,205 @@
+"""What the command line converts: a DiT checkpoint, or a folder with a diffusers transformer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcconvert.api import dit_inputs
+from dcconvert.checkpoint import load_checkpoint
+from dcconvert.dit import DiT, DiTConfig
+from dcconvert.passes.errors import UnsupportedModelError, UsageError
+from dcconvert.passes.spec import EXAMPLE_BATCH
+
+MODEL_INDEX, CONFIG = "model_index.json", "config.json"
+PART = "transformer"  # of a pipeline folder
+FLOW = "flow"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to convert, and what is known about it.
+
+    `config`: of a DiT that can be sampled on the command line, else None. `facts`: name and value, for people.
+    """
+
+    module: nn.Module
+    example: Any  # one call's inputs: a sequence, or a mapping
+    kind: str
+    sha256: str
+    prediction: str
+    facts: Mapping[str, Any]
+    config: DiTConfig | None = None
+    assumed: bool = False  # what it predicts
+    timestep_scale: float = 1000.0
+    grid: tuple[int, int] | None = None
+
+    @property
+    def dit(self) -> DiT | None:
+        return self.module if isinstance(self.module, DiT) else None
+
+
+def open_source(
+    path: Path, heads: int | None = None, image_size: int | None = None, prediction: str | None = None
+) -> Source:
+    """The model at `path`, in eval mode; errors as `load_checkpoint` and `diffusers_source`."""
+    if path.is_dir():
+        return diffusers_source(path, image_size)
+    dit = load_checkpoint(path, heads=heads, image_size=image_size, prediction=prediction)
+    info = dit.checkpoint_info
+    assumed = " (assumed: --prediction says otherwise)" if info.prediction_assumed else ""
+    facts = {**dit.cfg.as_dict(), "predicts": info.prediction, "weights from": info.source or "the top level"}
+    return Source(
+        dit,
+        dit_inputs(dit, EXAMPLE_BATCH),
+        f"DiT checkpoint{f' ({info.source})' if info.source else ''}, predicts {info.prediction}{assumed}",
+        info.sha256,
+        info.prediction,
+        facts,
+        info.config,
+        info.prediction_assumed,
+    )
+
+
+def diffusers_source(folder: Path, image_size: int | None = None) -> Source:
+    """A transformer that diffusers saved, alone or in a pipeline's folder; only safetensors are read.
+
+    `image_size`: side of the image in latent pixels [the model's]. UsageError for a folder without one, or one that
+    cannot be read; UnsupportedModelError for a class whose inputs are not known here.
+    """
+    if (folder / MODEL_INDEX).is_file():
+        folder = folder / PART
+    config = read_config(folder)
+    name = str(config.get("_class_name"))
+    if name not in EXAMPLES:
+        raise UnsupportedModelError(
+            f"{folder} holds a {name}; folders are read of {', '.join(EXAMPLES)}. From Python any module can be "
+            "converted: dcconvert.convert(module, ratio, example_inputs=...)"
+        )
+    module = loaded(folder, name)
+    made = EXAMPLES[name](module.config, image_size)
+    shapes = {key: list(value.shape) for key, value in made.items() if isinstance(value, Tensor)}
+    counts_to_one = bool((made["timestep"] <= 1).all()) and made["timestep"].is_floating_point()
+    return Source(
+        module,
+        {**made, "return_dict": False},
+        f"{name} of diffusers {config.get('_diffusers_version', '')}".strip(),
+        hash_of(folder),
+        FLOW,
+        {"class": name, **{f"example {key}": str(shape) for key, shape in shapes.items()}},
+        timestep_scale=1.0 if counts_to_one else 1000.0,
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / CONFIG).read_text())
+        if isinstance(found, dict):
+            return found
+    except FileNotFoundError:
+        raise UsageError(
+            f"{folder} is a folder without {CONFIG}: pass a checkpoint file, or the folder of a diffusers transformer "
+            "or pipeline"
+        ) from None
+    except (OSError, ValueError):
+        pass
+    raise UsageError(f"cannot read {folder / CONFIG}: it is no JSON object; save the model again")
+
+
+def loaded(folder: Path, name: str) -> Any:
+    """The model of a folder, in fp32 and eval mode."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        module = getattr(diffusers, name).from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
+        )
+    except Exception as error:  # diffusers, safetensors and the system raise what they like
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"cannot load the {name} in {folder}: {reason}") from error
+    return module.eval()
+
+
+def hash_of(folder: Path) -> str:
+    """sha256 over the weight files of a folder, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# Example calls, as the pipelines of these classes make them
+
+
+def latents(config: Any, side: int | None) -> Tensor:
+    side = side or config.sample_size
+    return torch.randn(EXAMPLE_BATCH, config.in_channels, side, side)
+
+
+def timesteps(scale: float = 1000.0) -> Tensor:
+    return torch.linspace(0.9, 0.4, EXAMPLE_BATCH) * scale
+
+
+def dit_call(config: Any, side: int | None) -> dict[str, Any]:
+    classes = torch.arange(EXAMPLE_BATCH) % config.num_embeds_ada_norm
+    return {"hidden_states": latents(config, side), "timestep": timesteps().long(), "class_labels": classes}
+
+
+def pixart_call(config: Any, side: int | None) -> dict[str, Any]:
+    """Texts of 120 tokens (PixArt-alpha) or 300 (PixArt-Sigma, whose positions are scaled for larger images)."""
+    count = 300 if not config.use_additional_conditions else 120
+    image = latents(config, side)
+    size = torch.full((EXAMPLE_BATCH, 2), float(image.shape[-1] * 8))
+    extra = {"resolution": size, "aspect_ratio": torch.ones(EXAMPLE_BATCH, 1)}
+    return {
+        "hidden_states": image,
+        "encoder_hidden_states": torch.randn(EXAMPLE_BATCH, count, config.caption_channels),
+        "timestep": timesteps().long(),
+        "added_cond_kwargs": extra if config.use_additional_conditions else dict.fromkeys(extra),
+        "encoder_attention_mask": torch.ones(EXAMPLE_BATCH, count),
+    }
+
+
+def sd3_call(config: Any, side: int | None) -> dict[str, Any]:
+    """77 tokens of CLIP and 256 of T5."""
+    return {
+        "hidden_states": latents(config, side),
+        "encoder_hidden_states": torch.randn(EXAMPLE_BATCH, 333, config.joint_attention_dim),
+        "pooled_projections": torch.randn(EXAMPLE_BATCH, config.pooled_projection_dim),
+        "timestep": timesteps(),
+    }
+
+
+def flux_call(config: Any, side: int | None) -> dict[str, Any]:
+    """512 tokens of T5; patches of 2 x 2 of a latent image of 128 x 128 (1024 pixels)."""
+    cells = (side or 128) // 2
+    rows, columns = torch.meshgrid(torch.arange(cells), torch.arange(cells), indexing="ij")
+    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float()
+    guidance = {"guidance": torch.full((EXAMPLE_BATCH,), 3.5)} if config.guidance_embeds else {}
+    return {
+        "hidden_states": torch.randn(EXAMPLE_BATCH, cells * cells, config.in_channels),
+        "encoder_hidden_states": torch.randn(EXAMPLE_BATCH, 512, config.joint_attention_dim),
+        "pooled_projections": torch.randn(EXAMPLE_BATCH, config.pooled_projection_dim),
+        "timestep": timesteps(1.0),
+        "img_ids": places,
+        "txt_ids": torch.zeros(512, 3),
+        **guidance,
+    }
+
+
+EXAMPLES: dict[str, Callable[[Any, int | None], dict[str, Any]]] = {
+    "DiTTransformer2DModel": dit_call,
+    "PixArtTransformer2DModel": pixart_call,
+    "SD3Transformer2DModel": sd3_call,
+    "FluxTransformer2DModel": flux_call,
+}
