@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dcconvert.api import Converted, convert_call, machine, manifest, sampling_facts
+from dcconvert.api import Converted, convert, machine, manifest, sampling_facts
 from dcconvert.evaluate import compute_section
 from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.bundle import MANIFEST, ONNX, new_folder, write_json, write_model
@@ -82,7 +82,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
         with stages.stage("read checkpoint"):
             source = open_source(settings.checkpoint, settings.heads, settings.image_size, settings.prediction)
         with stages.stage("rewrite"):
-            model = convert_call(
+            model = convert(
                 source.module,
                 settings.ratio,
                 example_inputs=source.example,

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -268,8 +269,8 @@ def run_worker(request: dict[str, Any], log: Path, tick: Callable[[], None]) -> 
         worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=out)
         try:
             assert worker.stdin is not None
-            worker.stdin.write(json.dumps(request).encode())
-            worker.stdin.close()
+            with suppress(BrokenPipeError), worker.stdin:  # it may have died already
+                worker.stdin.write(json.dumps(request).encode())
             while worker.poll() is None:
                 tick()
                 time.sleep(POLL_SECONDS)

@@ -86,11 +86,22 @@ def used_late(program: Program, late: list[Node], early: set[Node]) -> set[Node]
 def build_route(program: Program, early: set[Node], values: list[Node]) -> GraphModule:
     graph = Graph()
     copied: dict[Node, Node] = {}
+    image = next(node for node in placeholders(program.graph) if node.name == program.image)
     for node in program.graph.nodes:
-        if node in early:
-            copied[node] = graph.node_copy(node, copied.__getitem__)
+        if node not in early:
+            continue
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+        if node.target is aten.sym_size.int and same(node.meta["val"], program.batch):
+            copied[node].args = (copied[image], 0)  # from another input it would keep that alive for nothing else
     graph.output((copied[program.found_scores()], *(copied[v] for v in values)))
     return finish(program, graph, "Route")
+
+
+def read_size(program: Program, graph: Graph, hidden: Node) -> Node:
+    """The batch size, from the trunk's input."""
+    node = graph.call_function(aten.sym_size.int, (hidden, 0))
+    node.meta["val"] = program.batch
+    return node
 
 
 def build_denoise(program: Program, early: set[Node], names: dict[Node, str]) -> GraphModule:
@@ -99,14 +110,15 @@ def build_denoise(program: Program, early: set[Node], names: dict[Node, str]) ->
     late = [n for n in program.graph.nodes if n not in early]
     used, output = used_late(program, late, early), late[-1]
 
+    size: Node | None = None  # of the batch
+
     def again(node: Node) -> Node:
         """A weight, a size or a value without a batch axis of the early half, once more in this graph."""
         if node not in copied:
             if node.op == "get_attr":
                 copied[node] = graph.node_copy(node)
             elif same(node.meta["val"], program.batch):
-                copied[node] = graph.call_function(aten.sym_size.int, (hidden, 0))
-                copied[node].meta["val"] = program.batch
+                copied[node] = size or read_size(program, graph, hidden)
             elif is_batched(program, node) or node.op == "placeholder":
                 raise UnsupportedModelError(f"{where(node)} cannot pass from route to denoise")
             else:
@@ -123,7 +135,10 @@ def build_denoise(program: Program, early: set[Node], names: dict[Node, str]) ->
     for node in program.graph.nodes:
         if node in copied or node.op in ("output", "placeholder"):
             continue
-        if node not in early:
+        if node not in early and node.target is aten.sym_size.int and same(node.meta["val"], program.batch):
+            # From another input it would keep that alive, and TensorRT leaves it out.
+            copied[node] = size = again(node)
+        elif node not in early:
             copied[node] = graph.node_copy(node, again)
     graph.output(torch.fx.node.map_arg(tuple(output.args[0][1:]), copied.__getitem__))
     return finish(program, graph, "Denoise")
@@ -131,4 +146,7 @@ def build_denoise(program: Program, early: set[Node], names: dict[Node, str]) ->
 
 def finish(program: Program, graph: Graph, name: str) -> GraphModule:
     remove_dead_code(graph)
+    for node in placeholders(graph):
+        if not node.users and node.name in program.inputs:
+            graph.erase_node(node)
     return GraphModule(program.graph_module, graph, class_name=name)

@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.families import FAMILIES, made
 from dcconvert.passes.capture import capture
 from dcconvert.passes.errors import CheckFailedError
 from dcconvert.passes.infra import Options, Program, placeholders, run_passes
 from dcconvert.passes.insert_router import InsertRouter
 from dcconvert.passes.normalise import Normalise
 from dcconvert.passes.pack_trunk import PackTrunk
+from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.plan import Planner
+from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.split_route import SplitRoute
 from dcconvert.passes.token_stream import FindTokenStream
 from tests.passes.harness import (
@@ -188,3 +191,14 @@ def test_it_needs_router_and_trunk_before_it():
     run_passes(program, (FindTokenStream(), PackTrunk()))
     with pytest.raises(CheckFailedError, match="SplitRoute needs InsertRouter and PackTrunk"):
         run_passes(program, (SplitRoute(),))
+
+
+def test_no_input_stays_for_its_size_alone():
+    """The batch size is read off one input: TensorRT leaves out an input of which nothing else is needed."""
+    module, args, kwargs = made(FAMILIES["sd3"])
+    model = rewrite(module, args, kwargs, Options(mode="carry"), Schedule("constant", 2))
+    assert "pooled_projections" in model.spec.prepare_inputs
+    assert "pooled_projections" not in model.spec.denoise_inputs
+    module, args, kwargs = made(FAMILIES["cogview3"])
+    model = rewrite(module, args, kwargs, Options(mode="carry"), Schedule("constant", 2))
+    assert "original_size" not in model.spec.route_inputs
