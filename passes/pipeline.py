@@ -21,6 +21,7 @@ from dcconvert.passes.insert_router import InsertRouter
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.normalise import Normalise
 from dcconvert.passes.pack_trunk import PackTrunk
+from dcconvert.passes.real_numbers import RealNumbers
 from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.spec import ModelSpec, find_inputs
 from dcconvert.passes.split_route import SplitRoute
@@ -29,6 +30,7 @@ from dcconvert.passes.token_stream import FindTokenStream
 PIPELINES: dict[str, tuple[Pass, ...]] = {
     "carry": (
         Normalise(),  #       one spelling for each op
+        RealNumbers(),  #     no complex ones
         FindTokenStream(),  # patchify, cut points, blocks, trunk
         InsertRouter(),  #    h -> scores
         CarryTrunk(),  #      h -> kept tokens -> packed trunk -> state -> h'
@@ -37,6 +39,7 @@ PIPELINES: dict[str, tuple[Pass, ...]] = {
     ),
     "chunk": (
         Normalise(),
+        RealNumbers(),
         FindTokenStream(),
         InsertRouter(),
         PackTrunk(),  #       h -> chunk -> packed trunk -> dechunk -> h'
@@ -87,7 +90,8 @@ def rewrite(
     program = captured(module, args, kwargs, options, timestep, grid)
     original = copy_graph(program)
     records = run_passes(program, PIPELINES[options.mode], dump, NumericGate(program))
-    Normalise().call(replace(program, graph_module=original))
+    for tidy in (Normalise(), RealNumbers()):
+        tidy.call(replace(program, graph_module=original))
     original.recompile()
     if program.route is None or program.denoise is None:
         raise CheckFailedError("the pipeline ended without route and denoise graphs; this is a bug of dcconvert")

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from dcconvert.passes.errors import UsageError
+from dcconvert.passes.joint import Joint
 from dcconvert.passes.packing import Laid, Layout, Packer
 from dcconvert.passes.rules import rule
 
@@ -50,8 +51,9 @@ def joint_attention(packer: Packer, node: Node, given: dict[str, Any]) -> Laid:
     joint = packer.joint(given["query"])
     if joint is None or any(packer.joint(given[name]) != joint for name in ("key", "value")):
         raise packer.refuse(node, "queries, keys and values must hold the same tokens beside the grid in one order")
-    if given.get("attn_mask") is not None:
-        raise packer.refuse(node, "joint attention with a mask has no rule")
+    mask = given.get("attn_mask")
+    if mask is not None and (mask.meta["val"].dtype != torch.bool or tuple(mask.meta["val"].shape[1:-1]) != (1, 1)):
+        raise packer.refuse(node, "joint attention has a rule for masks [B, 1, 1, N] of keys only")
     if packer.packing == "bins":
         raise UsageError("this model has joint attention, which needs one sample a row: use --packing rows")
     q = packer.moved(given["query"], "grid") if packer.carry else packer.get(given["query"], "grid")
@@ -68,8 +70,9 @@ def joint_attention(packer: Packer, node: Node, given: dict[str, Any]) -> Laid:
     packer.attentions += 1
     contexts = [packer.get(given[name], "context").node for name in ARGUMENTS[:3]]
     rows = [packer.emit(aten.cat.default, pair, 2) for pair in zip(contexts, grids, strict=True)]
-    if packer.carry:
-        out = packer.emit(aten.scaled_dot_product_attention.default, *rows, None, scale=scale_of(given))
+    if packer.carry or mask is not None:
+        keys = None if mask is None else key_mask(packer, packer.outside(mask), joint)
+        out = packer.emit(aten.scaled_dot_product_attention.default, *rows, keys, scale=scale_of(given))
     else:
         lengths = packer.plan_input("row_lengths")
         longer = packer.remembered(
@@ -78,6 +81,30 @@ def joint_attention(packer: Packer, node: Node, given: dict[str, Any]) -> Laid:
         out = packer.emit(torch.ops.dcconvert.row_attention.default, *rows, longer, scale_of(given))
     packer.store_context(node, q.at(packer.emit(aten.slice.Tensor, out, 2, 0, joint.context)))
     return q.at(packer.emit(aten.slice.Tensor, out, 2, joint.context, sys.maxsize))
+
+
+def key_mask(packer: Packer, mask: Node, joint: Joint) -> Node:
+    """A mask [B, 1, 1, N] of grid tokens and others, in the order of the rows: the others first, then slots or N."""
+
+    def made() -> Node:
+        def part(begin: int, count: int) -> Node:
+            return packer.emit(aten.slice.Tensor, mask, 3, begin, begin + count)
+
+        others = part(0 if joint.start else packer.tokens, joint.context)
+        grid = part(joint.start, packer.tokens)
+        if packer.carry is None:
+            flat = packer.emit(aten.reshape.default, grid, [-1, packer.tokens])
+            packed = packer.emit(torch.ops.dcconvert.regroup.default, flat, packer.token_index())
+            slots = packer.emit(torch.ops.dcconvert.regroup.default, packed, packer.plan_input("grid_index"))
+            lengths = packer.emit(aten.unsqueeze.default, packer.plan_input("row_lengths"), 1)
+            longest = packer.emit(aten.sym_size.int, packer.plan_input("grid_index"), 1)
+            places = packer.emit(aten.arange.default, longest, device=packer.program.device)
+            used = packer.emit(aten.lt.Tensor, places, lengths)
+            kept = packer.emit(aten.logical_and.default, slots, used)
+            grid = packer.emit(aten.unsqueeze.default, packer.emit(aten.unsqueeze.default, kept, 1), 1)
+        return packer.emit(aten.cat.default, [others, grid], 3)
+
+    return packer.remembered((mask, joint), made)
 
 
 def packed_heads(packer: Packer, node: Node, value: Node, q: Laid) -> Node:

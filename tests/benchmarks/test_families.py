@@ -17,7 +17,6 @@ REFUSED = {
     "latte": "torch.export cannot capture LatteTransformer3DModel",
     "hunyuan-dit": "no repeating transformer blocks found",
     "sana": r"no packing rule for aten\.pad\.default",
-    "qwen-image": r"no packing rule for aten\.view_as_complex\.default",
 }
 
 
@@ -30,7 +29,9 @@ def test_keeping_everything_gives_the_original(name, mode):
     assert check_isolation(model, inputs).passed
 
 
-@pytest.mark.parametrize(("name", "mode"), [("sd35", "carry"), ("flux", "carry"), ("flux", "chunk"), ("wan", "chunk")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("sd35", "carry"), ("flux", "carry"), ("flux", "chunk"), ("qwen-image", "chunk")]
+)
 def test_onnx_runtime_agrees(name, mode):
     """The script does the same for all of them."""
     assert checks(converted(FAMILIES[name], mode))["failed"] == []

@@ -111,13 +111,29 @@ def test_what_has_no_meaning_is_refused(body, reason):
         pack(body, H, torch.zeros(BATCH, TEXT, WIDTH))
 
 
-def test_a_mask_is_refused():
+@pytest.mark.parametrize("text_at", ["start", "end"])
+def test_a_mask_of_keys(text_at):
+    """Padding of the text, and some of the grid's tokens as well; every sample has its own."""
+
+    def body(h: Tensor, grid: Tensor, text: Tensor, other: Tensor) -> Tensor:
+        start = text_at == "start"
+        mask = torch.cat([other, grid] if start else [grid, other], 1)[:, None, None, :]
+        q, k, v = (heads(torch.cat([text, h] if start else [h, text], 1) * i) for i in (1, 2, 3))
+        out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        return out[:, text.shape[1] :] if start else out[:, : h.shape[1]]
+
+    grid, other = torch.rand(BATCH, TOKENS) > 0.3, torch.rand(BATCH, TEXT) > 0.3
+    grid[:, 0] = other[:, 0] = True
+    check_trunk(body, grid, torch.randn(BATCH, TEXT, WIDTH), other, token_axis=1)
+
+
+def test_a_mask_of_pairs_is_refused():
     def body(h: Tensor, text: Tensor) -> Tensor:
         both = heads(outer(h, text))
         mask = torch.ones(TEXT + TOKENS, TEXT + TOKENS, dtype=torch.bool)
         return F.scaled_dot_product_attention(both, both, both, mask).transpose(1, 2).flatten(2)[:, TEXT:]
 
-    with pytest.raises(UnsupportedModelError, match="joint attention with a mask has no rule"):
+    with pytest.raises(UnsupportedModelError, match=r"masks .* of keys only"):
         pack(body, H, torch.zeros(BATCH, TEXT, WIDTH))
 
 
