@@ -91,10 +91,17 @@ def build_route(program: Program, early: set[Node], values: list[Node]) -> Graph
         if node not in early:
             continue
         copied[node] = graph.node_copy(node, copied.__getitem__)
-        if node.target is aten.sym_size.int and same(node.meta["val"], program.batch):
+        if is_input_size(program, node):
             copied[node].args = (copied[image], 0)  # from another input it would keep that alive for nothing else
     graph.output((copied[program.found_scores()], *(copied[v] for v in values)))
     return finish(program, graph, "Route")
+
+
+def is_input_size(program: Program, node: Node) -> bool:
+    """Whether a node reads the batch size off an input of the model."""
+    if node.target is not aten.sym_size.int or not same(node.meta["val"], program.batch):
+        return False
+    return node.all_input_nodes[0].name in program.inputs
 
 
 def read_size(program: Program, graph: Graph, hidden: Node) -> Node:
@@ -135,8 +142,8 @@ def build_denoise(program: Program, early: set[Node], names: dict[Node, str]) ->
     for node in program.graph.nodes:
         if node in copied or node.op in ("output", "placeholder"):
             continue
-        if node not in early and node.target is aten.sym_size.int and same(node.meta["val"], program.batch):
-            # From another input it would keep that alive, and TensorRT leaves it out.
+        if node not in early and is_input_size(program, node):
+            # Read off that input it would keep it alive, and TensorRT leaves such an input out.
             copied[node] = size = again(node)
         elif node not in early:
             copied[node] = graph.node_copy(node, again)
