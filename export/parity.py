@@ -68,6 +68,11 @@ def largest(errors: Iterable[float]) -> float:
     return float(np.max(list(errors)))
 
 
+def keeps_original(model: DynamicModel) -> bool:
+    """Whether a model with everything kept has to be the original."""
+    return model.options.trunk != "sparse-dense"
+
+
 @torch.no_grad()
 def check_identity(model: DynamicModel, inputs: dict[str, Any]) -> Check:
     """Keep everything: the output is the original's, in a tight plan and in buckets larger than needed."""

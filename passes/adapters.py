@@ -26,6 +26,8 @@ from dcconvert.passes.spec import ModelSpec
 
 ROUTER, DECHUNK = "router_adapter", "dechunk_adapter"
 GATE = "gate"
+# What a trunk has beside the original's weights, by which its tokens find back to the grid.
+NEW_PATHS = {"plain": DECHUNK, "sparse-dense": "recovery", "patch-sizes": "patch_sizes"}
 RANK = 4  # the width is divided by this inside an adapter, as in DC-DiT's router (arXiv 2603.06351)
 
 aten = torch.ops.aten
@@ -91,8 +93,8 @@ def as_tokens(image: Tensor) -> Tensor:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a tensor of a model belongs to an adapter."""
-    return name.split(".")[0] in (ROUTER, DECHUNK)
+    """Whether a tensor of a model is none of the original: of an adapter, or of a trunk with weights of its own."""
+    return name.split(".")[0] in (ROUTER, *NEW_PATHS.values())
 
 
 def has_adapter(model: DynamicModel, name: str) -> bool:

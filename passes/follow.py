@@ -41,7 +41,8 @@ class FollowedRun:
         """Flat outputs of one call."""
         specs = self.backend.planner.spec.input_specs
         batch = next(len(inputs[spec.name]) for spec in specs if spec.batched)
-        if not self.backend.planner.carries:
+        planner = self.backend.planner
+        if not (planner.carries or planner.watches):
             return Run(self.backend, batch).step(inputs)
         if self.run is None or self.run.batch != batch or self._elsewhere(inputs):
             self.run = Run(self.backend, batch)
@@ -66,10 +67,10 @@ class FollowedRun:
 
     def _restart_others(self, inputs: dict[str, Any], batch: int) -> None:
         assert self.run is not None
-        assert self.run.history is not None
+        assert self.run.remembered is not None
         planner = self.backend.planner
         taus = planner.taus(inputs, batch)
-        passed = self.run.history.tau[:batch] - taus
+        passed = self.run.remembered.tau[:batch] - taus
         goes_on = passed >= -1e-6
         falling = goes_on.copy()
         for spec in planner.spec.input_specs:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dcconvert.passes.carry_plan import full_carry_plan
 from dcconvert.passes.errors import CheckFailedError
 from dcconvert.passes.infra import Program
-from dcconvert.passes.plan import Planner
+from dcconvert.passes.planners import make_planner
 
 FULL_PRECISION = 1e-5  # relative L2 error allowed in fp32 and wider
 HALF_PRECISION = 2e-2
@@ -57,8 +57,7 @@ def full_plan(program: Program) -> list[Tensor]:
     if program.state:
         arrays = full_carry_plan(batch, stream.tokens).arrays()
     else:
-        planner = Planner(stream.grid, options.members, options.neighbours, options.packing)
-        arrays = planner.full_plan(batch).arrays()
+        arrays = make_planner(stream.grid, options).full_plan(batch).arrays()
     dtypes = {name: node.meta["val"].dtype for name, node in program.plan_inputs.items()}
     plan = [torch.from_numpy(arrays[name]).to(program.device, dtype) for name, dtype in dtypes.items()]
     states = [node.meta["val"] for node in program.state.values()]

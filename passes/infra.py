@@ -27,6 +27,10 @@ class Options:
 
     `members`, `neighbours`, `coverage` and `packing` are of mode chunk, `guard` and `state_dtype` of mode carry.
     Packing `varlen` is for torch on a GPU in half precision: attention by `torch.nn.attention.varlen`; no ONNX.
+    `trunk` (`plain`, `sparse-dense`: SparseDiT's, `patch-sizes`: DDiT's), `dechunk` (`gaussian`, `smoothed`: DC-DiT's)
+    and router `merge` (token merging) are what the presets of the published methods choose, in mode chunk; `fewest` is
+    the smallest fraction of the tokens that any step of `sparse-dense` or `merge` keeps, `prediction` (`eps` or
+    `flow`, "" if it is not known) what the model predicts, for `patch-sizes`.
     """
 
     mode: str = "carry"
@@ -39,6 +43,11 @@ class Options:
     members: int = 4
     neighbours: int = 4
     coverage: bool = True
+    trunk: str = "plain"
+    dechunk: str = "gaussian"
+    fewest: float = 0.25
+    prediction: str = ""
+    preset: str = ""  # whose choices these are
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from dcconvert.passes.errors import UsageError
-from dcconvert.passes.infra import Pass, PassResult, Program, owner_of, placeholders
+from dcconvert.passes.infra import Pass, PassResult, Program, give_tensor, placeholders
 from dcconvert.passes.normalise import Normalise
-from dcconvert.passes.routers import CHUNK_ROUTERS, ROUTERS, make_router
+from dcconvert.passes.routers import CARRY_ROUTERS, CHUNK_ROUTERS, make_router
 
 PREFIX = "router"
 
@@ -24,7 +26,7 @@ class InsertRouter(Pass):
     exact = True
 
     def requires(self, program: Program) -> None:
-        known = ROUTERS if program.options.mode == "carry" else CHUNK_ROUTERS
+        known = CARRY_ROUTERS if program.options.mode == "carry" else CHUNK_ROUTERS
         if program.options.router not in known:
             raise UsageError(
                 f"mode {program.options.mode} has no router '{program.options.router}': "
@@ -32,47 +34,42 @@ class InsertRouter(Pass):
             )
 
     def call(self, program: Program) -> PassResult:
-        stream, (start, _) = program.found_stream(), program.found_trunk()
-        router = make_router(program.options.router, stream.grid, program.options.seed)
-        program.scores = inline(program, router, start)
+        stream, (start, _), options = program.found_stream(), program.found_trunk(), program.options
+        router = make_router(options.router, stream.grid, options.seed, options.fewest)
+        name = f"dcconvert_{PREFIX}" if hasattr(program.graph_module, PREFIX) else PREFIX
+        with program.graph.inserting_after(start):
+            anchor = program.graph.call_function(torch.ops.aten.alias.default, (start,))
+        with program.graph.inserting_before(anchor):
+            program.scores = inline(program, router, (start,), name)
+        program.graph.erase_node(anchor)
         output = next(iter(reversed(program.graph.nodes)))
         output.args = ((program.scores, *output.args[0]),)
         return PassResult(1, (f"router {program.options.router} on {start.name}",))
 
 
-def inline(program: Program, module: nn.Module, source: Node) -> Node:
-    """Copy `module(source)` into the program's graph after `source`; returns the result's node."""
+def inline(program: Program, module: nn.Module, sources: Sequence[Node], name: str) -> Node:
+    """Copy `module(*sources)` into the program's graph where its insertion point is; returns the result's node.
+
+    The module's tensors appear in the program under `name`.
+    """
     from dcconvert.passes.capture import capture
 
-    shape = source.meta["val"].shape
-    like = source.meta["val"]
-    example = torch.zeros(3, *(int(size) for size in shape[1:]), dtype=like.dtype, device=like.device)
-    inner = capture(module.to(like.device), (example,))
+    like = sources[0].meta["val"]
+    values = [source.meta["val"] for source in sources]
+    example = [torch.zeros(3, *map(int, v.shape[1:]), dtype=v.dtype, device=v.device) for v in values]
+    inner = capture(module.to(like.device), example)
     Normalise().call(inner)
-    prefix = f"dcconvert_{PREFIX}" if hasattr(program.graph_module, PREFIX) else PREFIX
-    program.graph_module.add_submodule(prefix, state_holder(inner.graph_module))
-    mapping: dict[Node, Node] = {placeholders(inner.graph)[0]: source}
+    for key, value in [*inner.graph_module.named_parameters(), *inner.graph_module.named_buffers()]:
+        give_tensor(program.graph_module, f"{name}.{key}", value)
+    mapping: dict[Node, Node] = dict(zip(placeholders(inner.graph), sources, strict=True))
     output = next(iter(reversed(inner.graph.nodes)))
-    with program.graph.inserting_after(source):
-        anchor = program.graph.call_function(torch.ops.aten.alias.default, (source,))
-    with program.graph.inserting_before(anchor):
-        for node in inner.graph.nodes:
-            if node.op == "get_attr":
-                mapping[node] = program.graph.get_attr(f"{prefix}.{node.target}")
-                with program.fake_mode:
-                    value = node.meta["val"]
-                    mapping[node].meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-            elif node.op == "call_function":
-                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), mapping.__getitem__)
-                mapping[node] = program.emit(node.target, args, kwargs)
-    program.graph.erase_node(anchor)
+    for node in inner.graph.nodes:
+        if node.op == "get_attr":
+            mapping[node] = program.graph.get_attr(f"{name}.{node.target}")
+            with program.fake_mode:
+                value = node.meta["val"]
+                mapping[node].meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        elif node.op == "call_function":
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), mapping.__getitem__)
+            mapping[node] = program.emit(node.target, args, kwargs)
     return mapping[output.args[0][0]]
-
-
-def state_holder(graph_module: GraphModule) -> nn.Module:
-    """The captured module's parameters and buffers without its graph."""
-    holder = nn.Module()
-    for name, value in graph_module.state_dict().items():
-        target, leaf = owner_of(holder, name)
-        target.register_buffer(leaf, value)
-    return holder

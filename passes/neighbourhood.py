@@ -66,9 +66,9 @@ class Neighbourhood:
         down |= other.astype(self._key)[:, None]
         return down
 
-    def nearest(self, keep: Mask, counts: Ints, neighbours: int) -> Nearest:
-        """The ``neighbours`` nearest kept tokens of every dropped token of a mask [B, N]."""
-        sample, target = np.nonzero(~keep)
+    def nearest(self, keep: Mask, counts: Ints, neighbours: int, everywhere: bool = False) -> Nearest:
+        """The ``neighbours`` nearest kept tokens of every dropped token of a mask [B, N], or of every token."""
+        sample, target = np.nonzero(np.ones_like(keep) if everywhere else ~keep)
         window = np.packbits(keep.take(self._token, axis=1, mode="wrap"), axis=2, bitorder="little").view("<u8")[..., 0]
         word = window[sample, target] & self._inside
         wanted = np.minimum(counts, neighbours)[sample]

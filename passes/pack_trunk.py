@@ -11,6 +11,7 @@ from torch.fx import Node
 from dcconvert.passes.errors import CheckFailedError
 from dcconvert.passes.infra import Pass, PassResult, Program, remove_dead_code, where
 from dcconvert.passes.packing import Packer
+from dcconvert.passes.planners import make_planner
 from dcconvert.passes.rules import find_rule
 from dcconvert.passes.token_stream import dependents
 
@@ -116,18 +117,19 @@ def layout_inputs(program: Program) -> PlanInputs:
 
 def chunk_inputs(program: Program) -> PlanInputs:
     """Inputs as `dcconvert.passes.plan.Plan` makes them."""
-    stream, options, batch = program.found_stream(), program.options, program.batch
+    stream, batch = program.found_stream(), program.batch
+    planner = make_planner(stream.grid, program.options)
     laid = layout_inputs(program)
     (tiles, tile), (rows, slots) = laid["packed_index"][0], laid["grid_index"][0]
     index, weight = torch.int64, program.found_trunk()[0].meta["val"].dtype
     return {
-        "chunk_index": ((tiles, tile, options.members), index),
-        "chunk_weight": ((tiles, tile, options.members), weight),
+        "chunk_index": ((tiles, tile, planner.members), index),
+        "chunk_weight": ((tiles, tile, planner.members), weight),
         **laid,
         "row_lengths": ((rows,), index),
         "segment_ids": ((rows, slots), index),
-        "fill_index": ((batch, stream.tokens, options.neighbours), index),
-        "fill_weight": ((batch, stream.tokens, options.neighbours), weight),
+        "fill_index": ((batch, stream.tokens, planner.neighbours), index),
+        "fill_weight": ((batch, stream.tokens, planner.neighbours), weight),
         "cu_seqlens": ((program.new_size(HINT_SEGMENTS),), torch.int32),
     }
 

@@ -81,6 +81,7 @@ class Packer:
         self.rules = rules
         self.tokens = tokens
         self.packing = packing
+        self.whole_keys = False  # keys and values of all the grid's tokens, as they were, for packed queries
         self.attentions = 0
         self._laid: dict[tuple[Node, Layout], Laid] = {}
         self._native: dict[Node, Layout] = {}

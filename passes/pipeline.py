@@ -21,9 +21,13 @@ from dcconvert.passes.insert_router import InsertRouter
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.normalise import Normalise
 from dcconvert.passes.pack_trunk import PackTrunk
+from dcconvert.passes.patch_sizes import PatchSizes
+from dcconvert.passes.planners import DECHUNKS
 from dcconvert.passes.real_numbers import RealNumbers
 from dcconvert.passes.schedule import Schedule
+from dcconvert.passes.sparse_dense import SparseDense
 from dcconvert.passes.spec import ModelSpec, find_inputs
+from dcconvert.passes.split_projections import SplitProjections
 from dcconvert.passes.split_route import SplitRoute
 from dcconvert.passes.token_stream import FindTokenStream
 
@@ -45,8 +49,44 @@ PIPELINES: dict[str, tuple[Pass, ...]] = {
         PackTrunk(),  #       h -> chunk -> packed trunk -> dechunk -> h'
         SplitRoute(),
     ),
+    "sparse-dense": (
+        Normalise(),
+        RealNumbers(),
+        FindTokenStream(),
+        SplitProjections(),  # queries, keys and values apart
+        InsertRouter(),
+        SparseDense(),  #        pooled grids in groups of blocks
+        SplitRoute(),
+    ),
+    "patch-sizes": (
+        Normalise(),
+        RealNumbers(),
+        FindTokenStream(),
+        InsertRouter(),
+        PatchSizes(),  #         embeddings of every size -> one of them, packed -> pixels of that size
+        SplitRoute(),
+    ),
 }
-MODES = tuple(PIPELINES)
+MODES = ("carry", "chunk")
+TRUNKS = ("plain", "sparse-dense", "patch-sizes")  # those but the first are of mode chunk and have their own passes
+
+
+def pipeline_of(options: Options) -> tuple[Pass, ...]:
+    """The passes for these options; UsageError if they do not go together."""
+    if options.mode not in MODES:
+        raise UsageError(f"unknown mode '{options.mode}': choose one of {', '.join(MODES)}")
+    if options.trunk not in TRUNKS or options.dechunk not in DECHUNKS:
+        raise UsageError(
+            f"trunk '{options.trunk}', dechunk '{options.dechunk}': there are {', '.join(TRUNKS)} and "
+            f"{', '.join(DECHUNKS)}"
+        )
+    if options.mode == "chunk" and options.state_dtype != "model":
+        raise UsageError("mode chunk has no state whose precision could be chosen: leave --state out")
+    if options.mode != "chunk" and (options.trunk != "plain" or options.dechunk != "gaussian"):
+        raise UsageError(f"mode {options.mode} has only the plain trunk: use mode chunk")
+    if options.trunk != "plain" and options.packing != "rows":
+        raise UsageError(f"trunk {options.trunk} needs one sample a row: use packing rows")
+    return PIPELINES[options.mode if options.trunk == "plain" else options.trunk]
 
 
 def captured(
@@ -58,10 +98,7 @@ def captured(
     grid: tuple[int, int] | None = None,
 ) -> Program:
     """Capture `module` on the example inputs, ready for the pipeline of the mode; errors as `rewrite`."""
-    if options.mode not in PIPELINES:
-        raise UsageError(f"unknown mode '{options.mode}': choose one of {', '.join(MODES)}")
-    if options.mode == "chunk" and options.state_dtype != "model":
-        raise UsageError("mode chunk has no state whose precision could be chosen: leave --state out")
+    pipeline_of(options)  # for what it refuses
     program = opened(module, options) if isinstance(module, ExportedProgram) else capture(module, args, kwargs, options)
     program.grid = grid
     find_inputs(program, timestep)
@@ -89,7 +126,7 @@ def rewrite(
     """
     program = captured(module, args, kwargs, options, timestep, grid)
     original = copy_graph(program)
-    records = run_passes(program, PIPELINES[options.mode], dump, NumericGate(program))
+    records = run_passes(program, pipeline_of(options), dump, NumericGate(program))
     for tidy in (Normalise(), RealNumbers()):
         tidy.call(replace(program, graph_module=original))
     original.recompile()

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dcconvert.passes.errors import CheckFailedError, UsageError
-from dcconvert.passes.layout import PACKINGS, Bucket, lay_out
+from dcconvert.passes.layout import PACKINGS, Bucket, TokenLayout, lay_out
 from dcconvert.passes.neighbourhood import Ints, Mask, Nearest, Neighbourhood
 
 Floats = NDArray[np.float32]
+Way = tuple[Ints, Floats]  # where each value comes from, and with what weight
 
 REMEMBERED = 16  # plans, a few hundred kilobytes each at most for the sizes that are usual
 
@@ -149,7 +150,7 @@ class Planner:
         if key not in self._lately:
             if len(self._lately) == REMEMBERED:
                 del self._lately[next(iter(self._lately))]
-            self._lately[key] = self.plan(self.select(scores, counts), bucket)
+            self._lately[key] = self.plan(self.select(scores, counts), bucket, scores)
         return self._lately[key]
 
     def full_plan(self, batch: int, bucket: Bucket | None = None) -> Plan:
@@ -202,16 +203,15 @@ class Planner:
             left[samples] -= len(cells)
         return keep, left
 
-    def plan(self, keep: Mask, bucket: Bucket | None = None) -> Plan:
+    def plan(self, keep: Mask, bucket: Bucket | None = None, scores: np.ndarray | None = None) -> Plan:
         """Plan a keep mask [B, N]; with a bucket the arrays have exactly its sizes, else the smallest that do.
 
+        `scores`: those of the router, for planners that look at more than which tokens are kept.
         CheckFailedError if a sample keeps nothing; UsageError if the mask is misshapen or does not fit the bucket.
         """
         keep = np.ascontiguousarray(keep, dtype=bool)
         laid = lay_out(keep, self.tokens, self.packing, bucket)
-        near = self._neighbourhood.nearest(keep, laid.counts, self.neighbours)
-        chunk_index, chunk_weight = self._chunks(laid.kept, laid.place, near, laid.sizes)
-        fill_index, fill_weight = self._fill(laid.kept, laid.place, near, laid.counts)
+        (chunk_index, chunk_weight), (fill_index, fill_weight) = self._ways(keep, laid, scores)
         return Plan(
             keep,
             laid.counts,
@@ -225,6 +225,12 @@ class Planner:
             fill_index=fill_index.reshape(*keep.shape, -1),
             fill_weight=fill_weight.reshape(*keep.shape, -1),
         )
+
+    def _ways(self, keep: Mask, laid: TokenLayout, scores: np.ndarray | None) -> tuple[Way, Way]:
+        """Ways in and out of the packed tokens: chunk_index and _weight, fill_index and _weight, as in `Plan`."""
+        near = self._neighbourhood.nearest(keep, laid.counts, self.neighbours)
+        into = self._chunks(laid.kept, laid.place, near, laid.sizes)
+        return into, self._fill(laid.kept, laid.place, near, laid.counts)
 
     def _chunks(self, kept: Ints, place: Ints, near: Nearest, sizes: Bucket) -> tuple[Ints, Floats]:
         """Members and weights [G, L, M] of every packed token; pads repeat the batch's first kept token."""

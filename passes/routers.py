@@ -6,6 +6,8 @@ which positions must be covered is the planner's.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,6 +64,39 @@ class FixedRouter(nn.Module):
         return (0 * h).sum(-1).float() + (self.priorities.float() + 0.5) / len(self.priorities)
 
 
+class MergeRouter(nn.Module):
+    """Bipartite soft matching, as token merging has it (ToMe, arXiv 2210.09461; for diffusion arXiv 2303.17604).
+
+    One token of every `cell` x `cell` square (the first; drawn at random there) is a destination, each other token is
+    matched with the destination it is most like, by the cosine. Destinations come first in the order of keeping, evenly
+    spread, then the tokens that are least like their match.
+    """
+
+    destinations: Tensor
+    priority: Tensor
+
+    def __init__(self, grid: tuple[int, int], cell: int) -> None:
+        super().__init__()
+        y, x = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+        chosen = ((y % cell == 0) & (x % cell == 0)).flatten()
+        self.register_buffer("destinations", chosen.nonzero().squeeze(1))
+        self.register_buffer("priority", torch.where(chosen, 0.5 + 0.5 * even_priorities(grid), 0.0))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h [B, N, D] -> [B, N, 2]: the keep score, and the grid index of the match; float32."""
+        direction = F.normalize(h, dim=-1)
+        likeness = direction @ direction.index_select(1, self.destinations).transpose(1, 2)
+        worst = (1 - likeness.amax(-1).float()).clamp(0, 2) / 4
+        score = torch.where(self.priority > 0, self.priority + 0 * worst, worst)
+        owner = self.destinations[likeness.argmax(-1)].float()
+        return torch.stack([score, owner], -1)
+
+
+def merge_cell(fewest: float) -> int:
+    """Side of the squares of which one token each is always kept, for steps that keep no less than this fraction."""
+    return max(1, math.ceil(math.sqrt(1 / fewest) - 1e-9))
+
+
 def window_mean(h: Tensor, grid: tuple[int, int]) -> Tensor:
     """Mean of each token's 3x3 neighbourhood (itself included, smaller at the border): [B, N, D]."""
     image = h.transpose(1, 2).reshape(h.shape[0], h.shape[2], *grid)
@@ -88,17 +123,20 @@ def random_priorities(grid: tuple[int, int], seed: int) -> Tensor:
     return (torch.randperm(count, generator=torch.Generator().manual_seed(seed)) + 0.5) / count
 
 
-def make_router(name: str, grid: tuple[int, int], seed: int) -> nn.Module:
-    """The router called `name` (one of ROUTERS) for an H x W grid."""
+def make_router(name: str, grid: tuple[int, int], seed: int, fewest: float = 0.25) -> nn.Module:
+    """The router called `name` (one of ROUTERS) for an H x W grid; `fewest`: the smallest fraction a step keeps."""
     return {
         "predictability": lambda: PredictabilityRouter(grid),
         "cosine": lambda: CosineRouter(grid),
         "pool": lambda: FixedRouter(even_priorities(grid)),
         "random": lambda: FixedRouter(random_priorities(grid, seed)),
+        "merge": lambda: MergeRouter(grid, merge_cell(fewest)),
         "age": lambda: FixedRouter(even_priorities(grid)),
         "drift": lambda: FixedRouter(even_priorities(grid)),
     }[name]()
 
 
-CHUNK_ROUTERS = ("predictability", "cosine", "pool", "random")
-ROUTERS = ("drift", "age", *CHUNK_ROUTERS)  # the first two look at a token's history: mode carry only
+BOTH_MODES = ("predictability", "cosine", "pool", "random")
+CHUNK_ROUTERS = (*BOTH_MODES, "merge")  # the last says more than a score
+CARRY_ROUTERS = ("drift", "age", *BOTH_MODES)  # the first two look at a token's history
+ROUTERS = (*CARRY_ROUTERS, "merge")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from dcconvert.passes.carry_plan import CarryPlan
+from dcconvert.passes.difference import ThirdDifference
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.history import History
 from dcconvert.passes.layout import Bucket
@@ -89,7 +90,19 @@ class Run:
         planner = backend.planner
         self.history = History(self.size, planner.spec.tokens) if planner.carries else None
         self.state = backend.new_state(self.size) if planner.carries else None
+        self.watch = ThirdDifference(self.size) if planner.watches else None
         self._constants: dict[str, Any] | None = None
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Tokens that each sample [B] kept at the last step."""
+        assert self.last_plan is not None
+        return self.last_plan.counts[: self.batch]
+
+    @property
+    def remembered(self) -> History | ThirdDifference | None:
+        """What a run keeps of its earlier steps on the host."""
+        return self.history or self.watch
 
     def restart(self, samples: Sequence[int] | None = None) -> None:
         """Forget what these samples (all of them, if None) remember, and with them those they share tokens with."""
@@ -104,38 +117,48 @@ class Run:
             self._constants = None
             self.history.restart(chosen)
             self.state.clear(chosen)
+        if self.watch is not None:
+            self.watch.restart(chosen)
 
-    def step(self, inputs: dict[str, Any], counts: np.ndarray | None = None) -> list[Any]:
+    def step(
+        self, inputs: dict[str, Any], counts: np.ndarray | None = None, planners: Sequence[StepPlanner] = ()
+    ) -> list[Any]:
         """Flat outputs of one step; sample b keeps counts[b] tokens, or what the schedule says.
+
+        `planners`: of each of the groups, where they differ in how many tokens they find worth keeping.
 
         Mode carry gives gradients only to a run that was made with `gradients`: they reach back through what its steps
         remember, until the state is detached. A step that fails leaves nothing half remembered: the run starts anew.
         """
         inputs = self._filled(inputs)
         if self.history is None:
-            return self._step(inputs, counts)
+            return self._step(inputs, counts, planners)
         self.history.check(self.backend.planner.taus(inputs, self.size))
         try:
             with nullcontext() if self.gradients else torch.no_grad():
-                return self._step(inputs, counts)
+                return self._step(inputs, counts, planners)
         except BaseException:
             self.restart()
             raise
 
-    def _step(self, inputs: dict[str, Any], counts: np.ndarray | None) -> list[Any]:
+    def _step(self, inputs: dict[str, Any], counts: np.ndarray | None, planners: Sequence[StepPlanner]) -> list[Any]:
         planner, history = self.backend.planner, self.history
         start = time.perf_counter()
         taus = planner.taus(inputs, self.size)
-        if counts is None:
-            counts = planner.counts(taus, None if history is None else history.steps)
-        else:
-            counts = np.concatenate([counts, np.repeat(counts[-1:], self.size - len(counts))])
-        if history is not None:
-            counts = np.where(history.steps == 0, planner.spec.tokens, counts)  # nothing to carry over yet
-        bucket = self.backend.bucket(counts)
         scores, live = self.backend.route(inputs)
         routed = time.perf_counter()
         host = scores.detach().float().cpu().numpy() if isinstance(scores, torch.Tensor) else scores
+        if self.watch is not None:
+            self.watch.note(inputs[planner.spec.image], taus)
+        if counts is not None:
+            counts = np.concatenate([counts, np.repeat(counts[-1:], self.size - len(counts))])
+        elif planner.schedule.found:
+            counts = self._found(host, planners or [planner])
+        else:
+            counts = planner.counts(taus, None if history is None else history.steps)
+        if history is not None:
+            counts = np.where(history.steps == 0, planner.spec.tokens, counts)  # nothing to carry over yet
+        bucket = self.backend.bucket(counts)
         plan: Plan | CarryPlan
         if history is None:
             plan = planner.plan(host, counts, bucket)
@@ -150,6 +173,13 @@ class Run:
         self.last_plan = plan
         self.last_times = StageTimes(routed - start, planned - routed, time.perf_counter() - planned)
         return [output[: self.batch] for output in outputs] if self.size > self.batch else list(outputs)
+
+    def _found(self, scores: np.ndarray, planners: Sequence[StepPlanner]) -> np.ndarray:
+        """What the samples keep [B] where every step finds it; the copies that fill up the batch as the last one."""
+        spread = None if self.watch is None else self.watch.spread(self.backend.planner.patches)
+        groups = np.minimum(np.arange(self.size) * len(planners) // self.batch, len(planners) - 1)
+        found = [planner.found_counts(scores, spread) for planner in planners]
+        return np.stack(found)[groups, np.arange(self.size)]
 
     def _shared(self, urgency: np.ndarray) -> np.ndarray:
         """Urgency [B, N] averaged over the groups; the copies that fill up the batch keep their own."""

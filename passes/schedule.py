@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -16,6 +17,9 @@ from dcconvert.passes.errors import UsageError
 
 KINDS = ("constant", "rising", "falling")
 CURVE = "curve"  # made by `dcconvert calibrate`
+NATURAL = "natural"  # as many as the router scores above 0.5 (DC-DiT)
+DIFFERENCE = "difference"  # patches as large as the third difference of the latents allows (DDiT)
+FOUND = (NATURAL, DIFFERENCE)  # how many is found at every step; knots, if there are any, say what is expected
 AUTO = -1  # warm-up steps chosen from what the run may cost
 LEVELS = 6  # numbers of kept tokens that a run uses, each of them a shape to export, compile and capture
 WARM_UP = 3  # steps it takes to know how things change; more cost what later steps need (docs/carry.md)
@@ -50,6 +54,10 @@ class Schedule:
     steps of one sampler. ``levelled`` sets ``levels``: each step keeps the nearest of these numbers of tokens, so that
     the static shapes of an exported model need no padding. UsageError for an unknown kind, a ratio below 1, knots or
     numbers out of range.
+
+    ``natural`` and ``difference`` find their numbers at every step; the fraction is then what a run is expected to
+    keep. ``base`` is the ratio that a router was made for: at a larger one the fraction 1 - base/ratio of the tokens
+    that it scores above 0.5 is dropped, the lowest first (tail dropping). ``threshold``: that of DDiT's criterion.
     """
 
     kind: str
@@ -61,9 +69,11 @@ class Schedule:
     dense_first: int = 0
     knots: tuple[tuple[float, float], ...] = ()
     levels: tuple[int, ...] = ()
+    base: float = 0.0
+    threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in (*KINDS, CURVE):
+        if self.kind not in (*KINDS, CURVE, *FOUND):
             raise UsageError(f"unknown schedule {self.kind!r}: choose one of {', '.join(KINDS)}")
         object.__setattr__(self, "ratio", parse_ratio(self.ratio))
         object.__setattr__(self, "knots", tuple((float(tau), float(kept)) for tau, kept in self.knots))
@@ -73,7 +83,16 @@ class Schedule:
             raise UsageError(f"levels {list(self.levels)}: numbers of tokens must be positive and rising")
         if self.warm_up < AUTO or self.refresh < 0 or not 0 <= self.mean <= 1:
             raise UsageError("warm-up and refresh steps must not be negative, the mean kept fraction from 0 to 1")
-        if (self.kind == CURVE) != bool(self.knots) or any(not 0 < kept < math.inf for _, kept in self.knots):
+        if self.kind == NATURAL and self.ratio < self.base:
+            raise UsageError(
+                f"the router keeps the tokens it scores above 0.5, one in {self.base:g}: a ratio of {self.ratio:g}x "
+                f"would need more of them; choose {self.base:g}x or more, or convert again"
+            )
+        if (
+            (self.kind == CURVE and not self.knots)
+            or (self.kind in KINDS and self.knots)
+            or any(not 0 < kept < math.inf for _, kept in self.knots)
+        ):
             raise UsageError("a curve needs knots of positive kept fractions, and no other schedule has them")
         if self.knots:
             taus = _checked_tau([tau for tau, _ in self.knots])
@@ -99,7 +118,7 @@ class Schedule:
             )
         mean = min(1.0, float((budget - dense.sum()) / sparse.sum()))
         fit = replace(self, dense_first=first, mean=mean, centre=float(np.mean(taus[sparse])))
-        if self.kind != CURVE:
+        if not self.knots:
             return fit
         kept = fit.fraction(taus[sparse])
         for _ in range(60):  # scaled until the mean is right, which the cut at 1 makes a search
@@ -108,15 +127,35 @@ class Schedule:
             kept = fit.fraction(taus[sparse])
         return fit
 
-    def levelled(self, taus: ArrayLike, tokens: int, most: int = LEVELS) -> Schedule:
+    @property
+    def found(self) -> bool:
+        """Whether the numbers of kept tokens are found at every step."""
+        return self.kind in FOUND
+
+    @property
+    def dropped(self) -> float:
+        """The fraction of the natural tokens that is dropped."""
+        return 1 - self.base / self.ratio if self.base else 0.0
+
+    def levelled(self, taus: ArrayLike, tokens: int, most: int = LEVELS, sizes: Sequence[int] = ()) -> Schedule:
         """Return the same schedule with at most ``most`` numbers of kept tokens in a run, ``tokens`` among them.
 
-        Those that a run fitted to ``taus`` is closest to, so that its mean stays what it was but for the rounding.
-        UsageError as ``fitted``.
+        Those that a run fitted to ``taus`` is closest to, so that its mean stays what it was but for the rounding; of
+        ``sizes``, where a model can only keep some numbers. Where the numbers are found at every step the levels are
+        all sizes, or evenly spaced ones. UsageError as ``fitted``.
         """
+        if self.found:
+            even = np.geomspace(max(1, tokens / self.ratio / 2), tokens, most).round().astype(int)
+            return replace(self, levels=tuple(sorted(sizes) if sizes else np.unique(even).tolist()))
         counts = replace(self, levels=()).fitted(taus).run_counts(taus, tokens)
         sparse = counts[counts < tokens]
+        if sizes:
+            known = np.array(sorted(sizes))
+            sparse = known[np.abs(sparse[:, None] - known).argmin(1)]
+            sparse = sparse[sparse < tokens]
         chosen = nearest_levels(sparse, most - 1).tolist() if sparse.size else []
+        if sizes:
+            chosen = np.unique([known[np.abs(known - level).argmin()] for level in chosen]).tolist()
         return replace(self, levels=(*chosen, tokens))
 
     def _dense(self, step: NDArray[np.int64], first: int) -> NDArray[np.bool_]:
@@ -129,13 +168,13 @@ class Schedule:
     def fraction(self, tau: ArrayLike) -> NDArray[np.float64]:
         """Kept fraction, in (0, 1], of a sparse step at each ``tau``, in its shape; UsageError outside [0, 1]."""
         tau = _checked_tau(tau)
-        if self.kind == CURVE:
+        if self.knots:
             levels, kept = np.transpose(self.knots)
             return np.minimum(np.interp(tau, levels, kept), 1.0)
         mean = self.mean or 1 / self.ratio
         # Dividing by the longer side keeps both ends of [0, 1] inside the bounds when the run is off centre.
         slope = (min(1.0, 1.5 * mean) - mean) / max(self.centre, 1 - self.centre)
-        sign = {"constant": 0, "rising": -1, "falling": 1}[self.kind]
+        sign = {"constant": 0, "rising": -1, "falling": 1}.get(self.kind, 0)
         return np.minimum(mean + sign * slope * (tau - self.centre), 1.0)
 
     def counts(self, tau: ArrayLike, tokens: int, step: ArrayLike | None = None) -> NDArray[np.int64]:
@@ -146,7 +185,7 @@ class Schedule:
         """
         self.check(tokens)
         counts = np.maximum(np.rint(self.fraction(tau) * tokens), 1).astype(np.int64)
-        if self.levels:
+        if self.levels and self.kind != NATURAL:  # which keeps those numbers or more, a mean of which is expected
             levels = np.asarray(self.levels)
             counts = levels[np.abs(counts[..., None] - levels).argmin(-1)]
         if step is None:

@@ -10,13 +10,17 @@ import numpy as np
 import torch
 
 from dcconvert.passes.carry_plan import CarryPlan, carry_plan
+from dcconvert.passes.difference import largest_below
 from dcconvert.passes.errors import CheckFailedError, UsageError
 from dcconvert.passes.history import Doubles, History
 from dcconvert.passes.infra import Options
 from dcconvert.passes.layout import Bucket
 from dcconvert.passes.neighbourhood import Mask
-from dcconvert.passes.plan import Plan, Planner
-from dcconvert.passes.schedule import Schedule
+from dcconvert.passes.patch_planner import scales_of
+from dcconvert.passes.plan import Plan
+from dcconvert.passes.planners import SmoothedPlanner, make_planner
+from dcconvert.passes.pooled_planner import SizedPlanner
+from dcconvert.passes.schedule import DIFFERENCE, LEVELS, NATURAL, Schedule
 from dcconvert.passes.spec import ModelSpec
 
 CARRY = "carry"
@@ -30,7 +34,7 @@ class StepPlanner:
         self.options = options
         schedule.check(spec.tokens)
         self.schedule = schedule
-        self.planner = Planner(spec.grid, options.members, options.neighbours, options.packing, options.coverage)
+        self.planner = make_planner(spec.grid, options)
 
     def at_ratio(self, ratio: float, taus: np.ndarray) -> StepPlanner:
         """The same planner with its schedule at another ratio, its mean over a run at these noise levels.
@@ -38,9 +42,30 @@ class StepPlanner:
         UsageError for a ratio that such a run cannot have.
         """
         other = replace(self.schedule, ratio=ratio, mean=0.0).fitted(taus)
-        if other.ratio != self.schedule.ratio:
-            other = other.levelled(taus, self.spec.tokens)
+        if other.ratio != self.schedule.ratio and not other.found:
+            other = StepPlanner(self.spec, self.options, other).levelled(taus, LEVELS)
         return StepPlanner(self.spec, self.options, other)
+
+    def levelled(self, taus: np.ndarray, most: int) -> Schedule:
+        """The schedule with at most `most` numbers of kept tokens, all of them such as the model can keep."""
+        return self.schedule.levelled(taus, self.spec.tokens, most, self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The only numbers of tokens that a sample can keep; empty where any will do."""
+        return tuple(self.planner.sizes) if isinstance(self.planner, SizedPlanner) else ()
+
+    @property
+    def patches(self) -> tuple[int, ...]:
+        """Pixels a side of the patches that a step may have, of a trunk with patch sizes."""
+        image = next(item for item in self.spec.input_specs if item.name == self.spec.image)
+        patch = image.shape[-1] // self.spec.grid[1]
+        return tuple(patch * scale for scale in scales_of(self.spec.grid))
+
+    @property
+    def watches(self) -> bool:
+        """Whether a run has to keep its last latents."""
+        return self.schedule.kind == DIFFERENCE
 
     @property
     def carries(self) -> bool:
@@ -62,7 +87,7 @@ class StepPlanner:
                     f"{self.spec.timestep_scale:g}: convert with timestep_scale=..., its value at pure noise"
                 )
             return np.clip(levels, 0, 1)
-        if self.schedule.kind == "constant" or self.schedule.ratio == 1:
+        if self.schedule.kind in ("constant", NATURAL) or self.schedule.ratio == 1:
             return np.full(batch, 0.5)
         raise UsageError(
             f"schedule '{self.schedule.kind}' needs the timestep, but no input of the model is known to be it; "
@@ -72,6 +97,23 @@ class StepPlanner:
     def counts(self, taus: Doubles, steps: np.ndarray | None = None) -> np.ndarray:
         """Kept tokens of each sample at its noise level, `steps` [B] after its run began."""
         return self.schedule.counts(taus, self.spec.tokens, steps)
+
+    def found_counts(self, scores: np.ndarray, spread: np.ndarray | None) -> np.ndarray:
+        """Kept tokens of each sample where a step finds them: from scores [B, N], or from `ThirdDifference.spread`."""
+        if spread is not None:
+            sizes = np.array(sorted(self.sizes, reverse=True))  # the smallest patches first
+            return sizes[largest_below(spread, self.schedule.threshold)]
+        check_finite(scores)
+        assert isinstance(self.planner, SmoothedPlanner)
+        natural = self.planner.natural(scores, self.schedule.dropped)
+        levels = np.array(self.schedule.levels or [self.spec.tokens])
+        if not self.schedule.levels:
+            return natural
+        return levels[np.minimum(np.searchsorted(levels, natural), len(levels) - 1)]
+
+    def ladder_counts(self, taus: np.ndarray) -> np.ndarray:
+        """The numbers of kept tokens that a run needs shapes for."""
+        return np.array(self.schedule.levels) if self.schedule.found else self.run_counts(taus)
 
     def run_counts(self, taus: np.ndarray) -> np.ndarray:
         """Kept tokens a sample at every step of a run; the first of mode carry has nothing to go by."""
@@ -142,7 +184,7 @@ def most_urgent(urgency: np.ndarray, counts: np.ndarray) -> Mask:
 
 
 def check_finite(scores: np.ndarray) -> None:
-    bad = ~np.isfinite(scores).all(axis=1)
+    bad = ~np.isfinite(scores.reshape(len(scores), -1)).all(axis=1)
     if bad.any():
         raise CheckFailedError(
             f"sample {int(bad.argmax())} of the batch has non-finite values before the trunk: check its input "

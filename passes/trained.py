@@ -12,9 +12,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from dcconvert.passes.adapters import DECHUNK, is_adapter
+from dcconvert.passes.arguments import operand
 from dcconvert.passes.errors import CheckFailedError
 from dcconvert.passes.infra import give_tensor
 from dcconvert.passes.model import DynamicModel
@@ -94,11 +95,14 @@ def trained_model(model: DynamicModel, trained: Mapping[str, Tensor]) -> Dynamic
 
 def linear_weights(model: DynamicModel) -> set[str]:
     """Names of the matrices that linear layers of route and denoise multiply by, adapters left out."""
-    graphs = (model.route_graph, model.denoise_graph)
-    return {
-        str(node.args[1].target)
-        for graph in graphs
+    layers = [
+        node
+        for graph in (model.route_graph, model.denoise_graph)
         for node in graph.graph.nodes
-        if node.target is aten.linear.default and isinstance(node.args[1], Node) and node.args[1].op == "get_attr"
-        if not is_adapter(str(node.args[1].target))
-    }
+        if node.target is aten.linear.default
+    ]
+    weights = [operand(layer, 1) for layer in layers]
+    # Of a projection that was split, each part reads some rows of the weight.
+    weights = [operand(weight) if weight.target is aten.slice.Tensor else weight for weight in weights]
+    names = {str(weight.target) for weight in weights if weight.op == "get_attr"}
+    return {name for name in names if not is_adapter(name)}

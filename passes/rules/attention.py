@@ -35,6 +35,8 @@ def attention(packer: Packer, node: Node, layout: Layout) -> Laid:
         raise packer.refuse(node, "queries must be laid out [B, H, N, d]")
     scale = scale_of(given)
     packer.attentions += 1
+    if all(tokenwise) and packer.whole_keys:
+        return whole_attention(packer, node, given, q, scale)
     if all(tokenwise):
         return self_attention(packer, node, given, q, scale)
     if any(tokenwise):
@@ -130,6 +132,14 @@ def self_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, s
     else:
         op, separator = torch.ops.dcconvert.segment_attention.default, packer.plan_input("segment_ids")
     return q.at(packer.emit(op, q.node, k.node, v.node, separator, scale))
+
+
+def whole_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:
+    """Packed queries against the keys and values of all tokens of their sample, which are left where they are."""
+    if packer.packing != "rows" or given.get("attn_mask") is not None:
+        raise packer.refuse(node, "attention to the whole grid needs one sample a row (--packing rows) and no mask")
+    operands = (q.node, given["key"], given["value"], None)
+    return q.at(packer.emit(aten.scaled_dot_product_attention.default, *operands, scale=scale))
 
 
 def varlen_attention(packer: Packer, q: Laid, k: Laid, v: Laid, scale: float) -> Laid:

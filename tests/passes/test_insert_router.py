@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.infra import Program, run_passes
 from dcconvert.passes.insert_router import InsertRouter, inline
-from dcconvert.passes.routers import CHUNK_ROUTERS, ROUTERS, make_router
+from dcconvert.passes.routers import CARRY_ROUTERS, CHUNK_ROUTERS, make_router
 from dcconvert.passes.token_stream import FindTokenStream
 from tests.passes.harness import BATCH, GRID, TOKENS, Block, TinyModel, tiny_inputs, tiny_program
 
@@ -31,7 +31,7 @@ def hidden_state(module: TinyModel, x: Tensor, t: Tensor, mode: str = "chunk") -
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [*((name, "chunk") for name in CHUNK_ROUTERS), *((name, "carry") for name in ROUTERS)]
+    ("name", "mode"), [*((name, "chunk") for name in CHUNK_ROUTERS), *((name, "carry") for name in CARRY_ROUTERS)]
 )
 def test_scores_are_the_routers_and_come_first(name, mode):
     module, inputs = TinyModel(Block() for _ in range(3)), tiny_inputs(5)
@@ -42,7 +42,8 @@ def test_scores_are_the_routers_and_come_first(name, mode):
         torch.testing.assert_close(output, module(*inputs), rtol=0, atol=0)
     torch.testing.assert_close(scores, wanted)
     assert program.scores is not None
-    assert [str(size) for size in program.scores.meta["val"].shape] == [str(program.batch), str(TOKENS)]
+    shape = [str(size) for size in program.scores.meta["val"].shape]
+    assert shape == [str(program.batch), str(TOKENS), *(["2"] if name == "merge" else [])]
 
 
 def test_fixed_priorities_become_a_buffer():
@@ -62,9 +63,10 @@ def test_a_router_with_parameters_of_its_own():
     module, router, inputs = TinyModel(Block() for _ in range(3)), Learned(), tiny_inputs()
     program = tiny_program(module)
     run_passes(program, (FindTokenStream(),))
-    program.scores = inline(program, router, program.found_trunk()[0])
-    program.graph.output((program.scores,))
-    program.graph.erase_node(list(program.graph.nodes)[-2])
+    output = list(program.graph.nodes)[-1]
+    with program.graph.inserting_before(output):
+        program.scores = inline(program, router, (program.found_trunk()[0],), "learned")
+    output.args = ((program.scores,),)
     program.graph_module.recompile()
     with torch.no_grad():
         torch.testing.assert_close(program.graph_module(*inputs)[0], router(hidden_state(module, *inputs)))
@@ -98,9 +100,9 @@ def test_random_scores_differ_with_the_seed():
 @pytest.mark.parametrize(
     ("mode", "name", "choices"),
     [
-        ("chunk", "norm", "predictability, cosine, pool, random"),
-        ("chunk", "drift", "predictability, cosine, pool, random"),
-        ("chunk", "age", "predictability, cosine, pool, random"),
+        ("chunk", "norm", "predictability, cosine, pool, random, merge"),
+        ("chunk", "drift", "predictability, cosine, pool, random, merge"),
+        ("chunk", "age", "predictability, cosine, pool, random, merge"),
         ("carry", "norm", "drift, age, predictability, cosine, pool, random"),
     ],
 )

@@ -15,7 +15,7 @@ from dcconvert.passes.errors import CheckFailedError, UsageError
 from dcconvert.passes.history import History
 from dcconvert.passes.infra import Options
 from dcconvert.passes.plan import Plan
-from dcconvert.passes.routers import CHUNK_ROUTERS, ROUTERS
+from dcconvert.passes.routers import BOTH_MODES, CARRY_ROUTERS
 from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.step_planner import StepPlanner, most_urgent
 from tests.passes.carry_harness import carried, roomy
@@ -78,7 +78,7 @@ def test_drift_of_tokens_computed_once_is_one():
     np.testing.assert_allclose(found, 0.25, rtol=1e-5)
 
 
-@pytest.mark.parametrize("router", CHUNK_ROUTERS)
+@pytest.mark.parametrize("router", BOTH_MODES)
 def test_other_routers_multiply_elapsed_noise_by_their_scores(router):
     history = history_of((1.0, []), (0.8, [0, 1, 2, 3]))
     scores = np.random.default_rng(1).random((1, TOKENS))
@@ -137,7 +137,7 @@ def test_most_urgent_against_sorting(seed, batch, levels):
         assert np.flatnonzero(mask).tolist() == sorted(sorted(range(TOKENS), key=lambda n: (-row[n], n))[:count])
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", CARRY_ROUTERS)
 def test_a_choice_is_deterministic_and_a_sample_is_alone(router):
     rng = np.random.default_rng(2)
     counts, scores = np.array([3, 5, 1]), rng.random((3, TOKENS))
