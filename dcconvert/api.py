@@ -23,6 +23,7 @@ from dcconvert.dit import DiT
 from dcconvert.drop_in import DropIn, is_diffusers
 from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.bundle import FORMAT_VERSION, MANIFEST, ONNX, new_folder, read_bundle, write_json, write_model
+from dcconvert.passes.adapters import with_router_adapter
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.infra import MODE_DEFAULTS, Options
 from dcconvert.passes.model import DynamicModel
@@ -30,6 +31,7 @@ from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.schedule import AUTO, LEVELS, Schedule, parse_ratio
 from dcconvert.passes.spec import EXAMPLE_BATCH
 from dcconvert.passes.step_planner import StepPlanner
+from dcconvert.presets import preset_options, preset_schedule
 
 DEFAULT_BATCHES = (1, 8)
 DEFAULT_STEPS = 50
@@ -58,7 +60,7 @@ class Converted(DynamicModel):
         steps = int(self.facts.get("steps", DEFAULT_STEPS))
         taus = 1 - np.arange(steps) / steps
         planner = StepPlanner(self.spec, self.options, self.schedule.fitted(taus))
-        counts = planner.run_counts(taus)
+        counts = planner.ladder_counts(taus)
         return ladder(batches, counts, self.spec.tokens, max(LEVELS, len(self.schedule.levels)) - 1)
 
     def save(self, folder: str | Path, batches: Sequence[int] = DEFAULT_BATCHES, force: bool = False) -> Path:
@@ -134,12 +136,13 @@ def convert_call(
     ratio: float | str = 4,
     *,
     example_inputs: Sequence[Any] | Mapping[str, Any],
-    schedule: str | None = None,
+    schedule: str | Schedule | None = None,
     steps: int = DEFAULT_STEPS,
     warm_up: int = AUTO,
     refresh: int = 0,
     buckets: int = LEVELS,
     options: Options | None = None,
+    preset: str | None = None,
     timestep: str | None = None,
     timestep_scale: float = 1000.0,
     grid: tuple[int, int] | None = None,
@@ -149,11 +152,13 @@ def convert_call(
 
     Args:
         module, ratio, example_inputs: as in `convert`.
-        schedule: kept fraction over time: constant, rising or falling (toward clean images); None for that of the mode.
+        schedule: kept fraction over time: constant, rising or falling (toward clean images), or a whole
+            schedule; None for that of the mode.
         steps: sampling steps of a run, over which the ratio is meant.
         warm_up, refresh: mode carry: how many first steps, and every how many steps after them, compute everything.
         buckets: most numbers of kept tokens that a run uses, each of them a static shape of the exported model.
         options: mode, head and tail blocks, router, seed.
+        preset: a published method, one of `dcconvert.presets.PRESETS`, in the place of schedule and options.
         timestep: the input that holds the timestep, where its name does not tell.
         timestep_scale: its value at pure noise.
         grid: (H, W) of the tokens, where it cannot be seen in the model and they are no square.
@@ -165,8 +170,15 @@ def convert_call(
     """
     args: Sequence[Any] = () if isinstance(example_inputs, Mapping) else example_inputs
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    if preset is not None:
+        if options is not None or schedule is not None:
+            raise UsageError(f"preset '{preset}' chooses schedule and options: leave them out, or the preset")
+        options, schedule = preset_options(preset, parse_ratio(ratio)), preset_schedule(preset, parse_ratio(ratio))
     options = options or Options()
-    spending = Schedule(schedule or MODE_DEFAULTS[options.mode][2], parse_ratio(ratio))
+    if isinstance(schedule, Schedule):
+        spending = schedule
+    else:
+        spending = Schedule(schedule or MODE_DEFAULTS[options.mode][2], parse_ratio(ratio))
     if options.mode == "chunk" and (warm_up > 0 or refresh):
         raise UsageError("warm-up and refresh steps are of mode carry: mode chunk remembers nothing")
     if options.mode == "carry":
@@ -186,7 +198,9 @@ def convert_call(
     )
     if model.spec.timestep is not None:
         check_scale(model.flat_inputs(tuple(args), kwargs)[model.spec.timestep], timestep_scale)
-    model = model.with_schedule(model.schedule.levelled(1 - np.arange(steps) / steps, model.spec.tokens, buckets))
+    if options.preset == "dc-dit":
+        model = with_router_adapter(model, options.seed)
+    model = model.with_schedule(model.step_planner.levelled(1 - np.arange(steps) / steps, buckets))
     return Converted.of(model, {"steps": steps, **sampling_facts(module, steps)})
 
 

@@ -21,10 +21,12 @@ from dcconvert.passes.infra import MODE_DEFAULTS, Options
 from dcconvert.passes.pipeline import MODES
 from dcconvert.passes.routers import ROUTERS
 from dcconvert.passes.schedule import AUTO, KINDS, LEVELS, parse_ratio
+from dcconvert.presets import PRESETS, preset_options, preset_schedule
 from dcconvert.sampling import SOLVERS, Guidance
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 DEFAULTS, RECIPE = Options(), Recipe()
+INSPECT_RATIO = 4.0  # where a command takes none and a preset asks
 
 
 class Ratio(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only
@@ -55,10 +57,13 @@ def rewriting_options(command: Any) -> Any:
     for decorate in (
         click.option(
             "--mode",
-            default=DEFAULTS.mode,
-            show_default=True,
             type=click.Choice(MODES),
-            help="carry: dropped tokens are carried over from earlier steps. chunk: they are absent from the trunk.",
+            help=f"carry: dropped tokens are carried over from earlier steps; chunk: they are absent [{DEFAULTS.mode}]",
+        ),
+        click.option(
+            "--preset",
+            type=click.Choice(list(PRESETS)),
+            help="A published method, in mode chunk: DC-DiT, SparseDiT, DDiT, or token merging as a control.",
         ),
         click.option("--head-blocks", type=click.IntRange(0), help=f"Blocks before the trunk [{both(0)}]."),
         click.option("--tail-blocks", type=click.IntRange(0), help=f"Blocks after the trunk [{both(0)}]."),
@@ -66,10 +71,8 @@ def rewriting_options(command: Any) -> Any:
         click.option(
             "--state",
             "state_dtype",
-            default=DEFAULTS.state_dtype,
-            show_default=True,
             type=click.Choice(list(STATE_DTYPES)),
-            help="Precision of what mode carry remembers.",
+            help=f"Precision of what mode carry remembers [{DEFAULTS.state_dtype}].",
         ),
         click.option("--seed", default=DEFAULTS.seed, show_default=True, help="Seed of router and sampling."),
         click.option("--dump-graphs", type=click.Path(path_type=Path), help="Folder for the graph after each pass."),
@@ -93,11 +96,12 @@ def command_line() -> str:
     return str(click.get_current_context().find_root().obj)
 
 
-def pick_options(values: dict[str, Any]) -> Options:
-    """The rewriting options out of a command's parameters (taken out of `values`)."""
+def pick_options(values: dict[str, Any], ratio: float) -> Options:
+    """The rewriting options out of a command's parameters (taken out of `values`), at a ratio."""
     names = ("mode", "head_blocks", "tail_blocks", "router", "state_dtype", "seed")
-    given = {name: values.pop(name) for name in names}
-    return Options(**{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name in names if (value := values.pop(name)) is not None}
+    preset = values.pop("preset")
+    return preset_options(preset, ratio, given) if preset else Options(**given)
 
 
 @click.group(context_settings=CONTEXT)
@@ -148,7 +152,11 @@ def convert(model: Path, out: Path | None, **values: Any) -> None:
     from dcconvert.report import terminal_table
 
     set_threads(values["threads"])
-    options = pick_options(values)
+    options = pick_options(values, values["ratio"])
+    if options.preset:
+        if values["schedule"]:
+            raise UsageError(f"--schedule {values['schedule']}: preset {options.preset} has its own; leave one out")
+        values["schedule"] = preset_schedule(options.preset, values["ratio"])
     target = out or Path(f"{model.stem}-dc{values['ratio']:g}x")
     values["warm_up"] = AUTO if values["warm_up"] is None else values["warm_up"]
     values["batches"] = values["batches"] or (1, 8)
@@ -168,7 +176,7 @@ def inspect(model: Path, **values: Any) -> None:
     """Say what was recognised in a checkpoint, where it can be cut, and what would be rewritten."""
     from dcconvert.commands import inspect_checkpoint
 
-    inspect_checkpoint(model, pick_options(values), Console(), **values)
+    inspect_checkpoint(model, pick_options(values, INSPECT_RATIO), Console(), **values)
 
 
 @commands.command()

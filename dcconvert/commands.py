@@ -25,7 +25,7 @@ from dcconvert.figures import save_comparison
 from dcconvert.passes.errors import DcconvertError, UsageError
 from dcconvert.passes.infra import Options, Program, module_path, run_passes
 from dcconvert.passes.normalise import Normalise
-from dcconvert.passes.pipeline import PIPELINES, captured
+from dcconvert.passes.pipeline import captured, pipeline_of
 from dcconvert.passes.run import Backend
 from dcconvert.passes.spec import StateSpec
 from dcconvert.passes.step_planner import StepPlanner
@@ -63,7 +63,7 @@ def inspect_checkpoint(
     print_cuts(program, console)
     program = captured(source.module, args, kwargs, options, grid=source.grid)
     try:
-        records = run_passes(program, PIPELINES[options.mode], dump_graphs)
+        records = run_passes(program, pipeline_of(options), dump_graphs)
     except DcconvertError as error:
         console.print(f"[bold red]would not convert:[/bold red] {escape(str(error))}", highlight=False)
         raise

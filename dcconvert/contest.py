@@ -96,7 +96,8 @@ class Entrant:
         tokens, halves = self.bundle.model.spec.tokens, self.halves
         if self.unconditional is not None:
             return guided_ladder(images, halves[0], halves[1], tokens)
-        return ladder((images * len(halves),), halves[0], tokens)
+        shapes = self.planner.ladder_counts(self.sampler.taus)
+        return ladder((images * len(halves),), shapes, tokens)
 
     def new_step(self, backend: Backend) -> ConvertedStep:
         """The step function of one run of one batch."""

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from dcconvert.export.parity import check_identity, require
 from dcconvert.passes.adapters import (
-    DECHUNK,
     GATE,
+    NEW_PATHS,
     ROUTER,
     show_features,
     with_dechunk_adapter,
@@ -27,12 +27,14 @@ from dcconvert.passes.adapters import (
 )
 from dcconvert.passes.errors import CheckFailedError, UsageError
 from dcconvert.passes.model import DynamicModel
+from dcconvert.passes.schedule import DIFFERENCE, NATURAL
 from dcconvert.passes.step_planner import CARRY, StepPlanner
 from dcconvert.passes.trained import all_tensors, linear_weights, original_name, plainly_named, teacher_of
 from dcconvert.team import Team
 
 TRAINABLE = ("all", "lora", "router", "adapters")
 RATES = {"chunk": 3e-4, "carry": 3e-5}  # learning rates, where none is given
+TAIL_DROPS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # what DC-DiT trains for, one a step
 RATIO_GROUP = 16  # samples whose tokens are counted together, as in DC-DiT
 
 
@@ -81,8 +83,15 @@ def with_new_paths(model: DynamicModel, recipe: Recipe) -> DynamicModel:
             f"cannot train '{added[0]}' in mode carry: its router looks at a run's history; train all or lora"
         )
     if "router" in added:
+        if model.options.trunk != "plain" or model.options.router == "merge":
+            raise UsageError(
+                f"cannot train 'router': the {model.options.preset or model.options.trunk} trunk has none that could "
+                "learn; train all, lora or adapters"
+            )
         model = with_router_adapter(model, recipe.seed)
-    return with_dechunk_adapter(model, recipe.seed) if "adapters" in added else model
+    if "adapters" in added and model.options.trunk == "plain":
+        model = with_dechunk_adapter(model, recipe.seed)
+    return model
 
 
 class Weights(nn.Module):
@@ -94,7 +103,8 @@ class Weights(nn.Module):
     def __init__(self, model: DynamicModel, train: Sequence[str], rank: int, generator: torch.Generator) -> None:
         super().__init__()
         present = {n: v for n, v in all_tensors(model).items() if isinstance(v, nn.Parameter)}
-        new = tuple(f"{path}." for path, name in ((ROUTER, "router"), (DECHUNK, "adapters")) if name in train)
+        paths = {"router": ROUTER, "adapters": NEW_PATHS[model.options.trunk]}
+        new = tuple(f"{path}." for name, path in paths.items() if name in train)
         whole = set(present) if "all" in train else {name for name in present if name.startswith(new)}
         self.whole = sorted(name for name in whole if present[name].is_floating_point())
         self.low = sorted(linear_weights(model)) if "lora" in train else []
@@ -137,7 +147,9 @@ class Distillation:
         self.weights = Weights(model, recipe.train, recipe.rank, generator)
         self.average = [part.detach().clone() for part in self.weights.parts]
         self.optimiser = torch.optim.AdamW(self.weights.parameters(), lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.99))
-        ratios = recipe.ratios or (model.schedule.ratio,)
+        schedule = model.schedule
+        budgets = [schedule.ratio / (1 - drop) for drop in TAIL_DROPS] if schedule.kind == NATURAL else [schedule.ratio]
+        ratios = recipe.ratios or tuple(budgets)
         self.planners = [model.step_planner.at_ratio(ratio, taus) for ratio in ratios]
         known = {name for name, _ in self.student.named_parameters(remove_duplicate=False)}
         self.paths = {
@@ -215,19 +227,26 @@ def read_as(path: str) -> str:
 
 
 class Passes(nn.Module):
-    """Route, plan and denoise in one call: output, features and scores, for so many kept tokens a sample."""
+    """Route, plan and denoise in one call: output, features and scores, for so many kept tokens a sample.
+
+    `planner`: finds their number where it is found at every step.
+    """
 
     def __init__(self, model: DynamicModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: dict[str, Tensor], counts: np.ndarray | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, inputs: dict[str, Tensor], counts: np.ndarray | None, planner: StepPlanner | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         scores, live = self.model.route(inputs)
-        planner = self.model.step_planner
+        host = scores.detach().float().cpu().numpy()
         if counts is None:
-            plan: Any = planner.full_plan(len(scores))
+            plan: Any = self.model.step_planner.full_plan(len(scores))
         else:
-            plan = planner.plan(scores.detach().float().cpu().numpy(), counts)
+            if planner is not None and planner.schedule.kind == NATURAL:
+                counts = planner.found_counts(host, None)
+            plan = self.model.step_planner.plan(host, counts)
         if GATE in self.model.spec.denoise_inputs:
             chosen = scores.flatten()[torch.from_numpy(plan.chunk_index[..., 0]).to(scores.device)].unsqueeze(-1)
             inputs = {**inputs, GATE: 1 + chosen - chosen.detach()}
@@ -241,35 +260,58 @@ class StepDistillation(Distillation):
     The teacher is the original in the form of the rewritten graph, keeping everything; the student the same graph,
     keeping what the schedule says. Losses: the model's output (noise or velocity), and the hidden state where the
     trunk ends, each relative to the teacher's mean square. A router that is trained learns through a gate on the
-    trunk's update (1, with a gradient) and from DC-DiT's ratio loss.
+    trunk's update (1, with a gradient) and from DC-DiT's ratio loss. Trunks that are not the original's, however much
+    they keep, learn from its output alone; patch sizes are taken in turns.
     """
 
     def __init__(self, model: DynamicModel, recipe: Recipe, taus: np.ndarray, team: Team | None = None) -> None:
-        teacher = teacher_of(model)
-        require([check_identity(teacher, teacher.spec.example(2))])
-        show_features(teacher)
+        self.inside = model.options.trunk == "plain"
         student = plainly_named(with_gate(model) if "router" in recipe.train else model)
-        show_features(student)
+        if self.inside:
+            teacher = teacher_of(model)
+            require([check_identity(teacher, teacher.spec.example(2))])
+            show_features(teacher)
+            show_features(student)
+            self.teacher = Passes(teacher).requires_grad_(False)
         super().__init__(model, Passes(student), recipe, taus, team or Team())
-        self.teacher = Passes(teacher).requires_grad_(False)
 
-    def run_student(self, inputs: dict[str, Tensor], counts: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    def run_student(
+        self, inputs: dict[str, Tensor], counts: np.ndarray, planner: StepPlanner | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Output, features and scores of the weights that are being trained."""
         found: tuple[Tensor, Tensor, Tensor] = torch.func.functional_call(
-            self.student, self.trained(), (inputs, counts)
+            self.student, self.trained(), (inputs, counts, planner)
         )
         return found
 
+    def run_teacher(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Output of the original, and what leaves its trunk where the student has the same place."""
+        if self.inside:
+            return self.teacher(inputs, None)[:2]
+        return self.model.original_graph(*(inputs[name] for name in self.model.spec.inputs))[0], None
+
+    def counts(self, batch: dict[str, Tensor], planner: StepPlanner) -> np.ndarray:
+        """What each sample of a batch is to keep; of a natural threshold what is expected."""
+        size = len(next(iter(batch.values())))
+        if planner.schedule.kind == DIFFERENCE:
+            sizes = np.array(planner.sizes)
+            return sizes[(self.round + np.arange(size)) % len(sizes)]
+        if planner.schedule.kind == NATURAL:
+            return np.full(size, max(1, round(planner.spec.tokens / planner.schedule.base)))
+        return planner.counts(planner.taus(batch, size))
+
     def train(self, batch: dict[str, Tensor], planner: StepPlanner) -> dict[str, float]:
         """One round on the model's inputs by name; losses, gradient norm. CheckFailedError if it is not finite."""
-        counts = planner.counts(planner.taus(batch, len(next(iter(batch.values())))))
+        counts = self.counts(batch, planner)
         with torch.no_grad():
-            wanted, features, _ = self.teacher(batch, None)
-        found, own, scores = self.run_student(batch, counts)
+            wanted, features = self.run_teacher(batch)
+        found, own, scores = self.run_student(batch, counts, planner)
         channels = batch[self.model.spec.image].shape[1]  # learned variances, which samplers ignore, come after them
         output = relative_error(found[:, :channels], wanted[:, :channels])
-        parts = {"output": output, "feature": relative_error(own, features)}
-        loss = parts["output"] + self.recipe.feature_weight * parts["feature"]
+        parts, loss = {"output": output}, output
+        if features is not None:
+            parts["feature"] = relative_error(own, features)
+            loss = loss + self.recipe.feature_weight * parts["feature"]
         if "router" in self.recipe.train:
             parts["ratio"] = ratio_loss(scores, counts / self.model.spec.tokens)
             loss = loss + self.recipe.ratio_weight * parts["ratio"]

@@ -74,6 +74,12 @@ class ConvertedStep:
         self.unconditional = unconditional
         self.backend = backend
         self.run: Run | None = None
+        self.kept: list[np.ndarray] = []  # tokens of each sample at every step so far
+
+    @property
+    def planners(self) -> list[StepPlanner]:
+        """Those of both halves of guidance, where they differ."""
+        return [] if self.unconditional is None else [self.backend.planner, self.unconditional]
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if self.run is None:
@@ -81,12 +87,13 @@ class ConvertedStep:
         in_torch = isinstance(self.backend, DynamicModel)
         values = dict(zip(self.model.spec.inputs, (x, t, y), strict=True))
         inputs = values if in_torch else arrays_of(self.model, x, t, y)
-        output = self.run.step(inputs, self.counts(self.run, inputs))[0]
+        output = self.run.step(inputs, self.counts(self.run, inputs), self.planners)[0]
+        self.kept.append(self.run.kept)
         return output if in_torch else torch.from_numpy(output)
 
     def counts(self, run: Run, inputs: dict[str, Any]) -> np.ndarray | None:
         """What the samples keep, if not what the backend's own planner says."""
-        if self.unconditional is None:
+        if self.unconditional is None or self.unconditional.schedule.found:
             return None
         steps = None if run.history is None else run.history.steps[: run.batch]
         taus = self.unconditional.taus(inputs, run.batch)

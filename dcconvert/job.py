@@ -5,13 +5,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dcconvert import settle
 from dcconvert.api import Converted, convert, machine, manifest, sampling_facts
+from dcconvert.dit import DiTConfig
 from dcconvert.evaluate import compute_section
 from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.bundle import MANIFEST, ONNX, new_folder, write_json, write_model
@@ -22,15 +25,18 @@ from dcconvert.export.parity import (
     check_identity,
     check_isolation,
     check_runtime,
+    keeps_original,
     require,
 )
 from dcconvert.figures import sample_figure, token_map_figure
 from dcconvert.measure import LATENCY_RUNS, Effort, Subject, measure
 from dcconvert.passes.infra import Options
+from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.step_planner import StepPlanner
+from dcconvert.presets import find
 from dcconvert.progress import Stages
 from dcconvert.report import state_note, write_report
-from dcconvert.sampling import Sampler
+from dcconvert.sampling import Sampler, initial_noise, labels_for
 from dcconvert.sources import Source, open_source
 
 ASSUMED = (
@@ -43,6 +49,10 @@ LIMITS = {
     "carry": "Mode carry needs the steps of one image in order: a run keeps a state for every sample, and a sampler "
     "that goes back to more noise has to start another run.",
 }
+UNSETTLED = (
+    "How many tokens a step keeps is found at every step, and without a sampler it was not fitted to the ratio: look "
+    "at what a run really keeps."
+)
 IMAGE_BUDGET_S = 240.0  # above this estimate, images are left to `dcconvert evaluate`
 
 
@@ -53,7 +63,7 @@ class Settings:
     checkpoint: Path
     out: Path
     ratio: float
-    schedule: str | None
+    schedule: str | Schedule | None
     warm_up: int
     refresh: int
     buckets: int
@@ -81,6 +91,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
     with new_folder(settings.out, settings.force) as work:
         with stages.stage("read checkpoint"):
             source = open_source(settings.checkpoint, settings.heads, settings.image_size, settings.prediction)
+        options = replace(settings.options, prediction=source.prediction)
         with stages.stage("rewrite"):
             model = convert(
                 source.module,
@@ -90,16 +101,19 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
                 steps=settings.steps,
                 warm_up=settings.warm_up,
                 refresh=settings.refresh,
-                options=settings.options,
+                options=options,
                 timestep_scale=source.timestep_scale,
                 grid=source.grid,
                 dump_graphs=settings.dump_graphs,
             )
         sampler = Sampler(source.prediction, settings.steps, settings.solver)
         taus = sampler.taus
-        model = model.with_schedule(model.schedule.levelled(taus, model.spec.tokens, settings.buckets))
+        model = model.with_schedule(model.step_planner.levelled(taus, settings.buckets))
+        if model.schedule.found and source.config is not None:
+            with stages.stage("fit to the ratio on runs of the original") as tick:
+                model = settle.settle(model, sampler, *settling_runs(source.config), tick)
         planner = StepPlanner(model.spec, model.options, model.schedule.fitted(taus))
-        counts = planner.run_counts(taus)
+        counts = planner.ladder_counts(taus)
         rungs = ladder(settings.batches, counts, model.spec.tokens, settings.buckets - 1)
         report = describe(settings, source, model, planner, rungs)
         if model.spec.states:
@@ -134,6 +148,24 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
     return report
 
 
+def settling_runs(config: DiTConfig) -> tuple[Tensor, Tensor]:
+    """Noise and labels of the runs that a preset is fitted on."""
+    noise = initial_noise(settle.SEED, settle.IMAGES, config.in_channels, config.image_size)
+    return noise, labels_for(settle.IMAGES, config.num_classes)
+
+
+def limits_of(source: Source, model: Converted) -> list[str]:
+    """What a user has to know about a conversion before its figures."""
+    options = model.options
+    found = [ASSUMED] if source.assumed else []
+    found.append(LIMITS[options.mode])
+    if options.preset:
+        found.append(find(options.preset).limit)
+    if model.schedule.found and source.config is None:
+        found.append(UNSETTLED)
+    return found
+
+
 def state_facts(model: Converted, batch: int) -> dict[str, Any]:
     """What mode carry remembers, in MB of a sample and of a full batch."""
     if not model.spec.states:
@@ -149,7 +181,8 @@ def state_facts(model: Converted, batch: int) -> dict[str, Any]:
 def check_torch(model: Converted) -> list[Check]:
     """The promises that torch alone can show; raises CheckFailedError if one is broken."""
     inputs = model.spec.example(2)
-    checks = [check(model, inputs) for check in (check_identity, check_isolation, check_batch_invariance)]
+    exact = [check_identity] if keeps_original(model) else []
+    checks = [check(model, inputs) for check in (*exact, check_isolation, check_batch_invariance)]
     require(checks)
     return checks
 
@@ -190,10 +223,7 @@ def describe(
             "rungs": [dict(vars(bucket)) for bucket in rungs.buckets],
             "expected_waste": rungs.expected_waste,
         },
-        "limits": [
-            *([ASSUMED] if source.assumed else []),
-            LIMITS[options.mode],
-        ],
+        "limits": limits_of(source, model),
         "machine": machine(),
     }
 

@@ -150,7 +150,7 @@ def chunk_contestant(subject: Subject, effort: Effort, scratch: Path, tick: Any)
     ratio = subject.planner.schedule.ratio
     model = convert(subject.original, ratio, schedule="constant", options=options)
     planner = StepPlanner(model.spec, options, model.schedule.fitted(sampler.taus))
-    rungs = ladder((effort.batch,), planner.run_counts(sampler.taus), model.spec.tokens)
+    rungs = ladder((effort.batch,), planner.ladder_counts(sampler.taus), model.spec.tokens)
     export_onnx(model, scratch / "chunk")
     compute = compute_section(model, planner, sampler.taus)
     runtime = Runtime.open(model, planner, rungs, scratch / "chunk", scratch, effort.threads)

@@ -43,9 +43,10 @@ class Rescheduled:
     @classmethod
     def of(cls, bundle: Bundle, schedule: Schedule, sampler: Sampler, stages: Stages) -> Rescheduled:
         """CheckFailedError if ONNX Runtime does not give what torch does in the new buckets."""
-        most = most_buckets(bundle)
-        model = bundle.model.with_schedule(schedule.levelled(sampler.taus, bundle.model.spec.tokens, most))
-        counts = model.step_planner.run_counts(sampler.taus)
+        most, model = most_buckets(bundle), bundle.model.with_schedule(schedule)
+        if not schedule.found:
+            model = model.with_schedule(model.step_planner.levelled(sampler.taus, most))
+        counts = model.step_planner.ladder_counts(sampler.taus)
         rungs = ladder(bundle.ladder.batches, counts, model.spec.tokens, most - 1)
         with stages.stage("compare with ONNX Runtime") as tick:
             checks = check_runtime(model, bundle.onnx, model.spec.example, rungs.buckets, tick)

@@ -1,0 +1,243 @@
+"""The presets: their constants, and each of them from the command line through training and evaluation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dcconvert
+from dcconvert.dit import DiT
+from dcconvert.export.bundle import read_bundle
+from dcconvert.export.parity import IDENTITY
+from dcconvert.export.session import OrtModel
+from dcconvert.passes.adapters import NEW_PATHS
+from dcconvert.passes.errors import UsageError
+from dcconvert.passes.infra import Options
+from dcconvert.passes.run import Run
+from dcconvert.passes.schedule import CURVE, DIFFERENCE, NATURAL, Schedule
+from dcconvert.presets import PRESETS, PRUNING, preset_options, preset_schedule
+from dcconvert.sampling import Sampler, initial_noise
+from tests.dcconvert.harness import CONFIG, refusal, run_cli, tiny_dit
+
+DEEP = replace(CONFIG, depth=6)
+FEW_BLOCKS = ("--head-blocks", 1, "--tail-blocks", 1)  # for SparseDiT's groups
+WORDS = {"sparsedit": FEW_BLOCKS}
+RATIO = {"dc-dit": "4x", "sparsedit": "4x", "ddit": "2x", "tome": "4x"}
+TRAIN = {"dc-dit": ("all", "router"), "sparsedit": ("all",), "ddit": ("lora", "adapters"), "tome": ("all",)}
+
+every_preset = pytest.mark.parametrize("preset", PRESETS)
+
+
+def test_options_of_each():
+    dc = preset_options("dc-dit", 4)
+    assert (dc.mode, dc.router, dc.dechunk, dc.members, dc.preset) == (
+        "chunk",
+        "predictability",
+        "smoothed",
+        1,
+        "dc-dit",
+    )
+    sparse = preset_options("sparsedit", 4)
+    assert (sparse.trunk, sparse.head_blocks, sparse.tail_blocks) == ("sparse-dense", 2, 2)
+    sizes = preset_options("ddit", 4)
+    assert (sizes.trunk, sizes.head_blocks, sizes.tail_blocks) == ("patch-sizes", 0, 0)
+    merging = preset_options("tome", 5, {"head_blocks": 2})
+    assert (merging.router, round(merging.fewest, 6), merging.head_blocks) == ("merge", 0.2, 2)
+
+
+def test_schedules_of_each():
+    assert preset_schedule("dc-dit", 4) == Schedule(NATURAL, 4, base=4)
+    assert preset_schedule("ddit", 4) == Schedule(DIFFERENCE, 4, threshold=0.001)
+    assert preset_schedule("tome", 4) == Schedule("constant", 4)
+    assert preset_schedule("sparsedit", 4).kind == CURVE
+    for name in PRESETS:
+        assert preset_schedule(name, 1) == Schedule("constant", 1)
+
+
+@pytest.mark.parametrize(("low", "high"), PRUNING)
+def test_sparsedit_gives_the_published_rates_at_their_mean(low, high):
+    """r(t) is r_min up to T/4 and (4T-4t)/(3T) r_min + (4t-T)/(3T) r_max from there on."""
+    mean = 1 - (low / 4 + 3 / 4 * (low + high) / 2)
+    schedule = preset_schedule("sparsedit", 1 / mean)
+    for t in (0.0, 0.1, 0.25, 0.4, 0.75, 1.0):
+        rate = low if t < 0.25 else (4 - 4 * t) / 3 * low + (4 * t - 1) / 3 * high
+        assert 1 - float(schedule.fraction(t)) == pytest.approx(rate, abs=1e-3)
+
+
+def test_wrong_presets():
+    with pytest.raises(UsageError, match="unknown preset 'dit': choose one of dc-dit, sparsedit, ddit, tome"):
+        preset_options("dit", 4)
+    with pytest.raises(UsageError, match="preset tome has router merge: leave --router out"):
+        preset_options("tome", 4, {"router": "pool"})
+    with pytest.raises(UsageError, match="preset ddit has mode chunk"):
+        preset_options("ddit", 4, {"mode": "carry"})
+    with pytest.raises(UsageError, match="chooses schedule and options"):
+        dcconvert.convert(tiny_dit(), 4, preset="tome", options=Options())
+    with pytest.raises(UsageError, match="would need more of them"):
+        Schedule(NATURAL, 2, base=4)
+    with pytest.raises(UsageError, match="mode carry has only the plain trunk"):
+        dcconvert.convert(tiny_dit(), 4, options=Options(trunk="patch-sizes"))
+    with pytest.raises(UsageError, match="trunk 'odd'"):
+        dcconvert.convert(tiny_dit(), 4, options=Options(mode="chunk", trunk="odd"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("deep") / "deep.safetensors"
+    entry = {"config": DEEP.as_dict(), "prediction": "flow"}
+    save_file(tiny_dit(DEEP).state_dict(), path, metadata={"dcconvert": json.dumps(entry)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundles(checkpoint) -> dict[str, Path]:
+    made = {}
+    for name in PRESETS:
+        out = made[name] = checkpoint.parent / name
+        words = ("--batch", 1, "--batch", 4, "--steps", 8, "--images", 2, "--reference-steps", 9)
+        run = run_cli(checkpoint, "--ratio", RATIO[name], "--preset", name, *words, *WORDS.get(name, ()), "-o", out)
+        assert run.code == 0, run.err
+    return made
+
+
+@every_preset
+def test_the_main_job(bundles, preset):
+    manifest, report = (json.loads((bundles[preset] / name).read_text()) for name in ("manifest.json", "report.json"))
+    assert manifest["conversion"]["preset"] == preset
+    assert any(PRESETS[preset].limit == text for text in report["limits"])
+    names = {check["name"] for check in report["checks"]}
+    assert (IDENTITY in names) == (preset != "sparsedit")
+    assert report["compute"]["ratio"] > 1.1
+    assert len(report["fidelity"]["images"]["rows"]) >= 3
+    buckets = report["buckets"]["rungs"]
+    assert {bucket["batch"] for bucket in buckets} == {1, 4}
+
+
+@every_preset
+def test_torch_and_onnx_runtime_agree_over_a_run(bundles, preset):
+    bundle = read_bundle(bundles[preset])
+    model, names = bundle.model, bundle.model.spec.inputs
+    sampler = Sampler("flow", 8)
+    session = OrtModel(bundle.onnx, model.step_planner, bundle.ladder)
+    runs = {"torch": Run(model, 4), "ort": session.start(4)}
+    kept: dict[str, list[list[int]]] = {name: [] for name in runs}
+
+    def step(x, t, y):
+        values = dict(zip(names, (x, t, y), strict=True))
+        with torch.no_grad():
+            found = runs["torch"].step(values)[0]
+        other = runs["ort"].step({name: value.numpy() for name, value in values.items()})[0]
+        np.testing.assert_allclose(other, found.numpy(), rtol=1e-3, atol=1e-3)
+        for name, run in runs.items():
+            kept[name].append(run.kept.tolist())
+        return found
+
+    sampler.run(step, initial_noise(0, 4, 1, 16), torch.arange(4))
+    assert kept["torch"] == kept["ort"]
+    if preset == "dc-dit":  # found by each sample for itself
+        assert len({tuple(counts) for counts in kept["torch"]}) > 1
+    if preset == "ddit":
+        assert kept["torch"][:3] == [[64] * 4] * 3
+        assert {count for counts in kept["torch"] for count in counts} <= {64, 16, 4}
+    if preset == "sparsedit":
+        assert [counts[0] for counts in kept["torch"]] == sorted(counts[0] for counts in kept["torch"])
+        assert {round(count**0.5) ** 2 == count for counts in kept["torch"] for count in counts} == {True}
+
+
+@every_preset
+def test_training(bundles, preset, tmp_path):
+    words = [word for part in TRAIN[preset] for word in ("--train", part)]
+    short = ("--samples", 24, "--batch", 8, "--teacher-samples", 8, "--images", 2, "--lr", "1e-3", "--rank", 2)
+    run = run_cli("upcycle", bundles[preset], "-o", tmp_path / "out", *words, *short, "--reference-steps", 9)
+    assert run.code == 0, run.err
+    before, after = (load_file(str(folder / "model.safetensors")) for folder in (bundles[preset], tmp_path / "out"))
+    assert set(before) <= set(after)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all(name.startswith((*NEW_PATHS.values(), "router")) for name in moved), moved
+    assert any(name.startswith("trained.blocks") for name in after)
+    own = {
+        "sparsedit": "recovery.0.sparse",
+        "ddit": "patch_sizes.output.weight",
+        "dc-dit": "router_adapter.score.weight",
+    }
+    if preset in own:
+        assert own[preset] in moved
+    bundle = read_bundle(tmp_path / "out")
+    assert bundle.model.options.preset == preset
+    assert bundle.model.schedule.found == (preset in ("dc-dit", "ddit"))
+
+
+@every_preset
+def test_evaluation_and_samples(bundles, preset, tmp_path):
+    target = tmp_path / "figures.json"
+    words = ("--images", 6, "--runs", 1, "--batch", 2, "--features", "none", "--reference-steps", 9)
+    run = run_cli("evaluate", bundles[preset], *words, "--json", target)
+    assert run.code == 0, run.err
+    rows = json.loads(target.read_text())["rows"]
+    assert any(row["mode"] == "chunk" for row in rows)
+    for guidance in ([], ["--guidance", "2", "--lite-cfg", "8x"]):
+        run = run_cli("sample", bundles[preset], "-n", 2, *guidance, "-o", tmp_path / "images.png")
+        assert run.code == 0, run.err
+
+
+def test_merged_and_structural_presets_have_no_router_to_train(bundles, tmp_path):
+    for preset, named in (("tome", "tome"), ("sparsedit", "sparsedit")):
+        message = refusal(2, "upcycle", bundles[preset], "-o", tmp_path / "out", "--train", "router")
+        assert f"cannot train 'router': the {named} trunk" in message
+
+
+def test_inspect_and_wrong_use(checkpoint, tmp_path):
+    run = run_cli("inspect", checkpoint, "--preset", "ddit")
+    assert run.code == 0, run.err
+    assert "PatchSizes" in run.out
+    message = refusal(2, checkpoint, "--ratio", "4x", "--preset", "tome", "--schedule", "falling", "-o", tmp_path / "a")
+    assert "preset tome has its own" in message
+    shallow = refusal(2, checkpoint, "--ratio", "4x", "--preset", "sparsedit", "-o", tmp_path / "a", after=["read"])
+    assert "a group of sparse and dense blocks needs 4" in shallow
+    many = refusal(
+        2,
+        checkpoint,
+        "--ratio",
+        "8x",
+        "--preset",
+        "ddit",
+        "--steps",
+        8,
+        "-o",
+        tmp_path / "a",
+        after=["read", "rewrite"],
+    )
+    assert "at most: ask for less than 8x, or more steps" in many
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_natural_numbers_are_fitted_to_the_ratio(bundles):
+    """On runs of the original one token in four is scored above 0.5, less what levels round up."""
+    bundle = read_bundle(bundles["dc-dit"])
+    model, sampler = bundle.model, Sampler("flow", 8)
+    chosen = []
+
+    def step(x, t, y):
+        scores = model.route(dict(zip(model.spec.inputs, (x, t, y), strict=True)))[0]
+        chosen.append(float((scores > 0.5).float().mean()))
+        return model.original_graph(x, t, y)[0]
+
+    with torch.no_grad():
+        sampler.run(step, initial_noise(3_000_000, 8, 1, 16), torch.arange(8) % 4)
+    assert np.mean(chosen) == pytest.approx(0.25, abs=0.01)
+    assert model.schedule.levels[-1] == 64
+    expected = model.step_planner.run_counts(sampler.taus).mean()
+    assert 16 <= expected <= 20
+
+
+def test_a_module_from_python():
+    model = dcconvert.convert(DiT(DEEP), 4, preset="dc-dit")
+    assert (model.options.preset, model.schedule.kind) == ("dc-dit", NATURAL)
+    x, t, y = torch.randn(2, 1, 16, 16), torch.tensor([300.0, 700.0]), torch.tensor([0, 1])
+    assert model(x, t, y).shape == (2, 1, 16, 16)
