@@ -47,6 +47,15 @@ def chunk(name: str, ratio: str, router: str, *upcycle: str) -> Made:
     return Made(name, ("--ratio", ratio, "--mode", "chunk", "--router", router), words)
 
 
+def preset(name: str, ratio: str, *upcycle: str, convert: tuple[str, ...] = ()) -> Made:
+    words = ("--samples", str(BUDGET), *RATE, *upcycle)
+    return Made(f"{name} {ratio}", ("--ratio", ratio, "--preset", name, *convert), words)
+
+
+def untrained(name: str, ratio: str) -> Made:
+    return Made(f"{name} {ratio}, untrained", ("--ratio", ratio, "--preset", name))
+
+
 BUNDLES = (
     Made("chunk 4x, pool, untrained", ("--ratio", "4x", "--mode", "chunk", "--router", "pool")),
     chunk("chunk 4x, pool", "4x", "pool"),
@@ -55,15 +64,30 @@ BUNDLES = (
     chunk("chunk 4x, random", "4x", "random"),
     chunk("chunk 16x, pool", "16x", "pool"),
     chunk("chunk five ratios, pool", "4x", "pool", *(word for ratio in BUDGETS for word in ("--ratios", ratio))),
+    preset("dc-dit", "4x", "--train", "all", "--train", "router"),
+    preset("sparsedit", "4x", convert=("--head-blocks", "1", "--tail-blocks", "1", "--steps", "19")),
+    preset("ddit", "2.35x", "--train", "lora", "--train", "adapters"),
+    preset("tome", "4x"),
+    *(untrained(name, ratio) for name, ratio in (("dc-dit", "4x"), ("ddit", "2.35x"), ("tome", "4x"))),
+    Made("carry 2.47x", ("--ratio", "2.47x")),
     Made("carry 4x", ("--ratio", "4x")),
     Made("carry 4x, tuned", ("--ratio", "4x"), ("--samples", "6400", "--batch", "8", "--lr", "4e-5")),
 )
 # Tables: which bundles, and what `evaluate` is told. Fréchet distances need more images than the network has features.
+# The presets cost as much as ten steps of the original, each as it is meant to be used: SparseDiT's blocks, which keep
+# most of a small model dense, in fewer steps.
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "routers": (tuple(made.name for made in BUNDLES[:5]), ("--images", "256", "--reference-steps", "50")),
     "budgets": (
         ("chunk five ratios, pool",),
         ("--images", "256", "--reference-steps", "50", *(word for ratio in BUDGETS for word in ("--ratio", ratio))),
+    ),
+    "presets": (
+        (
+            *("chunk 4x, pool", "dc-dit 4x", "sparsedit 4x", "ddit 2.35x", "tome 4x"),
+            *("dc-dit 4x, untrained", "ddit 2.35x, untrained", "tome 4x, untrained", "carry 2.47x"),
+        ),
+        ("--images", "256", "--reference-steps", "50"),
     ),
     "distance": (
         ("chunk 4x, pool", "chunk 16x, pool", "carry 4x", "carry 4x, tuned"),
@@ -109,9 +133,9 @@ def make(made: Made, work: Path) -> None:
     if not folder.exists():
         start = folder.with_name(f"{folder.name}_start")
         sampling = ("--steps", str(STEPS), "--threads", "1", "--no-measure", "--force")
-        dcconvert(str(shipped_model()), *made.convert, *sampling, "-o", str(start if made.upcycle else folder))
+        dcconvert(str(shipped_model()), *sampling, *made.convert, "-o", str(start if made.upcycle else folder))
         if made.upcycle:
-            data = () if "--mode" not in made.convert else ("--data", str(work / "train.npz"))
+            data = () if not {"--mode", "--preset"} & {*made.convert} else ("--data", str(work / "train.npz"))
             dcconvert("upcycle", str(start), "-o", str(folder), *data, *made.upcycle, "--threads", "1")
     print(f"made {made.name}", flush=True)
 

@@ -18,7 +18,7 @@ if (Path(__file__).parent / "passes").is_file():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
 from dcconvert.api import Converted, convert, load
-from dcconvert.checkpoint import load_checkpoint
+from dcconvert.checkpoint import load_checkpoint, load_model
 from dcconvert.dit import DiT, DiTConfig
 from dcconvert.passes.errors import CheckFailedError, DcconvertError, UnsupportedModelError, UsageError
 from dcconvert.passes.infra import Options
@@ -37,4 +37,5 @@ __all__ = [
     "convert",
     "load",
     "load_checkpoint",
+    "load_model",
 ]

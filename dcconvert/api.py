@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from dcconvert.checkpoint import LoadedDiT
+from dcconvert.checkpoint import LoadedDiT, LoadedRefined
 from dcconvert.dit import DiT
 from dcconvert.drop_in import DropIn, is_diffusers
 from dcconvert.export.buckets import Ladder, ladder
@@ -31,7 +31,8 @@ from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.schedule import AUTO, LEVELS, Schedule, parse_ratio
 from dcconvert.passes.spec import EXAMPLE_BATCH
 from dcconvert.passes.step_planner import StepPlanner
-from dcconvert.presets import preset_options, preset_schedule
+from dcconvert.presets import own_architecture, preset_options, preset_schedule
+from dcconvert.refined import Refined, RefinedDiT
 
 DEFAULT_BATCHES = (1, 8)
 DEFAULT_STEPS = 50
@@ -123,7 +124,7 @@ def convert(
         parse_ratio(ratio)
         return DropIn(module, partial(convert_call, ratio=ratio, **options), timestep_scale)
     if example_inputs is None:
-        if not isinstance(module, DiT):
+        if not isinstance(module, DiT | RefinedDiT):
             raise UsageError(f"example_inputs are needed to capture a {type(module).__name__}: give one call's inputs")
         example_inputs = dit_inputs(module, EXAMPLE_BATCH)
     return convert_call(
@@ -143,6 +144,7 @@ def convert_call(
     buckets: int = LEVELS,
     options: Options | None = None,
     preset: str | None = None,
+    refine_grid: bool = False,
     timestep: str | None = None,
     timestep_scale: float = 1000.0,
     grid: tuple[int, int] | None = None,
@@ -159,6 +161,8 @@ def convert_call(
         buckets: most numbers of kept tokens that a run uses, each of them a static shape of the exported model.
         options: mode, head and tail blocks, router, seed.
         preset: a published method, one of `dcconvert.presets.PRESETS`, in the place of schedule and options.
+        refine_grid: preset dc-dit on a DiT: its blocks on tokens of one pixel, as `dcconvert.refined` has them; needs
+            training.
         timestep: the input that holds the timestep, where its name does not tell.
         timestep_scale: its value at pure noise.
         grid: (H, W) of the tokens, where it cannot be seen in the model and they are no square.
@@ -185,6 +189,14 @@ def convert_call(
         if warm_up == 0:
             raise UsageError("mode carry needs at least one warm-up step: before it there is nothing to carry over")
         spending = replace(spending, warm_up=warm_up, refresh=refresh).fitted(1 - np.arange(steps) / steps)
+    router, original = None, None
+    if refine_grid:
+        if not isinstance(module, DiT):
+            raise UsageError("refine_grid makes a DC-DiT of a DiT: give one")
+        original, module = module, Refined(module, options.seed)
+    if isinstance(module, RefinedDiT | Refined):
+        own = module if isinstance(module, RefinedDiT) else module.refined
+        options, router = own_architecture(options, refine_grid), own.router()
     model = rewrite(
         module,
         args,
@@ -194,14 +206,16 @@ def convert_call(
         timestep=timestep,
         timestep_scale=timestep_scale,
         grid=grid,
+        router=router,
+        original=original,
         dump=dump_graphs,
     )
     if model.spec.timestep is not None:
         check_scale(model.flat_inputs(tuple(args), kwargs)[model.spec.timestep], timestep_scale)
-    if options.preset == "dc-dit":
+    if options.preset == "dc-dit" and router is None:
         model = with_router_adapter(model, options.seed)
     model = model.with_schedule(model.step_planner.levelled(1 - np.arange(steps) / steps, buckets))
-    return Converted.of(model, {"steps": steps, **sampling_facts(module, steps)})
+    return Converted.of(model, {"steps": steps, **sampling_facts(original or module, steps)})
 
 
 def check_scale(times: Tensor, timestep_scale: float) -> None:
@@ -215,11 +229,11 @@ def check_scale(times: Tensor, timestep_scale: float) -> None:
 
 def sampling_facts(module: nn.Module | ExportedProgram, steps: int, solver: str = "euler") -> dict[str, Any]:
     """What a manifest says about sampling: for a DiT that came from a checkpoint, nothing for other modules."""
-    if not isinstance(module, LoadedDiT):
+    if not isinstance(module, LoadedDiT | LoadedRefined):
         return {}
     info = module.checkpoint_info
     sampler = {"prediction": info.prediction, "steps": steps, "solver": solver, "class_names": info.class_names}
-    return {"sampler": sampler, "config": module.cfg.as_dict()}
+    return {"sampler": sampler, "config": info.config.as_dict()}
 
 
 def load(folder: str | Path) -> Converted:
@@ -229,8 +243,8 @@ def load(folder: str | Path) -> Converted:
     return Converted.of(bundle.model, {name: bundle.manifest[name] for name in kept if name in bundle.manifest})
 
 
-def dit_inputs(model: DiT, batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Random (x, t, y) for a DiT, on its device; x is of its precision, t always of float32."""
+def dit_inputs(model: DiT | RefinedDiT, batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Random (x, t, y) for a DiT or DC-DiT, on its device; x is of its precision, t always of float32."""
     cfg, generator = model.cfg, torch.Generator().manual_seed(seed)
     x = torch.randn(batch, cfg.in_channels, cfg.image_size, cfg.image_size, generator=generator)
     t = torch.rand(batch, generator=generator) * 1000

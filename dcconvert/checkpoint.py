@@ -18,6 +18,8 @@ from torch import Tensor
 from dcconvert.checkpoint_files import PREDICTIONS, SAVE_PLAINLY, read_file
 from dcconvert.dit import DiT, DiTConfig, sincos_positions
 from dcconvert.passes.errors import UnsupportedModelError, UsageError
+from dcconvert.refined import RefinedConfig, RefinedDiT
+from dcconvert.refined_checkpoint import check_refined, is_refined, refined_config
 
 HEADS_OF_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16}  # DiT-S, -B, -L, -XL (paper, table 1)
 NESTING = ("ema", "model", "state_dict")  # averaged weights first: they are what people sample from
@@ -45,6 +47,7 @@ class Checkpoint:
     prediction: str
     class_names: list[str] | None
     source: str  # nested key the weights came from, such as "ema"; "" where they lay at the top
+    refined: RefinedConfig | None = None  # of a DC-DiT, whose `config` is that of its blocks on tokens of one pixel
     prediction_assumed: bool = False  # neither the file nor the caller said what the model predicts
 
 
@@ -58,13 +61,36 @@ class LoadedDiT(DiT):
         self.checkpoint_info = replace(checkpoint, state_dict={})
 
 
+class LoadedRefined(RefinedDiT):
+    """A DC-DiT made from a checkpoint, as `LoadedDiT`."""
+
+    checkpoint_info: Checkpoint
+
+    def __init__(self, checkpoint: Checkpoint, config: RefinedConfig) -> None:
+        super().__init__(config)
+        self.checkpoint_info = replace(checkpoint, state_dict={})
+
+
 def load_checkpoint(
     path: str | Path, heads: int | None = None, image_size: int | None = None, prediction: str | None = None
 ) -> LoadedDiT:
-    """Return the DiT in the file at `path`, in eval mode; arguments and errors as in `read_checkpoint`."""
+    """Return the DiT in the file at `path`, in eval mode; arguments and errors as in `read_checkpoint`.
+
+    UnsupportedModelError for a DC-DiT, which `load_model` reads.
+    """
+    model = load_model(path, heads, image_size, prediction)
+    if not isinstance(model, LoadedDiT):
+        raise UnsupportedModelError(f"{path}: a DC-DiT, where a DiT is needed: read it with dcconvert.load_model.")
+    return model
+
+
+def load_model(
+    path: str | Path, heads: int | None = None, image_size: int | None = None, prediction: str | None = None
+) -> LoadedDiT | LoadedRefined:
+    """Return the DiT or DC-DiT in the file at `path`, in eval mode; arguments and errors as in `read_checkpoint`."""
     checkpoint = read_checkpoint(path, heads, image_size, prediction)
     with torch.device("meta"):  # the file's tensors become the parameters: the weights are in memory once
-        model = LoadedDiT(checkpoint)
+        model = LoadedRefined(checkpoint, checkpoint.refined) if checkpoint.refined else LoadedDiT(checkpoint)
     model.load_state_dict(checkpoint.state_dict, assign=True)
     return model.eval()
 
@@ -86,9 +112,15 @@ def read_checkpoint(
     if not found:
         raise UsageError(f"{path}: holds no tensors by name ({_describe(content)}); {SAVE_PLAINLY}.")
     tensors = _strip_wrappers(path, found)
-    _check_keys(path, tensors)
-    config = infer_config(path, tensors, heads, image_size, facts.config)
-    _check_shapes(path, tensors, config)
+    refined = None
+    if is_refined(tensors):
+        refined = refined_config(path, tensors, lambda width: _choose_heads(path, width, heads))
+        check_refined(path, tensors, refined)
+        config = refined.dit()
+    else:
+        _check_keys(path, tensors)
+        config = infer_config(path, tensors, heads, image_size, facts.config)
+        _check_shapes(path, tensors, config)
     state_dict = {name: _plain(path, name, tensor) for name, tensor in tensors.items()}
     if POSITIONS not in state_dict:
         state_dict[POSITIONS] = sincos_positions(config.width, config.grid)
@@ -98,7 +130,7 @@ def read_checkpoint(
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     known = prediction or facts.prediction
-    return Checkpoint(path, digest, config, state_dict, known or "eps", names, source, prediction_assumed=not known)
+    return Checkpoint(path, digest, config, state_dict, known or "eps", names, source, refined, not known)
 
 
 # --- tensors -------------------------------------------------------------------------------------------

@@ -140,6 +140,7 @@ def commands() -> None:
 @click.option(
     "--reference-steps", default=200, show_default=True, type=click.IntRange(1), help="Steps of the reference."
 )
+@click.option("--refine-grid", is_flag=True, help="With --preset dc-dit: tokens of one pixel; needs training.")
 @click.option("--threads", default=0, type=click.IntRange(0), help="Threads [one a core].")
 @click.option("--no-measure", is_flag=True, help="Skip latency, memory and fidelity.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")

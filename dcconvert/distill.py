@@ -27,6 +27,7 @@ from dcconvert.passes.adapters import (
 )
 from dcconvert.passes.errors import CheckFailedError, UsageError
 from dcconvert.passes.model import DynamicModel
+from dcconvert.passes.routers import OWN
 from dcconvert.passes.schedule import DIFFERENCE, NATURAL
 from dcconvert.passes.step_planner import CARRY, StepPlanner
 from dcconvert.passes.trained import all_tensors, linear_weights, original_name, plainly_named, teacher_of
@@ -34,6 +35,7 @@ from dcconvert.team import Team
 
 TRAINABLE = ("all", "lora", "router", "adapters")
 RATES = {"chunk": 3e-4, "carry": 3e-5}  # learning rates, where none is given
+EMBEDDERS = ("refined.t_embedder.", "refined.y_embedder.")
 TAIL_DROPS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # what DC-DiT trains for, one a step
 RATIO_GROUP = 16  # samples whose tokens are counted together, as in DC-DiT
 
@@ -83,6 +85,8 @@ def with_new_paths(model: DynamicModel, recipe: Recipe) -> DynamicModel:
             f"cannot train '{added[0]}' in mode carry: its router looks at a run's history; train all or lora"
         )
     if "router" in added:
+        if model.options.router == OWN:
+            return model  # it is one of the model's own weights, and learns with all of them
         if model.options.trunk != "plain" or model.options.router == "merge":
             raise UsageError(
                 f"cannot train 'router': the {model.options.preset or model.options.trunk} trunk has none that could "
@@ -106,7 +110,9 @@ class Weights(nn.Module):
         paths = {"router": ROUTER, "adapters": NEW_PATHS[model.options.trunk]}
         new = tuple(f"{path}." for name, path in paths.items() if name in train)
         whole = set(present) if "all" in train else {name for name in present if name.startswith(new)}
-        self.whole = sorted(name for name in whole if present[name].is_floating_point())
+        # DC-DiT's recipe for a refined grid leaves the embedders of time and class alone.
+        frozen = EMBEDDERS if model.options.refined else ()
+        self.whole = sorted(n for n in whole if present[n].is_floating_point() and not n.startswith(frozen))
         self.low = sorted(linear_weights(model)) if "lora" in train else []
         self.base = {name: present[name].detach() for name in self.low}
         self.parts = nn.ParameterList(present[name].detach().clone() for name in self.whole)
@@ -265,7 +271,7 @@ class StepDistillation(Distillation):
     """
 
     def __init__(self, model: DynamicModel, recipe: Recipe, taus: np.ndarray, team: Team | None = None) -> None:
-        self.inside = model.options.trunk == "plain"
+        self.inside = model.options.trunk == "plain" and model.options.dechunk != "values"
         student = plainly_named(with_gate(model) if "router" in recipe.train else model)
         if self.inside:
             teacher = teacher_of(model)

@@ -45,10 +45,14 @@ class DiTConfig:
         return asdict(self)
 
 
-def sincos_positions(width: int, grid: int) -> Tensor:
-    """Fixed 2-D sine-cosine table [1, grid*grid, width]; the first half encodes columns, the second rows."""
+def sincos_positions(width: int, grid: int | Tensor) -> Tensor:
+    """Fixed 2-D sine-cosine table [1, grid*grid, width]; the first half encodes columns, the second rows.
+
+    `grid`: places a side, or their coordinates.
+    """
+    places = torch.arange(grid) if isinstance(grid, int) else grid
     omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    rows, cols = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    rows, cols = torch.meshgrid(places, places, indexing="ij")
     parts = []
     for coordinate in (cols, rows):
         angle = coordinate.reshape(-1, 1).double() * omega

@@ -78,6 +78,7 @@ class Settings:
     image_size: int | None = None
     prediction: str | None = None
     threads: int = 0
+    refine_grid: bool = False
     measure: bool = True
     force: bool = False
     dump_graphs: Path | None = None
@@ -102,6 +103,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
                 warm_up=settings.warm_up,
                 refresh=settings.refresh,
                 options=options,
+                refine_grid=settings.refine_grid,
                 timestep_scale=source.timestep_scale,
                 grid=source.grid,
                 dump_graphs=settings.dump_graphs,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from dcconvert.passes.difference import THRESHOLD
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.infra import Options
+from dcconvert.passes.routers import OWN
 from dcconvert.passes.schedule import CURVE, DIFFERENCE, NATURAL, Schedule
 
 # SparseDiT's pruning rates: (r_min, r_max) of its four models (arXiv 2412.06028).
@@ -73,6 +74,16 @@ def preset_options(name: str, ratio: float, given: Mapping[str, Any] | None = No
             raise UsageError(f"preset {name} has {field} {fixed}: leave --{field} out, or the preset")
     fewest = float(preset_schedule(name, ratio).fraction(np.linspace(0, 1, 101)).min())
     return Options(**{"mode": "chunk", "preset": name, "fewest": fewest, **wanted, **given})
+
+
+def own_architecture(options: Options, refined: bool = False) -> Options:
+    """The options of DC-DiT's own architecture: its router, its dechunk, all blocks on the kept tokens.
+
+    `refined`: it was made of a DiT of larger patches. UsageError for options of anything else than preset dc-dit.
+    """
+    if options.preset != "dc-dit":
+        raise UsageError("a DC-DiT is converted in its own way: choose preset dc-dit")
+    return replace(options, router=OWN, dechunk="values", head_blocks=0, tail_blocks=0, refined=refined)
 
 
 def preset_schedule(name: str, ratio: float) -> Schedule:

@@ -21,10 +21,12 @@ from dcconvert.passes.errors import UsageError
 from dcconvert.passes.patch_planner import scales_of
 from dcconvert.passes.patch_sizes import NAME
 from dcconvert.passes.planners import SmoothedPlanner
+from dcconvert.passes.routers import OWN
 from dcconvert.passes.schedule import LEVELS, NATURAL, nearest_levels
 from dcconvert.passes.serialise import attributes
 from dcconvert.sampling import Sampler
 
+OWN_BIAS = "router.router.residual_scorer.3.bias"
 IMAGES = 8
 SEED = 3_000_000  # apart from those that images are judged by
 
@@ -68,7 +70,10 @@ def settle_natural(model: Converted, scores: np.ndarray, taus: np.ndarray) -> Co
     level = float(np.quantile(np.delete(scores, [0, -1], axis=2), 1 - 1 / schedule.base))
     level = min(max(level, 1e-4), 1 - 1e-4)
     with torch.no_grad():
-        attributes(model.route_graph)[f"{ROUTER}.score.bias"] -= float(np.log(level / (1 - level)))
+        if model.options.router != OWN or model.options.refined:  # what the checkpoint's router says stands
+            attributes(model.route_graph)[bias_of(model)] -= float(np.log(level / (1 - level)))
+        else:
+            level = 0.5
     moved = np.where(scores > level, 0.75, 0.25)  # on the right side of 0.5 is all that counts
     counts = np.stack([planner.natural(part, schedule.dropped) for part in moved])
     levels = (*nearest_levels(np.quantile(counts, np.linspace(0.5, 1, 64)).round().astype(int), LEVELS - 2).tolist(),)
@@ -77,6 +82,11 @@ def settle_natural(model: Converted, scores: np.ndarray, taus: np.ndarray) -> Co
     up = np.array(levels)[np.searchsorted(levels, counts)]
     knots = rising(taus, up.mean(1) / model.spec.tokens)
     return model.with_schedule(replace(schedule, knots=knots, levels=levels, mean=float(up.mean()) / model.spec.tokens))
+
+
+def bias_of(model: Converted) -> str:
+    """The name of the bias of a router's last layer."""
+    return OWN_BIAS if model.options.router == OWN else f"{ROUTER}.score.bias"
 
 
 def settle_difference(model: Converted, latents: list[Tensor], taus: np.ndarray) -> Converted:

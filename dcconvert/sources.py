@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dcconvert.api import dit_inputs
-from dcconvert.checkpoint import load_checkpoint
+from dcconvert.checkpoint import load_model
 from dcconvert.dit import DiT, DiTConfig
 from dcconvert.passes.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.spec import EXAMPLE_BATCH
@@ -52,14 +52,14 @@ def open_source(
     """The model at `path`, in eval mode; errors as `load_checkpoint` and `diffusers_source`."""
     if path.is_dir():
         return diffusers_source(path, image_size)
-    dit = load_checkpoint(path, heads=heads, image_size=image_size, prediction=prediction)
-    info = dit.checkpoint_info
+    dit = load_model(path, heads=heads, image_size=image_size, prediction=prediction)
+    info, kind = dit.checkpoint_info, "DiT" if isinstance(dit, DiT) else "DC-DiT"
     assumed = " (assumed: --prediction says otherwise)" if info.prediction_assumed else ""
-    facts = {**dit.cfg.as_dict(), "predicts": info.prediction, "weights from": info.source or "the top level"}
+    facts = {**info.config.as_dict(), "predicts": info.prediction, "weights from": info.source or "the top level"}
     return Source(
         dit,
         dit_inputs(dit, EXAMPLE_BATCH),
-        f"DiT checkpoint{f' ({info.source})' if info.source else ''}, predicts {info.prediction}{assumed}",
+        f"{kind} checkpoint{f' ({info.source})' if info.source else ''}, predicts {info.prediction}{assumed}",
         info.sha256,
         info.prediction,
         facts,

@@ -70,7 +70,7 @@ def largest(errors: Iterable[float]) -> float:
 
 def keeps_original(model: DynamicModel) -> bool:
     """Whether a model with everything kept has to be the original."""
-    return model.options.trunk != "sparse-dense"
+    return model.options.trunk != "sparse-dense" and not model.options.refined
 
 
 @torch.no_grad()

@@ -27,7 +27,8 @@ class Options:
 
     `members`, `neighbours`, `coverage` and `packing` are of mode chunk, `guard` and `state_dtype` of mode carry.
     Packing `varlen` is for torch on a GPU in half precision: attention by `torch.nn.attention.varlen`; no ONNX.
-    `trunk` (`plain`, `sparse-dense`: SparseDiT's, `patch-sizes`: DDiT's), `dechunk` (`gaussian`, `smoothed`: DC-DiT's)
+    `trunk` (`plain`, `sparse-dense`: SparseDiT's, `patch-sizes`: DDiT's), `dechunk` (`gaussian`, `smoothed`: DC-DiT's,
+    `values`: the same of DC-DiT's own architecture, `refined` where that was made of another model)
     and router `merge` (token merging) are what the presets of the published methods choose, in mode chunk; `fewest` is
     the smallest fraction of the tokens that any step of `sparse-dense` or `merge` keeps, `prediction` (`eps` or
     `flow`, "" if it is not known) what the model predicts, for `patch-sizes`.
@@ -47,6 +48,7 @@ class Options:
     dechunk: str = "gaussian"
     fewest: float = 0.25
     prediction: str = ""
+    refined: bool = False
     preset: str = ""  # whose choices these are
     seed: int = 0
 
@@ -97,6 +99,7 @@ class Program:
     example: tuple[Any, ...] = ()  # the flat inputs it was captured on
     stream: TokenStream | None = None
     trunk: tuple[Node, Node] | None = None  # trunk input and trunk output in the graph
+    router: nn.Module | None = None  # that of the model itself, for option `own`
     scores: Node | None = None
     plan_inputs: dict[str, Node] = field(default_factory=dict)
     state: dict[str, Node] = field(default_factory=dict)  # graph inputs that hold what `carry` remembers

@@ -11,7 +11,7 @@ from torch.fx import Node
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.infra import Pass, PassResult, Program, give_tensor, placeholders
 from dcconvert.passes.normalise import Normalise
-from dcconvert.passes.routers import CARRY_ROUTERS, CHUNK_ROUTERS, make_router
+from dcconvert.passes.routers import CARRY_ROUTERS, CHUNK_ROUTERS, OWN, make_router
 
 PREFIX = "router"
 
@@ -27,7 +27,7 @@ class InsertRouter(Pass):
 
     def requires(self, program: Program) -> None:
         known = CARRY_ROUTERS if program.options.mode == "carry" else CHUNK_ROUTERS
-        if program.options.router not in known:
+        if program.options.router not in (*known, OWN):
             raise UsageError(
                 f"mode {program.options.mode} has no router '{program.options.router}': "
                 f"choose one of {', '.join(known)}"
@@ -35,7 +35,11 @@ class InsertRouter(Pass):
 
     def call(self, program: Program) -> PassResult:
         stream, (start, _), options = program.found_stream(), program.found_trunk(), program.options
-        router = make_router(options.router, stream.grid, options.seed, options.fewest)
+        router = program.router
+        if options.router != OWN:
+            router = make_router(options.router, stream.grid, options.seed, options.fewest)
+        elif router is None:
+            raise UsageError("router 'own' is for models that have one (DC-DiT): choose another")
         name = f"dcconvert_{PREFIX}" if hasattr(program.graph_module, PREFIX) else PREFIX
         with program.graph.inserting_after(start):
             anchor = program.graph.call_function(torch.ops.aten.alias.default, (start,))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from dcconvert.passes.errors import CheckFailedError
+from dcconvert.passes.errors import CheckFailedError, UnsupportedModelError
 from dcconvert.passes.infra import Pass, PassResult, Program, remove_dead_code, where
 from dcconvert.passes.packing import Packer
 from dcconvert.passes.planners import make_planner
@@ -16,6 +16,8 @@ from dcconvert.passes.rules import find_rule
 from dcconvert.passes.token_stream import dependents
 
 aten = torch.ops.aten
+
+VALUES = "values"  # a dechunk
 
 # Hints for the symbolic sizes: distinct, above one, and no size a model is likely to have.
 HINT_TILES, HINT_TILE, HINT_ROWS, HINT_SLOTS, HINT_SEGMENTS = 61, 67, 53, 59, 71
@@ -27,13 +29,16 @@ class PackTrunk(Pass):
     1. The plan's index tensors become graph inputs.
     2. `chunk` packs the trunk's input h [B, N, D] into u [G, L, D].
     3. Every trunk node that depends on h is written again by its op's packing rule, giving v [G, L, D].
-    4. `dechunk` adds the update v - u to h near the tokens it was computed for.
+    4. `dechunk` adds the update v - u to h near the tokens it was computed for; with option `values`, for models of
+       DC-DiT's own architecture, it gives v itself, after the norm that closes the trunk.
     """
 
     exact = True
 
     def call(self, program: Program) -> PassResult:
         start, end = program.found_trunk()
+        if program.options.dechunk == VALUES:
+            end = closing_norm(end)
         contexts = program.found_stream().contexts.get(end, ())
         nodes = trunk_nodes(program, start, (end, *contexts))
         packer = self.prepare(program)
@@ -45,7 +50,9 @@ class PackTrunk(Pass):
             packer.start(start, packed)
             for node in nodes:
                 packer.visit(node)
-            update = packer.emit(aten.sub.Tensor, packer.get(end, "packed").node, packed)
+            update = packer.get(end, "packed").node
+            if program.options.dechunk != VALUES:
+                update = packer.emit(aten.sub.Tensor, update, packed)
             result = self.leave(packer, start, update)
         program.graph.erase_node(marker)
         for value, outside in users.items():
@@ -67,7 +74,9 @@ class PackTrunk(Pass):
         return packer.emit(torch.ops.dcconvert.chunk.default, start, *members)
 
     def leave(self, packer: Packer, start: Node, update: Node) -> Node:
-        """The trunk's output [B, N, D] from its packed update [G, L, D]."""
+        """The trunk's output [B, N, D] from its packed update [G, L, D], or packed values."""
+        if packer.program.options.dechunk == VALUES:
+            start = packer.emit(aten.zeros_like.default, start)
         fill = (packer.plan_input("fill_index"), packer.plan_input("fill_weight"))
         return packer.emit(torch.ops.dcconvert.dechunk.default, start, update, *fill)
 
@@ -81,6 +90,14 @@ class PackTrunk(Pass):
         for node in program.graph.nodes:
             if node.op == "call_function" and not node.users:
                 raise CheckFailedError(f"{where(node)} is still in the graph but unused; this is a bug of dcconvert")
+
+
+def closing_norm(end: Node) -> Node:
+    """The norm that follows the last block; UnsupportedModelError where there is none."""
+    norms = [user for user in end.users if user.target is aten.rms_norm.default]
+    if len(norms) != 1 or len(end.users) != 1:
+        raise UnsupportedModelError("dechunk by values needs an RMS norm after the last block, as DC-DiT has it")
+    return norms[0]
 
 
 def trunk_nodes(program: Program, start: Node, ends: Sequence[Node]) -> list[Node]:

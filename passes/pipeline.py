@@ -115,26 +115,30 @@ def rewrite(
     timestep: str | None = None,
     timestep_scale: float = 1000.0,
     grid: tuple[int, int] | None = None,
+    router: nn.Module | None = None,
+    original: nn.Module | None = None,
     dump: Path | None = None,
 ) -> DynamicModel:
     """Capture `module` on the example inputs (or take what is captured already) and run the pipeline.
 
     `timestep` names the input that holds the timestep (guessed from TIMESTEP_NAMES when None) and
-    `timestep_scale` is its value at pure noise. `grid`: (H, W) of the tokens, where it cannot be seen. `dump`:
-    folder for the graph after each pass. Raises the errors of `capture` and of the passes; the module is put in
-    eval mode and not changed otherwise.
+    `timestep_scale` is its value at pure noise. `grid`: (H, W) of the tokens, where it cannot be seen. `router`: the
+    model's own. `original`: another model, called in the same way, that takes the place of `module` as what the result
+    is compared with. `dump`: folder for the graph after each pass. Raises the errors of `capture` and of the passes;
+    the module is put in eval mode and not changed otherwise.
     """
     program = captured(module, args, kwargs, options, timestep, grid)
-    original = copy_graph(program)
+    program.router = router
+    beside = copy_graph(program if original is None else captured(original, args, kwargs, options, timestep))
     records = run_passes(program, pipeline_of(options), dump, NumericGate(program))
     for tidy in (Normalise(), RealNumbers()):
-        tidy.call(replace(program, graph_module=original))
-    original.recompile()
+        tidy.call(replace(program, graph_module=beside))
+    beside.recompile()
     if program.route is None or program.denoise is None:
         raise CheckFailedError("the pipeline ended without route and denoise graphs; this is a bug of dcconvert")
     spec = ModelSpec.of(program, timestep_scale)
     schedule.check(spec.tokens)
-    return DynamicModel(program.route, program.denoise, original, spec, options, schedule, records, program.prepare)
+    return DynamicModel(program.route, program.denoise, beside, spec, options, schedule, records, program.prepare)
 
 
 def copy_graph(program: Program) -> GraphModule:

@@ -12,8 +12,9 @@ from dcconvert.passes.patch_planner import PatchPlanner
 from dcconvert.passes.plan import Planner, Way
 from dcconvert.passes.pooled_planner import PooledPlanner
 
-DECHUNKS = ("gaussian", "smoothed")
+DECHUNKS = ("gaussian", "smoothed", "values")
 SMOOTHED_NEIGHBOURS = 9  # of a grid with every second token kept, what lies within a Gaussian of one cell
+VALUE_NEIGHBOURS = 25  # within 2.8 cells: each one left out has less than 2 % of the weight of a token itself
 CERTAIN = 1e-4  # DC-DiT keeps p this far from 0 and 1
 
 
@@ -25,8 +26,9 @@ def make_planner(grid: tuple[int, int], options: Options) -> Planner:
         return PatchPlanner(grid, options.packing)
     if options.router == "merge":
         return MergePlanner(grid, members=options.members, neighbours=1, packing=options.packing, coverage=False)
-    if options.dechunk == "smoothed":
-        return SmoothedPlanner(grid, members=1, neighbours=SMOOTHED_NEIGHBOURS, packing=options.packing, coverage=False)
+    if options.dechunk != "gaussian":
+        neighbours = VALUE_NEIGHBOURS if options.dechunk == "values" else SMOOTHED_NEIGHBOURS
+        return SmoothedPlanner(grid, members=1, neighbours=neighbours, packing=options.packing, coverage=False)
     return Planner(grid, options.members, options.neighbours, options.packing, options.coverage)
 
 
@@ -55,7 +57,7 @@ class MergePlanner(Planner):
 
 
 class SmoothedPlanner(Planner):
-    """DC-DiT's choice and de-chunk (arXiv 2603.06351), on the trunk's update.
+    """DC-DiT's choice and de-chunk (arXiv 2603.06351), on the trunk's update or its values.
 
     The first and the last token are always kept. With p the score of a kept token, its update becomes p times its own
     and 1 - p times the mean of the kept ones around it, by Gaussian weight times their p; a dropped position takes that

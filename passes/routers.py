@@ -140,3 +140,4 @@ BOTH_MODES = ("predictability", "cosine", "pool", "random")
 CHUNK_ROUTERS = (*BOTH_MODES, "merge")  # the last says more than a score
 CARRY_ROUTERS = ("drift", "age", *BOTH_MODES)  # the first two look at a token's history
 ROUTERS = (*CARRY_ROUTERS, "merge")
+OWN = "own"  # that of a model which has one

@@ -28,7 +28,7 @@ from dcconvert.passes.errors import CheckFailedError, DcconvertError, Unsupporte
 from dcconvert.passes.infra import Options, PassRecord, owner_of, placeholders
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.plan import PLAN_ARRAYS
-from dcconvert.passes.routers import ROUTERS
+from dcconvert.passes.routers import OWN, ROUTERS
 from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.spec import ModelSpec
 from dcconvert.passes.step_planner import StepPlanner
@@ -177,7 +177,7 @@ def check_seams(model: DynamicModel) -> None:
     unknown = {*spec.route_inputs, *spec.prepare_inputs, spec.timestep or spec.image, spec.image} - {*spec.inputs}
     arrays = {*CARRY_ARRAYS, *(state.name for state in spec.states)} if spec.states else {*PLAN_ARRAYS}
     unknown |= {*spec.denoise_inputs} - {*spec.inputs, *spec.live, *spec.constants, *arrays}
-    if model.options.router not in ROUTERS or not model.options.guard > 0:
+    if model.options.router not in (*ROUTERS, OWN) or not model.options.guard > 0:
         raise damaged(f"has the router {shown(model.options.router)} with the guard {shown(model.options.guard)}")
     if bool(spec.states) != (model.options.mode == "carry"):
         raise damaged(f"has {len(spec.states)} states in mode {shown(model.options.mode)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -37,7 +37,7 @@ class FindTokenStream(Pass):
 
     1. Patchify is what makes tokens of the image: see `find_patchify`.
     2. A cut point is where of all values that depend on patchify one of shape [B, N, D] is still needed, and no others
-       but contexts.
+       but contexts, and values that pass by all blocks.
     3. Blocks are runs of repeating op sequences between cut points that hold attention. (Position terms come before
        them, being no part of the repetition.) Several runs may follow each other, as in models with double and single
        streams; the first and last block of a run may lack some ops, as where text enters or ends.
@@ -75,12 +75,14 @@ def find_cuts(program: Program, patchify: Node, tokens: int) -> list[Cut]:
     stream = dependents(program, [patchify])
     position = {node: i for i, node in enumerate(stream)}
     last_use = {n: max((position.get(user, len(stream)) for user in n.users), default=-1) for n in stream}
+    beside = passing(stream, position)
     cuts: dict[Node, Cut] = {}
     live: set[Node] = set()
     for i, node in enumerate(stream):
         live = {value for value in live if last_use[value] > i} | ({node} if last_use[node] > i else set())
-        grids = [value for value in live if is_token_tensor(value, program.batch, tokens)]
-        contexts = tuple(sorted(live - set(grids), key=position.__getitem__))
+        grids = [value for value in live if beside.get(value, i) >= i and is_token_tensor(value, program.batch, tokens)]
+        others = {value for value in live if beside.get(value, i) >= i} - set(grids)
+        contexts = tuple(sorted(others, key=position.__getitem__))
         if len(grids) != 1 or not all(is_token_tensor(value, program.batch) for value in contexts):
             continue
         [tokens_node] = grids
@@ -90,6 +92,22 @@ def find_cuts(program: Program, patchify: Node, tokens: int) -> list[Cut]:
     # With more contexts than that it is the middle of a block.
     fewest = min((count_tokens(cut.contexts) for cut in cuts.values() if cut.contexts), default=0)
     return [cut for cut in cuts.values() if count_tokens(cut.contexts) <= fewest]
+
+
+def passing(stream: Sequence[Node], position: Mapping[Node, int]) -> dict[Node, int]:
+    """Values that pass by blocks, and from where on: made before the first attention, and needed behind the last.
+
+    Between their last use before that and the first one after it they are no part of the stream.
+    """
+    places = [i for i, node in enumerate(stream) if node.target is ATTENTION]
+    if len(places) < 2:
+        return {}
+    found = {}
+    for node in stream[: places[0]]:
+        uses = [position.get(user, len(stream)) for user in node.users]
+        if max(uses, default=-1) > places[-1]:
+            found[node] = max((use for use in uses if use < places[-1]), default=position[node])
+    return found
 
 
 def count_tokens(contexts: Sequence[Node]) -> int:

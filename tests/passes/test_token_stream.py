@@ -12,6 +12,8 @@ from dcconvert.passes.capture import capture
 from dcconvert.passes.errors import CheckFailedError, UnsupportedModelError, UsageError
 from dcconvert.passes.infra import Options, Program, module_path, run_passes
 from dcconvert.passes.normalise import Normalise
+from dcconvert.passes.pipeline import rewrite
+from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.token_stream import FindTokenStream, find_cuts
 from tests.passes.harness import GRID, TOKENS, WIDTH, Block, TinyModel, diffusers_call, pixart_call, tiny_inputs
 from tests.passes.harness import tiny_program as program_of
@@ -128,26 +130,46 @@ def test_long_skips_are_named():
         run_passes(program, (Normalise(), FindTokenStream()))
 
 
-def test_a_value_that_stays_alive_leaves_no_cut():
-    class LongSkip(TinyModel):
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            c = torch.sin(t.unsqueeze(1) * torch.arange(WIDTH))
-            first = x = self.patchify(x).flatten(2).transpose(1, 2) + self.positions
-            for block in self.blocks:
-                x = block(x, c)
-            return self.final(x + first)
+class LongSkip(TinyModel):
+    """The first tokens are added again before the block with this number (3: behind the last)."""
 
-    program = program_of(LongSkip(Block() for _ in range(3)))
+    def __init__(self, where: int) -> None:
+        super().__init__(Block() for _ in range(3))
+        self.where = where
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        c = torch.sin(t.unsqueeze(1) * torch.arange(WIDTH))
+        first = x = self.patchify(x).flatten(2).transpose(1, 2) + self.positions
+        for number, block in enumerate(self.blocks):
+            x = block(x + first if number == self.where else x, c)
+        return self.final(x + first if self.where == 3 else x)
+
+
+def test_a_value_that_stays_alive_leaves_no_cut():
+    program = program_of(LongSkip(2))
     patchify = next(node for node in program.graph.nodes if node.target is aten.conv2d.default)
     cuts = find_cuts(program, patchify, TOKENS)
-    assert [str(cut.node.target) for cut in cuts] == [
-        "aten.transpose.int",  # patches
-        "aten.add.Tensor",  # with positions: kept to the end, so that nothing after it is alive alone
-        "aten.add.Tensor",  # where the skip ends
-        "aten.linear.default",
+    # Patches, positions, where the skip ends.
+    kinds = [str(cut.node.target) for cut in cuts]
+    assert kinds[:3] == [
+        "aten.transpose.int",
+        "aten.add.Tensor",
+        "aten.add.Tensor",
     ]
     with pytest.raises(UnsupportedModelError, match="3 attention ops on the token stream"):
         run_passes(program, (FindTokenStream(),))
+
+
+@pytest.mark.parametrize("mode", ["carry", "chunk"])
+def test_a_value_that_passes_by_all_blocks_is_no_part_of_the_stream(mode):
+    module, inputs = LongSkip(3), tiny_inputs()
+    model = rewrite(module, inputs, {}, Options(mode=mode), Schedule("constant", 2))
+    assert model.spec.depth == 3
+    with torch.no_grad():
+        scores, live = model.route(dict(zip(model.spec.inputs, inputs, strict=True)))
+        plan = model.step_planner.full_plan(len(scores))
+        found = model.denoise(dict(zip(model.spec.inputs, inputs, strict=True)), live, plan)[0]
+        torch.testing.assert_close(found, module(*inputs), rtol=1e-4, atol=1e-5)
 
 
 class LinearPatchify(TinyModel):
