@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-HEADERS = ("models", "tried as", "carry", "chunk", "kept whole", "ONNX Runtime")
+MODES = ("carry", "chunk", "sparsedit", "ddit")
+HEADERS = ("models", "tried as", *MODES, "kept whole", "ONNX Runtime")
 LONGEST = 150  # of a reason
 
 
@@ -15,12 +16,12 @@ def family_table(result: dict[str, Any], markdown: Callable[..., str]) -> str:
 
 
 def family_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """A line for each family; errors are the larger of both modes, relative."""
+    """A line for each family; errors are the largest of all modes, relative."""
     found = []
     for name in dict.fromkeys(row["family"] for row in rows):
         modes = {row["mode"]: row for row in rows if row["family"] == name}
         first = next(iter(modes.values()))
-        marks = [mark(modes[mode]) for mode in ("carry", "chunk")]
+        marks = [mark(modes[mode]) for mode in MODES]
         errors = [worst(modes.values(), key) for key in ("identity", "onnxruntime")]
         found.append([first["models"], first["class"], *marks, *errors])
     return found

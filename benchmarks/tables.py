@@ -20,10 +20,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.family_table import family_table
+from benchmarks.gpu_table import gpu_table
+from benchmarks.preset_table import sparsedit_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = ("README.md", "docs/choices.md", "docs/carry.md", "docs/stress.md", "docs/upcycle.md", "docs/packing.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{page}.md" for page in ("choices", "carry", "stress", "upcycle", "packing", "presets")),
+)
 MARKER = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -318,38 +323,8 @@ def stress() -> str:
 
 
 def gpu() -> str:
-    """Batch 8 at 4x, everything that was measured; one line while there is no result."""
-    if not (RESULTS / "gpu.json").is_file():
-        return "On a GPU: not measured yet.\n"
-    result = read("gpu")
-    found = [row for row in result["rows"] if row["part"] in ("latency", "onnxruntime", "tensorrt")]
-    wanted = {"batch": 8, "ratio": 4, "pixels": 256}
-    shown = [row for row in found if "skipped" not in row and wanted.items() <= row.items()]
-    rows = [
-        [
-            f"{row['model']}, {row['form']}, {row.get('runtime', row['part'])}, {row['dtype']}",
-            f"{row['original_ms']['median']:.2f}",
-            f"{row['converted_ms']['median']:.2f}",
-            f"{row['speedup']:.2f}",
-            f"{row['flop_ratio']:.2f}",
-            f"{row['efficiency']:.2f}",
-            megabytes(row, "original_peak_mb"),
-            megabytes(row, "converted_peak_mb"),
-        ]
-        for row in shown
-    ]
-    headers = ["batch 8, 256 px, 4x", "original, ms", "converted, ms", "times faster", "fewer operations"]
-    headers += ["share reached", "original, MB", "converted, MB"]
-    facts = result["machine"]
-    skipped = sum("skipped" in row for row in result["rows"])
-    note = (
-        f"\nMeasured on a GPU: {facts['gpu']}; torch {facts['torch']}. Random weights; {skipped} cases were skipped.\n"
-    )
-    return markdown(headers, rows) + note
-
-
-def megabytes(row: dict[str, Any], key: str) -> str:
-    return f"{row[key]:,.0f}" if row.get(key) else ""
+    """One line while there is no result."""
+    return gpu_table(read("gpu"), markdown) if (RESULTS / "gpu.json").is_file() else "On a GPU: not measured yet.\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -368,6 +343,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "upcycling_routers": lambda: evaluated("routers"),
     "upcycling_budgets": lambda: evaluated("budgets"),
     "upcycling_distance": lambda: evaluated("distance", DISTANCE),
+    "upcycling_presets": lambda: evaluated("presets", DISTANCE),
+    "sparsedit_cost": lambda: sparsedit_table(read("sparsedit_cost"), markdown),
     "stress": stress,
     "packing_data_set": packing_data_set,
     "packing_batches": packing_batches,

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import write_result
+from benchmarks.preset_table import preset_plot
 from dcconvert.commands import shipped_model
 from dcconvert.plots import quality_over_cost
 from training.fashion_dit import load_split
@@ -168,8 +169,10 @@ def evaluate(part: str, work: Path) -> None:
         "training": {name: curve(folder) for name, folder in folders.items()},
     }
     print(f"Results: {write_result(f'upcycling_{part}', settings, rows)}")
+    docs = Path(__file__).parent.parent / "docs"
+    if part == "presets":
+        (docs / "presets.png").write_bytes(preset_plot(rows))
     if part == "distance":
-        docs = Path(__file__).parent.parent / "docs"
         for key, label in (("frechet", "FD-EffLite0"), ("psnr", "PSNR, dB")):
             (docs / f"upcycling_{key}.png").write_bytes(quality_over_cost(rows, key, label))
 

@@ -27,7 +27,7 @@ from dcconvert.evaluate import (
 )
 from dcconvert.export.buckets import Ladder, PaddedShapes, guided_ladder, ladder
 from dcconvert.export.bundle import Bundle
-from dcconvert.export.compute import converted_attention, original_attention
+from dcconvert.export.compute import converted_attention, converted_gmacs, original_attention
 from dcconvert.export.latency import interleaved, spread
 from dcconvert.export.parity import as_array
 from dcconvert.export.session import OrtModel, pick
@@ -102,6 +102,13 @@ class Entrant:
     def new_step(self, backend: Backend) -> ConvertedStep:
         """The step function of one run of one batch."""
         return ConvertedStep(self.bundle.model, backend, self.guidance.halves, self.unconditional)
+
+    def cost_of(self, counts: np.ndarray) -> float:
+        """GMACs of steps of one sample each that keep so many tokens."""
+        model, (sizes, times) = self.bundle.model, np.unique(counts, return_counts=True)
+        inputs = model.spec.example(2)
+        costs = [converted_gmacs(model, inputs, int(size)) for size in sizes]
+        return float(np.dot(costs, times))
 
     def compute(self) -> dict[str, float]:
         """GMACs of an image: of one step of the original, and of both runs."""

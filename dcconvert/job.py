@@ -217,7 +217,7 @@ def describe(
             "tail_blocks": options.tail_blocks,
             "packing": options.packing,
             "seed": options.seed,
-            "kept_tokens_mean": spec.tokens / model.schedule.ratio,
+            "kept_tokens_mean": spec.tokens * model.schedule.expected,
             **state_facts(model, max(settings.batches)),
             "passes": [record.as_dict() for record in model.records],
         },

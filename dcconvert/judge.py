@@ -24,6 +24,7 @@ from dcconvert.distribution import (
     precision_recall,
 )
 from dcconvert.dit import DiTConfig
+from dcconvert.evaluate import ConvertedStep
 from dcconvert.export.bundle import write_whole
 from dcconvert.features import HOW_TO_GET, NONE, Extractor, open_extractor
 from dcconvert.image_data import read_images
@@ -50,6 +51,18 @@ class Wanted:
     def __post_init__(self) -> None:
         if 0 < self.images < NEIGHBOURS + 2:
             raise UsageError(f"--images {self.images}: at least {NEIGHBOURS + 2}, or 0 to measure time and memory only")
+
+
+def noted(new_step: Callable[[], Step], kept: list[list[np.ndarray]]) -> Callable[[], Step]:
+    """The same function; `kept` receives what the steps of a converted model keep, a list for each run."""
+
+    def make() -> Step:
+        made = new_step()
+        if isinstance(made, ConvertedStep):
+            kept.append(made.kept)
+        return made
+
+    return make
 
 
 class Judge:
@@ -115,8 +128,15 @@ class Judge:
             many = Sampler(first.sampler.prediction, settings.reference_steps, "euler")
             wanted = self.draw(many, lambda: step, contest.batch, partial(tick, f"{reference}, the reference"))
             for row in rows:
-                made = self.draw(row.sampler, row.new_step, contest.batch, partial(tick, row.name))
+                kept: list[list[np.ndarray]] = []
+                made = self.draw(row.sampler, noted(row.new_step, kept), contest.batch, partial(tick, row.name))
                 self.images[row.name] = made
+                if kept:
+                    counts = np.concatenate([np.concatenate(run) for run in kept])
+                    row.facts["kept_tokens"] = float(counts.mean())
+                    entrant = next(entrant for entrant in contest.entrants if entrant.name == row.name)
+                    if entrant.planner.schedule.found:  # what these images cost, not what was expected
+                        row.gmacs = entrant.cost_of(counts) / len(made)
                 values = psnr(made, wanted)
                 error = float(values.std() / len(values) ** 0.5)
                 row.facts |= {"psnr": float(values.mean()), "psnr_error": error}

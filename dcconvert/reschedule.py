@@ -89,7 +89,7 @@ class Rescheduled:
             "warm_up_steps": schedule.dense_first,
             "refresh_every": schedule.refresh,
             "sampler": f"{self.sampler.solver}, {self.sampler.steps} steps",
-            "kept_tokens_mean": tokens / schedule.ratio,
+            "kept_tokens_mean": tokens * schedule.expected,
         }
         checks = [check for check in before.get("checks", []) if not of_runtime(check["name"])]
         before = {name: value for name, value in before.items() if name != "stress"}  # it was another schedule's

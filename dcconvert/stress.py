@@ -92,6 +92,11 @@ def stress_bundle(settings: Settings, console: Console) -> dict[str, Any]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     bundle = read_bundle(settings.folder)
+    if bundle.model.options.trunk != "plain" or bundle.model.schedule.found:
+        raise UsageError(
+            f"{bundle.folder} was made with preset {bundle.model.options.preset}: stress is for bundles whose router "
+            "and schedule say which tokens are dropped (modes carry and chunk, preset tome)"
+        )
     sampler, planner = run_planner(bundle, None)
     stages = Stages(Console(stderr=True))
     planners, left_out = planners_of(planner, settings.ratios, sampler)

@@ -16,11 +16,12 @@ from rich.markup import escape
 from dcconvert.export.bundle import MANIFEST, ONNX, new_folder, write_json, write_model
 from dcconvert.export.onnx_export import export_onnx
 from dcconvert.export.parity import IDENTITY, Check, check_batch_invariance, check_isolation, require
-from dcconvert.job import LIMITS
+from dcconvert.job import LIMITS, settling_runs
 from dcconvert.passes.model import DynamicModel
 from dcconvert.progress import Stages
 from dcconvert.report import without_nan, write_report
 from dcconvert.reschedule import Rescheduled, old_report
+from dcconvert.settle import settle
 from dcconvert.team import Team
 from dcconvert.training import Settings, Task, Training, training_data
 
@@ -65,6 +66,10 @@ def upcycle_bundle(settings: Settings, console: Console) -> None:
 def store(task: Task, model: DynamicModel, found: dict[str, Any], stages: Stages) -> None:
     """Export, check and measure the trained model, and put its bundle in place."""
     settings, before = task.settings, task.bundle
+    model = model.with_schedule(task.planner.schedule)
+    if model.schedule.found:
+        with stages.stage("see what its runs keep") as tick:
+            model = settle(model, task.sampler, *settling_runs(task.config), tick, trained=True)
     with new_folder(settings.out, force=settings.in_place) as work:
         bundle = replace(before, folder=work, model=model)
         with stages.stage("export ONNX"):
@@ -74,7 +79,7 @@ def store(task: Task, model: DynamicModel, found: dict[str, Any], stages: Stages
             inputs = bundle.model.spec.example(2)
             checks = [check(bundle.model, inputs) for check in (check_isolation, check_batch_invariance)]
             require(checks)
-        made = Rescheduled.of(bundle, task.planner.schedule, task.sampler, stages)
+        made = Rescheduled.of(bundle, model.schedule, task.sampler, stages)
         report = {**made.report(without_stale(old_report(before.folder), checks)), "upcycling": found}
         with tempfile.TemporaryDirectory(dir=work) as scratch:
             figures = made.measure(

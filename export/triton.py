@@ -14,6 +14,7 @@ from onnx import TensorProto
 from dcconvert.export.bundle import GRAPH, MANIFEST, Bundle, new_folder, write_json
 from dcconvert.export.engines import axis_sizes, full_buckets, graph_inputs, onnx_parts
 from dcconvert.export.triton_backend import CORRELATION, END, IDLE_SECONDS, OUTPUTS, START
+from dcconvert.passes.errors import UsageError
 from dcconvert.passes.layout import Bucket
 from dcconvert.passes.spec import count_outputs
 
@@ -53,6 +54,11 @@ def export_triton(bundle: Bundle, target: Path, name: str, device: str = "gpu", 
     On a GPU the graphs in fp16 are taken if the bundle has them; returns the folder the graphs come from. UsageError
     if the target cannot be written or is no repository of this kind.
     """
+    if bundle.model.schedule.found or bundle.model.options.router == "merge":
+        raise UsageError(
+            f"{bundle.folder} was made with preset {bundle.model.options.preset}, whose plan needs more than a "
+            "schedule and scores: Triton repositories are written for the modes carry and chunk and preset sparsedit"
+        )
     source = bundle.onnx / "ort-cuda"
     source = source if device == "gpu" and source.is_dir() else bundle.onnx
     with new_folder(target, force, "Triton model repository of dcconvert", MARK) as work:

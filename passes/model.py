@@ -225,7 +225,7 @@ class DynamicModel(nn.Module):
     def summary(self) -> str:
         """A few lines: tokens, blocks, ratio, router, and how often each pass fired."""
         spec, options, schedule = self.spec, self.options, self.schedule
-        kept = spec.tokens / schedule.ratio
+        kept = spec.tokens * schedule.expected
         lines = [
             f"{spec.grid[0]}x{spec.grid[1]} = {spec.tokens} tokens, {kept:.0f} kept on average ({schedule.ratio:g}x)",
             f"{spec.depth} blocks: {options.head_blocks} head, "

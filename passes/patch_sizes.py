@@ -162,7 +162,8 @@ def embeddings(program: Program, start: Node, patch: int, scales: Sequence[int])
     stream = program.found_stream()
     convolution = stream.patchify
     weight = tensor_of(program, operand(convolution, 1)) if convolution.target is aten.conv2d.default else None
-    if weight is None or tuple(weight.shape[2:]) != (patch, patch) or integers(convolution, 3) != [patch, patch]:
+    stride = integers(convolution, 3) if len(convolution.args) > 3 else [1, 1]
+    if weight is None or tuple(weight.shape[2:]) != (patch, patch) or stride != [patch, patch]:
         raise UnsupportedModelError(
             f"{where(convolution)}: patch sizes need a convolution with patches of {patch} as stride"
         )

@@ -118,6 +118,8 @@ class Schedule:
             )
         mean = min(1.0, float((budget - dense.sum()) / sparse.sum()))
         fit = replace(self, dense_first=first, mean=mean, centre=float(np.mean(taus[sparse])))
+        if self.found and self.knots:  # what was seen
+            return replace(fit, mean=self.mean)
         if not self.knots:
             return fit
         kept = fit.fraction(taus[sparse])
@@ -131,6 +133,21 @@ class Schedule:
     def found(self) -> bool:
         """Whether the numbers of kept tokens are found at every step."""
         return self.kind in FOUND
+
+    @property
+    def expected(self) -> float:
+        """The mean fraction that a run keeps: as was seen where it is found at every step, else 1 / ratio."""
+        return self.mean if self.found and self.mean else 1 / self.ratio
+
+    def dropping(self, ratio: float) -> Schedule:
+        """The same at a larger ratio, by tail dropping; UsageError where only a new threshold could do that."""
+        if self.kind == DIFFERENCE:
+            raise UsageError(
+                f"patch sizes are chosen by a threshold found for {self.ratio:g}x: convert again for {ratio:g}x"
+            )
+        less = self.ratio / ratio
+        knots = tuple((tau, kept * less) for tau, kept in self.knots)
+        return replace(self, ratio=ratio, knots=knots, mean=self.mean * less)
 
     @property
     def dropped(self) -> float:
@@ -185,7 +202,7 @@ class Schedule:
         """
         self.check(tokens)
         counts = np.maximum(np.rint(self.fraction(tau) * tokens), 1).astype(np.int64)
-        if self.levels and self.kind != NATURAL:  # which keeps those numbers or more, a mean of which is expected
+        if self.levels and not self.found:  # where they are found, their mean over samples is expected
             levels = np.asarray(self.levels)
             counts = levels[np.abs(counts[..., None] - levels).argmin(-1)]
         if step is None:
@@ -193,8 +210,9 @@ class Schedule:
         return np.where(self._dense(np.asarray(step), self.dense_first or max(self.warm_up, 0)), tokens, counts)
 
     def run_counts(self, taus: ArrayLike, tokens: int) -> NDArray[np.int64]:
-        """Kept tokens a sample at every step of a run."""
-        return self.counts(taus, tokens, np.arange(np.size(taus)))
+        """Kept tokens a sample at every step of a run; of ``difference`` levels that add up to what is expected."""
+        counts = self.counts(taus, tokens, np.arange(np.size(taus)))
+        return diffused(counts, self.levels) if self.kind == DIFFERENCE and self.levels else counts
 
     def check(self, tokens: int) -> None:
         """Raise UsageError if the ratio leaves less than one of ``tokens`` tokens a sample."""
@@ -203,6 +221,16 @@ class Schedule:
                 f"ratio {self.ratio:g}x leaves less than one of the {tokens} tokens of a sample: "
                 f"the largest ratio for this model is {tokens}x"
             )
+
+
+def diffused(counts: NDArray[np.int64], levels: Sequence[int]) -> NDArray[np.int64]:
+    """Numbers among ``levels`` that stay as near as they can to the running sum of ``counts``."""
+    known, found, owed = np.asarray(levels), [], 0.0
+    for count in counts.tolist():
+        owed += count
+        found.append(int(known[np.abs(known - owed).argmin()]))
+        owed -= found[-1]
+    return np.array(found, np.int64)
 
 
 def nearest_levels(counts: NDArray[np.int64], most: int) -> NDArray[np.int64]:

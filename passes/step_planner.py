@@ -41,8 +41,10 @@ class StepPlanner:
 
         UsageError for a ratio that such a run cannot have.
         """
+        if self.schedule.found and ratio != self.schedule.ratio:
+            return StepPlanner(self.spec, self.options, self.schedule.dropping(ratio))
         other = replace(self.schedule, ratio=ratio, mean=0.0).fitted(taus)
-        if other.ratio != self.schedule.ratio and not other.found:
+        if other.ratio != self.schedule.ratio:
             other = StepPlanner(self.spec, self.options, other).levelled(taus, LEVELS)
         return StepPlanner(self.spec, self.options, other)
 

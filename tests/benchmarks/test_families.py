@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from benchmarks import families
-from benchmarks.families import BATCH, FAMILIES, checks, converted, measured
+from benchmarks.families import BATCH, FAMILIES, STRUCTURAL, checks, converted, measured
 from dcconvert.export.parity import check_identity, check_isolation
 from dcconvert.passes.pipeline import MODES
 
@@ -50,7 +50,9 @@ def test_the_script_writes_a_row_for_each_family_and_mode(tmp_path, monkeypatch,
     monkeypatch.setattr(families, "checks", lambda model: {"identity": 0.0, "failed": ["denoise"]})
     families.main()
     rows = json.loads(target.read_text())["rows"]
-    assert [(row["family"], row["mode"]) for row in rows] == [(f, m) for f in ("sana", "sit") for m in MODES]
+    assert [(row["family"], row["mode"]) for row in rows] == [
+        (f, m) for f in ("sana", "sit") for m in (*MODES, *STRUCTURAL)
+    ]
     said = capsys.readouterr().out
     assert "sana, carry: no packing rule" in said
     assert "sit, chunk: ['denoise']" in said

@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcconvert.passes.errors import UsageError
-from dcconvert.passes.schedule import AUTO, CURVE, KINDS, LEVELS, Schedule, nearest_levels, parse_ratio
+from dcconvert.passes.schedule import (
+    AUTO,
+    CURVE,
+    DIFFERENCE,
+    KINDS,
+    LEVELS,
+    NATURAL,
+    Schedule,
+    diffused,
+    nearest_levels,
+    parse_ratio,
+)
 
 
 @pytest.mark.parametrize(
@@ -270,3 +281,40 @@ def test_levels_hold_for_other_noise_levels_too():
 def test_levels_that_do_not_rise_are_refused(levels):
     with pytest.raises(UsageError, match="must be positive and rising"):
         Schedule("constant", 4, levels=levels)
+
+
+def test_found_schedules_expect_what_was_seen():
+    knots = ((0.0, 0.5), (1.0, 0.25))
+    seen = Schedule(NATURAL, 4, base=4, knots=knots, mean=0.3, levels=(10, 40, 64))
+    fitted = seen.fitted([1.0, 0.5])
+    assert (fitted.knots, fitted.mean, fitted.expected) == (knots, 0.3, 0.3)
+    assert fitted.run_counts([1.0, 0.5, 0.0], 64).tolist() == [16, 24, 32]  # means over samples: no levels
+    fewer = seen.dropping(8)
+    assert (fewer.ratio, fewer.expected, fewer.dropped) == (8, 0.15, 0.5)
+    assert fewer.knots == ((0.0, 0.25), (1.0, 0.125))
+    assert Schedule(NATURAL, 4, base=4).expected == 0.25
+    with pytest.raises(UsageError, match="found for 4x: convert again for 8x"):
+        Schedule(DIFFERENCE, 4).dropping(8)
+
+
+def test_expected_sizes_are_spread_over_the_steps():
+    """Steps of 4, 16 or 64 tokens that add up to a mean between them."""
+    schedule = Schedule(DIFFERENCE, 2, knots=((0.0, 0.5), (1.0, 0.5)), levels=(4, 16, 64))
+    counts = schedule.run_counts(np.linspace(1, 0.05, 20), 64)
+    assert set(counts.tolist()) <= {4, 16, 64}
+    assert counts.mean() == pytest.approx(32, abs=1.5)
+    assert diffused(np.full(6, 64), (4, 16, 64)).tolist() == [64] * 6
+
+
+def test_levels_of_found_schedules():
+    taus = np.linspace(1, 0.1, 10)
+    assert Schedule(DIFFERENCE, 4).levelled(taus, 64, 6, sizes=(64, 4, 16)).levels == (4, 16, 64)
+    even = Schedule(NATURAL, 4, base=4).levelled(taus, 64, 6).levels
+    assert (even[0], even[-1], len(even)) == (8, 64, 6)
+
+
+def test_levels_are_among_the_sizes_that_a_model_can_keep():
+    taus = np.linspace(1, 0.02, 50)
+    levels = Schedule("falling", 4).levelled(taus, 64, 6, sizes=(4, 9, 16, 25, 36, 49, 64)).levels
+    assert {*levels} <= {4, 9, 16, 25, 36, 49, 64}
+    assert levels[-1] == 64
