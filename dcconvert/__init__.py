@@ -18,10 +18,11 @@ if (Path(__file__).parent / "passes").is_file():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
 from dcconvert.api import Converted, convert, load
-from dcconvert.checkpoint import load_checkpoint, load_model
+from dcconvert.checkpoint import load_checkpoint
 from dcconvert.dit import DiT, DiTConfig
 from dcconvert.passes.errors import CheckFailedError, DcconvertError, UnsupportedModelError, UsageError
 from dcconvert.passes.infra import Options
+from dcconvert.sources import load_model
 
 __version__ = "0.1.0"
 

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
 import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from dcconvert.checkpoint_files import PREDICTIONS, SAVE_PLAINLY, read_file
+from dcconvert.checkpoint_files import PREDICTIONS, named_tensors, plain, sha256, some
 from dcconvert.dit import DiT, DiTConfig, sincos_positions
 from dcconvert.passes.errors import UnsupportedModelError, UsageError
 from dcconvert.refined import RefinedConfig, RefinedDiT
 from dcconvert.refined_checkpoint import check_refined, is_refined, refined_config
 
 HEADS_OF_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16}  # DiT-S, -B, -L, -XL (paper, table 1)
-NESTING = ("ema", "model", "state_dict")  # averaged weights first: they are what people sample from
 POSITIONS = "pos_embed"
 FAMILIES = (
     (r"(^|\.)(down_blocks|up_blocks|input_blocks|output_blocks)\.", "a U-Net"),
@@ -76,15 +74,15 @@ def load_checkpoint(
 ) -> LoadedDiT:
     """Return the DiT in the file at `path`, in eval mode; arguments and errors as in `read_checkpoint`.
 
-    UnsupportedModelError for a DC-DiT, which `load_model` reads.
+    UnsupportedModelError for a DC-DiT and others, which `load_model` reads.
     """
-    model = load_model(path, heads, image_size, prediction)
+    model = load_dit(path, heads, image_size, prediction)
     if not isinstance(model, LoadedDiT):
         raise UnsupportedModelError(f"{path}: a DC-DiT, where a DiT is needed: read it with dcconvert.load_model.")
     return model
 
 
-def load_model(
+def load_dit(
     path: str | Path, heads: int | None = None, image_size: int | None = None, prediction: str | None = None
 ) -> LoadedDiT | LoadedRefined:
     """Return the DiT or DC-DiT in the file at `path`, in eval mode; arguments and errors as in `read_checkpoint`."""
@@ -107,70 +105,24 @@ def read_checkpoint(
     path = Path(path)
     if prediction is not None and prediction not in PREDICTIONS:
         raise UsageError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}.")
-    content, facts = read_file(path)
-    found, source = _find_tensors(content)
-    if not found:
-        raise UsageError(f"{path}: holds no tensors by name ({_describe(content)}); {SAVE_PLAINLY}.")
-    tensors = _strip_wrappers(path, found)
+    tensors, source, facts = named_tensors(path)
     refined = None
     if is_refined(tensors):
-        refined = refined_config(path, tensors, lambda width: _choose_heads(path, width, heads))
+        refined = refined_config(path, tensors, lambda width: choose_heads(path, width, heads))
         check_refined(path, tensors, refined)
         config = refined.dit()
     else:
         _check_keys(path, tensors)
         config = infer_config(path, tensors, heads, image_size, facts.config)
         _check_shapes(path, tensors, config)
-    state_dict = {name: _plain(path, name, tensor) for name, tensor in tensors.items()}
+    state_dict = {name: plain(path, name, tensor) for name, tensor in tensors.items()}
     if POSITIONS not in state_dict:
         state_dict[POSITIONS] = sincos_positions(config.width, config.grid)
     names = facts.class_names
     if names is not None and len(names) != config.num_classes:
         raise UsageError(f"{path}: metadata names {len(names)} classes, the tensors have {config.num_classes}.")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     known = prediction or facts.prediction
-    return Checkpoint(path, digest, config, state_dict, known or "eps", names, source, refined, not known)
-
-
-# --- tensors -------------------------------------------------------------------------------------------
-
-
-def _find_tensors(content: Any, source: str = "") -> tuple[dict[str, Tensor], str]:
-    """The named tensors, from the first of NESTING that has any, and the dotted key they were under."""
-    if not isinstance(content, Mapping):
-        return {}, source
-    for key in NESTING:
-        found, where = _find_tensors(content.get(key), f"{source}.{key}".lstrip("."))
-        if found:
-            return found, where
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}, source
-
-
-def _describe(content: Any) -> str:
-    if not isinstance(content, Mapping):
-        return f"found a {type(content).__name__}"
-    return f"top-level keys: {_some([str(key) for key in content])}" if content else "found an empty dict"
-
-
-def _strip_wrappers(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop what DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) put into the names."""
-    stripped = {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): t for name, t in tensors.items()}
-    if len(stripped) != len(tensors):
-        raise UsageError(f"{path}: some tensors are there twice, with and without a `module.` prefix; {SAVE_PLAINLY}.")
-    return stripped
-
-
-def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
-    """The tensor as contiguous fp32, checked to be finite; it stays mapped to the file where it was that."""
-    if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
-        kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
-        raise UnsupportedModelError(f"{path}: {name} holds no plain floats ({kind}): save it as float32.")
-    plain = tensor.detach().float().contiguous()
-    if not torch.isfinite(plain).all():
-        bad = int((~torch.isfinite(plain)).sum())
-        raise UsageError(f"{path}: {name} has {bad} NaN or infinite values of {plain.numel()}: use another checkpoint.")
-    return plain
+    return Checkpoint(path, sha256(path), config, state_dict, known or "eps", names, source, refined, not known)
 
 
 # --- architecture --------------------------------------------------------------------------------------
@@ -198,7 +150,7 @@ def infer_config(
     config = DiTConfig(
         depth=len(_block_indices(tensors)),
         width=width,
-        heads=_choose_heads(path, width, known.get("heads") if heads is None else heads),
+        heads=choose_heads(path, width, known.get("heads") if heads is None else heads),
         patch=patch,
         image_size=_choose_image_size(path, tensors, patch, image_size, known.get("image_size")),
         in_channels=in_channels,
@@ -221,7 +173,7 @@ def _shape(path: Path, tensors: Mapping[str, Tensor], name: str, ndim: int) -> t
     return shape
 
 
-def _choose_heads(path: Path, width: int, heads: int | None) -> int:
+def choose_heads(path: Path, width: int, heads: int | None) -> int:
     chosen = HEADS_OF_WIDTH.get(width, 0) if heads is None else heads
     if chosen > 0 and width % chosen == 0:
         return chosen
@@ -279,7 +231,7 @@ def _check_keys(path: Path, names: Collection[str]) -> None:
     if extra := [name for name in names if _kind(name) not in known]:
         raise UnsupportedModelError(
             f"{path}: looks like {_family(extra) or 'a variant of DiT'}: it has {len(extra)} tensors that a DiT/SiT "
-            f"has not ({_some(extra)}); pass such a model as an nn.Module to dcconvert.convert()."
+            f"has not ({some(extra)}); pass such a model as an nn.Module to dcconvert.convert()."
         )
     indices = _block_indices(names)
     if gap := [i for i, index in enumerate(indices) if i != index]:
@@ -287,7 +239,7 @@ def _check_keys(path: Path, names: Collection[str]) -> None:
     blocks = range(max(len(indices), 1))
     expected = {kind.replace(".N.", f".{i}.") for kind in known for i in blocks} - {POSITIONS}
     if missing := sorted(expected - set(names)):
-        raise UsageError(f"{path}: {len(missing)} missing keys ({_some(missing)}): save the whole state dict.")
+        raise UsageError(f"{path}: {len(missing)} missing keys ({some(missing)}): save the whole state dict.")
 
 
 def _check_shapes(path: Path, tensors: Mapping[str, Tensor], config: DiTConfig) -> None:
@@ -310,7 +262,7 @@ def _refuse_architecture(path: Path, names: Collection[str]) -> NoReturn:
     ]
     misses = ", ".join(text for _, text in sorted(near, reverse=True)[:2]) or "none"
     raise UnsupportedModelError(
-        f"{path}: found {_family(names) or 'an unknown architecture'} ({len(names)} tensors: {_some(names)}), but only "
+        f"{path}: found {_family(names) or 'an unknown architecture'} ({len(names)} tensors: {some(names)}), but only "
         f"Facebook's DiT/SiT key names are supported in files (nearest miss: {misses}); "
         "pass such a model as an nn.Module to dcconvert.convert()."
     )
@@ -318,9 +270,3 @@ def _refuse_architecture(path: Path, names: Collection[str]) -> NoReturn:
 
 def _family(names: Collection[str]) -> str | None:
     return next((title for pattern, title in FAMILIES if any(re.search(pattern, name) for name in names)), None)
-
-
-def _some(names: Collection[str]) -> str:
-    """The first three names, and how many more there are."""
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(list(names)[:3]) + rest

@@ -6,11 +6,13 @@ Torch files are read with `weights_only=True`; what is neither tensors nor plain
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dcconvert.passes.errors import UsageError
+from dcconvert.passes.errors import UnsupportedModelError, UsageError
 
 PREDICTIONS = ("eps", "flow")
 METADATA_KEY = "dcconvert"  # safetensors metadata entry that holds what shapes cannot tell, as JSON
 MAX_HEADER = 100_000_000  # bytes; the safetensors format allows no longer JSON header
+NESTING = ("ema", "model", "state_dict")  # averaged weights first: they are what people sample from
 SAVE_PLAINLY = "save model.state_dict() with torch.save, or as safetensors, and pass that file"
 
 
@@ -122,3 +125,63 @@ def _parse_metadata(path: Path, text: str) -> Facts:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
+# --- tensors -------------------------------------------------------------------------------------------
+
+
+def named_tensors(path: Path) -> tuple[dict[str, Tensor], str, Facts]:
+    """A file's tensors by name, the dotted key they were under, and its metadata; UsageError for one without any."""
+    content, facts = read_file(path)
+    found, source = _find_tensors(content)
+    if not found:
+        raise UsageError(f"{path}: holds no tensors by name ({_describe(content)}); {SAVE_PLAINLY}.")
+    return _strip_wrappers(path, found), source, facts
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _find_tensors(content: Any, source: str = "") -> tuple[dict[str, Tensor], str]:
+    """The named tensors, from the first of NESTING that has any, and the dotted key they were under."""
+    if not isinstance(content, Mapping):
+        return {}, source
+    for key in NESTING:
+        found, where = _find_tensors(content.get(key), f"{source}.{key}".lstrip("."))
+        if found:
+            return found, where
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}, source
+
+
+def _describe(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return f"found a {type(content).__name__}"
+    return f"top-level keys: {some([str(key) for key in content])}" if content else "found an empty dict"
+
+
+def _strip_wrappers(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop what DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) put into the names."""
+    stripped = {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): t for name, t in tensors.items()}
+    if len(stripped) != len(tensors):
+        raise UsageError(f"{path}: some tensors are there twice, with and without a `module.` prefix; {SAVE_PLAINLY}.")
+    return stripped
+
+
+def plain(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """The tensor as contiguous fp32, checked to be finite; it stays mapped to the file where it was that."""
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
+        kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
+        raise UnsupportedModelError(f"{path}: {name} holds no plain floats ({kind}): save it as float32.")
+    plain = tensor.detach().float().contiguous()
+    if not torch.isfinite(plain).all():
+        bad = int((~torch.isfinite(plain)).sum())
+        raise UsageError(f"{path}: {name} has {bad} NaN or infinite values of {plain.numel()}: use another checkpoint.")
+    return plain
+
+
+def some(names: Collection[str]) -> str:
+    """The first three names, and how many more there are."""
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(list(names)[:3]) + rest

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from dcconvert.api import dit_inputs
-from dcconvert.checkpoint import load_model
+from dcconvert.checkpoint import load_dit
+from dcconvert.checkpoint_files import PREDICTIONS, named_tensors, sha256
 from dcconvert.dit import DiT, DiTConfig
+from dcconvert.original_checkpoint import layout_of, original_model
+from dcconvert.original_layouts import Layout, Tensors
 from dcconvert.passes.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.spec import EXAMPLE_BATCH
 
 MODEL_INDEX, CONFIG = "model_index.json", "config.json"
 PART = "transformer"  # of a pipeline folder
-FLOW = "flow"
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,30 @@ class Source:
         return self.module if isinstance(self.module, DiT) else None
 
 
+def load_model(
+    path: str | Path, heads: int | None = None, image_size: int | None = None, prediction: str | None = None
+) -> nn.Module:
+    """The model of a checkpoint file or a diffusers folder, in fp32 and in eval mode; errors as in `open_source`."""
+    return open_source(Path(path), heads, image_size, prediction).module
+
+
 def open_source(
     path: Path, heads: int | None = None, image_size: int | None = None, prediction: str | None = None
 ) -> Source:
-    """The model at `path`, in eval mode; errors as `load_checkpoint` and `diffusers_source`."""
+    """The model at `path`, in eval mode, and what to call it with.
+
+    `heads`, `image_size` (latent pixels) and `prediction` ("eps" or "flow") say what a file does not. UsageError for
+    what cannot be read or lacks something, UnsupportedModelError for another architecture.
+    """
+    if prediction not in (None, *PREDICTIONS):
+        raise UsageError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}.")
     if path.is_dir():
-        return diffusers_source(path, image_size)
-    dit = load_model(path, heads=heads, image_size=image_size, prediction=prediction)
+        return diffusers_source(path, image_size, prediction)
+    tensors, where, _ = named_tensors(path)
+    if layout := layout_of(tensors):
+        return original_source(layout, path, tensors, where, heads, image_size, prediction)
+    del tensors
+    dit = load_dit(path, heads=heads, image_size=image_size, prediction=prediction)
     info, kind = dit.checkpoint_info, "DiT" if isinstance(dit, DiT) else "DC-DiT"
     assumed = " (assumed: --prediction says otherwise)" if info.prediction_assumed else ""
     facts = {**info.config.as_dict(), "predicts": info.prediction, "weights from": info.source or "the top level"}
@@ -68,7 +87,22 @@ def open_source(
     )
 
 
-def diffusers_source(folder: Path, image_size: int | None = None) -> Source:
+def original_source(
+    layout: Layout,
+    path: Path,
+    tensors: Tensors,
+    where: str,
+    heads: int | None,
+    image_size: int | None,
+    prediction: str | None,
+) -> Source:
+    """A checkpoint under the names of its own repository: the class of diffusers with its weights."""
+    module = original_model(layout, path, tensors, heads)
+    kind = f"{layout.title} checkpoint{f' ({where})' if where else ''}, as {layout.cls}"
+    return called(module, layout.cls, kind, sha256(path), image_size, prediction)
+
+
+def diffusers_source(folder: Path, image_size: int | None = None, prediction: str | None = None) -> Source:
     """A transformer that diffusers saved, alone or in a pipeline's folder; only safetensors are read.
 
     `image_size`: side of the image in latent pixels [the model's]. UsageError for a folder without one, or one that
@@ -78,21 +112,28 @@ def diffusers_source(folder: Path, image_size: int | None = None) -> Source:
         folder = folder / PART
     config = read_config(folder)
     name = str(config.get("_class_name"))
-    if name not in EXAMPLES:
+    if name not in CLASSES:
         raise UnsupportedModelError(
-            f"{folder} holds a {name}; folders are read of {', '.join(EXAMPLES)}. From Python any module can be "
+            f"{folder} holds a {name}; folders are read of {', '.join(CLASSES)}. From Python any module can be "
             "converted: dcconvert.convert(module, ratio, example_inputs=...)"
         )
     module = loaded(folder, name)
-    made = EXAMPLES[name](module.config, image_size)
+    kind = f"{name} of diffusers {config.get('_diffusers_version', '')}".strip()
+    return called(module, name, kind, hash_of(folder), image_size, prediction)
+
+
+def called(module: Any, name: str, kind: str, digest: str, image_size: int | None, prediction: str | None) -> Source:
+    """The source of a module of diffusers, with a call as its pipeline would make it."""
+    example, usual = CLASSES[name]
+    made = example(module.config, image_size)
     shapes = {key: list(value.shape) for key, value in made.items() if isinstance(value, Tensor)}
     counts_to_one = bool((made["timestep"] <= 1).all()) and made["timestep"].is_floating_point()
     return Source(
         module,
         {**made, "return_dict": False},
-        f"{name} of diffusers {config.get('_diffusers_version', '')}".strip(),
-        hash_of(folder),
-        FLOW,
+        kind,
+        digest,
+        prediction or usual,
         {"class": name, **{f"example {key}": str(shape) for key, shape in shapes.items()}},
         timestep_scale=1.0 if counts_to_one else 1000.0,
     )
@@ -197,9 +238,10 @@ def flux_call(config: Any, side: int | None) -> dict[str, Any]:
     }
 
 
-EXAMPLES: dict[str, Callable[[Any, int | None], dict[str, Any]]] = {
-    "DiTTransformer2DModel": dit_call,
-    "PixArtTransformer2DModel": pixart_call,
-    "SD3Transformer2DModel": sd3_call,
-    "FluxTransformer2DModel": flux_call,
+# The call of a class, and what its models predict
+CLASSES: dict[str, tuple[Callable[[Any, int | None], dict[str, Any]], str]] = {
+    "DiTTransformer2DModel": (dit_call, "eps"),
+    "PixArtTransformer2DModel": (pixart_call, "eps"),
+    "SD3Transformer2DModel": (sd3_call, "flow"),
+    "FluxTransformer2DModel": (flux_call, "flow"),
 }

@@ -11,7 +11,7 @@ import torch
 
 import dcconvert
 from benchmarks.families import FAMILIES, made
-from dcconvert.sources import EXAMPLES, diffusers_source, open_source
+from dcconvert.sources import CLASSES, diffusers_source, open_source
 from tests.dcconvert.harness import refusal, run_cli, write_checkpoint
 from tests.passes.harness import dit_call
 
@@ -33,7 +33,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def test_every_class_that_is_read_is_tested():
-    assert set(EXAMPLES) == set(NAMES.values())
+    assert set(CLASSES) == set(NAMES.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
