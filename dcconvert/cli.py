@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +23,34 @@ from dcconvert.passes.routers import ROUTERS
 from dcconvert.passes.schedule import AUTO, KINDS, LEVELS, parse_ratio
 from dcconvert.presets import PRESETS, preset_options, preset_schedule
 from dcconvert.sampling import SOLVERS, Guidance
+from dcconvert.sources import parse_size
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 DEFAULTS, RECIPE = Options(), Recipe()
 INSPECT_RATIO = 4.0  # where a command takes none and a preset asks
 
 
-class Ratio(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only
-    """4x, 4 or 2.5x."""
+class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only
+    """What a function reads, whose UsageError is click's."""
 
-    name = "ratio"
+    def __init__(self, name: str, read: Callable[[Any], Any]) -> None:
+        self.name, self.read = name, read
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         try:
-            return parse_ratio(value)
+            return self.read(value)
         except UsageError as error:
             self.fail(str(error), param, ctx)
+
+
+RATIO, SIZE = Parsed("ratio", parse_ratio), Parsed("size", parse_size)
 
 
 def checkpoint_options(command: Any) -> Any:
     """What cannot always be read off a checkpoint."""
     for decorate in (
         click.option("--heads", type=int, help="Attention heads, for widths other than those of DiT-S/B/L/XL."),
-        click.option("--image-size", type=int, help="Latent pixels a side, for checkpoints without a position table."),
+        click.option("--image-size", type=SIZE, help="Latent pixels: a side, or 96x64 (height, width) [its own]."),
         click.option("--prediction", type=click.Choice(["eps", "flow"]), help="What the model predicts [eps]."),
     ):
         command = decorate(command)
@@ -115,7 +120,7 @@ def commands() -> None:
 
 @commands.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--ratio", required=True, type=Ratio(), help="Tokens divided by kept tokens: 4x, 4, 2.5x; 1 keeps all.")
+@click.option("--ratio", required=True, type=RATIO, help="Tokens divided by kept tokens: 4x, 4, 2.5x; 1 keeps all.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Bundle folder [MODEL-dc4x beside you].")
 @click.option(
     "--schedule",
@@ -187,7 +192,7 @@ def inspect(model: Path, **values: Any) -> None:
 @click.option("--steps", type=click.IntRange(1), help="Sampling steps [those of the bundle].")
 @click.option("--solver", type=click.Choice(SOLVERS), help="Sampler [that of the bundle].")
 @click.option("--guidance", default=1.0, show_default=True, help="Classifier-free guidance scale; 1 is none.")
-@click.option("--lite-cfg", type=Ratio(), help="Ratio of guidance's unconditional half [that of the bundle].")
+@click.option("--lite-cfg", type=RATIO, help="Ratio of guidance's unconditional half [that of the bundle].")
 @click.option(
     "--separate-halves",
     is_flag=True,
@@ -211,11 +216,11 @@ def sample(bundle: Path, **values: Any) -> None:
 @click.option("--batch", default=0, type=click.IntRange(0), help="Images at a time [the first bundle's largest batch].")
 @click.option("--runs", default=15, show_default=True, type=click.IntRange(1), help="Interleaved runs.")
 @click.option("--images", default=64, show_default=True, type=click.IntRange(0), help="Of each row; 0: cost only.")
-@click.option("--ratio", "ratios", multiple=True, type=Ratio(), help="Repeatable [that of each bundle].")
+@click.option("--ratio", "ratios", multiple=True, type=RATIO, help="Repeatable [that of each bundle].")
 @click.option("--steps", type=click.IntRange(1), help="Sampling steps [those of each bundle].")
 @click.option("--solver", type=click.Choice(SOLVERS), help="Sampler [that of each bundle].")
 @click.option("--guidance", default=1.0, show_default=True, help="Classifier-free guidance scale; 1 is none.")
-@click.option("--lite-cfg", type=Ratio(), help="Ratio of guidance's unconditional half [that of the bundle].")
+@click.option("--lite-cfg", type=RATIO, help="Ratio of guidance's unconditional half [that of the bundle].")
 @click.option("--real", type=click.Path(path_type=Path), help="Real images: a folder, .npy or .npz.")
 @click.option("--real-images", default=5000, show_default=True, type=click.IntRange(1), help="Most of them to use.")
 @click.option(
@@ -242,7 +247,7 @@ def evaluate(bundles: tuple[Path, ...], **values: Any) -> None:
 @commands.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), help="Folder, .npy or .npz [samples of the original].")
-@click.option("--ratio", "ratios", multiple=True, type=Ratio(), default=("4x", "16x"), help="Repeatable [4x and 16x].")
+@click.option("--ratio", "ratios", multiple=True, type=RATIO, default=("4x", "16x"), help="Repeatable [4x and 16x].")
 @click.option("--count", default=4, show_default=True, type=click.IntRange(1), help="Cases of each kind of detail.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**40))
 @click.option("--threads", default=0, type=click.IntRange(0), help="Threads [one a core].")
@@ -255,7 +260,7 @@ def stress(bundle: Path, **values: Any) -> None:
 
 @commands.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--ratio", type=Ratio(), help="Divides the compute of a run of the bundle's steps [that of the bundle].")
+@click.option("--ratio", type=RATIO, help="Divides the compute of a run of the bundle's steps [that of the bundle].")
 @click.option("--solver", type=click.Choice(SOLVERS), help="Sampler to calibrate for and to store [the bundle's].")
 @click.option("--images", default=32, show_default=True, type=click.IntRange(1), help="Images to judge by.")
 @click.option("--reference-steps", default=200, show_default=True, type=click.IntRange(1))
@@ -289,7 +294,7 @@ def calibrate(bundle: Path, **values: Any) -> None:
 @click.option("--batch", default=RECIPE.batch, show_default=True, type=click.IntRange(2))
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help=f"Learning rate [{rates()}].")
 @click.option("--rank", default=RECIPE.rank, show_default=True, type=click.IntRange(1), help="Of lora.")
-@click.option("--ratios", multiple=True, type=Ratio(), help="Trained for; repeatable [that of the bundle].")
+@click.option("--ratios", multiple=True, type=RATIO, help="Trained for; repeatable [that of the bundle].")
 @click.option("--feature-weight", default=RECIPE.feature_weight, show_default=True, type=click.FloatRange(0))
 @click.option(
     "--ratio-weight", default=RECIPE.ratio_weight, show_default=True, type=click.FloatRange(0), help="Of router."
@@ -349,7 +354,7 @@ def triton(bundle: Path, out: Path, name: str, device: str, force: bool) -> None
 
 
 @commands.command()
-@click.option("--ratio", default="4x", show_default=True, type=Ratio())
+@click.option("--ratio", default="4x", show_default=True, type=RATIO)
 @click.option("-o", "--out", default="demo", show_default=True, type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace an earlier demo.")
 @click.pass_context

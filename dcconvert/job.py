@@ -37,7 +37,7 @@ from dcconvert.presets import find
 from dcconvert.progress import Stages
 from dcconvert.report import state_note, write_report
 from dcconvert.sampling import Sampler, initial_noise, labels_for
-from dcconvert.sources import Source, open_source
+from dcconvert.sources import Size, Source, open_source
 
 ASSUMED = (
     "The checkpoint does not say what it predicts; noise (eps) was assumed, as in DiT. For a flow model, such as SiT, "
@@ -75,7 +75,7 @@ class Settings:
     reference_steps: int
     command: str
     heads: int | None = None
-    image_size: int | None = None
+    image_size: Size | None = None
     prediction: str | None = None
     threads: int = 0
     refine_grid: bool = False

@@ -22,7 +22,10 @@ from dcconvert.passes.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.spec import EXAMPLE_BATCH
 
 MODEL_INDEX, CONFIG = "model_index.json", "config.json"
+FLUX = "FluxTransformer2DModel"  # its pipeline makes patches of 2 pixels; its own are tokens
 PART = "transformer"  # of a pipeline folder
+
+Size = int | tuple[int, int]  # of an image in latent pixels: its side, or its height and width
 
 
 @dataclass(frozen=True)
@@ -48,20 +51,28 @@ class Source:
         return self.module if isinstance(self.module, DiT) else None
 
 
+def parse_size(text: str | int) -> Size:
+    """Read a size written as ``64`` or, height before width, ``96x64``; UsageError for anything else."""
+    parts = str(text).lower().split("x")
+    if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise UsageError(f"size {text!r} is not a number of latent pixels: write it as 64, or 96x64 (height, width)")
+    return (int(parts[0]), int(parts[1])) if len(parts) == 2 else int(parts[0])
+
+
 def load_model(
-    path: str | Path, heads: int | None = None, image_size: int | None = None, prediction: str | None = None
+    path: str | Path, heads: int | None = None, image_size: Size | None = None, prediction: str | None = None
 ) -> nn.Module:
     """The model of a checkpoint file or a diffusers folder, in fp32 and in eval mode; errors as in `open_source`."""
     return open_source(Path(path), heads, image_size, prediction).module
 
 
 def open_source(
-    path: Path, heads: int | None = None, image_size: int | None = None, prediction: str | None = None
+    path: Path, heads: int | None = None, image_size: Size | None = None, prediction: str | None = None
 ) -> Source:
     """The model at `path`, in eval mode, and what to call it with.
 
-    `heads`, `image_size` (latent pixels) and `prediction` ("eps" or "flow") say what a file does not. UsageError for
-    what cannot be read or lacks something, UnsupportedModelError for another architecture.
+    `heads`, `image_size` and `prediction` ("eps" or "flow") say what a file does not. UsageError for what cannot be
+    read or lacks something, UnsupportedModelError for another architecture.
     """
     if prediction not in (None, *PREDICTIONS):
         raise UsageError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}.")
@@ -71,6 +82,10 @@ def open_source(
     if layout := layout_of(tensors):
         return original_source(layout, path, tensors, where, heads, image_size, prediction)
     del tensors
+    if isinstance(image_size, tuple):
+        if image_size[0] != image_size[1]:
+            raise UsageError(f"{path}: images of a DiT checkpoint are square: pass --image-size with one number.")
+        image_size = image_size[0]
     dit = load_dit(path, heads=heads, image_size=image_size, prediction=prediction)
     info, kind = dit.checkpoint_info, "DiT" if isinstance(dit, DiT) else "DC-DiT"
     assumed = " (assumed: --prediction says otherwise)" if info.prediction_assumed else ""
@@ -93,7 +108,7 @@ def original_source(
     tensors: Tensors,
     where: str,
     heads: int | None,
-    image_size: int | None,
+    image_size: Size | None,
     prediction: str | None,
 ) -> Source:
     """A checkpoint under the names of its own repository: the class of diffusers with its weights."""
@@ -102,10 +117,10 @@ def original_source(
     return called(module, layout.cls, kind, sha256(path), image_size, prediction)
 
 
-def diffusers_source(folder: Path, image_size: int | None = None, prediction: str | None = None) -> Source:
+def diffusers_source(folder: Path, image_size: Size | None = None, prediction: str | None = None) -> Source:
     """A transformer that diffusers saved, alone or in a pipeline's folder; only safetensors are read.
 
-    `image_size`: side of the image in latent pixels [the model's]. UsageError for a folder without one, or one that
+    `image_size`: in latent pixels [the model's]. UsageError for a folder without one, or one that
     cannot be read; UnsupportedModelError for a class whose inputs are not known here.
     """
     if (folder / MODEL_INDEX).is_file():
@@ -122,9 +137,12 @@ def diffusers_source(folder: Path, image_size: int | None = None, prediction: st
     return called(module, name, kind, hash_of(folder), image_size, prediction)
 
 
-def called(module: Any, name: str, kind: str, digest: str, image_size: int | None, prediction: str | None) -> Source:
+def called(module: Any, name: str, kind: str, digest: str, image_size: Size | None, prediction: str | None) -> Source:
     """The source of a module of diffusers, with a call as its pipeline would make it."""
     example, usual = CLASSES[name]
+    patch = 2 if name == FLUX else module.config.patch_size
+    if image_size is not None and any(side < patch or side % patch for side in sides(image_size)):
+        raise UsageError(f"--image-size: {name} has patches of {patch} pixels, of which each side needs a multiple.")
     made = example(module.config, image_size)
     shapes = {key: list(value.shape) for key, value in made.items() if isinstance(value, Tensor)}
     counts_to_one = bool((made["timestep"] <= 1).all()) and made["timestep"].is_floating_point()
@@ -136,6 +154,7 @@ def called(module: Any, name: str, kind: str, digest: str, image_size: int | Non
         prediction or usual,
         {"class": name, **{f"example {key}": str(shape) for key, shape in shapes.items()}},
         timestep_scale=1.0 if counts_to_one else 1000.0,
+        grid=tuple(int(n) + 1 for n in made["img_ids"][-1, 1:]) if name == FLUX else None,  # type: ignore[arg-type]
     )
 
 
@@ -182,26 +201,30 @@ def hash_of(folder: Path) -> str:
 # Example calls, as the pipelines of these classes make them
 
 
-def latents(config: Any, side: int | None) -> Tensor:
-    side = side or config.sample_size
-    return torch.randn(EXAMPLE_BATCH, config.in_channels, side, side)
+def sides(size: Size) -> tuple[int, int]:
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def latents(config: Any, size: Size | None) -> Tensor:
+    return torch.randn(EXAMPLE_BATCH, config.in_channels, *sides(size or config.sample_size))
 
 
 def timesteps(scale: float = 1000.0) -> Tensor:
     return torch.linspace(0.9, 0.4, EXAMPLE_BATCH) * scale
 
 
-def dit_call(config: Any, side: int | None) -> dict[str, Any]:
+def dit_call(config: Any, size: Size | None) -> dict[str, Any]:
     classes = torch.arange(EXAMPLE_BATCH) % config.num_embeds_ada_norm
-    return {"hidden_states": latents(config, side), "timestep": timesteps().long(), "class_labels": classes}
+    return {"hidden_states": latents(config, size), "timestep": timesteps().long(), "class_labels": classes}
 
 
-def pixart_call(config: Any, side: int | None) -> dict[str, Any]:
+def pixart_call(config: Any, size: Size | None) -> dict[str, Any]:
     """Texts of 120 tokens (PixArt-alpha) or 300 (PixArt-Sigma, whose positions are scaled for larger images)."""
     count = 300 if not config.use_additional_conditions else 120
-    image = latents(config, side)
-    size = torch.full((EXAMPLE_BATCH, 2), float(image.shape[-1] * 8))
-    extra = {"resolution": size, "aspect_ratio": torch.ones(EXAMPLE_BATCH, 1)}
+    image = latents(config, size)
+    height, width = image.shape[2:]
+    pixels = torch.tensor([[height * 8.0, width * 8.0]]).expand(EXAMPLE_BATCH, 2)
+    extra = {"resolution": pixels, "aspect_ratio": torch.full((EXAMPLE_BATCH, 1), height / width)}
     return {
         "hidden_states": image,
         "encoder_hidden_states": torch.randn(EXAMPLE_BATCH, count, config.caption_channels),
@@ -211,24 +234,24 @@ def pixart_call(config: Any, side: int | None) -> dict[str, Any]:
     }
 
 
-def sd3_call(config: Any, side: int | None) -> dict[str, Any]:
+def sd3_call(config: Any, size: Size | None) -> dict[str, Any]:
     """77 tokens of CLIP and 256 of T5."""
     return {
-        "hidden_states": latents(config, side),
+        "hidden_states": latents(config, size),
         "encoder_hidden_states": torch.randn(EXAMPLE_BATCH, 333, config.joint_attention_dim),
         "pooled_projections": torch.randn(EXAMPLE_BATCH, config.pooled_projection_dim),
         "timestep": timesteps(),
     }
 
 
-def flux_call(config: Any, side: int | None) -> dict[str, Any]:
+def flux_call(config: Any, size: Size | None) -> dict[str, Any]:
     """512 tokens of T5; patches of 2 x 2 of a latent image of 128 x 128 (1024 pixels)."""
-    cells = (side or 128) // 2
-    rows, columns = torch.meshgrid(torch.arange(cells), torch.arange(cells), indexing="ij")
+    height, width = sides(size or 128)
+    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
     places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float()
     guidance = {"guidance": torch.full((EXAMPLE_BATCH,), 3.5)} if config.guidance_embeds else {}
     return {
-        "hidden_states": torch.randn(EXAMPLE_BATCH, cells * cells, config.in_channels),
+        "hidden_states": torch.randn(EXAMPLE_BATCH, rows.numel(), config.in_channels),
         "encoder_hidden_states": torch.randn(EXAMPLE_BATCH, 512, config.joint_attention_dim),
         "pooled_projections": torch.randn(EXAMPLE_BATCH, config.pooled_projection_dim),
         "timestep": timesteps(1.0),
@@ -239,9 +262,9 @@ def flux_call(config: Any, side: int | None) -> dict[str, Any]:
 
 
 # The call of a class, and what its models predict
-CLASSES: dict[str, tuple[Callable[[Any, int | None], dict[str, Any]], str]] = {
+CLASSES: dict[str, tuple[Callable[[Any, Size | None], dict[str, Any]], str]] = {
     "DiTTransformer2DModel": (dit_call, "eps"),
     "PixArtTransformer2DModel": (pixart_call, "eps"),
     "SD3Transformer2DModel": (sd3_call, "flow"),
-    "FluxTransformer2DModel": (flux_call, "flow"),
+    FLUX: (flux_call, "flow"),
 }

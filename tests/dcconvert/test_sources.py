@@ -11,7 +11,9 @@ import torch
 
 import dcconvert
 from benchmarks.families import FAMILIES, made
-from dcconvert.sources import CLASSES, diffusers_source, open_source
+from dcconvert.passes.pipeline import rewrite
+from dcconvert.passes.schedule import Schedule
+from dcconvert.sources import CLASSES, diffusers_source, open_source, parse_size
 from tests.dcconvert.harness import refusal, run_cli, write_checkpoint
 from tests.passes.harness import dit_call
 
@@ -45,6 +47,44 @@ def test_a_folder_becomes_a_model_and_a_call(folders, name):
     original = made(FAMILIES[name])[0]
     with torch.no_grad():
         torch.testing.assert_close(source.module(**source.example)[0], original(**source.example)[0])
+
+
+@pytest.mark.parametrize("name", ["pixart", "sd3", "flux"])
+def test_images_that_are_not_square(folders, name):
+    source = open_source(folders[name], image_size=(8, 4))
+    model = rewrite(
+        source.module,
+        (),
+        source.example,
+        dcconvert.Options(mode="carry"),
+        Schedule("constant", 2),
+        timestep_scale=source.timestep_scale,
+        grid=source.grid,
+    )
+    assert model.spec.grid == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("64", 64), (64, 64), ("96x64", (96, 64)), ("96X64", (96, 64)), ("8 x 4", (8, 4))]
+)
+def test_sizes(text, found):
+    assert parse_size(text) == found
+
+
+@pytest.mark.parametrize("text", ["0", "", "x", "8x", "4x4x4", "-8", "8.5"])
+def test_wrong_sizes(text):
+    with pytest.raises(dcconvert.UsageError, match="write it as 64, or 96x64"):
+        parse_size(text)
+
+
+def test_sizes_that_a_model_cannot_have(folders, tmp_path):
+    words = ("--ratio", "2x", "-o", tmp_path / "out")
+    assert "patches of 2 pixels" in refusal(2, folders["flux"], "--image-size", "9", *words)
+    assert "write it as 64" in refusal(2, folders["flux"], "--image-size", "9y", *words)
+    write_checkpoint(tmp_path / "tiny.safetensors")
+    assert "images of a DiT checkpoint are square" in refusal(
+        2, tmp_path / "tiny.safetensors", "--image-size", "32x16", *words
+    )
 
 
 @pytest.mark.parametrize(("name", "mode"), [("sd3", "carry"), ("diffusers-dit", "chunk")])
