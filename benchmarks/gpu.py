@@ -5,14 +5,17 @@
     python -m benchmarks.gpu --tiny --out tiny.json   # a trial with three blocks, on a CPU too
 
 Torch, numpy and safetensors are all that torch's parts need. What another part misses is the reason it gives for being
-skipped. Cases run in the order of their worth, and the file is written after each of them, so that a run that is cut
-short leaves what it has. Times are medians of calls in turns, each waited for; weights are random. A step is route,
-plan on the host and denoise.
+skipped. Cases run in the order of their worth, in a process of their own that is stopped when time is up and started
+anew when a case broke it; the file is written after each of them. Times are medians of calls in turns, each waited for;
+weights are random. A step is route, plan on the host and denoise.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +31,8 @@ from benchmarks.gpu_cases import FORMS, Case, Models, attention_forms, latency, 
 
 PARTS = ("parity", "latency", "attention", "onnxruntime", "tensorrt")
 FIRST, LAST = 1, 2  # priorities of the cases of one part: those that the table shows, and the rest
+BROKEN = 75  # exit status of a process whose CUDA context is of no use after an error
+OUT_OF_TIME = "out of time"
 
 
 @dataclass(frozen=True)
@@ -51,19 +56,33 @@ class Record:
     deadline: float
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def do(self, job: Job) -> None:
-        """Measure a case, or note why not: no time left, something missing, or what went wrong."""
-        start = time.monotonic()
+    def do(self, job: Job) -> bool:
+        """Measure a case, or note why not: no time left, something missing, or what went wrong.
+
+        False if this process can measure nothing more.
+        """
+        start, row = time.monotonic(), {}
         try:
             if start + job.needs + job.makes() > self.deadline:
-                raise TimeoutError("out of time")
+                raise TimeoutError(OUT_OF_TIME)
             row = job.measure()
         except Exception as error:  # an unknown machine: the other cases must still run
             row = {"skipped": reason(error)}
-        seconds = round(time.monotonic() - start, 1)
-        self.rows.append({"part": job.part, **job.facts, **row, "seconds": seconds})
-        write_result("gpu", self.settings, self.rows, self.path)
+        self.add(job, row, time.monotonic() - start)
+        return "CUDA error" not in row.get("skipped", "")
+
+    def add(self, job: Job, row: dict[str, Any], seconds: float = 0.0) -> None:
+        self.rows.append({"part": job.part, **job.facts, **row, "seconds": round(seconds, 1)})
+        self.write()
         print(shown(self.rows[-1]), flush=True)
+
+    def write(self) -> None:
+        write_result("gpu", self.settings, self.rows, self.path)
+
+    def read(self) -> None:
+        """What another process has written."""
+        found = json.loads(self.path.read_text())
+        self.rows, self.settings = found["rows"], found["settings"]
 
 
 def reason(error: Exception) -> str:
@@ -222,10 +241,10 @@ def jobs(parts: tuple[str, ...], plan: Plan, models: Models) -> list[Job]:
     return sorted(found, key=lambda job: job.priority)
 
 
-def main(words: list[str] | None = None) -> None:
+def parsed(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Parity, latency and memory on a GPU, original against converted.")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--minutes", type=float, default=9.0, help="no case starts that would end later")
+    parser.add_argument("--minutes", type=float, default=9.0, help="when it ends, whatever is under way")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument(
         "--tiny", action="store_true", help="models of three blocks, 64 px, batch 2 (always so on a CPU)"
@@ -237,20 +256,70 @@ def main(words: list[str] | None = None) -> None:
         help="where models are converted; the device is faster",
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
+    parser.add_argument("--worker", action="store_true", help="measure what --out does not have yet, in this process")
     args = parser.parse_args(words)
-    start = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plan = Plan(device, args.tiny or device.type == "cpu", args.runs)
-    if plan.tiny and args.out == RESULTS / "gpu.json":
+    args.tiny = args.tiny or not torch.cuda.is_available()
+    if args.tiny and args.out == RESULTS / "gpu.json":
         parser.error("there is no GPU, or --tiny was asked for: name the file of such a trial with --out")
-    torch.backends.cudnn.allow_tf32 = False  # or float32 would mean something else in convolutions than in linears
-    settings = {"device": device.type, "tiny": plan.tiny, "runs": args.runs, "minutes": args.minutes}
+    return args
+
+
+def prepared(args: argparse.Namespace) -> tuple[Record, list[Job]]:
+    """The file of a run, and its cases."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = Plan(device, args.tiny, args.runs)
+    settings = {"device": device.type, "tiny": args.tiny, "runs": args.runs, "minutes": args.minutes}
     settings["convert_on"] = args.convert_on
-    record = Record(args.out, settings, start + 60 * args.minutes)
     made_on = device if args.convert_on == "device" else torch.device("cpu")
-    models = Models(device, (4,) if plan.tiny else (1, 2, 4, 16), made_on, plan.depth)
-    for job in jobs(tuple(args.parts), plan, models):
-        record.do(job)
+    models = Models(device, (4,) if args.tiny else (1, 2, 4, 16), made_on, plan.depth)
+    record = Record(args.out, settings, time.monotonic() + 60 * args.minutes)
+    return record, jobs(tuple(args.parts), plan, models)
+
+
+def work(args: argparse.Namespace) -> int:
+    """Measure the cases that the file does not have yet; BROKEN if one of them left this process of no use."""
+    torch.backends.cudnn.allow_tf32 = False  # or float32 would mean something else in convolutions than in linears
+    record, wanted = prepared(args)
+    record.read()
+    for job in wanted[len(record.rows) :]:
+        if not record.do(job):
+            return BROKEN
+    return 0
+
+
+def supervise(record: Record, wanted: list[Job], start: Callable[[float], subprocess.Popen[bytes]]) -> None:
+    """Have all cases measured by processes that `start` makes, told the minutes that are left; none outlives the last.
+
+    A case in which a process dies, or time is up, is noted as such.
+    """
+    record.write()
+    while len(record.rows) < len(wanted):
+        left, before = record.deadline - time.monotonic(), len(record.rows)
+        if left <= 0:
+            for job in wanted[before:]:
+                record.add(job, {"skipped": OUT_OF_TIME})
+            return
+        worker = start(left / 60)
+        try:
+            status = f"died with status {worker.wait(timeout=left)}"
+        except subprocess.TimeoutExpired:
+            status = "was stopped, because time was up"
+        finally:
+            worker.kill()
+            worker.wait()
+        record.read()
+        measured = len(record.rows)
+        if measured < len(wanted) and (worker.returncode != BROKEN or measured == before):
+            record.add(wanted[measured], {"skipped": f"its process {status}"})
+
+
+def main(words: list[str] | None = None) -> None:
+    args = parsed(words)
+    if args.worker:
+        sys.exit(work(args))
+    record, wanted = prepared(args)
+    command = [sys.executable, "-m", "benchmarks.gpu", *(sys.argv[1:] if words is None else words), "--worker"]
+    supervise(record, wanted, lambda minutes: subprocess.Popen([*command, "--minutes", str(minutes)]))
     print(f"Results: {args.out}")
 
 

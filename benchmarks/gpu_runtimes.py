@@ -20,6 +20,7 @@ from dcconvert.api import Converted
 from dcconvert.build import find_device
 from dcconvert.export.buckets import ladder
 from dcconvert.export.compute import converted_gmacs, original_gmacs
+from dcconvert.export.engine_index import Index, write_index
 from dcconvert.export.engines import (
     MODULES,
     Engine,
@@ -29,11 +30,10 @@ from dcconvert.export.engines import (
     input_shapes,
     plan_engines,
     profile,
-    write_index,
 )
 from dcconvert.export.flavours import FLAVOURS
 from dcconvert.export.latency import interleaved, spread
-from dcconvert.export.onnx_export import export_onnx, export_original
+from dcconvert.export.onnx_export import export_onnx, export_original, graph_names
 from dcconvert.export.parity import as_array
 from dcconvert.export.precision import in_precision
 from dcconvert.export.session import CPU, CUDA, make_session
@@ -129,17 +129,17 @@ def tensorrt(exported: Exported, batch: int, ratio: float, runs: int) -> dict[st
     whole = Engine("original", path, file_hash(path), (full,), (shapes,), "fp16", device)
     with tempfile.TemporaryDirectory() as work:
         engines = Path(work)
-        planned = plan_engines(folder, buckets, "fp16", device, per_bucket=False, ranges=False)
-        built = [build_engine(engine, engines) for engine in (*planned, whole)]
-        write_index(engines, device, False, built[:-1])
+        planned = plan_engines(folder, graph_names(model.spec), buckets, "fp16", device)
+        *built, _ = entries = [build_engine(engine, engines) for engine in (*planned, whole)]
+        write_index(engines, Index(device, False, tuple(built)))
         backend = TrtModel(engines, folder.parent, model.step_planner)
-        trt = backend_module({"backend": device.backend, "version": device.version, "capability": ""}, engines)
+        trt = backend_module(device, engines)
         runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         original = LoadedEngine(load_engine(runtime, engines / whole.file), trt, "cuda")
     call = partial(first_output, original)
     return {
         "builder": device.folder,
-        "build_seconds": sum(entry["seconds"] for entry in built),
+        "build_seconds": sum(entry.seconds for entry in entries),
         **exported.measure(backend, call, batch, ratio, runs),
     }
 

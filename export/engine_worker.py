@@ -31,8 +31,6 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from polygraphy.backend.trt import NetworkFromOnnxPath
     from polygraphy.exception import PolygraphyException
 
-    if wrong := unknown_capability(request["capability"]):
-        return {"error": wrong}
     try:
         parts = NetworkFromOnnxPath(request["onnx"], strongly_typed=True)()
     except PolygraphyException as error:
@@ -47,21 +45,6 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         if not build(parts, request, [profile]):
             return {"error": "", "profile": number}
     return {"error": ""}
-
-
-def unknown_capability(capability: str) -> str | None:
-    """What is wrong with a compute capability, if anything."""
-    from polygraphy.mod.trt_importer import lazy_import_trt
-
-    if not capability:
-        return None
-    known = [
-        name.removeprefix("SM") for name in lazy_import_trt().ComputeCapability.__members__ if name.startswith("SM")
-    ]
-    if capability.replace(".", "") in known:
-        return None
-    listed = ", ".join(f"{name[:-1]}.{name[-1]}" for name in sorted(known, key=int))
-    return f"it does not know compute capability {capability}; it knows {listed}"
 
 
 def build(parts: tuple[Any, ...], request: dict[str, Any], profiles: Sequence[dict[str, Any]]) -> bool:

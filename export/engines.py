@@ -1,8 +1,7 @@
 """Engines of a bundle: which there are to be, under which keys, and building them in a process of their own.
 
-A folder `engines/<device>/` holds the engines of one backend, version and kind of GPU, and `engines.json` that says
-what each was built from. A process of its own keeps the builder's crashes, memory and log out of ours, and can be
-stopped.
+A folder `engines/<device>/` holds the engines of one backend, version and kind of GPU, and an index. A process of its
+own keeps the builder's crashes, memory and log out of ours, and can be stopped.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,38 +20,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dcconvert.export.bundle import write_whole
+from dcconvert.export.engine_index import Built, Device, file_sha256
 from dcconvert.passes.errors import CheckFailedError, UsageError
 from dcconvert.passes.layout import Bucket
 
 ENGINES = "engines"
-INDEX = "engines.json"
 TIMING_CACHE = "timing.cache"
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # of the backends
-GRAPHS = ("route", "prepare", "denoise")
 POLL_SECONDS = 0.2
 
 Shapes = dict[str, tuple[list[int], list[int], list[int]]]  # smallest, best and largest shape of every input
-
-
-@dataclass(frozen=True)
-class Device:
-    """What engines are built for. `capability`: such as "8.9", or "" for whatever the backend builds by default."""
-
-    backend: str
-    version: str
-    capability: str = ""
-    gpu: str = ""
-
-    @property
-    def folder(self) -> str:
-        words = (
-            self.backend,
-            self.version,
-            self.gpu,
-            f"sm{self.capability.replace('.', '')}" if self.capability else "",
-        )
-        return "-".join(re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-") for word in words if word)
 
 
 @dataclass(frozen=True)
@@ -78,31 +54,40 @@ class Engine:
     def file(self) -> str:
         return f"{self.graph}-{self.key}.engine"
 
-    def as_dict(self) -> dict[str, Any]:
-        """For the index."""
-        return {
-            "file": self.file,
-            "graph": self.graph,
-            "flavour": self.onnx.parent.name,
-            "onnx_sha256": self.onnx_sha256,
-            "precision": self.precision,
-            "buckets": [asdict(bucket) for bucket in self.buckets],
-        }
+    def built(self, path: Path, seconds: float, layers: int) -> Built:
+        """What the index says of it, once it is at `path`."""
+        return Built(
+            file=self.file,
+            graph=self.graph,
+            flavour=self.onnx.parent.name,
+            onnx_sha256=self.onnx_sha256,
+            precision=self.precision,
+            buckets=self.buckets,
+            bytes=path.stat().st_size,
+            sha256=file_sha256([path]),
+            seconds=round(seconds, 1),
+            layers=layers,
+        )
 
 
 def plan_engines(
-    folder: Path, buckets: Sequence[Bucket], precision: str, device: Device, *, per_bucket: bool, ranges: bool
+    folder: Path,
+    graphs: Sequence[str],
+    buckets: Sequence[Bucket],
+    precision: str,
+    device: Device,
+    *,
+    per_bucket: bool = False,
+    ranges: bool = False,
 ) -> list[Engine]:
-    """The engines for a folder of ONNX files.
+    """The engines for these graphs, ONNX files in a folder; UsageError for one that cannot be read.
 
     One engine a graph with a profile for every bucket, which share its weights; with `per_bucket` an engine for each.
     Profiles have one exact shape; with `ranges` all shapes between one bucket and the next smaller of its batch size.
     """
     result = []
-    for graph in GRAPHS:
+    for graph in graphs:
         path = folder / f"{graph}.onnx"
-        if not path.is_file():
-            continue
         inputs, sha256 = input_shapes(path), file_hash(path)
         wanted = list(buckets) if graph == "denoise" else full_buckets(buckets)
         smallest = [lower_bound(bucket, buckets) if ranges else bucket for bucket in wanted]
@@ -139,32 +124,34 @@ def lower_bound(bucket: Bucket, buckets: Sequence[Bucket]) -> Bucket:
     return Bucket(bucket.batch, bucket.batch * length, bucket.rows, length, length)
 
 
-def graph_inputs(path: Path) -> Any:
-    """The inputs of an ONNX file; UsageError if it cannot be read."""
+def read_graph(path: Path, again: str = "remove its folder and build again") -> Any:
+    """The graph in an ONNX file, without its weights; UsageError, with what to do, if it cannot be read."""
     import onnx
 
     try:
-        return onnx.load(str(path), load_external_data=False).graph.input
+        return onnx.load(str(path), load_external_data=False).graph
     except Exception as error:  # the parser's own, and the system's
-        reason = " ".join(str(error).split())
-        raise UsageError(f"cannot read {path}: {reason}; remove {path.parent} and build again") from error
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise UsageError(f"cannot read {path}: {reason}; {again}") from error
 
 
 def input_shapes(path: Path) -> dict[str, list[int | str]]:
     """Sizes of the inputs of an ONNX file: numbers, or the names of symbolic axes."""
     return {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in graph_inputs(path)
+        for value in read_graph(path).input
     }
 
 
-def io_bytes(path: Path, shapes: Shapes) -> int:
-    """Bytes of all inputs of an ONNX file at the largest shapes of a profile."""
+def io_bytes(path: Path, bucket: Bucket) -> int:
+    """Bytes of all inputs and outputs of an ONNX file in a bucket."""
     from onnx.helper import tensor_dtype_to_np_dtype
 
+    graph, axes = read_graph(path), axis_sizes(bucket)
     return sum(
-        math.prod(shapes[value.name][2]) * tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).itemsize
-        for value in graph_inputs(path)
+        math.prod(axes.get(dim.dim_param, dim.dim_value) for dim in kind.shape.dim)
+        * tensor_dtype_to_np_dtype(kind.elem_type).itemsize
+        for kind in (value.type.tensor_type for value in (*graph.input, *graph.output))
     )
 
 
@@ -192,12 +179,7 @@ def axis_sizes(bucket: Bucket) -> dict[str, int]:
 
 def file_hash(path: Path) -> str:
     """sha256 of an ONNX file and of the external data beside it."""
-    digest = hashlib.sha256()
-    for part in onnx_parts(path):
-        with part.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+    return file_sha256(onnx_parts(path))
 
 
 def onnx_parts(path: Path) -> list[Path]:
@@ -205,27 +187,7 @@ def onnx_parts(path: Path) -> list[Path]:
     return [part for part in (path, path.with_name(f"{path.name}.data")) if part.is_file()]
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """What `engines.json` in a folder says; UsageError if it is missing or damaged."""
-    path = folder / INDEX
-    try:
-        found = json.loads(path.read_text())
-        known = all(isinstance(entry[name], str) for entry in found["engines"] for name in ("file", "flavour"))
-        if known and found["device"]["backend"]:
-            return dict(found)
-    except FileNotFoundError as error:
-        raise UsageError(f"{folder} has no engines: make them with 'dcconvert build'") from error
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise UsageError(f"cannot read {path}: build the engines again with 'dcconvert build'")
-
-
-def write_index(folder: Path, device: Device, ranges: bool, engines: Sequence[dict[str, Any]]) -> None:
-    data = {"device": asdict(device), "ranges": ranges, "engines": list(engines)}
-    write_whole(folder / INDEX, (json.dumps(data, indent=1) + "\n").encode())
-
-
-def build_engine(engine: Engine, folder: Path, tick: Callable[[float], None] = lambda _: None) -> dict[str, Any]:
+def build_engine(engine: Engine, folder: Path, tick: Callable[[float], None] = lambda _: None) -> Built:
     """Build one engine into a folder, whole or not at all; what the index says of it. `tick` is told the seconds.
 
     UsageError with node, op and bucket for a graph that the backend does not take, or a backend that fails.
@@ -257,9 +219,9 @@ def build_engine(engine: Engine, folder: Path, tick: Callable[[float], None] = l
                 f"{engine.device.backend} {engine.device.version} leaves out input {', '.join(found['unused'])} of "
                 f"{engine.onnx.name}: the engine would be wrong; please report it"
             )
-        size = target.stat().st_size
+        made = engine.built(target, seconds, found["layers"])
         os.replace(target, folder / engine.file)
-    return {**engine.as_dict(), "bytes": size, "seconds": round(seconds, 1), "layers": found["layers"]}
+    return made
 
 
 def run_worker(request: dict[str, Any], log: Path, tick: Callable[[], None]) -> None:

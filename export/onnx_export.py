@@ -21,7 +21,7 @@ from dcconvert.passes.infra import placeholders
 from dcconvert.passes.layout import Bucket
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.plan import Plan
-from dcconvert.passes.spec import EXAMPLE_BATCH, SCORES_NAME, count_outputs
+from dcconvert.passes.spec import EXAMPLE_BATCH, SCORES_NAME, ModelSpec, count_outputs
 
 EXTERNAL_DATA_BYTES = 1_000_000_000  # above this, weights go to a file of their own beside the graph
 STACK_TRACE = "pkg.torch.onnx.stack_trace"  # what the exporter notes at every node: paths of this machine
@@ -46,6 +46,11 @@ PLAN_AXES: dict[str, tuple[str, ...]] = {
     "write_index": ("tiles", "tile_tokens"),
     "recall_weight": ("", "batch"),
 }
+
+
+def graph_names(spec: ModelSpec) -> tuple[str, ...]:
+    """The graphs that a model is exported as; `prepare` only where there is something constant over a run."""
+    return ("route", "prepare", "denoise") if spec.constants else ("route", "denoise")
 
 
 def export_onnx(model: DynamicModel, folder: Path, lowerings: Lowerings = PORTABLE) -> None:

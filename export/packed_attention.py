@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from dcconvert.export.engines import Device, Engine, build_engine
+from dcconvert.export.engine_index import Device
+from dcconvert.export.engines import Engine, build_engine
 from dcconvert.export.precision import PASSING, known_types
 from dcconvert.export.trt_attention import INPUTS, PROBE_TOKENS, probe
 from dcconvert.passes.errors import UsageError

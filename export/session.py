@@ -38,7 +38,8 @@ def make_session(path: Path, provider: str = CPU, threads: int = 0, settings: Ma
     except ImportError as error:
         raise UsageError("onnxruntime is not installed: pip install 'dcconvert[cpu]' or 'dcconvert[gpu]'") from error
     if provider not in ort.get_available_providers():
-        raise UsageError(f"this onnxruntime has no {provider} (it has {', '.join(ort.get_available_providers())})")
+        there = ", ".join(ort.get_available_providers())
+        raise UsageError(f"this onnxruntime has no {provider} (it has {there}): install one that has, or use the CPU")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,22 @@ _graph_ids = itertools.count(1)
 class BoundStep:
     """A session bound once to all that it reads and writes in one shape; a CUDA graph of its own where there are such.
 
-    `inputs` and `outputs`: OrtValues by name. The graph is captured when it first runs.
+    `inputs` and `outputs`: OrtValues by name. The graph is captured when it first runs. Values on the device are read
+    where they are, but for those in `copied`: what another run gives in their place is copied into them.
     """
 
-    def __init__(self, session: Any, inputs: dict[str, Any], outputs: dict[str, Any], graphs: bool) -> None:
+    def __init__(
+        self,
+        session: Any,
+        inputs: dict[str, Any],
+        outputs: dict[str, Any],
+        graphs: bool,
+        copied: Collection[str] = (),
+    ) -> None:
         import onnxruntime as ort
 
         self.session, self.inputs, self.outputs = session, inputs, outputs
+        self.sources: dict[str, Any] = dict.fromkeys(copied)  # the values that were last copied
         self.binding = session.io_binding()
         for name, value in inputs.items():
             self.binding.bind_ortvalue_input(name, value)
@@ -42,32 +51,45 @@ class BoundStep:
             self.options.add_run_config_entry("gpu_graph_id", str(next(_graph_ids)))
 
     def __call__(self, arrays: Mapping[str, Any]) -> None:
-        """Run on new values of the inputs that are arrays; those on the device are read where they are."""
+        """Run on new values of the inputs that are arrays."""
         for name, value in self.inputs.items():
             if isinstance(arrays[name], np.ndarray):
                 value.update_inplace(np.ascontiguousarray(arrays[name]))
+            elif name in self.sources and self.sources[name] is not arrays[name]:
+                value.update_inplace(arrays[name].numpy())
+                self.sources[name] = arrays[name]
         self.session.run_with_iobinding(self.binding, self.options)
 
     def reads(self, values: Mapping[str, Any]) -> bool:
-        """Whether it reads these very values, of those that are on the device."""
-        return all(isinstance(values[n], np.ndarray) or values[n] is bound for n, bound in self.inputs.items())
+        """Whether it reads these very values, of those on the device that are not copied."""
+        return all(
+            isinstance(values[name], np.ndarray) or name in self.sources or values[name] is value
+            for name, value in self.inputs.items()
+        )
 
 
 def bound(
-    session: Any, given: Mapping[str, Any], batch: int, graphs: bool, written: Mapping[str, Any] | None = None
+    session: Any,
+    given: Mapping[str, Any],
+    batch: int,
+    graphs: bool,
+    written: Mapping[str, Any] | None = None,
+    copied: Collection[str] = (),
 ) -> BoundStep:
-    """A step that reads `given`, arrays from buffers of their shape, and writes to `written` and to new buffers."""
+    """A step that writes to `written` and to new buffers; it has its own for arrays and what is `copied`."""
     device = "cuda" if graphs else "cpu"
-    inputs = {
-        name: on_device(np.ascontiguousarray(value), device) if isinstance(value, np.ndarray) else value
-        for name, value in given.items()
-    }
+
+    def buffer(name: str, value: Any) -> Any:
+        array = value if isinstance(value, np.ndarray) else value.numpy() if name in copied else None
+        return value if array is None else on_device(np.ascontiguousarray(array), device)
+
+    inputs = {name: buffer(name, value) for name, value in given.items()}
     outputs = dict(written or {})
     for node in session.get_outputs():
         if node.name not in outputs:
             shape = [size if isinstance(size, int) else batch for size in node.shape]
             outputs[node.name] = on_device(np.zeros(shape, DTYPES[node.type]), device)
-    return BoundStep(session, inputs, outputs, graphs)
+    return BoundStep(session, inputs, outputs, graphs, copied)
 
 
 class StaticState(OrtState):
@@ -82,8 +104,8 @@ class StaticModel(OrtModel):
     """An `OrtModel` that allocates nothing after the first step in a bucket.
 
     On CUDA every bucket becomes a CUDA graph under an id of its own (`gpu_graph_id` of ONNX Runtime), in mode carry one
-    for every state that is in use at the same time; graphs that read what is constant over a run (text) are captured
-    anew in each. What a step returns is the caller's to keep.
+    for every state that is in use at the same time. What is constant over a run (text) is copied into it when the run
+    changes. What a step returns is the caller's to keep.
     """
 
     def __init__(
@@ -123,12 +145,17 @@ class StaticModel(OrtModel):
         key = (plan.grid_index.shape, plan.packed_index.shape, len(plan.counts))
         if key not in steps or not steps[key].reads(given):
             written = {state_output(name): value for name, value in held.items()}
-            steps[key] = bound(self.denoise_session, given, len(plan.counts), self.graphs, written)
+            steps[key] = bound(self.denoise_session, given, len(plan.counts), self.graphs, written, self._constants)
         steps[key](given)
         outputs = [steps[key].outputs[name].numpy().copy() for name in self._outputs if name not in self._carried]
         if state is not None:
             state.distance = outputs.pop()
         return outputs
+
+    @property
+    def _constants(self) -> tuple[str, ...]:
+        taken = {node.name for node in self.denoise_session.get_inputs()}
+        return tuple(name for name in self.planner.spec.constants if name in taken)
 
     @property
     def _carried(self) -> set[str]:

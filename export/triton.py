@@ -8,17 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
 from onnx import TensorProto
 
 from dcconvert.export.bundle import GRAPH, MANIFEST, Bundle, new_folder, write_json
-from dcconvert.export.engines import axis_sizes, full_buckets, graph_inputs, onnx_parts
+from dcconvert.export.engines import axis_sizes, full_buckets, onnx_parts, read_graph
+from dcconvert.export.onnx_export import graph_names
 from dcconvert.export.triton_backend import CORRELATION, END, IDLE_SECONDS, OUTPUTS, START
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.layout import Bucket
 from dcconvert.passes.spec import count_outputs
 
 MARK = "dcconvert.json"  # at the top of a repository; Triton looks at folders only
+AGAIN = "convert the model again, or build its graphs again where they are those for ort-cuda"
 KINDS = {"gpu": "KIND_GPU", "cpu": "KIND_CPU"}
 TYPES = {
     TensorProto.FLOAT: "TYPE_FP32",
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import triton_python_backend_utils
 
+from dcconvert.export.onnx_export import graph_names
 from dcconvert.export.triton_backend import Served
 
 
@@ -62,7 +64,7 @@ def export_triton(bundle: Bundle, target: Path, name: str, device: str = "gpu", 
     source = bundle.onnx / "ort-cuda"
     source = source if device == "gpu" and source.is_dir() else bundle.onnx
     with new_folder(target, force, "Triton model repository of dcconvert", MARK) as work:
-        graphs = [graph for graph in ("route", "prepare", "denoise") if (source / f"{graph}.onnx").is_file()]
+        graphs = graph_names(bundle.model.spec)
         for graph in graphs:
             buckets = bundle.ladder.buckets if graph == "denoise" else full_buckets(bundle.ladder.buckets)
             write_onnx_model(work / f"{name}_{graph}", source / f"{graph}.onnx", buckets, device)
@@ -73,11 +75,11 @@ def export_triton(bundle: Bundle, target: Path, name: str, device: str = "gpu", 
 
 def write_onnx_model(folder: Path, path: Path, buckets: Sequence[Bucket], device: str) -> None:
     """One ONNX graph. Packed tokens of all samples share an axis, so Triton must not batch: max_batch_size is 0."""
+    graph = read_graph(path, AGAIN)
     (folder / "1").mkdir(parents=True)
     for part in onnx_parts(path):
         # The graph refers to its external data by name, which therefore stays what it is.
         shutil.copy2(part, folder / "1" / ("model.onnx" if part == path else part.name))
-    graph = onnx.load(str(path), load_external_data=False).graph
     config = {
         "name": folder.name,
         "backend": "onnxruntime",
@@ -85,7 +87,7 @@ def write_onnx_model(folder: Path, path: Path, buckets: Sequence[Bucket], device
         "input": [tensor(value) for value in graph.input],
         "output": [tensor(value) for value in graph.output],
         "instance_group": [{"kind": Word(KINDS[device]), "count": 1}],
-        "model_warmup": [warm_up(path, bucket) for bucket in buckets],
+        "model_warmup": [warm_up(graph.input, bucket) for bucket in buckets],
     }
     (folder / "config.pbtxt").write_text(text(config))
 
@@ -100,18 +102,18 @@ def tensor(value: Any) -> dict[str, Any]:
     }
 
 
-def warm_up(path: Path, bucket: Bucket) -> dict[str, Any]:
+def warm_up(inputs: Sequence[Any], bucket: Bucket) -> dict[str, Any]:
     """Zeros in the shapes of a bucket: valid as indices, and what the first real request would wait for is done."""
     axes = axis_sizes(bucket)
-    inputs = {
+    zeros = {
         value.name: {
             "data_type": Word(TYPES[value.type.tensor_type.elem_type]),
             "dims": [axes[d.dim_param] if d.dim_param else d.dim_value for d in value.type.tensor_type.shape.dim],
             "zero_data": True,
         }
-        for value in graph_inputs(path)
+        for value in inputs
     }
-    return {"name": f"batch {bucket.batch}, {bucket.row_tokens} tokens", "batch_size": 0, "inputs": inputs}
+    return {"name": f"batch {bucket.batch}, {bucket.row_tokens} tokens", "batch_size": 1, "inputs": zeros}
 
 
 def write_plan_model(folder: Path, bundle: Bundle, name: str) -> None:
@@ -124,7 +126,7 @@ def write_plan_model(folder: Path, bundle: Bundle, name: str) -> None:
     outputs = count_outputs(bundle.model.original_graph)
     write_json(outputs, version / OUTPUTS)
     (version / "model.py").write_text(MODEL_PY.format(name=name))
-    denoise = onnx.load(str(bundle.onnx / "denoise.onnx"), load_external_data=False).graph
+    denoise = read_graph(bundle.onnx / "denoise.onnx", AGAIN)
     config: dict[str, Any] = {
         "name": name,
         "backend": "python",

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dcconvert.export.buckets import Ladder
-from dcconvert.export.engines import ENGINES, INDEX, MODULES, file_hash, full_buckets, read_index
+from dcconvert.export.engine_index import INDEX, Built, Device, read_index
+from dcconvert.export.engines import ENGINES, MODULES, file_hash, full_buckets
 from dcconvert.export.onnx_export import DISTANCE_NAME, output_names, state_output
 from dcconvert.passes.carry_plan import CarryPlan
 from dcconvert.passes.errors import CheckFailedError, UsageError
@@ -45,50 +46,79 @@ class TrtState:
 class LoadedEngine:
     """An engine with one execution context, which changes its profile when the bucket changes.
 
-    Buffers for what the host gives, and for outputs, are allocated once a shape.
+    Buffers for what the host gives, and for outputs, are allocated once a shape. It runs on a stream of its own, which
+    waits for the caller's and is waited for by it. UsageError if there is no memory for its context.
     """
 
     def __init__(self, engine: Any, trt: Any, device: str) -> None:
-        self.engine, self.trt, self.device = engine, trt, device
+        self.engine, self.device = engine, device
         self.context = engine.create_execution_context()
+        if self.context is None:
+            raise UsageError("no execution context for an engine: there is too little free memory on the GPU")
+        self.stream = torch.cuda.Stream() if device != "cpu" else None
         self.profile: int | None = None
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self.outputs = [name for name in names if name not in self.inputs]
+        self.dtypes = {name: torch_dtype(engine.get_tensor_dtype(name), trt) for name in names}
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def __call__(self, profile: int, given: dict[str, Any], written: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs by name, in `written` where that has them. CheckFailedError if the engine does not run."""
-        stream = torch.cuda.current_stream().cuda_stream if self.device != "cpu" else 0
+        """Outputs by name, in `written` where that has them.
+
+        UsageError for an input of another type than the engine's; CheckFailedError if the engine does not run.
+        """
+        if self.stream is None:
+            return self.run(profile, given, written, 0)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            found = self.run(profile, given, written, self.stream.cuda_stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return found
+
+    def run(self, profile: int, given: dict[str, Any], written: dict[str, Tensor], stream: int) -> dict[str, Tensor]:
         if profile != self.profile:
-            self.context.set_optimization_profile_async(profile, stream)
+            require(self.context.set_optimization_profile_async(profile, stream), f"has no profile {profile}")
             self.profile = profile
         for name in self.inputs:
             value = self.on_device(name, given[name])
-            self.context.set_input_shape(name, tuple(value.shape))
-            self.context.set_tensor_address(name, value.data_ptr())
+            shape = tuple(value.shape)
+            require(self.context.set_input_shape(name, shape), f"takes no {name} {list(shape)} in profile {profile}")
+            require(self.context.set_tensor_address(name, value.data_ptr()), f"does not take a buffer for {name}")
         outputs = {name: written[name] if name in written else self.output(name) for name in self.outputs}
         for name, value in outputs.items():
-            self.context.set_tensor_address(name, value.data_ptr())
-        if not self.context.execute_async_v3(stream):
-            raise CheckFailedError("an engine did not run: build it again with 'dcconvert build'")
+            require(self.context.set_tensor_address(name, value.data_ptr()), f"does not take a buffer for {name}")
+        require(self.context.execute_async_v3(stream), "did not run")
         return outputs
 
     def on_device(self, name: str, value: Any) -> Tensor:
-        if isinstance(value, Tensor):
+        source = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+        if source.dtype != self.dtypes[name]:
+            raise UsageError(f"input {name} is {source.dtype}, the engine reads {self.dtypes[name]}: convert it")
+        if isinstance(value, Tensor) and value.is_contiguous() and value.device.type == self.device:
             return value
-        source = torch.from_numpy(np.ascontiguousarray(value))
-        return self.buffer(name, tuple(source.shape), source.dtype).copy_(source)
+        return self.buffer(name, tuple(source.shape)).copy_(source)
 
     def output(self, name: str) -> Tensor:
-        shape = tuple(self.context.get_tensor_shape(name))
-        kind = self.trt.nptype(self.engine.get_tensor_dtype(name))
-        return self.buffer(name, shape, torch.from_numpy(np.empty(0, kind)).dtype)
+        return self.buffer(name, tuple(self.context.get_tensor_shape(name)))
 
-    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if (name, shape) not in self._buffers:
-            self._buffers[name, shape] = torch.empty(shape, dtype=dtype, device=self.device)
+            self._buffers[name, shape] = torch.empty(shape, dtype=self.dtypes[name], device=self.device)
         return self._buffers[name, shape]
+
+
+def torch_dtype(kind: Any, trt: Any) -> torch.dtype:
+    """TensorRT's type of a tensor as torch's; numpy has no bfloat16."""
+    if kind == getattr(trt, "bfloat16", None):
+        return torch.bfloat16
+    return torch.from_numpy(np.empty(0, trt.nptype(kind))).dtype
+
+
+def require(done: Any, what: str) -> None:
+    """CheckFailedError if TensorRT says that a call failed."""
+    if not done:
+        raise CheckFailedError(f"an engine {what}: build it again with 'dcconvert build'")
 
 
 @dataclass(frozen=True)
@@ -112,15 +142,15 @@ class TrtModel:
 
     def __init__(self, folder: Path, onnx: Path, planner: StepPlanner, device: str = "cuda", trt: Any = None) -> None:
         index = read_index(folder)
-        self.trt = trt or backend_module(index["device"], folder)
-        self.planner, self.device, self.ranges = planner, device, bool(index["ranges"])
+        self.trt = trt or backend_module(index.device, folder)
+        self.planner, self.device, self.ranges = planner, device, index.ranges
         runtime = self.trt.Runtime(self.trt.Logger(self.trt.Logger.ERROR))
         self.places: dict[tuple[str, Bucket], Place] = {}
-        for entry in index["engines"]:
+        for entry in index.engines:
             check_graph(entry, onnx, folder)
-            loaded = LoadedEngine(load_engine(runtime, folder / entry["file"]), self.trt, device)
-            for number, sizes in enumerate(entry["buckets"]):
-                self.places[entry["graph"], Bucket(**sizes)] = Place(loaded, number)
+            loaded = LoadedEngine(load_engine(runtime, folder / entry.file), self.trt, device)
+            for number, bucket in enumerate(entry.buckets):
+                self.places[entry.graph, bucket] = Place(loaded, number)
         self.ladder = engine_ladder(self.places, planner, folder)
         self.full = {bucket.batch: bucket for bucket in full_buckets(self.ladder.buckets)}
 
@@ -196,31 +226,31 @@ def open_engines(bundle: Path, onnx: Path, planner: StepPlanner) -> TrtModel:
     raise UsageError("; ".join(reasons))
 
 
-def backend_module(wanted: dict[str, Any], folder: Path) -> Any:
+def backend_module(wanted: Device, folder: Path) -> Any:
     """The module that runs engines of this device; UsageError if that is not here, or not the same."""
-    name, again = str(wanted["backend"]), "build them here with 'dcconvert build'"
+    name, again = wanted.backend, "build them here with 'dcconvert build'"
     try:
         trt = importlib.import_module(MODULES[name])
     except (ImportError, OSError, KeyError) as error:
         raise UsageError(f"{folder} is for {name}, which is not installed here: install it, or {again}") from error
-    if trt.__version__ != wanted["version"]:
-        raise UsageError(f"{folder} is for {name} {wanted['version']}, here is {trt.__version__}: {again}")
+    if trt.__version__ != wanted.version:
+        raise UsageError(f"{folder} is for {name} {wanted.version}, here is {trt.__version__}: {again}")
     if not torch.cuda.is_available():
         raise UsageError(f"{folder}: engines run on an NVIDIA GPU, and torch {torch.__version__} sees none here")
     found = ".".join(map(str, torch.cuda.get_device_capability()))
-    if wanted["capability"] and wanted["capability"] != found:
+    if wanted.capability and wanted.capability != found:
         raise UsageError(
-            f"{folder} is for compute capability {wanted['capability']}, this GPU "
+            f"{folder} is for compute capability {wanted.capability}, this GPU "
             f"({torch.cuda.get_device_name()}) has {found}: {again}"
         )
     return trt
 
 
-def check_graph(entry: dict[str, Any], onnx: Path, folder: Path) -> None:
+def check_graph(entry: Built, onnx: Path, folder: Path) -> None:
     """UsageError if an engine was not built from the graph that lies in the bundle now."""
-    path = onnx / entry["flavour"] / f"{entry['graph']}.onnx"
-    if path.is_file() and file_hash(path) != entry["onnx_sha256"]:
-        raise UsageError(f"{folder / entry['file']} is older than {path}: build again with 'dcconvert build'")
+    path = onnx / entry.flavour / f"{entry.graph}.onnx"
+    if path.is_file() and file_hash(path) != entry.onnx_sha256:
+        raise UsageError(f"{folder / entry.file} is older than {path}: build again with 'dcconvert build'")
 
 
 def load_engine(runtime: Any, path: Path) -> Any:
@@ -229,7 +259,10 @@ def load_engine(runtime: Any, path: Path) -> Any:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}; build again with 'dcconvert build'") from error
     if engine is None:
-        raise UsageError(f"{path} cannot be loaded on this GPU: build again with 'dcconvert build'")
+        raise UsageError(
+            f"{path} cannot be loaded: it is damaged ('dcconvert build' sees that and builds it again), or not for "
+            "this GPU ('dcconvert build --compute-capability' builds for another)"
+        )
     return engine
 
 

@@ -194,6 +194,10 @@ class Run:
             raise UsageError(
                 f"this run has {self.batch} samples, its step was given {sorted(found)}: start another run"
             )
+        for name, value in inputs.items():
+            wanted = specs[name].dtype
+            if isinstance(value, np.ndarray) and wanted and value.dtype != wanted:
+                raise UsageError(f"input {name} is {value.dtype}, the model reads {wanted}: give it as that")
         if self.size == self.batch:
             return inputs
         return {n: fill_batch(value, self.size) if specs[n].batched else value for n, value in inputs.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +90,75 @@ def test_no_time_left(tmp_path):
     assert {row["skipped"] for row in found["rows"]} == {"out of time"}
 
 
+def worked(out: Path, *words: str) -> tuple[int, dict[str, Any]]:
+    """What a worker returns and writes, in this process."""
+    args = gpu.parsed(["--tiny", "--runs", "2", "--out", str(out), *words])
+    gpu.prepared(args)[0].write()
+    status = gpu.work(args)
+    return status, json.loads(out.read_text())
+
+
 def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    def fails(*_: object) -> dict[str, Any]:
+        raise RuntimeError("no kernel\n for this")
+
+    monkeypatch.setattr(gpu, "parity", fails)
+    status, found = worked(tmp_path / "gpu.json", "--parts", "parity", "attention")
+    assert status == 0
+    assert {row["skipped"] for row in rows(found, "parity")} == {"RuntimeError: no kernel for this"}
+    assert all("ms" in row for row in rows(found, "attention"))
+
+
+def test_after_an_error_of_cuda_a_worker_stops_and_the_next_goes_on_behind_it(tmp_path, monkeypatch):
     def fails(*_: object) -> dict[str, Any]:
         raise RuntimeError("CUDA error:\n an illegal memory access")
 
     monkeypatch.setattr(gpu, "parity", fails)
-    found = run(tmp_path / "gpu.json", "--parts", "parity", "attention")
-    assert {row["skipped"] for row in rows(found, "parity")} == {"RuntimeError: CUDA error: an illegal memory access"}
-    assert all("ms" in row for row in rows(found, "attention"))
+    status, found = worked(tmp_path / "gpu.json", "--parts", "parity", "attention")
+    assert (status, len(found["rows"])) == (gpu.BROKEN, 1)
+    assert found["rows"][0]["skipped"] == "RuntimeError: CUDA error: an illegal memory access"
+    args = gpu.parsed(["--tiny", "--runs", "2", "--out", str(tmp_path / "gpu.json"), "--parts", "parity", "attention"])
+    assert gpu.work(args) == gpu.BROKEN
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == 2
+
+
+def supervised(tmp_path: Path, script: str, minutes: str = "9") -> list[dict[str, Any]]:
+    """The rows of a run whose workers are shell scripts: `row` adds one, as a measured case does."""
+    out = tmp_path / "gpu.json"
+    args = gpu.parsed(["--tiny", "--out", str(out), "--minutes", minutes, "--parts", "attention", "parity"])
+    record, wanted = gpu.prepared(args)
+    add = "import json, sys; p = sys.argv[1]; d = json.load(open(p)); d['rows'].append({}); json.dump(d, open(p, 'w'))"
+    row = f'{sys.executable} -c "{add}" {out}'
+    gpu.supervise(record, wanted, lambda _: subprocess.Popen(["sh", "-c", script.replace("ROW", row)]))
+    assert len(record.rows) == len(wanted) == 5
+    assert json.loads(out.read_text())["rows"] == record.rows
+    return record.rows
+
+
+def test_a_process_that_dies_costs_one_case(tmp_path):
+    found = supervised(tmp_path, "ROW; kill -SEGV $$")
+    assert [row.get("skipped", "measured") for row in found] == [
+        "measured",
+        "its process died with status -11",
+        "measured",
+        "its process died with status -11",
+        "measured",
+    ]
+
+
+def test_a_broken_process_is_followed_by_another(tmp_path):
+    assert supervised(tmp_path, f"ROW; exit {gpu.BROKEN}") == [{}] * 5
+
+
+def test_a_process_that_breaks_at_once_is_not_started_for_ever(tmp_path):
+    assert {row["skipped"] for row in supervised(tmp_path, f"exit {gpu.BROKEN}")} == {"its process died with status 75"}
+
+
+def test_a_case_without_an_end_is_stopped_when_time_is_up(tmp_path):
+    first, second, *others = supervised(tmp_path, "ROW; exec sleep 600", minutes="0.02")
+    assert first == {}
+    assert second["skipped"] == "its process was stopped, because time was up"
+    assert {row["skipped"] for row in others} == {"out of time"}
 
 
 def test_a_trial_does_not_take_the_place_of_the_result(capsys):

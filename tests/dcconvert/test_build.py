@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dcconvert import build
-from dcconvert.export.engines import Device
+from dcconvert.export.engine_index import Built, Device, read_index
 from dcconvert.export.trt_session import check_graph
 from dcconvert.passes.errors import UsageError
 from tests.dcconvert.harness import contents, refusal, run_cli
@@ -46,13 +48,14 @@ class Instant:
         self.done: list[str] = []
         self.limit = -1
 
-    def __call__(self, engine: Any, folder: Path, tick: Any) -> dict[str, Any]:
+    def __call__(self, engine: Any, folder: Path, tick: Any) -> Built:
         if len(self.done) == self.limit:
             raise KeyboardInterrupt
         self.done.append(engine.graph)
         tick(0.0)
         (folder / engine.file).write_text(engine.key)
-        return {**engine.as_dict(), "bytes": len(engine.key), "seconds": 0.0, "layers": 1}
+        made: Built = engine.built(folder / engine.file, 0.0, 1)
+        return made
 
 
 @pytest.fixture
@@ -108,12 +111,91 @@ def test_a_dry_run_builds_nothing(copied, rtx):
     assert contents(copied) == before
 
 
+def test_a_dry_run_leaves_no_graphs(copied, instant):
+    shutil.rmtree(copied / "onnx" / "trt")
+    before = contents(copied)
+    run = run_cli("build", copied, "--dry-run")
+    assert run.code == 0, run.err
+    assert "2 engines for tensorrt-rtx-1" in run.out
+    assert contents(copied) == before
+
+
+def test_graphs_that_are_incomplete_are_written_again(copied, instant):
+    assert run_cli("build", copied).code == 0
+    (copied / "onnx" / "trt" / "denoise.onnx").unlink()
+    assert run_cli("build", copied).code == 0
+    assert (copied / "onnx" / "trt" / "denoise.onnx").is_file()
+    assert [e["graph"] for e in index_of(copied, "tensorrt-rtx-1")["engines"]] == ["route", "denoise"]
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-1] + b"?", lambda data: None])
+def test_damaged_engines_are_built_again(copied, instant, damage):
+    assert run_cli("build", copied).code == 0
+    [engine] = (copied / "engines" / "tensorrt-rtx-1").glob("denoise-*.engine")
+    data = damage(engine.read_bytes())
+    engine.unlink() if data is None else engine.write_bytes(data)
+    assert run_cli("build", copied).code == 0
+    assert instant.done == ["route", "denoise", "denoise"]
+
+
+def test_engines_go_on_serving_until_those_with_other_options_are_finished(copied, instant):
+    assert run_cli("build", copied).code == 0
+    folder = copied / "engines" / "tensorrt-rtx-1"
+    before = read_index(folder)
+    instant.limit = 4
+    assert run_cli("build", copied, "--per-bucket", "--ranges").code == 130
+    during = read_index(folder)
+    assert (during.ranges, during.engines) == (False, before.engines)
+    assert len(during.unfinished) == 2
+    assert all(entry.intact(folder) for entry in (*during.engines, *during.unfinished))
+    instant.limit = -1
+    assert run_cli("build", copied, "--per-bucket", "--ranges").code == 0
+    after = read_index(folder)
+    assert (after.ranges, after.unfinished) == (True, ())
+    assert set(during.unfinished) < set(after.engines)
+    assert len(instant.done) == 2 + len(after.engines)  # none of them twice
+    assert len(list(folder.glob("*.engine"))) == len(after.engines)
+
+
+def test_masks_take_over_where_packed_attention_fails_in_the_whole_graph(copied, instant, monkeypatch):
+    """One node of it may be built, and the graph with its dynamic shapes not."""
+    monkeypatch.setattr(build, "refusal", lambda *_: "")
+
+    def fails(engine: Any, folder: Path, tick: Any) -> Built:
+        if engine.onnx.parent.name == "trt-packed":
+            raise UsageError("no [kernel] for it")
+        return instant(engine, folder, tick)
+
+    monkeypatch.setattr(build, "build_engine", fails)
+    run = run_cli("build", copied)
+    assert run.code == 0, run.err
+    assert "attention with masks, because no [kernel] for it" in run.err
+    assert denoise_flavour(copied) == "trt"
+    assert "no [kernel] for it" in refusal_of_packed(copied)
+
+
+def refusal_of_packed(folder: Path) -> str:
+    run = run_cli("build", folder, "--attention", "packed")
+    assert run.code == 2
+    return run.err.splitlines()[-1]
+
+
+def test_what_builds_that_were_killed_left_goes_after_a_day(copied, instant):
+    for place, name in (("onnx", ".flavour-old"), ("engines/tensorrt-rtx-1", ".building-old")):
+        (copied / place / name).mkdir(parents=True)
+        (copied / place / f"{name}-new").mkdir()
+        os.utime(copied / place / name, (0, 0))
+    shutil.rmtree(copied / "onnx" / "trt")
+    assert run_cli("build", copied).code == 0
+    assert {path.name for path in copied.rglob(".*-old*")} == {".flavour-old-new", ".building-old-new"}
+
+
 def test_sampling_looks_for_the_graphs_that_engines_were_built_from(built, rtx):
     folder, _ = built
-    for entry in index_of(folder, rtx)["engines"]:
+    for entry in read_index(folder / "engines" / rtx).engines:
         check_graph(entry, folder / "onnx", folder)
         with pytest.raises(UsageError, match="is older than"):
-            check_graph({**entry, "onnx_sha256": "0"}, folder / "onnx", folder)
+            check_graph(replace(entry, onnx_sha256="0"), folder / "onnx", folder)
 
 
 def test_packed_attention_is_used_where_it_is_built(copied, instant, monkeypatch):
@@ -180,6 +262,14 @@ def test_graphs_for_cuda(copied):
     assert not (copied / "engines").exists()
 
 
+@pytest.mark.parametrize(
+    "words", [("--precision", "bf16"), ("--dry-run",), ("--attention", "packed"), ("--ranges",), ("--per-bucket",)]
+)
+def test_options_of_engines_are_refused_for_graphs(copied, words):
+    said = refusal(2, "build", copied, "--target", "ort-cuda", *words)
+    assert f"{words[0]} is for --target trt" in said
+
+
 def test_without_a_backend_it_is_one_line(copied, monkeypatch):
     def missing(name: str) -> Any:
         raise ImportError(f"No module named '{name}'")
@@ -205,6 +295,22 @@ def test_the_gpu_of_this_machine_is_what_engines_are_for(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", lambda name: type("trt", (), {"__version__": "11.4"}))
     assert build.find_device(None) == Device("tensorrt", "11.4", "9.0", "NVIDIA H200")
     assert build.find_device("tensorrt-rtx", "8.9") == Device("tensorrt-rtx", "11.4", "8.9")
+
+
+def test_a_gpu_that_tensorrt_rtx_does_not_build_for(monkeypatch):
+    known = type("known", (), {"__members__": {"NONE": 0, "CURRENT": 1, "SM89": 2, "SM120": 3}})
+    module = type("trt", (), {"__version__": "1.7", "ComputeCapability": known})
+    monkeypatch.setattr(build, "this_gpu", lambda: ("NVIDIA H200", "9.0"))
+    monkeypatch.setattr(importlib, "import_module", lambda name: module)
+    with pytest.raises(UsageError, match=r"the GPU here has compute capability 9\.0, it builds for 8\.9, 12\.0"):
+        build.find_device("tensorrt-rtx")
+    for text in ("8.9", "89"):
+        assert build.find_device("tensorrt-rtx", text).capability == "8.9"
+    for text in ("9.0", "1.20", "x", "8"):
+        with pytest.raises(UsageError, match="does not know compute capability"):
+            build.find_device("tensorrt-rtx", text)
+    monkeypatch.setattr(build, "this_gpu", lambda: ("NVIDIA L40", "8.9"))
+    assert build.find_device("tensorrt-rtx") == Device("tensorrt-rtx", "1.7")
 
 
 def test_bad_input_is_one_line(tmp_path, copied):

@@ -75,17 +75,19 @@ class Context:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
 
-    def set_optimization_profile_async(self, i: int, stream: int) -> None:
+    def set_optimization_profile_async(self, i: int, stream: int) -> bool:
         self.profile, self.shapes = i, {}
+        return i < len(self.engine.profiles)
 
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert self.profile is not None
         low, _, high = self.engine.profiles[self.profile][name]
-        assert all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True)), (name, shape, low, high)
         self.shapes[name] = shape
+        return all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
+        return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         sizes = {

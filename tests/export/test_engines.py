@@ -11,17 +11,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from dcconvert.export.engine_index import INDEX, Built, Device, Index, read_index, write_index
 from dcconvert.export.engine_worker import RTX
-from dcconvert.export.engines import (
-    INDEX,
-    Device,
-    build_engine,
-    file_hash,
-    io_bytes,
-    plan_engines,
-    read_index,
-    write_index,
-)
+from dcconvert.export.engines import build_engine, file_hash, io_bytes, plan_engines
 from dcconvert.export.flavours import FLAVOURS, write_flavour
 from dcconvert.export.onnx_export import export_onnx
 from dcconvert.export.precision import in_precision
@@ -30,6 +22,7 @@ from dcconvert.passes.layout import Bucket
 
 BUCKETS = (Bucket(1, 6, 1, 6, 6), Bucket(1, 16, 1, 16, 16), Bucket(3, 18, 3, 6, 6), Bucket(3, 48, 3, 16, 16))
 DEVICE = Device(RTX, "1.2.3")
+GRAPHS = ("route", "denoise")
 
 
 def rtx_version() -> str:
@@ -46,7 +39,7 @@ def graphs(rows_model, tmp_path_factory):
 
 
 def planned(folder, *, per_bucket=False, ranges=False, device=DEVICE):
-    return plan_engines(folder, BUCKETS, "fp16", device, per_bucket=per_bucket, ranges=ranges)
+    return plan_engines(folder, GRAPHS, BUCKETS, "fp16", device, per_bucket=per_bucket, ranges=ranges)
 
 
 def test_one_engine_a_graph_with_a_profile_for_every_bucket(graphs):
@@ -104,26 +97,32 @@ def test_folders_tell_devices_apart():
     assert Device(RTX, "1.7.1").folder == "tensorrt-rtx-1.7.1"
 
 
-def test_bytes_of_inputs(tmp_path):
+def test_bytes_of_inputs_and_outputs(tmp_path):
     values = [
         helper.make_tensor_value_info("a", TensorProto.FLOAT16, ["batch", 4]),
         helper.make_tensor_value_info("b", TensorProto.INT64, ["batch"]),
     ]
-    graph = helper.make_graph([helper.make_node("Identity", ["a"], ["c"])], "g", values, [])
+    made = [helper.make_tensor_value_info("c", TensorProto.FLOAT, ["batch", 4])]
+    graph = helper.make_graph([helper.make_node("Cast", ["a"], ["c"], to=TensorProto.FLOAT)], "g", values, made)
     path = tmp_path / "g.onnx"
     onnx.save(helper.make_model(graph), str(path))
-    assert io_bytes(path, {"a": ([1, 4], [3, 4], [3, 4]), "b": ([1], [3], [3])}) == 3 * 4 * 2 + 3 * 8
+    assert io_bytes(path, Bucket(3, 18, 3, 6, 6)) == 3 * 4 * 2 + 3 * 8 + 3 * 4 * 4
+
+
+def test_a_graph_that_is_missing_is_one_line(graphs, tmp_path):
+    (tmp_path / "route.onnx").write_bytes((graphs / "route.onnx").read_bytes())
+    with pytest.raises(UsageError, match=r"cannot read .*denoise\.onnx: No such file.*; remove its folder and build"):
+        planned(tmp_path)
+
+
+def entries(graphs) -> tuple[Built, ...]:
+    return tuple(engine.built(engine.onnx, 1.25, 7) for engine in planned(graphs))
 
 
 def test_the_index_is_read_as_it_was_written(graphs, tmp_path):
-    entries = [engine.as_dict() for engine in planned(graphs)]
-    write_index(tmp_path, DEVICE, True, entries)
-    found = read_index(tmp_path)
-    assert (found["engines"], found["ranges"], found["device"]["version"]) == (
-        json.loads(json.dumps(entries)),
-        True,
-        "1.2.3",
-    )
+    index = Index(DEVICE, True, entries(graphs), entries(graphs)[:1])
+    write_index(tmp_path, index)
+    assert read_index(tmp_path) == index
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"engines": [{}]}', '{"engines": [], "device": {}}'])
@@ -133,6 +132,39 @@ def test_a_damaged_index_is_one_line(tmp_path, text):
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(UsageError, match="build the engines again"):
         read_index(tmp_path)
+
+
+def test_an_index_with_anything_missing_or_wrong_is_one_line(graphs, tmp_path):
+    write_index(tmp_path, Index(DEVICE, False, entries(graphs)))
+    whole = json.loads((tmp_path / INDEX).read_text())
+    for part in (whole, whole["device"], whole["engines"][0], whole["engines"][0]["buckets"][0]):
+        for name, value in list(part.items()):
+            part[name] = None
+            refused(tmp_path, whole)
+            del part[name]
+            if name not in ("capability", "gpu"):  # which may be left out
+                refused(tmp_path, whole)
+            part[name] = value
+    (tmp_path / INDEX).write_text(json.dumps(whole))
+    assert read_index(tmp_path).engines == entries(graphs)
+
+
+def refused(folder, index) -> None:
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UsageError, match="build the engines again"):
+        read_index(folder)
+
+
+def test_a_file_that_was_changed_is_not_intact(tmp_path, graphs):
+    entry = entries(graphs)[0]
+    assert not entry.intact(tmp_path)
+    data = (graphs / "route.onnx").read_bytes()
+    (tmp_path / entry.file).write_bytes(data)
+    assert entry.intact(tmp_path)
+    (tmp_path / entry.file).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert not entry.intact(tmp_path)
+    (tmp_path / entry.file).write_bytes(b"")
+    assert not entry.intact(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -145,10 +177,11 @@ def test_tensorrt_rtx_builds_every_bucket(request, mode, name, tmp_path):
     export_onnx(in_precision(model, flavour.precision), tmp_path, flavour.lowerings)
     buckets = BUCKETS[1:3] if mode != "bins_model" else (Bucket(3, 21, 2, 16, 7),)
     ticks: list[float] = []
-    for engine in plan_engines(tmp_path, buckets, flavour.precision, device, per_bucket=False, ranges=False):
+    for engine in plan_engines(tmp_path, GRAPHS, buckets, flavour.precision, device):
         entry = build_engine(engine, tmp_path, ticks.append)
-        assert (tmp_path / entry["file"]).stat().st_size == entry["bytes"] > 10_000
-        assert entry["layers"] > 5
+        assert entry.intact(tmp_path)
+        assert entry.bytes > 10_000
+        assert entry.layers > 5
     assert ticks
     assert not list(tmp_path.glob(".building-*"))
 
@@ -157,7 +190,7 @@ def test_an_input_that_the_parser_leaves_out_is_noticed(rows_model, tmp_path):
     """TensorRT-RTX 1.7 parses `nonpad_kv_seqlen` and drops it: padding would be attended to."""
     device = Device(RTX, rtx_version())
     write_flavour(FLAVOURS["ort-cuda"], rows_model, tmp_path, BUCKETS[:1])
-    *_, denoise = plan_engines(tmp_path / "ort-cuda", BUCKETS[:1], "fp16", device, per_bucket=False, ranges=False)
+    *_, denoise = plan_engines(tmp_path / "ort-cuda", GRAPHS, BUCKETS[:1], "fp16", device)
     with pytest.raises(CheckFailedError, match=r"leaves out input row_lengths of denoise\.onnx"):
         build_engine(denoise, tmp_path)
     assert not list(tmp_path.glob("*.engine"))
@@ -167,7 +200,7 @@ def test_a_builder_that_fails_names_the_bucket(rows_model, tmp_path):
     """Attention in fp32 has no kernel."""
     device = Device(RTX, rtx_version())
     export_onnx(rows_model, tmp_path, FLAVOURS["trt"].lowerings)
-    *_, denoise = plan_engines(tmp_path, BUCKETS[2:], "fp32", device, per_bucket=False, ranges=False)
+    *_, denoise = plan_engines(tmp_path, GRAPHS, BUCKETS[2:], "fp32", device)
     with pytest.raises(UsageError, match=r"cannot build denoise, bucket of batch 3, 6 tokens a sample: .*Attention"):
         build_engine(denoise, tmp_path)
 
@@ -181,7 +214,7 @@ def test_a_graph_that_is_not_understood_names_node_and_op(tmp_path):
         helper.make_graph([node], "g", values, found), opset_imports=[helper.make_opsetid("", 20)]
     )
     onnx.save(model, str(tmp_path / "route.onnx"))
-    [route] = plan_engines(tmp_path, BUCKETS[:1], "fp16", device, per_bucket=False, ranges=False)
+    [route] = plan_engines(tmp_path, GRAPHS[:1], BUCKETS[:1], "fp16", device)
     with pytest.raises(UsageError, match=r"cannot build route: node 'look', op NonZero: .*plugin"):
         build_engine(route, tmp_path)
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcconvert.export.engines import Device
+from dcconvert.export.engine_index import Device
 from dcconvert.export.lowerings import TENSORRT
 from dcconvert.export.onnx_export import export_onnx
 from dcconvert.export.packed_attention import attention_sizes, refusal, with_packed_attention

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from dcconvert.export import parity
 from dcconvert.export.buckets import Bucket
-from dcconvert.export.onnx_export import output_names
+from dcconvert.export.lowerings import PORTABLE, op, row_attention
+from dcconvert.export.onnx_export import export_onnx, output_names
 from dcconvert.export.parity import (
     IDENTITY_TOLERANCE,
     RUNTIME_TOLERANCE,
@@ -102,6 +103,18 @@ def test_torch_and_onnx_runtime_agree(rows_model, rows_onnx):
 
 def test_torch_and_onnx_runtime_agree_in_bins(bins_model, bins_onnx):
     require(check_runtime(bins_model, bins_onnx, inputs, (Bucket(3, 36, 3, 12, 3), Bucket(3, 60, 4, 16, 4))))
+
+
+def blind(q: Any, k: Any, v: Any, row_lengths: Any, scale: float) -> Any:
+    """Row attention that attends to the padding of a row."""
+    everything = op.Mul(row_lengths, op.Constant(value_int=0)) + op.Squeeze(op.Shape(k, start=2, end=3))
+    return row_attention(q, k, v, everything, scale)
+
+
+def test_a_runtime_that_attends_to_padding_is_found(rows_model, tmp_path):
+    export_onnx(rows_model, tmp_path, {**PORTABLE, torch.ops.dcconvert.row_attention.default: blind})
+    failed = [check.name for check in check_runtime(rows_model, tmp_path, inputs, BUCKETS) if not check.passed]
+    assert failed == LABELS[2:]
 
 
 # Broken models

@@ -174,6 +174,14 @@ def test_a_value_that_is_not_finite_names_its_sample(name, value, sample, runtim
     assert runtime.last_plan is None
 
 
+@pytest.mark.parametrize(("name", "kind"), [("t", "float64"), ("x", "float16"), ("y", "int32")])
+def test_an_input_of_another_type(name, kind, rows_model, rows_onnx):
+    given = arrays(3)
+    given[name] = given[name].astype(kind)
+    with pytest.raises(UsageError, match=rf"input {name} is {kind}, the model reads \w+: give it as that"):
+        OrtModel(rows_onnx, rows_model.step_planner).start(3).step(given)
+
+
 def test_an_unknown_provider():
     with pytest.raises(UsageError, match=r"no TeapotExecutionProvider \(it has .*CPUExecutionProvider"):
         make_session(Path("unread.onnx"), "TeapotExecutionProvider")

@@ -9,12 +9,19 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 
+from benchmarks.families import FAMILIES, made
 from dcconvert.export.buckets import ladder
+from dcconvert.export.onnx_export import export_onnx
+from dcconvert.export.parity import as_array
 from dcconvert.export.session import CPU, CUDA, OrtModel
 from dcconvert.export.static_session import BoundStep, StaticModel
 from dcconvert.passes.errors import UsageError
+from dcconvert.passes.infra import Options
 from dcconvert.passes.model import DynamicModel
+from dcconvert.passes.pipeline import rewrite
+from dcconvert.passes.schedule import Schedule
 from tests.export.harness import TOKENS, arrays
 
 LADDER = ladder([1, 4], [5, 9], TOKENS)
@@ -90,6 +97,33 @@ def test_buffers_go_to_the_next_run_when_one_is_over(carry_model, carry_onnx):
     assert (runs[1].state.values, runs[1].state.steps) == (values, steps)
     assert all(not value.numpy().any() for value in values.values())
     np.testing.assert_array_equal(runs[1].step(at(0), np.full(3, 9))[0], wanted)
+
+
+def test_text_of_the_next_run_is_copied_into_the_buffers_that_are_there(tmp_path):
+    """Cross-attention's keys are computed once in a run; a new run takes over what is bound, with another text."""
+    module, args, kwargs = made(FAMILIES["pixart"])
+    model = rewrite(module, args, kwargs, Options(mode="carry"), Schedule("constant", 2))
+    export_onnx(model, tmp_path)
+    shapes = ladder([3], [8], model.spec.tokens)
+    plain = OrtModel(tmp_path, model.step_planner, shapes, threads=1)
+    static = StaticModel(tmp_path, model.step_planner, shapes, CPU, threads=1)
+    one = {name: as_array(value) for name, value in model.spec.example(3).items() if isinstance(value, torch.Tensor)}
+    [text] = [name for name, value in one.items() if value.shape[2:] == (24,)]
+    two = {**one, text: one[text][::-1].copy()}
+    seen, images = [], []
+    for inputs in (one, two):
+        runs: list[Any] = [plain.start(3), static.start(3)]
+        for kept in (16, 8):
+            wanted, found = (run.step(inputs, np.full(3, kept))[0] for run in runs)
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+        seen.append([addresses(step) for step in runs[1].state.steps.values()])
+        images.append(found)
+        del runs
+        gc.collect()
+    assert model.spec.constants
+    assert len(seen[0]) == 2
+    assert seen[0] == seen[1]
+    assert not np.allclose(*images, rtol=1e-3)
 
 
 def test_every_step_has_a_graph_of_its_own(rows_model, rows_onnx):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 
 from dcconvert.export.buckets import ladder
 from dcconvert.export.bundle import GRAPH, MANIFEST, Bundle, write_json
-from dcconvert.export.session import OrtModel
-from dcconvert.export.triton import MARK, Word, export_triton, text
+from dcconvert.export.engines import read_graph
+from dcconvert.export.session import OrtModel, make_session
+from dcconvert.export.triton import MARK, Word, export_triton, text, warm_up
 from dcconvert.export.triton_backend import IDLE_SECONDS
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.model import DynamicModel
@@ -168,8 +170,32 @@ def test_configurations(carry):
     assert front.count("kind: CONTROL_SEQUENCE_") == 3
     denoise = (carry.repository / "dit_denoise" / "config.pbtxt").read_text()
     assert denoise.startswith('name: "dit_denoise"\nbackend: "onnxruntime"\nmax_batch_size: 0\n')
-    assert denoise.count("model_warmup {") == len(LADDER.buckets)
+    assert denoise.count("model_warmup {") == denoise.count("batch_size: 1\n") == len(LADDER.buckets)
     assert "kind: KIND_CPU" in denoise
+
+
+@pytest.mark.parametrize("graph", ["route", "denoise"])
+@pytest.mark.parametrize("mode", ["chunk", "carry"])
+def test_the_zeros_of_a_warm_up_run(request, mode, graph):
+    """Zero tokens in a row included: a server that fails its warm-up does not load the model."""
+    path = request.getfixturevalue(mode).bundle.onnx / f"{graph}.onnx"
+    session = make_session(path)
+    kinds = {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64}
+    for bucket in LADDER.buckets:
+        inputs = warm_up(read_graph(path).input, bucket)["inputs"]
+        made = session.run(None, {n: np.zeros(i["dims"], kinds[i["data_type"]]) for n, i in inputs.items()})
+        assert len(made[0]) == bucket.batch
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"junk")])
+@pytest.mark.parametrize("graph", ["route", "denoise"])
+def test_graphs_that_are_missing_or_damaged_are_one_line(chunk, tmp_path, damage, graph):
+    folder = tmp_path / "bundle"
+    shutil.copytree(chunk.bundle.folder, folder)
+    damage(folder / "onnx" / f"{graph}.onnx")
+    with pytest.raises(UsageError, match=rf"cannot read .*{graph}\.onnx: .*; convert the model again"):
+        export_triton(replace(chunk.bundle, folder=folder), tmp_path / "out", "dit", "cpu")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_repository_is_replaced_only_when_asked(chunk, tmp_path):

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from dcconvert.export.buckets import ladder
-from dcconvert.export.engines import INDEX, Device, plan_engines, write_index
+from dcconvert.export.engine_index import INDEX, Built, Device, Index, write_index
+from dcconvert.export.engines import plan_engines
 from dcconvert.export.session import OrtModel
 from dcconvert.export.trt_session import TrtModel, open_engines
 from dcconvert.passes.errors import CheckFailedError, UsageError
@@ -26,14 +27,13 @@ COUNTS = (16, 5, 9, 3, 16, 9)
 DEVICE = Device("tensorrt-rtx", fake_trt.__version__)
 
 
-def build(graphs: Path, folder: Path, **options: bool) -> list[dict[str, Any]]:
+def build(graphs: Path, folder: Path, **options: bool) -> list[Built]:
     """Engines of the stand-in, and their index."""
-    wanted = {"per_bucket": False, "ranges": False, **options}
-    planned = plan_engines(graphs, LADDER.buckets, "fp16", DEVICE, **wanted)
+    planned = plan_engines(graphs, ("route", "denoise"), LADDER.buckets, "fp16", DEVICE, **options)
     for engine in planned:
         (folder / engine.file).write_text(json.dumps({"onnx": str(engine.onnx), "profiles": engine.profiles}))
-    entries = [engine.as_dict() for engine in planned]
-    write_index(folder, DEVICE, wanted["ranges"], entries)
+    entries = [engine.built(folder / engine.file, 1.0, 1) for engine in planned]
+    write_index(folder, Index(DEVICE, options.get("ranges", False), tuple(entries)))
     return entries
 
 
@@ -90,13 +90,9 @@ def test_a_bucket_is_a_profile_and_buffers_stay(rows_model, rows_onnx, tmp_path)
 
 def test_a_missing_bucket_falls_to_the_next_larger(rows_model, rows_onnx, tmp_path):
     entries = build(rows_onnx, tmp_path, per_bucket=True)
-    gone = next(
-        e
-        for e in entries
-        if e["graph"] == "denoise" and e["buckets"][0]["row_tokens"] == 5 and e["buckets"][0]["batch"] == 4
-    )
+    gone = next(e for e in entries if e.graph == "denoise" and e.buckets[0].row_tokens == 5 and e.buckets[0].batch == 4)
     entries.remove(gone)
-    write_index(tmp_path, DEVICE, False, entries)
+    write_index(tmp_path, Index(DEVICE, False, tuple(entries)))
     runtime = opened(rows_model, rows_onnx, tmp_path)
     assert runtime.bucket(np.full(4, 5)).row_tokens == 9
     wanted = OrtModel(rows_onnx, rows_model.step_planner, LADDER).start(4).step(at(0, 4), np.full(4, 5))[0]
@@ -106,18 +102,18 @@ def test_a_missing_bucket_falls_to_the_next_larger(rows_model, rows_onnx, tmp_pa
 
 @pytest.mark.parametrize("graph", ["denoise", "route"])
 def test_engines_that_are_missing_are_one_line(rows_model, rows_onnx, tmp_path, graph):
-    entries = [e for e in build(rows_onnx, tmp_path) if e["graph"] != graph]
-    write_index(tmp_path, DEVICE, False, entries)
+    entries = [e for e in build(rows_onnx, tmp_path) if e.graph != graph]
+    write_index(tmp_path, Index(DEVICE, False, tuple(entries)))
     with pytest.raises(UsageError, match=r"engines are missing in .*: build again"):
         opened(rows_model, rows_onnx, tmp_path)
 
 
 def test_files_that_are_missing_or_damaged_are_one_line(rows_model, rows_onnx, tmp_path):
     [route, _] = build(rows_onnx, tmp_path)
-    (tmp_path / route["file"]).write_bytes(b"not an engine")
-    with pytest.raises(UsageError, match=r"route-.*\.engine cannot be loaded on this GPU: build again"):
+    (tmp_path / route.file).write_bytes(b"not an engine")
+    with pytest.raises(UsageError, match=r"route-.*\.engine cannot be loaded: it is damaged"):
         opened(rows_model, rows_onnx, tmp_path)
-    (tmp_path / route["file"]).unlink()
+    (tmp_path / route.file).unlink()
     with pytest.raises(UsageError, match=r"cannot read .*\.engine: No such file"):
         opened(rows_model, rows_onnx, tmp_path)
 
@@ -139,6 +135,38 @@ def test_an_engine_that_does_not_run_fails_the_check(rows_model, rows_onnx, tmp_
     monkeypatch.setattr(fake_trt.Context, "execute_async_v3", lambda self, stream: False)
     with pytest.raises(CheckFailedError, match="did not run"):
         runtime.start(1).step(at(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("set_input_shape", r"takes no \w+ \["),
+        ("set_tensor_address", "does not take a buffer for"),
+        ("set_optimization_profile_async", "has no profile"),
+    ],
+)
+def test_what_tensorrt_refuses_is_not_passed_over(rows_model, rows_onnx, tmp_path, monkeypatch, name, said):
+    build(rows_onnx, tmp_path)
+    runtime = opened(rows_model, rows_onnx, tmp_path)
+    monkeypatch.setattr(fake_trt.Context, name, lambda self, *_: False)
+    with pytest.raises(CheckFailedError, match=said):
+        runtime.start(1).step(at(0, 1))
+
+
+def test_inputs_of_another_type_are_refused(mode, tmp_path):
+    """Engines are given addresses: numbers of another width would be read as nonsense."""
+    model, graphs = mode
+    build(graphs, tmp_path)
+    runtime = opened(model, graphs, tmp_path)
+    with pytest.raises(UsageError, match=r"input x is torch\.float64, the engine reads torch\.float32: convert it"):
+        runtime.route({**at(1, 4), "x": np.zeros((4, 1, 16, 16))})
+
+
+def test_too_little_memory_is_one_line(rows_model, rows_onnx, tmp_path, monkeypatch):
+    build(rows_onnx, tmp_path)
+    monkeypatch.setattr(fake_trt.Engine, "create_execution_context", lambda self: None)
+    with pytest.raises(UsageError, match="too little free memory on the GPU"):
+        opened(rows_model, rows_onnx, tmp_path)
 
 
 @pytest.fixture
