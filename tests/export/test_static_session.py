@@ -123,7 +123,7 @@ def test_text_of_the_next_run_is_copied_into_the_buffers_that_are_there(tmp_path
     assert model.spec.constants
     assert len(seen[0]) == 2
     assert seen[0] == seen[1]
-    assert not np.allclose(*images, rtol=1e-3)
+    assert not np.allclose(images[0], images[1], rtol=1e-3)
 
 
 def test_every_step_has_a_graph_of_its_own(rows_model, rows_onnx):
