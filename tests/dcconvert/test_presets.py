@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,15 @@ FEW_BLOCKS = ("--head-blocks", 1, "--tail-blocks", 1)  # for SparseDiT's groups
 WORDS = {"sparsedit": FEW_BLOCKS}
 RATIO = {"dc-dit": "4x", "sparsedit": "4x", "ddit": "2x", "tome": "4x"}
 TRAIN = {"dc-dit": ("all", "router"), "sparsedit": ("all",), "ddit": ("lora", "adapters"), "tome": ("all",)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_images() -> Iterator[None]:
+    """Presets are fitted on fewer runs than users have: it is the same work, sooner done."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settle, "IMAGES", 8)
+        yield
+
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 
@@ -90,20 +100,29 @@ def test_wrong_presets():
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("deep") / "deep.safetensors"
-    entry = {"config": DEEP.as_dict(), "prediction": "flow"}
-    save_file(tiny_dit(DEEP).state_dict(), path, metadata={"dcconvert": json.dumps(entry)})
-    return path
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """A model with blocks enough for SparseDiT's groups, and a smaller one for the others."""
+    folder = tmp_path_factory.mktemp("models")
+    paths = {name: folder / f"{name}.safetensors" for name in PRESETS}
+    for name, path in paths.items():
+        config = DEEP if name == "sparsedit" else CONFIG
+        entry = {"config": config.as_dict(), "prediction": "flow"}
+        save_file(tiny_dit(config).state_dict(), path, metadata={"dcconvert": json.dumps(entry)})
+    return paths
 
 
 @pytest.fixture(scope="module")
-def bundles(checkpoint) -> dict[str, Path]:
+def checkpoint(checkpoints) -> Path:
+    return checkpoints["sparsedit"]
+
+
+@pytest.fixture(scope="module")
+def bundles(checkpoints) -> dict[str, Path]:
     made = {}
-    for name in PRESETS:
-        out = made[name] = checkpoint.parent / name
+    for name, path in checkpoints.items():
+        out = made[name] = path.with_suffix("")
         words = ("--batch", 1, "--batch", 4, "--steps", 8, "--images", 2, "--reference-steps", 9)
-        run = run_cli(checkpoint, "--ratio", RATIO[name], "--preset", name, *words, *WORDS.get(name, ()), "-o", out)
+        run = run_cli(path, "--ratio", RATIO[name], "--preset", name, *words, *WORDS.get(name, ()), "-o", out)
         assert run.code == 0, run.err
     return made
 
