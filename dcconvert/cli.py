@@ -285,10 +285,8 @@ def calibrate(bundle: Path, **values: Any) -> None:
 @click.option(
     "--train",
     multiple=True,
-    default=RECIPE.train,
-    show_default=True,
     type=click.Choice(TRAINABLE),
-    help="What is trained: the weights (all, or lora: low-rank changes) and new paths; repeatable.",
+    help="The weights (all, or lora: low-rank changes), new paths; repeatable [all; of a preset, what its paper does].",
 )
 @click.option("--samples", default=RECIPE.samples, show_default=True, type=click.IntRange(1), help="Seen in training.")
 @click.option("--batch", default=RECIPE.batch, show_default=True, type=click.IntRange(2))

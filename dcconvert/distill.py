@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,8 @@ RATIO_GROUP = 16  # samples whose tokens are counted together, as in DC-DiT
 class Recipe:
     """How to train. `ratios`: one is drawn for every step, so that one set of weights serves all of them.
 
-    `train`: `all` or `lora` (the weights there are), and with either or alone `router` and `adapters`, new paths.
+    `train`: `all` or `lora` (the weights there are), and with either or alone `router` and `adapters`, new paths;
+    empty in the settings of a command: what the bundle's preset trains.
     `unroll`: steps of a run whose errors are added up, mode carry only.
     """
 
@@ -67,7 +68,7 @@ class Recipe:
         for name in self.train:
             if name not in TRAINABLE:
                 raise UsageError(f"cannot train '{name}': choose one of {', '.join(TRAINABLE)}")
-        if not self.train or {"all", "lora"} <= {*self.train}:
+        if {"all", "lora"} <= {*self.train}:
             raise UsageError("train either all weights or low-rank changes of them (lora), not both")
 
     def rate(self, step: int, steps: int) -> float:
@@ -102,18 +103,22 @@ class Weights(nn.Module):
     """What is trained: whole tensors, and low-rank changes of the linear layers (`lora`, arXiv 2106.09685).
 
     `tensors` gives the weights to run with, by their names in the model. All start at the weights the model has.
+    UsageError where the model has nothing of what is to be trained.
     """
 
     def __init__(self, model: DynamicModel, train: Sequence[str], rank: int, generator: torch.Generator) -> None:
         super().__init__()
         present = {n: v for n, v in all_tensors(model).items() if isinstance(v, nn.Parameter)}
-        paths = {"router": ROUTER, "adapters": NEW_PATHS[model.options.trunk]}
+        router = "router" if model.options.router == OWN else ROUTER
+        paths = {"router": router, "adapters": NEW_PATHS[model.options.trunk]}
         new = tuple(f"{path}." for name, path in paths.items() if name in train)
-        whole = set(present) if "all" in train else {name for name in present if name.startswith(new)}
+        whole = set(present) if "all" in train else {name for name in present if original_name(name).startswith(new)}
         # DC-DiT's recipe for a refined grid leaves the embedders of time and class alone.
         frozen = EMBEDDERS if model.options.refined else ()
         self.whole = sorted(n for n in whole if present[n].is_floating_point() and not n.startswith(frozen))
-        self.low = sorted(linear_weights(model)) if "lora" in train else []
+        self.low = sorted(n for n in linear_weights(model) if not n.startswith(frozen)) if "lora" in train else []
+        if not self.names:
+            raise UsageError(f"this model has nothing of {', '.join(train)} to train: train all or lora")
         self.base = {name: present[name].detach() for name in self.low}
         self.parts = nn.ParameterList(present[name].detach().clone() for name in self.whole)
         for name in self.low:
@@ -156,7 +161,7 @@ class Distillation:
         schedule = model.schedule
         budgets = [schedule.ratio / (1 - drop) for drop in TAIL_DROPS] if schedule.kind == NATURAL else [schedule.ratio]
         ratios = recipe.ratios or tuple(budgets)
-        self.planners = [model.step_planner.at_ratio(ratio, taus) for ratio in ratios]
+        self.planners = [unrounded(model.step_planner.at_ratio(ratio, taus)) for ratio in ratios]
         known = {name for name, _ in self.student.named_parameters(remove_duplicate=False)}
         self.paths = {
             path: name for name in self.weights.names for path in known if read_as(path) == original_name(name)
@@ -222,6 +227,13 @@ class Distillation:
                 part.copy_(value)
         self.optimiser.load_state_dict(state["optimiser"])
         self.round, self.step = int(state["round"]), int(state["step"])
+
+
+def unrounded(planner: StepPlanner) -> StepPlanner:
+    """A planner that keeps as many tokens as its router finds, where they are rounded up to the shapes of a bundle."""
+    if planner.schedule.kind != NATURAL:
+        return planner
+    return StepPlanner(planner.spec, planner.options, replace(planner.schedule, levels=()))
 
 
 def read_as(path: str) -> str:

@@ -112,7 +112,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
         taus = sampler.taus
         model = model.with_schedule(model.step_planner.levelled(taus, settings.buckets))
         if model.schedule.found and source.config is not None:
-            with stages.stage("fit to the ratio on runs of the original") as tick:
+            with stages.stage("fit to the ratio on runs of the model") as tick:
                 model = settle.settle(model, sampler, *settling_runs(source.config), tick)
         planner = StepPlanner(model.spec, model.options, model.schedule.fitted(taus))
         counts = planner.ladder_counts(taus)

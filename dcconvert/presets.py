@@ -21,11 +21,13 @@ WARM_END = 0.25  # up to this noise level the rate stays at r_min
 
 @dataclass(frozen=True)
 class Preset:
-    """A method: its name in full, what it asks of the rewriting, and what a user has to know of a conversion."""
+    """A method: its name in full, what it asks of the rewriting, what a user has to know of a conversion, and what
+    `dcconvert upcycle` trains unless told otherwise."""
 
     title: str
     options: Mapping[str, Any]
     limit: str
+    train: tuple[str, ...] = ("all",)
 
 
 PRESETS = {
@@ -33,7 +35,8 @@ PRESETS = {
         "DC-DiT (arXiv 2603.06351): tokens scored above 0.5 by a learned router, smoothed dechunk",
         {"router": "predictability", "dechunk": "smoothed", "members": 1},
         "DC-DiT's router is trained. Here it starts from the residual of a local predictor, shifted so that as many "
-        "tokens as the ratio says are scored above 0.5; 'dcconvert upcycle --train all --train router' trains it.",
+        "tokens as the ratio says are scored above 0.5; 'dcconvert upcycle' trains it.",
+        ("all", "router"),
     ),
     "sparsedit": Preset(
         "SparseDiT (arXiv 2412.06028): pooled grids in groups of sparse and dense blocks, more tokens at cleaner steps",
@@ -45,7 +48,8 @@ PRESETS = {
         "DDiT (arXiv 2602.16968): one patch size a step, chosen by the third difference of the latents",
         {"router": "pool", "trunk": "patch-sizes", "head_blocks": 0, "tail_blocks": 0},
         "DDiT trains embeddings and low-rank changes for its larger patches. Here they start from a bilinear resize; "
-        "'dcconvert upcycle --train lora --train adapters' trains them.",
+        "'dcconvert upcycle' trains them.",
+        ("lora", "adapters"),
     ),
     "tome": Preset(
         "token merging (arXiv 2210.09461, 2303.17604) around the trunk: the training-free control",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from dcconvert.passes.patch_sizes import NAME
 from dcconvert.passes.routers import OWN
 from dcconvert.passes.schedule import LEVELS, NATURAL, Schedule, nearest_levels
 from dcconvert.passes.serialise import attributes
+from dcconvert.passes.trained import original_name
 from dcconvert.sampling import Sampler, Step
 
 Model = TypeVar("Model", bound=DynamicModel)
@@ -33,7 +35,8 @@ EVERYTHING = 1e12  # a threshold that all patches are below
 SEARCH = 8  # runs in search of the threshold
 MORE = 1.4
 WIDER = 3.0  # how far above the original's spread, in logarithms, it may lie
-OWN_BIAS = "router.router.residual_scorer.3.bias"
+BIASES = (f"{ROUTER}.score.bias", "router.router.residual_scorer.3.bias")  # of an adapter; of DC-DiT's own router
+SHIFTS = 3  # each changes what the model's runs come by
 IMAGES = 32  # patch sizes differ much from image to image
 SEED = 3_000_000  # apart from those that images are judged by
 
@@ -56,7 +59,7 @@ def settle(
         return model
     runs = Runs(sampler, noise, labels, lambda: tick("steps"))
     if model.schedule.kind == NATURAL:
-        if not trained and (model.options.router != OWN or model.options.refined):  # else it is the checkpoint's own
+        if not trained and (model.options.router != OWN or model.options.refined):  # else the checkpoint's is trained
             shift(model, runs)
         return settle_natural(model, runs)
     return settle_difference(model, runs)
@@ -83,19 +86,22 @@ class Runs:
 
 
 def shift(model: DynamicModel, runs: Runs) -> None:
-    """Shift the router's logits so that one token in `base` is scored above 0.5, on runs of the original."""
-    names, scores = model.spec.inputs, []
+    """Shift the router's logits until one token in `base` is kept by its threshold, on runs of the model itself."""
+    names, tokens = model.spec.inputs, model.spec.tokens
+    unrounded = model.with_schedule(replace(model.schedule, levels=()))
+    wanted = (tokens / model.schedule.base - 2) / (tokens - 2)  # the first and the last token are always kept
+    for _ in range(SHIFTS):
+        scores, converted = [], ConvertedStep(unrounded, unrounded)
 
-    def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        scores.append(model.route(dict(zip(names, (x, t, y), strict=True)))[0].float().cpu().numpy())
-        found: Tensor = model.original_graph(x, t, y)[0]
-        return found
+        def step(x: Tensor, t: Tensor, y: Tensor, found: list[np.ndarray], own: ConvertedStep) -> Tensor:
+            found.append(model.route(dict(zip(names, (x, t, y), strict=True)))[0].float().cpu().numpy())
+            return own(x, t, y)
 
-    runs(step)
-    own = np.delete(np.stack(scores), [0, -1], axis=2)
-    level = min(max(float(np.quantile(own, 1 - 1 / model.schedule.base)), 1e-4), 1 - 1e-4)
-    with torch.no_grad():
-        attributes(model.route_graph)[bias_of(model)] -= float(np.log(level / (1 - level)))
+        runs(partial(step, found=scores, own=converted))
+        free = np.delete(np.stack(scores), [0, -1], axis=2)
+        level = np.clip(np.quantile(free, np.clip(1 - wanted, 0, 1)), 1e-4, 1 - 1e-4)
+        with torch.no_grad():
+            bias_of(model).sub_(float(np.log(level / (1 - level))))
 
 
 def settle_natural(model: Model, runs: Runs) -> Model:
@@ -157,9 +163,9 @@ def expecting(model: Model, runs: Runs, schedule: Schedule) -> Model:
     return model.with_schedule(replace(schedule, knots=knots, mean=float(kept.mean())))  # type: ignore[return-value]
 
 
-def bias_of(model: DynamicModel) -> str:
-    """The name of the bias of a router's last layer."""
-    return OWN_BIAS if model.options.router == OWN else f"{ROUTER}.score.bias"
+def bias_of(model: DynamicModel) -> Tensor:
+    """The bias of a router's last layer."""
+    return next(v for name, v in attributes(model.route_graph).items() if original_name(name) in BIASES)
 
 
 def set_detail(model: DynamicModel, images: Tensor) -> None:

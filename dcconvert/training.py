@@ -41,6 +41,7 @@ from dcconvert.passes.errors import StoppedError, UsageError
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.step_planner import CARRY, StepPlanner
 from dcconvert.passes.trained import trained_model
+from dcconvert.presets import find
 from dcconvert.progress import Stages
 from dcconvert.sampling import Sampler, initial_noise, labels_for
 from dcconvert.team import Team
@@ -53,7 +54,8 @@ VALIDATIONS = 8  # in a run, after the one before it
 
 @dataclass(frozen=True)
 class Settings:
-    """What an upcycling was asked for. `data` None and a learning rate of 0 stand for what the mode does."""
+    """What an upcycling was asked for. `data` None and a learning rate of 0 stand for what the mode does, nothing to
+    train for what the preset does."""
 
     folder: Path
     out: Path
@@ -98,7 +100,9 @@ class Task:
             raise UsageError(f"{bundle.folder} is in mode {mode}, which learns on its own runs: leave out --data")
         if not settings.in_place and settings.out.exists():
             raise UsageError(f"{settings.out} exists already: choose another folder with -o")
-        recipe = replace(settings.recipe, lr=settings.recipe.lr or RATES[mode])
+        options, recipe = bundle.model.options, settings.recipe
+        usual = find(options.preset).train if options.preset else ("all",)
+        recipe = replace(recipe, lr=recipe.lr or RATES[mode], train=recipe.train or usual)
         settings = replace(settings, recipe=recipe, data=settings.data or (RUNS if mode == CARRY else TEACHER))
         sampler, planner = run_planner(bundle, None)
         for ratio in recipe.ratios:

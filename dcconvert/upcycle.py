@@ -51,7 +51,7 @@ def upcycle_bundle(settings: Settings, console: Console) -> None:
         return
     model, found = training.model().to("cpu"), facts_of(task, training)
     del training, data  # their memory is wanted for export and measurement
-    store(task, model, found, stages)
+    model = store(task, model, found, stages)
     shutil.rmtree(settings.state, ignore_errors=True)
     first, last = found["log"][0], found["log"][-1]
     console.print(
@@ -59,17 +59,23 @@ def upcycle_bundle(settings: Settings, console: Console) -> None:
         f"after {last['samples']} samples ({settings.images} images)",
         highlight=False,
     )
+    if model.schedule.found:
+        console.print(
+            f"Its runs keep one token in {1 / model.schedule.expected:.2f}; the ratio is {model.schedule.ratio:g}x",
+            highlight=False,
+        )
     report = settings.out / "report.html"
     console.print(escape(f"Bundle: {settings.out}\nReport: {report}"), highlight=False, soft_wrap=True)
 
 
-def store(task: Task, model: DynamicModel, found: dict[str, Any], stages: Stages) -> None:
-    """Export, check and measure the trained model, and put its bundle in place."""
+def store(task: Task, model: DynamicModel, found: dict[str, Any], stages: Stages) -> DynamicModel:
+    """Export, check and measure the trained model, and put its bundle in place; the model as it was stored."""
     settings, before = task.settings, task.bundle
     model = model.with_schedule(task.planner.schedule)
     if model.schedule.found:
         with stages.stage("see what its runs keep") as tick:
-            model = settle(model, task.sampler, *settling_runs(task.config), tick, trained=True)
+            trained = "router" in settings.recipe.train
+            model = settle(model, task.sampler, *settling_runs(task.config), tick, trained=trained)
     with new_folder(settings.out, force=settings.in_place) as work:
         bundle = replace(before, folder=work, model=model)
         with stages.stage("export ONNX"):
@@ -97,6 +103,7 @@ def store(task: Task, model: DynamicModel, found: dict[str, Any], stages: Stages
         manifest["parity"] = {name: value for name, value in manifest["parity"].items() if name != IDENTITY}
         manifest["parity"] |= {check.name: check.value for check in checks}
         write_json(without_nan(manifest), work / MANIFEST)
+    return model
 
 
 def facts_of(task: Task, training: Training) -> dict[str, Any]:

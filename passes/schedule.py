@@ -147,7 +147,9 @@ class Schedule:
             )
         less = self.ratio / ratio
         knots = tuple((tau, kept * less) for tau, kept in self.knots)
-        return replace(self, ratio=ratio, knots=knots, mean=self.mean * less)
+        fewer = {math.ceil(level * less - 1e-9) for level in self.levels[:-1]}  # the last one keeps everything
+        levels = tuple(sorted({*fewer, *self.levels[-1:]}))
+        return replace(self, ratio=ratio, knots=knots, mean=self.mean * less, levels=levels)
 
     @property
     def dropped(self) -> float:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import dcconvert
 from dcconvert import settle
+from dcconvert.distill import TAIL_DROPS, Recipe, StepDistillation
 from dcconvert.dit import DiT
 from dcconvert.evaluate import ConvertedStep
 from dcconvert.export.bundle import read_bundle
@@ -43,6 +44,7 @@ def few_images() -> Iterator[None]:
         yield
 
 
+SHORT = ("--samples", 24, "--batch", 8, "--teacher-samples", 8, "--images", 2, "--lr", "1e-3", "--reference-steps", 9)
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 
 
@@ -173,10 +175,10 @@ def test_torch_and_onnx_runtime_agree_over_a_run(bundles, preset):
 
 @every_preset
 def test_training(bundles, preset, tmp_path):
-    words = [word for part in TRAIN[preset] for word in ("--train", part)]
-    short = ("--samples", 24, "--batch", 8, "--teacher-samples", 8, "--images", 2, "--lr", "1e-3", "--rank", 2)
-    run = run_cli("upcycle", bundles[preset], "-o", tmp_path / "out", *words, *short, "--reference-steps", 9)
+    """What is trained unless told otherwise, is what the preset's paper trains."""
+    run = run_cli("upcycle", bundles[preset], "-o", tmp_path / "out", *SHORT, "--rank", 2)
     assert run.code == 0, run.err
+    assert ("Its runs keep one token in" in run.out) == (preset in ("dc-dit", "ddit"))
     before, after = (load_file(str(folder / "model.safetensors")) for folder in (bundles[preset], tmp_path / "out"))
     assert set(before) <= set(after)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -190,8 +192,20 @@ def test_training(bundles, preset, tmp_path):
     if preset in own:
         assert own[preset] in moved
     bundle = read_bundle(tmp_path / "out")
+    assert tuple(bundle.manifest["upcycling"]["train"]) == TRAIN[preset]
     assert bundle.model.options.preset == preset
     assert bundle.model.schedule.found == (preset in ("dc-dit", "ddit"))
+
+
+def test_a_router_that_was_not_trained_is_fitted_again(bundles, tmp_path):
+    """The weights around it moved, and with them what it scores."""
+    run = run_cli("upcycle", bundles["dc-dit"], "-o", tmp_path / "out", "--train", "lora", *SHORT)
+    assert run.code == 0, run.err
+    before, after = (load_file(str(folder / "model.safetensors")) for folder in (bundles["dc-dit"], tmp_path / "out"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"router_adapter.score.bias"}
+    model = read_bundle(tmp_path / "out").model
+    assert tokens_of_runs(model, replace(model.schedule, levels=())).mean() / 64 == pytest.approx(0.25, abs=0.02)
 
 
 @every_preset
@@ -276,21 +290,41 @@ def test_what_is_expected_is_what_runs_keep(bundles, preset):
     assert report["conversion"]["kept_tokens_mean"] == pytest.approx(64 * model.schedule.expected)
 
 
+def tokens_of_runs(model, schedule):
+    """Kept tokens [steps, B] of the runs that presets are fitted on, under a schedule."""
+    model = model.with_schedule(schedule)
+    step = ConvertedStep(model, model)
+    with torch.inference_mode():
+        noise = initial_noise(settle.SEED, settle.IMAGES, 1, 16)
+        Sampler("flow", 8).run(step, noise, torch.arange(settle.IMAGES) % 4)
+    return np.stack(step.kept)
+
+
 def test_the_natural_numbers_are_fitted_to_the_ratio(bundles):
-    """On runs of the original one token in four is scored above 0.5."""
-    bundle = read_bundle(bundles["dc-dit"])
-    model, sampler = bundle.model, Sampler("flow", 8)
-    chosen = []
-
-    def step(x, t, y):
-        scores = model.route(dict(zip(model.spec.inputs, (x, t, y), strict=True)))[0]
-        chosen.append(float((scores > 0.5).float().mean()))
-        return model.original_graph(x, t, y)[0]
-
-    with torch.no_grad():
-        sampler.run(step, initial_noise(settle.SEED, settle.IMAGES, 1, 16), torch.arange(settle.IMAGES) % 4)
-    assert np.mean(chosen) == pytest.approx(0.25, abs=0.01)
+    """On runs of the model itself one token in four is kept by its score, or because it is the first or the last."""
+    model = read_bundle(bundles["dc-dit"]).model
+    natural = tokens_of_runs(model, replace(model.schedule, levels=()))
+    assert natural.mean() / 64 == pytest.approx(0.25, abs=0.02)
     assert model.schedule.levels[-1] == 64
+
+
+@pytest.mark.parametrize("ratio", [5, 8])
+def test_tail_dropping_drops(bundles, ratio):
+    model = read_bundle(bundles["dc-dit"]).model
+    dropped = model.step_planner.at_ratio(ratio, Sampler("flow", 8).taus).schedule
+    before, after = tokens_of_runs(model, model.schedule), tokens_of_runs(model, dropped)
+    assert {*after.ravel().tolist()} <= {*dropped.levels}
+    assert after.mean() == pytest.approx(before.mean() * 4 / ratio, rel=0.1)
+    assert after.mean() / 64 == pytest.approx(dropped.expected, rel=0.1)
+
+
+def test_training_drops_too_and_rounds_nothing_up(bundles):
+    model = read_bundle(bundles["dc-dit"]).model
+    made = StepDistillation(model, Recipe(), Sampler("flow", 8).taus)
+    assert [round(planner.schedule.dropped, 6) for planner in made.planners] == list(TAIL_DROPS)
+    scores = np.where(np.arange(64) % 3 == 0, 0.9, 0.1)[None]  # 22 of them, the first and the last included
+    found = [int(planner.found_counts(scores, None)[0]) for planner in made.planners]
+    assert found == [22 - int(drop * 22 + 1e-9) for drop in TAIL_DROPS]
 
 
 def test_a_module_from_python():

@@ -220,15 +220,20 @@ def test_refining_trains_everything_but_the_embedders(tmp_path):
     assert bundle.model.spec.grid == (16, 16)
     assert bundle.manifest["config"]["patch"] == 2  # of the original, which it is compared with
     short = ("--samples", 24, "--batch", 8, "--teacher-samples", 8, "--images", 2, "--lr", "1e-3")
-    run = run_cli("upcycle", tmp_path / "fine", "-o", tmp_path / "out", *short, "--reference-steps", 5)
+    short = (*short, "--reference-steps", 5)
+    run = run_cli("upcycle", tmp_path / "fine", "-o", tmp_path / "router", "--train", "router", *short)
     assert run.code == 0, run.err
-    before, after = (load_file(str(tmp_path / name / "model.safetensors")) for name in ("fine", "out"))
+    run = run_cli("upcycle", tmp_path / "fine", "-o", tmp_path / "out", *short)
+    assert run.code == 0, run.err
+    before, alone, after = (load_file(str(tmp_path / name / "model.safetensors")) for name in ("fine", "router", "out"))
+    assert {name.split(".")[1] for name in alone if name not in before} == {"router"}
     trained = {name for name in after if name not in before}
     assert any("hnet.encoder" in name for name in trained)
     assert any("main_network.layers.2" in name for name in trained)
     assert not any("t_embedder" in name or "y_embedder" in name for name in trained)
-    router = [name for name in after if "residual_scorer.3.weight" in name]
-    assert any(not torch.equal(after[name], before.get(name, torch.zeros(1))) for name in router)
+    router = [name for name in trained if "residual_scorer.3.weight" in name]
+    assert router  # trained without being asked for: it is what the preset's paper does
+    assert all(not torch.equal(after[name], before[name.removeprefix("trained.")]) for name in router)
 
 
 def test_refining_is_for_dits_and_preset_dc_dit(tmp_path):
