@@ -91,7 +91,8 @@ def shift(model: DynamicModel, runs: Runs) -> None:
     unrounded = model.with_schedule(replace(model.schedule, levels=()))
     wanted = (tokens / model.schedule.base - 2) / (tokens - 2)  # the first and the last token are always kept
     for _ in range(SHIFTS):
-        scores, converted = [], ConvertedStep(unrounded, unrounded)
+        scores: list[np.ndarray] = []
+        converted = ConvertedStep(unrounded, unrounded)
 
         def step(x: Tensor, t: Tensor, y: Tensor, found: list[np.ndarray], own: ConvertedStep) -> Tensor:
             found.append(model.route(dict(zip(names, (x, t, y), strict=True)))[0].float().cpu().numpy())

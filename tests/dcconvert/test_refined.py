@@ -219,8 +219,8 @@ def test_refining_trains_everything_but_the_embedders(tmp_path):
     bundle = read_bundle(tmp_path / "fine")
     assert bundle.model.spec.grid == (16, 16)
     assert bundle.manifest["config"]["patch"] == 2  # of the original, which it is compared with
-    short = ("--samples", 24, "--batch", 8, "--teacher-samples", 8, "--images", 2, "--lr", "1e-3")
-    short = (*short, "--reference-steps", 5)
+    few = ("--teacher-samples", 8, "--images", 2, "--reference-steps", 5)
+    short = ("--samples", 24, "--batch", 8, "--lr", "1e-3", *few)
     run = run_cli("upcycle", tmp_path / "fine", "-o", tmp_path / "router", "--train", "router", *short)
     assert run.code == 0, run.err
     run = run_cli("upcycle", tmp_path / "fine", "-o", tmp_path / "out", *short)
