@@ -34,7 +34,8 @@ from dcconvert.passes.errors import DcconvertError
 from dcconvert.passes.infra import Options
 from dcconvert.passes.layout import Bucket
 from dcconvert.passes.model import DynamicModel
-from dcconvert.passes.pipeline import MODES, rewrite
+from dcconvert.passes.option_checks import MODES
+from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.schedule import Schedule
 from dcconvert.presets import preset_options
 

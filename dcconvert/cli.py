@@ -18,7 +18,7 @@ from dcconvert.distill import RATES, TRAINABLE, Recipe
 from dcconvert.passes.carry_trunk import STATE_DTYPES
 from dcconvert.passes.errors import DcconvertError, UsageError
 from dcconvert.passes.infra import MODE_DEFAULTS, Options
-from dcconvert.passes.pipeline import MODES
+from dcconvert.passes.option_checks import MODES
 from dcconvert.passes.routers import ROUTERS
 from dcconvert.passes.schedule import AUTO, KINDS, LEVELS, parse_ratio
 from dcconvert.presets import PRESETS, preset_options, preset_schedule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from dcconvert.passes.errors import CheckFailedError, UsageError
+from dcconvert.passes.errors import CheckFailedError
 from dcconvert.passes.history import SLOTS
 from dcconvert.passes.infra import Program
 from dcconvert.passes.pack_trunk import PackTrunk, PlanInputs, add_plan_inputs, layout_inputs
@@ -31,12 +31,6 @@ class CarryTrunk(PackTrunk):
     """
 
     def prepare(self, program: Program) -> Packer:
-        if program.options.packing != "rows":
-            raise UsageError("mode carry needs one sample a row: use packing rows")
-        if program.options.state_dtype not in STATE_DTYPES:
-            raise UsageError(
-                f"unknown state dtype '{program.options.state_dtype}': choose one of {', '.join(STATE_DTYPES)}"
-            )
         add_plan_inputs(program, carry_inputs(program))
         memory = Memory(program)
         return Packer(program, find_rule, program.found_stream().tokens, "rows", memory)

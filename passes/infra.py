@@ -110,6 +110,7 @@ class Program:
     image: str = ""  # the one that patchify reads
     timestep: str | None = None  # the one that holds the timestep, where it is known
     grid: tuple[int, int] | None = None  # given by the user, for models in which it cannot be seen
+    timestep_scale: float = 1000.0  # the timestep that means pure noise
 
     @property
     def graph(self) -> torch.fx.Graph:

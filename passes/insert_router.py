@@ -11,7 +11,7 @@ from torch.fx import Node
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.infra import Pass, PassResult, Program, give_tensor, placeholders
 from dcconvert.passes.normalise import Normalise
-from dcconvert.passes.routers import CARRY_ROUTERS, CHUNK_ROUTERS, OWN, make_router
+from dcconvert.passes.routers import OWN, make_router
 
 PREFIX = "router"
 
@@ -24,14 +24,6 @@ class InsertRouter(Pass):
     """
 
     exact = True
-
-    def requires(self, program: Program) -> None:
-        known = CARRY_ROUTERS if program.options.mode == "carry" else CHUNK_ROUTERS
-        if program.options.router not in (*known, OWN):
-            raise UsageError(
-                f"mode {program.options.mode} has no router '{program.options.router}': "
-                f"choose one of {', '.join(known)}"
-            )
 
     def call(self, program: Program) -> PassResult:
         stream, (start, _), options = program.found_stream(), program.found_trunk(), program.options

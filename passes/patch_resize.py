@@ -103,9 +103,17 @@ class PatchSkip(nn.Module):
     detail: Tensor
 
     def __init__(
-        self, grid: tuple[int, int], order: Tensor, patch: int, scales: Sequence[int], prediction: str, channels: int
+        self,
+        grid: tuple[int, int],
+        order: Tensor,
+        patch: int,
+        scales: Sequence[int],
+        prediction: str,
+        channels: int,
+        timestep_scale: float = TIMES,
     ) -> None:
         super().__init__()
+        self.steps = TIMES / timestep_scale
         self.grid, self.patch, self.scales, self.prediction = grid, patch, tuple(scales), prediction
         self.channels = int(channels)
         # Features of channels that the input has not (learned variances) come from a column of zeros.
@@ -121,11 +129,11 @@ class PatchSkip(nn.Module):
             self.register_buffer(f"lost_{scale}", lost.float())
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Image [B, C, H, W] and timesteps [B] of 0 to 1000 -> features [B, N scales, F] that are added."""
+        """Image [B, C, H, W] and timesteps [B] of 0 to `timestep_scale` -> features [B, N scales, F] that are added."""
         parts = [torch.zeros_like(self.features(x))]
         parts += [self.features(self.lost(x, scale)) for scale in self.scales[1:]]
         rows = torch.stack(parts, 2)
-        place = t.round().long().clamp(0, TIMES)
+        place = (t * self.steps).round().long().clamp(0, TIMES)
         alpha, sigma = self.alpha[place].unsqueeze(1), self.sigma[place].unsqueeze(1)  # [B, 1]
         noise = alpha.square() * self.detail + sigma.square()
         gain = (sigma - alpha * self.detail if self.prediction == "flow" else sigma) / noise

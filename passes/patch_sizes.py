@@ -106,10 +106,8 @@ class PatchSizes(Pass):
         image, time = (input_of(program, name) for name in (program.image, program.timestep))
         if not program.options.prediction or time is None or image is None:
             return taken
-        stream = program.found_stream()
-        skip = PatchSkip(
-            stream.grid, pixels.order, pixels.patch, scales, program.options.prediction, image.meta["val"].shape[1]
-        )
+        stream, known = program.found_stream(), (program.options.prediction, image.meta["val"].shape[1])
+        skip = PatchSkip(stream.grid, pixels.order, pixels.patch, scales, *known, program.timestep_scale)
         details = inline(program, skip, (image, time), f"{NAME}.skip")
         which = packer.emit(aten.select.int, fill, 2, 1)
         return packer.emit(aten.add.Tensor, taken, packer.emit(torch.ops.dcconvert.regroup.default, details, which))

@@ -13,16 +13,16 @@ from torch.fx import Graph, GraphModule
 
 from dcconvert.passes.capture import capture, opened
 from dcconvert.passes.carry_trunk import CarryTrunk
-from dcconvert.passes.errors import CheckFailedError, UsageError
+from dcconvert.passes.errors import CheckFailedError
 from dcconvert.passes.gate import NumericGate
 from dcconvert.passes.hoist_constants import HoistConstants
 from dcconvert.passes.infra import Options, Pass, Program, run_passes
 from dcconvert.passes.insert_router import InsertRouter
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.normalise import Normalise
+from dcconvert.passes.option_checks import check_options
 from dcconvert.passes.pack_trunk import PackTrunk
 from dcconvert.passes.patch_sizes import PatchSizes
-from dcconvert.passes.planners import DECHUNKS
 from dcconvert.passes.real_numbers import RealNumbers
 from dcconvert.passes.schedule import Schedule
 from dcconvert.passes.sparse_dense import SparseDense
@@ -67,25 +67,11 @@ PIPELINES: dict[str, tuple[Pass, ...]] = {
         SplitRoute(),
     ),
 }
-MODES = ("carry", "chunk")
-TRUNKS = ("plain", "sparse-dense", "patch-sizes")  # those but the first are of mode chunk and have their own passes
 
 
 def pipeline_of(options: Options) -> tuple[Pass, ...]:
     """The passes for these options; UsageError if they do not go together."""
-    if options.mode not in MODES:
-        raise UsageError(f"unknown mode '{options.mode}': choose one of {', '.join(MODES)}")
-    if options.trunk not in TRUNKS or options.dechunk not in DECHUNKS:
-        raise UsageError(
-            f"trunk '{options.trunk}', dechunk '{options.dechunk}': there are {', '.join(TRUNKS)} and "
-            f"{', '.join(DECHUNKS)}"
-        )
-    if options.mode == "chunk" and options.state_dtype != "model":
-        raise UsageError("mode chunk has no state whose precision could be chosen: leave --state out")
-    if options.mode != "chunk" and (options.trunk != "plain" or options.dechunk != "gaussian"):
-        raise UsageError(f"mode {options.mode} has only the plain trunk: use mode chunk")
-    if options.trunk != "plain" and options.packing != "rows":
-        raise UsageError(f"trunk {options.trunk} needs one sample a row: use packing rows")
+    check_options(options)
     return PIPELINES[options.mode if options.trunk == "plain" else options.trunk]
 
 
@@ -128,7 +114,7 @@ def rewrite(
     the module is put in eval mode and not changed otherwise.
     """
     program = captured(module, args, kwargs, options, timestep, grid)
-    program.router = router
+    program.router, program.timestep_scale = router, timestep_scale
     beside = copy_graph(program if original is None else captured(original, args, kwargs, options, timestep))
     records = run_passes(program, pipeline_of(options), dump, NumericGate(program))
     for tidy in (Normalise(), RealNumbers()):
@@ -136,7 +122,7 @@ def rewrite(
     beside.recompile()
     if program.route is None or program.denoise is None:
         raise CheckFailedError("the pipeline ended without route and denoise graphs; this is a bug of dcconvert")
-    spec = ModelSpec.of(program, timestep_scale)
+    spec = ModelSpec.of(program)
     schedule.check(spec.tokens)
     return DynamicModel(program.route, program.denoise, beside, spec, options, schedule, records, program.prepare)
 

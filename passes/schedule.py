@@ -83,6 +83,12 @@ class Schedule:
             raise UsageError(f"levels {list(self.levels)}: numbers of tokens must be positive and rising")
         if self.warm_up < AUTO or self.refresh < 0 or not 0 <= self.mean <= 1:
             raise UsageError("warm-up and refresh steps must not be negative, the mean kept fraction from 0 to 1")
+        if (self.kind == NATURAL and not 1 <= self.base < math.inf) or (
+            self.kind == DIFFERENCE and not 0 <= self.threshold < math.inf
+        ):
+            raise UsageError(
+                "a natural schedule needs the base that its router was made for, one by differences a threshold"
+            )
         if self.kind == NATURAL and self.ratio < self.base:
             raise UsageError(
                 f"the router keeps the tokens it scores above 0.5, one in {self.base:g}: a ratio of {self.ratio:g}x "

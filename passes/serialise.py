@@ -20,23 +20,20 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from dcconvert.passes import ops  # noqa: F401  (registers torch.ops.dcconvert)
-from dcconvert.passes.carry_plan import CARRY_ARRAYS
 from dcconvert.passes.errors import CheckFailedError, DcconvertError, UnsupportedModelError, UsageError
-from dcconvert.passes.infra import Options, PassRecord, owner_of, placeholders
+from dcconvert.passes.infra import Options, PassRecord, owner_of
 from dcconvert.passes.model import DynamicModel
-from dcconvert.passes.plan import PLAN_ARRAYS
-from dcconvert.passes.routers import OWN, ROUTERS
+from dcconvert.passes.option_checks import check_options
 from dcconvert.passes.schedule import Schedule
+from dcconvert.passes.seams import PREPARE, check_seams, damaged
 from dcconvert.passes.spec import ModelSpec
 from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.passes.treespec import shown, treespec_fault
 
 VERSION = 2
 GRAPHS = ("route", "denoise", "original")  # and prepare, where a model has it
-PREPARE = "prepare"
 STATE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_STATE = 1 << 20  # numbers a token and value
 NAMESPACES = ("aten", "dcconvert")
@@ -98,7 +95,7 @@ def model_from_dict(data: Any, tensors: Mapping[str, Tensor]) -> DynamicModel:
         route, denoise, original = (read_graph(data["graphs"][name], pool) for name in GRAPHS)
         prepare = read_graph(data["graphs"][PREPARE], pool) if spec.constants else None
         model = DynamicModel(route, denoise, original, spec, options, schedule, records, prepare)
-        check_seams(model)
+        check_seams(model, named_graphs(model))
         return model
 
 
@@ -110,8 +107,12 @@ def planner_from_dict(data: Any) -> StepPlanner:
 
 def read_facts(data: Any) -> tuple[ModelSpec, Options, Schedule]:
     check_version(data)
-    options, schedule = plainly(Options(**data["options"])), plainly(Schedule(**data["schedule"]))
-    return read_spec(data["spec"]), options, schedule
+    spec, options, schedule = read_spec(data["spec"]), plainly(Options(**data["options"])), data["schedule"]
+    try:
+        check_options(options)
+        return spec, options, StepPlanner(spec, options, plainly(Schedule(**schedule))).schedule
+    except UsageError as error:
+        raise damaged(f"has options or a schedule that cannot be ({error})") from error
 
 
 def model_tensors(model: DynamicModel) -> dict[str, Tensor]:
@@ -157,32 +158,6 @@ def read_spec(fields: dict[str, Any]) -> ModelSpec:
     if len(spec.grid) != 2 or not all(type(size) is int and size > 0 for size in spec.grid):
         raise damaged(f"gives {shown(spec.grid)} as token grid, not two positive integers")
     return spec
-
-
-def check_seams(model: DynamicModel) -> None:
-    """The graphs and the spec must name the same inputs, or a call would fail far from its cause."""
-    spec = model.spec
-    results = pytree.treespec_loads(spec.out_spec).num_leaves
-    wanted = {
-        "route": (spec.route_inputs, 1 + len(spec.live)),
-        "denoise": (spec.denoise_inputs, results + (1 + len(spec.states) if spec.states else 0)),
-        "original": (spec.inputs, results),
-        PREPARE: (spec.prepare_inputs, len(spec.constants)),
-    }
-    for name, graph in named_graphs(model).items():
-        output = next(iter(reversed(graph.graph.nodes)))
-        found = (tuple(node.name for node in placeholders(graph.graph)), len(output.args[0]))
-        if found != wanted[name]:
-            raise damaged(f"has {shown(found)} as inputs and outputs of {name}, its spec {shown(wanted[name])}")
-    unknown = {*spec.route_inputs, *spec.prepare_inputs, spec.timestep or spec.image, spec.image} - {*spec.inputs}
-    arrays = {*CARRY_ARRAYS, *(state.name for state in spec.states)} if spec.states else {*PLAN_ARRAYS}
-    unknown |= {*spec.denoise_inputs} - {*spec.inputs, *spec.live, *spec.constants, *arrays}
-    if model.options.router not in (*ROUTERS, OWN) or not model.options.guard > 0:
-        raise damaged(f"has the router {shown(model.options.router)} with the guard {shown(model.options.guard)}")
-    if bool(spec.states) != (model.options.mode == "carry"):
-        raise damaged(f"has {len(spec.states)} states in mode {shown(model.options.mode)}")
-    if unknown or pytree.treespec_loads(spec.in_spec).num_leaves != len(spec.inputs):
-        raise damaged(f"asks for other inputs than its in_spec holds ({shown(sorted(unknown))})")
 
 
 def plainly(facts: T) -> T:
@@ -384,7 +359,3 @@ def damage_is_a_usage_error() -> Iterator[None]:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise damaged(f"cannot be read ({reason})") from error
-
-
-def damaged(fault: str) -> UsageError:
-    return UsageError(f"the graph file {fault}: it was damaged or tampered with, convert the model again")

@@ -131,7 +131,7 @@ class ModelSpec:
         return cls(**values, input_specs=inputs, states=states)
 
     @classmethod
-    def of(cls, program: Program, timestep_scale: float) -> ModelSpec:
+    def of(cls, program: Program) -> ModelSpec:
         stream = program.found_stream()
         if program.route is None or program.denoise is None:
             raise CheckFailedError("the program was not split into route and denoise; fix the pipeline order")
@@ -154,7 +154,7 @@ class ModelSpec:
             width=stream.width,
             depth=stream.depth,
             timestep=program.timestep,
-            timestep_scale=timestep_scale,
+            timestep_scale=program.timestep_scale,
             image=program.image,
             constants=names,
             prepare_inputs=tuple(n.name for n in placeholders(program.prepare.graph)) if program.prepare else (),

@@ -16,7 +16,7 @@ from dcconvert.passes.history import Doubles, History
 from dcconvert.passes.infra import Options
 from dcconvert.passes.layout import Bucket
 from dcconvert.passes.neighbourhood import Mask
-from dcconvert.passes.patch_planner import scales_of
+from dcconvert.passes.patch_planner import PatchPlanner, scales_of
 from dcconvert.passes.plan import Plan
 from dcconvert.passes.planners import SmoothedPlanner, make_planner
 from dcconvert.passes.pooled_planner import SizedPlanner
@@ -35,6 +35,24 @@ class StepPlanner:
         schedule.check(spec.tokens)
         self.schedule = schedule
         self.planner = make_planner(spec.grid, options)
+        self.check()
+
+    def check(self) -> None:
+        """UsageError for a schedule that this model cannot have."""
+        kind, levels = self.schedule.kind, self.schedule.levels
+        wanted = {NATURAL: SmoothedPlanner, DIFFERENCE: PatchPlanner}.get(kind)
+        if wanted is not None and not isinstance(self.planner, wanted):
+            preset = "dc-dit" if kind == NATURAL else "ddit"
+            raise UsageError(f"schedule '{kind}' is for models converted with preset {preset}")
+        if levels and (levels[-1] > self.spec.tokens or (self.sizes and not {*levels} <= {*self.sizes})):
+            known = f"{', '.join(map(str, sorted(self.sizes)))}" if self.sizes else f"at most {self.spec.tokens}"
+            raise UsageError(f"levels {list(levels)}: a sample of this model can keep {known} tokens")
+        fewest = min(self.sizes, default=1)
+        if kind != DIFFERENCE and fewest > 1 and self.schedule.ratio > self.spec.tokens / fewest + 1e-6:
+            raise UsageError(
+                f"the coarsest grid of this model has {fewest} of {self.spec.tokens} tokens, which is "
+                f"{self.spec.tokens / fewest:.3g}x: ask for less than {self.schedule.ratio:g}x, or convert again"
+            )
 
     def at_ratio(self, ratio: float, taus: np.ndarray) -> StepPlanner:
         """The same planner with its schedule at another ratio, its mean over a run at these noise levels.

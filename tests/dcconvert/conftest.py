@@ -14,7 +14,7 @@ from dcconvert.api import Converted
 from dcconvert.commands import run_planner
 from dcconvert.evaluate import Runtime
 from dcconvert.export.bundle import Bundle, read_bundle
-from dcconvert.passes.pipeline import MODES
+from dcconvert.passes.option_checks import MODES
 from dcconvert.passes.step_planner import StepPlanner
 from tests.dcconvert.harness import Run, run_cli, write_checkpoint
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcconvert.passes.errors import UsageError
 from dcconvert.passes.infra import Program, run_passes
 from dcconvert.passes.insert_router import InsertRouter, inline
 from dcconvert.passes.routers import CARRY_ROUTERS, CHUNK_ROUTERS, make_router
@@ -95,17 +94,3 @@ def test_random_scores_differ_with_the_seed():
         scores.append(program.graph_module(*tiny_inputs(BATCH))[0])
     assert torch.equal(scores[0], scores[1])
     assert not torch.equal(scores[0], scores[2])
-
-
-@pytest.mark.parametrize(
-    ("mode", "name", "choices"),
-    [
-        ("chunk", "norm", "predictability, cosine, pool, random, merge"),
-        ("chunk", "drift", "predictability, cosine, pool, random, merge"),
-        ("chunk", "age", "predictability, cosine, pool, random, merge"),
-        ("carry", "norm", "drift, age, predictability, cosine, pool, random"),
-    ],
-)
-def test_a_router_that_the_mode_has_not_is_a_usage_error(mode, name, choices):
-    with pytest.raises(UsageError, match=f"mode {mode} has no router '{name}': choose one of {choices}$"):
-        with_router(name, mode=mode)

@@ -114,17 +114,17 @@ def test_features_spread_like_pixels():
     torch.testing.assert_close(found.permute(4, 0, 2, 1, 3).reshape(2, 4, 4), large)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "flow"])
-def test_the_skip_gives_the_best_linear_guess_of_what_a_patch_loses(prediction):
+@pytest.mark.parametrize(("prediction", "timestep_scale"), [("eps", 1000.0), ("flow", 1000.0), ("flow", 1.0)])
+def test_the_skip_gives_the_best_linear_guess_of_what_a_patch_loses(prediction, timestep_scale):
     grid, order = (4, 4), torch.arange(8)  # channel, dy, dx; the second channel is not in the input
-    skip = PatchSkip(grid, order, 2, (1, 2), prediction, 1)
+    skip = PatchSkip(grid, order, 2, (1, 2), prediction, 1, timestep_scale)
     variance = 0.3
     skip.detail[1] = variance
     clean, noise = torch.randn(4000, 1, 8, 8) * math.sqrt(variance), torch.randn(4000, 1, 8, 8)
     alpha, sigma = (float(level[600]) for level in noise_levels(prediction))
     x = alpha * clean + sigma * noise
     wanted = noise - clean if prediction == "flow" else noise
-    rows = skip(x, torch.full((4000,), 600.0)).view(4000, 16, 2, 8)
+    rows = skip(x, torch.full((4000,), 0.6 * timestep_scale)).view(4000, 16, 2, 8)
     assert not rows[:, :, 0].any()
     assert not rows[:, :, 1, 4:].any()
     found = rows[:, :, 1, :4].reshape(4000, 1, 4, 4, 2, 2).permute(0, 1, 2, 4, 3, 5).reshape(4000, 1, 8, 8)

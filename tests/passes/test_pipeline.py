@@ -8,7 +8,8 @@ from torch import nn
 
 from dcconvert.passes.errors import UnsupportedModelError
 from dcconvert.passes.infra import Options
-from dcconvert.passes.pipeline import MODES, PIPELINES, rewrite
+from dcconvert.passes.option_checks import MODES
+from dcconvert.passes.pipeline import PIPELINES, rewrite
 from dcconvert.passes.schedule import Schedule
 from tests.passes.harness import Block, TinyModel, pixart_call, tiny_inputs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -292,9 +293,19 @@ def test_found_schedules_expect_what_was_seen():
     fewer = seen.dropping(8)
     assert (fewer.ratio, fewer.expected, fewer.dropped) == (8, 0.15, 0.5)
     assert fewer.knots == ((0.0, 0.25), (1.0, 0.125))
+    assert fewer.levels == (5, 20, 64)  # or the dropped tokens would be filled up again
     assert Schedule(NATURAL, 4, base=4).expected == 0.25
     with pytest.raises(UsageError, match="found for 4x: convert again for 8x"):
         Schedule(DIFFERENCE, 4).dropping(8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [(NATURAL, {}), (NATURAL, {"base": -3.0}), (NATURAL, {"base": math.nan}), (DIFFERENCE, {"threshold": math.nan})],
+)
+def test_found_schedules_need_what_they_find_by(kind, more):
+    with pytest.raises(UsageError, match="needs the base that its router was made for"):
+        Schedule(kind, 4, **more)
 
 
 def test_expected_sizes_are_spread_over_the_steps():

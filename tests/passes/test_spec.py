@@ -139,4 +139,4 @@ def test_a_program_that_was_not_split_has_no_spec():
     program = tiny_program()
     run_passes(program, (FindTokenStream(),))
     with pytest.raises(CheckFailedError, match="not split into route and denoise"):
-        ModelSpec.of(program, 1000.0)
+        ModelSpec.of(program)
