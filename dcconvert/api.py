@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from dcconvert.checkpoint import LoadedDiT, LoadedRefined
-from dcconvert.dit import DiT
+from dcconvert.dit import DiT, DiTConfig
 from dcconvert.drop_in import DropIn, is_diffusers
 from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.bundle import FORMAT_VERSION, MANIFEST, ONNX, new_folder, read_bundle, write_json, write_model
@@ -27,12 +27,14 @@ from dcconvert.passes.adapters import with_router_adapter
 from dcconvert.passes.errors import UsageError
 from dcconvert.passes.infra import MODE_DEFAULTS, Options
 from dcconvert.passes.model import DynamicModel
+from dcconvert.passes.option_checks import check_options
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.schedule import AUTO, LEVELS, Schedule, parse_ratio
 from dcconvert.passes.spec import EXAMPLE_BATCH
 from dcconvert.passes.step_planner import StepPlanner
-from dcconvert.presets import own_architecture, preset_options, preset_schedule
-from dcconvert.refined import Refined, RefinedDiT
+from dcconvert.presets import as_rewritten, preset_options, preset_schedule
+from dcconvert.refined import RefinedDiT
+from dcconvert.sampling import Sampler
 
 DEFAULT_BATCHES = (1, 8)
 DEFAULT_STEPS = 50
@@ -121,7 +123,8 @@ def convert(
         example_inputs = kwargs or args
     elif example_inputs is None and is_diffusers(module):
         inspect.signature(convert_call).bind(module, ratio, example_inputs=(), **options)
-        parse_ratio(ratio)
+        asked, _ = chosen(ratio, **options)  # errors now, and not when a pipeline calls it
+        as_rewritten(module, asked, bool(options.get("refine_grid")))
         return DropIn(module, partial(convert_call, ratio=ratio, **options), timestep_scale)
     if example_inputs is None:
         if not isinstance(module, DiT | RefinedDiT):
@@ -148,6 +151,8 @@ def convert_call(
     timestep: str | None = None,
     timestep_scale: float = 1000.0,
     grid: tuple[int, int] | None = None,
+    prediction: str | None = None,
+    fit: bool = True,
     dump_graphs: Path | None = None,
 ) -> Converted:
     """`convert` on one call's inputs.
@@ -166,6 +171,10 @@ def convert_call(
         timestep: the input that holds the timestep, where its name does not tell.
         timestep_scale: its value at pure noise.
         grid: (H, W) of the tokens, where it cannot be seen in the model and they are no square.
+        prediction: what the model predicts, eps or flow, which preset ddit wants to know [what a checkpoint says].
+        fit: presets dc-dit and ddit, of a model from a DiT checkpoint: find what gives the ratio on runs of the
+            converted model, which takes a minute for a small one. Other models keep what the method's own constants
+            give; `summary` says so.
         dump_graphs: folder that receives the readable graph after each pass.
 
     Raises:
@@ -174,31 +183,15 @@ def convert_call(
     """
     args: Sequence[Any] = () if isinstance(example_inputs, Mapping) else example_inputs
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
-    if preset is not None:
-        if options is not None or schedule is not None:
-            raise UsageError(f"preset '{preset}' chooses schedule and options: leave them out, or the preset")
-        options, schedule = preset_options(preset, parse_ratio(ratio)), preset_schedule(preset, parse_ratio(ratio))
-    options = options or Options()
-    if isinstance(schedule, Schedule):
-        spending = schedule
-    else:
-        spending = Schedule(schedule or MODE_DEFAULTS[options.mode][2], parse_ratio(ratio))
-    if options.mode == "chunk" and (warm_up > 0 or refresh):
-        raise UsageError("warm-up and refresh steps are of mode carry: mode chunk remembers nothing")
-    if options.mode == "carry":
-        if warm_up == 0:
-            raise UsageError("mode carry needs at least one warm-up step: before it there is nothing to carry over")
-        spending = replace(spending, warm_up=warm_up, refresh=refresh).fitted(1 - np.arange(steps) / steps)
-    router, original = None, None
-    if refine_grid:
-        if not isinstance(module, DiT):
-            raise UsageError("refine_grid makes a DC-DiT of a DiT: give one")
-        original, module = module, Refined(module, options.seed)
-    if isinstance(module, RefinedDiT | Refined):
-        own = module if isinstance(module, RefinedDiT) else module.refined
-        options, router = own_architecture(options, refine_grid), own.router()
+    options, spending = chosen(
+        ratio, schedule=schedule, steps=steps, warm_up=warm_up, refresh=refresh, options=options, preset=preset
+    )
+    info = getattr(module, "checkpoint_info", None)
+    if prediction or (info and not options.prediction):
+        options = replace(options, prediction=prediction or str(getattr(info, "prediction", "")))
+    rewritten, original, router, options = as_rewritten(module, options, refine_grid)
     model = rewrite(
-        module,
+        rewritten,
         args,
         kwargs,
         options,
@@ -215,7 +208,47 @@ def convert_call(
     if options.preset == "dc-dit" and router is None:
         model = with_router_adapter(model, options.seed)
     model = model.with_schedule(model.step_planner.levelled(1 - np.arange(steps) / steps, buckets))
-    return Converted.of(model, {"steps": steps, **sampling_facts(original or module, steps)})
+    if fit and info:
+        model = fitted(model, Sampler(options.prediction, steps), info.config)
+    return Converted.of(model, {"steps": steps, **sampling_facts(module, steps)})
+
+
+def fitted(model: DynamicModel, sampler: Sampler, config: DiTConfig) -> DynamicModel:
+    """The model whose steps find as many tokens as the ratio says; itself where nothing is found."""
+    from dcconvert.settle import settle, starts  # needs onnxscript
+
+    return settle(model, sampler, *starts(config)) if model.schedule.found else model
+
+
+def chosen(
+    ratio: float | str,
+    *,
+    schedule: str | Schedule | None = None,
+    steps: int = DEFAULT_STEPS,
+    warm_up: int = AUTO,
+    refresh: int = 0,
+    options: Options | None = None,
+    preset: str | None = None,
+    **_: Any,
+) -> tuple[Options, Schedule]:
+    """Options and schedule that arguments of `convert_call` stand for; UsageError for those that cannot be."""
+    if preset is not None:
+        if options is not None or schedule is not None:
+            raise UsageError(f"preset '{preset}' chooses schedule and options: leave them out, or the preset")
+        options, schedule = preset_options(preset, parse_ratio(ratio)), preset_schedule(preset, parse_ratio(ratio))
+    options = options or Options()
+    check_options(options)
+    if isinstance(schedule, Schedule):
+        spending = schedule
+    else:
+        spending = Schedule(schedule or MODE_DEFAULTS[options.mode][2], parse_ratio(ratio))
+    if options.mode == "chunk" and (warm_up > 0 or refresh):
+        raise UsageError("warm-up and refresh steps are of mode carry: mode chunk remembers nothing")
+    if options.mode == "carry":
+        if warm_up == 0:
+            raise UsageError("mode carry needs at least one warm-up step: before it there is nothing to carry over")
+        spending = replace(spending, warm_up=warm_up, refresh=refresh).fitted(1 - np.arange(steps) / steps)
+    return options, spending
 
 
 def check_scale(times: Tensor, timestep_scale: float) -> None:

@@ -158,7 +158,10 @@ def convert(model: Path, out: Path | None, **values: Any) -> None:
     from dcconvert.report import terminal_table
 
     set_threads(values["threads"])
+    head, tail = values["head_blocks"], values["tail_blocks"]
     options = pick_options(values, values["ratio"])
+    if values["refine_grid"] and (head is not None or tail is not None):
+        raise UsageError("--refine-grid runs all blocks on the kept tokens: leave out --head-blocks and --tail-blocks")
     if options.preset:
         if values["schedule"]:
             raise UsageError(f"--schedule {values['schedule']}: preset {options.preset} has its own; leave one out")

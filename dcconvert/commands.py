@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -27,9 +28,11 @@ from dcconvert.passes.infra import Options, Program, module_path, run_passes
 from dcconvert.passes.normalise import Normalise
 from dcconvert.passes.pipeline import captured, pipeline_of
 from dcconvert.passes.run import Backend
+from dcconvert.passes.schedule import DIFFERENCE
 from dcconvert.passes.spec import StateSpec
 from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.passes.token_stream import FindTokenStream
+from dcconvert.presets import as_rewritten
 from dcconvert.progress import Stages
 from dcconvert.report import state_note
 from dcconvert.sampling import Guidance, Sampler, Step, initial_noise, labels_for
@@ -61,8 +64,11 @@ def inspect_checkpoint(
     program = captured(source.module, args, kwargs, options, grid=source.grid)
     run_passes(program, (Normalise(), FindTokenStream()))
     print_cuts(program, console)
-    program = captured(source.module, args, kwargs, options, grid=source.grid)
     try:
+        options = replace(options, prediction=source.prediction)
+        module, _, router, options = as_rewritten(source.module, options)
+        program = captured(module, args, kwargs, options, grid=source.grid)
+        program.router, program.timestep_scale = router, source.timestep_scale
         records = run_passes(program, pipeline_of(options), dump_graphs)
     except DcconvertError as error:
         console.print(f"[bold red]would not convert:[/bold red] {escape(str(error))}", highlight=False)
@@ -116,6 +122,11 @@ def run_planner(bundle: Bundle, steps: int | None, solver: str | None = None) ->
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{bundle.folder} does not say how to sample it: convert the checkpoint again") from error
     model = bundle.model
+    if model.schedule.kind == DIFFERENCE and (sampler.steps, sampler.solver) != (facts["steps"], facts["solver"]):
+        raise UsageError(
+            f"{bundle.folder} chooses patch sizes by a threshold found for {facts['steps']} {facts['solver']} steps: "
+            f"convert again with --steps {sampler.steps} --solver {sampler.solver}"
+        )
     return sampler, StepPlanner(model.spec, model.options, model.schedule.fitted(sampler.taus))
 
 

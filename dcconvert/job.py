@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dcconvert import settle
 from dcconvert.api import Converted, convert, machine, manifest, sampling_facts
-from dcconvert.dit import DiTConfig
 from dcconvert.evaluate import compute_section
 from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.bundle import MANIFEST, ONNX, new_folder, write_json, write_model
@@ -36,7 +34,7 @@ from dcconvert.passes.step_planner import StepPlanner
 from dcconvert.presets import find
 from dcconvert.progress import Stages
 from dcconvert.report import state_note, write_report
-from dcconvert.sampling import Sampler, initial_noise, labels_for
+from dcconvert.sampling import Sampler
 from dcconvert.sources import Size, Source, open_source
 
 ASSUMED = (
@@ -106,6 +104,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
                 refine_grid=settings.refine_grid,
                 timestep_scale=source.timestep_scale,
                 grid=source.grid,
+                fit=False,  # below, with the sampler of the bundle
                 dump_graphs=settings.dump_graphs,
             )
         sampler = Sampler(source.prediction, settings.steps, settings.solver)
@@ -113,7 +112,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
         model = model.with_schedule(model.step_planner.levelled(taus, settings.buckets))
         if model.schedule.found and source.config is not None:
             with stages.stage("fit to the ratio on runs of the model") as tick:
-                model = settle.settle(model, sampler, *settling_runs(source.config), tick)
+                model = settle.settle(model, sampler, *settle.starts(source.config), tick)
         planner = StepPlanner(model.spec, model.options, model.schedule.fitted(taus))
         counts = planner.ladder_counts(taus)
         rungs = ladder(settings.batches, counts, model.spec.tokens, settings.buckets - 1)
@@ -148,12 +147,6 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
         parity = {check.name: check.value for check in checks}
         write_json(manifest(model, rungs, **facts, parity=parity), work / MANIFEST)
     return report
-
-
-def settling_runs(config: DiTConfig) -> tuple[Tensor, Tensor]:
-    """Noise and labels of the runs that a preset is fitted on."""
-    noise = initial_noise(settle.SEED, settle.IMAGES, config.in_channels, config.image_size)
-    return noise, labels_for(settle.IMAGES, config.num_classes)
 
 
 def limits_of(source: Source, model: Converted) -> list[str]:

@@ -7,12 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import nn
+from torch.export import ExportedProgram
 
+from dcconvert.dit import DiT
 from dcconvert.passes.difference import THRESHOLD
 from dcconvert.passes.errors import UsageError
-from dcconvert.passes.infra import Options
+from dcconvert.passes.infra import MODE_DEFAULTS, Options
 from dcconvert.passes.routers import OWN
 from dcconvert.passes.schedule import CURVE, DIFFERENCE, NATURAL, Schedule
+from dcconvert.refined import Refined, RefinedDiT
 
 # SparseDiT's pruning rates: (r_min, r_max) of its four models (arXiv 2412.06028).
 PRUNING = ((0.44, 0.61), (0.61, 0.86), (0.90, 0.96))
@@ -87,7 +91,27 @@ def own_architecture(options: Options, refined: bool = False) -> Options:
     """
     if options.preset != "dc-dit":
         raise UsageError("a DC-DiT is converted in its own way: choose preset dc-dit")
+    if any(blocks not in (0, MODE_DEFAULTS["chunk"][0]) for blocks in (options.head_blocks, options.tail_blocks)):
+        raise UsageError("all blocks of a DC-DiT run on the kept tokens: leave out --head-blocks and --tail-blocks")
     return replace(options, router=OWN, dechunk="values", head_blocks=0, tail_blocks=0, refined=refined)
+
+
+def as_rewritten(
+    module: nn.Module | ExportedProgram, options: Options, refine_grid: bool = False
+) -> tuple[nn.Module | ExportedProgram, nn.Module | None, nn.Module | None, Options]:
+    """What is rewritten, what that is compared with where it is another module, its own router, and the options.
+
+    `refine_grid`: a DC-DiT is made of a DiT first. UsageError as `own_architecture`, or for another module.
+    """
+    original = None
+    if refine_grid:
+        if not isinstance(module, DiT):
+            raise UsageError("refine_grid makes a DC-DiT of a DiT: give one")
+        original, module = module, Refined(module, options.seed)
+    if not isinstance(module, RefinedDiT | Refined):
+        return module, None, None, options
+    own = module if isinstance(module, RefinedDiT) else module.refined
+    return module, original, own.router(), own_architecture(options, refine_grid)
 
 
 def preset_schedule(name: str, ratio: float) -> Schedule:

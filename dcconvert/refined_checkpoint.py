@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 from dcconvert.passes.errors import UnsupportedModelError, UsageError
-from dcconvert.refined import RefinedConfig, RefinedDiT
+from dcconvert.refined import NARROW, RefinedConfig, RefinedDiT
 
 BLOCKS = "hnet.main_network.main_network.layers."
 INNER = "hnet.main_network.main_network.main_network."  # of a model of more than one stage
+# What tells the architecture, and how many dimensions each has.
+DIMENSIONS = {
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "pos_embed": 3,
+    "final_layer.linear.weight": 2,
+}
 
 
 def is_refined(names: Mapping[str, Tensor]) -> bool:
@@ -28,18 +35,24 @@ def refined_config(path: Path, tensors: Mapping[str, Tensor], choose_heads: Call
     """
     if any(name.startswith(INNER) for name in tensors):
         raise UnsupportedModelError(f"{path}: a DC-DiT of more than one stage; those of one stage are supported.")
-    numbers = {int(name.removeprefix(BLOCKS).split(".")[0]) for name in tensors if name.startswith(BLOCKS)}
-    wanted = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "final_layer.linear.weight")
+    blocks = {name.removeprefix(BLOCKS).split(".")[0] for name in tensors if name.startswith(BLOCKS)}
+    if odd := sorted(blocks - {str(number) for number in range(len(blocks))}):
+        raise UsageError(f"{path}: {BLOCKS}{odd[0]} is not one of {len(blocks)} blocks: save the whole state dict.")
     hidden = f"{BLOCKS}0.mlp.fc1.weight"
-    if missing := [name for name in (*wanted, hidden) if name not in tensors]:
+    if missing := [name for name in (*DIMENSIONS, hidden) if name not in tensors]:
         raise UsageError(f"{path}: missing keys of a DC-DiT: {', '.join(missing)}: save the whole state dict.")
-    pixels, table, positions, output = (tensors[name].shape for name in wanted)
+    for name, dimensions in (*DIMENSIONS.items(), (hidden, 2)):
+        if tensors[name].dim() != dimensions or not tensors[name].numel():
+            raise UsageError(f"{path}: {name} is {list(tensors[name].shape)}: a DC-DiT's has {dimensions} dimensions.")
+    pixels, table, positions, output = (tensors[name].shape for name in DIMENSIONS)
     side = math.isqrt(positions[1])
     if side**2 != positions[1]:
         raise UnsupportedModelError(f"{path}: pos_embed has {positions[1]} positions, only square grids are supported.")
     width = int(table[1])
+    if width < NARROW or width % NARROW:
+        raise UsageError(f"{path}: width {width}: that of a DC-DiT is a multiple of {NARROW}.")
     return RefinedConfig(
-        depth=max(numbers) + 1,
+        depth=len(blocks),
         width=width,
         heads=choose_heads(width),
         image_size=side,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcconvert.dit import DiTConfig
 from dcconvert.evaluate import ConvertedStep
 from dcconvert.passes.adapters import ROUTER
 from dcconvert.passes.difference import ORDER, patch_spread, third_difference
@@ -27,7 +28,7 @@ from dcconvert.passes.routers import OWN
 from dcconvert.passes.schedule import LEVELS, NATURAL, Schedule, nearest_levels
 from dcconvert.passes.serialise import attributes
 from dcconvert.passes.trained import original_name
-from dcconvert.sampling import Sampler, Step
+from dcconvert.sampling import Sampler, Step, initial_noise, labels_for
 
 Model = TypeVar("Model", bound=DynamicModel)
 
@@ -63,6 +64,12 @@ def settle(
             shift(model, runs)
         return settle_natural(model, runs)
     return settle_difference(model, runs)
+
+
+def starts(config: DiTConfig) -> tuple[Tensor, Tensor]:
+    """Noise and labels of the runs that a preset is fitted on."""
+    noise = initial_noise(SEED, IMAGES, config.in_channels, config.image_size)
+    return noise, labels_for(IMAGES, config.num_classes)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from rich.markup import escape
 from dcconvert.export.bundle import MANIFEST, ONNX, new_folder, write_json, write_model
 from dcconvert.export.onnx_export import export_onnx
 from dcconvert.export.parity import IDENTITY, Check, check_batch_invariance, check_isolation, require
-from dcconvert.job import LIMITS, settling_runs
+from dcconvert.job import LIMITS
 from dcconvert.passes.model import DynamicModel
 from dcconvert.progress import Stages
 from dcconvert.report import without_nan, write_report
 from dcconvert.reschedule import Rescheduled, old_report
-from dcconvert.settle import settle
+from dcconvert.settle import settle, starts
 from dcconvert.team import Team
 from dcconvert.training import Settings, Task, Training, training_data
 
@@ -75,7 +75,7 @@ def store(task: Task, model: DynamicModel, found: dict[str, Any], stages: Stages
     if model.schedule.found:
         with stages.stage("see what its runs keep") as tick:
             trained = "router" in settings.recipe.train
-            model = settle(model, task.sampler, *settling_runs(task.config), tick, trained=trained)
+            model = settle(model, task.sampler, *starts(task.config), tick, trained=trained)
     with new_folder(settings.out, force=settings.in_place) as work:
         bundle = replace(before, folder=work, model=model)
         with stages.stage("export ONNX"):

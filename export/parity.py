@@ -27,6 +27,7 @@ from dcconvert.passes.spec import SCORES_NAME
 IDENTITY_TOLERANCE = 1e-5  # relative, keep-everything output against the original
 HALF_STATE_TOLERANCE = 1e-2  # the same where keys and values pass through a state in fp16
 ISOLATION_TOLERANCE = 1e-6  # relative, a sample's output when another one is replaced
+OTHER_MATCHES = "other_matches"  # of token merging
 RUNTIME_TOLERANCE = 1e-4  # torch against ONNX Runtime in fp32: relative to a value, or to the output's scale
 IDENTITY = "keep everything equals the original"
 LOUD = 1e4  # what another sample is replaced with
@@ -261,17 +262,19 @@ def compare(path: Path, cases: list[Case], tolerance: float = RUNTIME_TOLERANCE)
 
         runner = OnnxrtRunner(SessionFromOnnx(str(path)), name="onnxruntime")
         results = Comparator.run([runner], data_loader=[case.feed for case in cases])
+        pairs = [as_numbers(dict(values), case.wanted) for values, case in zip(results[0][1], cases, strict=True)]
+        found, wanted = [own for own, _ in pairs], [torchs for _, torchs in pairs]
         both = RunResults()
-        both.add([case.wanted for case in cases], runner_name="torch")
-        both.append(results[0])
-        scale = scales(cases)
+        both.add(wanted, runner_name="torch")
+        both.add(found, runner_name="onnxruntime")
+        scale = scales(wanted)
         absolute = {name: tolerance * size for name, size in scale.items()}
         function = CompareFunc.simple(atol=absolute, rtol=tolerance, check_error_stat="elemwise")
         accuracy = Comparator.compare_accuracy(both, compare_func=function)
         agreed = next(iter(accuracy[0].values()))
     checks = []
-    for case, found, matches in zip(cases, results[0][1], agreed, strict=True):
-        errors = [scaled_error(found[name], value, scale[name]) for name, value in case.wanted.items()]
+    for case, own, torchs, matches in zip(cases, found, wanted, agreed, strict=True):
+        errors = [scaled_error(own[name], value, scale[name]) for name, value in torchs.items()]
         agree = all(bool(match) for match in matches.values())
         value = largest(errors) if agree else largest([*errors, 2 * tolerance])
         detail = "largest difference, absolute or relative, torch against ONNX Runtime CPU"
@@ -279,10 +282,29 @@ def compare(path: Path, cases: list[Case], tolerance: float = RUNTIME_TOLERANCE)
     return checks
 
 
-def scales(cases: list[Case]) -> dict[str, float]:
+Arrays = dict[str, np.ndarray]
+
+
+def as_numbers(found: Arrays, wanted: Arrays) -> tuple[Arrays, Arrays]:
+    """Outputs of two runtimes as they can be compared as numbers.
+
+    Of token merging's scores [B, N, 2] the second is which token each is most like, where rounding decides between
+    near equals: it becomes the share of the tokens that are matched with another one. How badly they are matched, the
+    first, is compared like any output, so that another match has to be as good.
+    """
+    if wanted.get(SCORES_NAME, np.empty(0)).ndim < 3:
+        return found, wanted
+    (badly, owner), (torchs, wanted_owner) = (
+        np.ascontiguousarray(np.moveaxis(side[SCORES_NAME], -1, 0)) for side in (found, wanted)
+    )
+    others = np.atleast_1d((owner != wanted_owner).mean(dtype=np.float32))
+    found = {**found, SCORES_NAME: badly, OTHER_MATCHES: others}
+    return found, {**wanted, SCORES_NAME: torchs, OTHER_MATCHES: np.zeros_like(others)}
+
+
+def scales(cases: list[Arrays]) -> dict[str, float]:
     """Of every output its root mean square over all cases, at least 1: what rounding errors are in proportion to."""
-    names = cases[0].wanted
-    squares = {name: [np.square(case.wanted[name], dtype=np.float64).mean() for case in cases] for name in names}
+    squares = {name: [np.square(case[name], dtype=np.float64).mean() for case in cases] for name in cases[0]}
     return {name: max(1.0, float(np.sqrt(np.mean(values)))) for name, values in squares.items()}
 
 

@@ -225,9 +225,11 @@ class DynamicModel(nn.Module):
     def summary(self) -> str:
         """A few lines: tokens, blocks, ratio, router, and how often each pass fired."""
         spec, options, schedule = self.spec, self.options, self.schedule
-        kept = spec.tokens * schedule.expected
+        kept = f"{spec.tokens * schedule.expected:.0f} kept on average ({schedule.ratio:g}x)"
+        if schedule.found and not schedule.mean:
+            kept = f"asked for {schedule.ratio:g}x; what steps find was fitted to no runs: look at what they keep"
         lines = [
-            f"{spec.grid[0]}x{spec.grid[1]} = {spec.tokens} tokens, {kept:.0f} kept on average ({schedule.ratio:g}x)",
+            f"{spec.grid[0]}x{spec.grid[1]} = {spec.tokens} tokens, {kept}",
             f"{spec.depth} blocks: {options.head_blocks} head, "
             f"{spec.depth - options.head_blocks - options.tail_blocks} trunk, {options.tail_blocks} tail",
             f"mode {options.mode}, router {options.router}, schedule {schedule.kind}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -253,6 +254,35 @@ def test_inspect_and_wrong_use(checkpoint, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("preset", ["tome", "ddit"])
+def test_graphs_in_half_precision(bundles, preset, tmp_path):
+    folder = shutil.copytree(bundles[preset], tmp_path / "bundle")
+    run = run_cli("build", folder, "--target", "ort-cuda")
+    assert run.code == 0, run.err
+    assert (folder / "onnx" / "ort-cuda" / "denoise.onnx").is_file()
+
+
+def test_refinements_have_no_blocks_around_the_trunk(checkpoint, tmp_path):
+    words = ("--ratio", "2x", "--head-blocks", 1, "-o", tmp_path / "out")
+    message = refusal(2, checkpoint, *words, "--preset", "dc-dit", "--refine-grid")
+    assert "--refine-grid runs all blocks on the kept tokens" in message
+    message = refusal(2, checkpoint, *words, "--preset", "ddit", after=["read"])
+    assert "all blocks run in the patch size of the step: leave out --head-blocks" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_that_a_threshold_was_not_found_for(bundles, tmp_path):
+    message = refusal(2, "sample", bundles["ddit"], "--steps", 5, "-o", tmp_path / "images.png")
+    assert "a threshold found for 8 euler steps: convert again with --steps 5 --solver euler" in message
+    message = refusal(2, "evaluate", bundles["ddit"], "--solver", "unipc", "--images", 5)
+    assert "convert again with --steps 8 --solver unipc" in message
+
+
+def test_ratios_beyond_the_coarsest_grid(bundles, tmp_path):
+    message = refusal(2, "evaluate", bundles["sparsedit"], "--ratio", "40x", "--images", 5)
+    assert "ask for less than 40x, or convert again" in message
+
+
 def test_commands_that_a_preset_has_no_use_for(bundles, tmp_path):
     for preset in ("dc-dit", "ddit", "tome"):
         message = refusal(2, "export-triton", bundles[preset], "-o", tmp_path / "out")
@@ -332,3 +362,42 @@ def test_a_module_from_python():
     assert (model.options.preset, model.schedule.kind) == ("dc-dit", NATURAL)
     x, t, y = torch.randn(2, 1, 16, 16), torch.tensor([300.0, 700.0]), torch.tensor([0, 1])
     assert model(x, t, y).shape == (2, 1, 16, 16)
+    assert "asked for 4x; what steps find was fitted to no runs" in model.summary()
+
+
+def test_a_model_from_a_checkpoint_is_fitted_from_python_too(checkpoint):
+    dit = dcconvert.load_model(checkpoint)
+    model = dcconvert.convert(dit, 4, preset="dc-dit", steps=4)
+    assert 0.2 < model.schedule.mean < 0.3
+    assert f"{64 * model.schedule.mean:.0f} kept on average (4x)" in model.summary()
+    assert not dcconvert.convert(dit, 4, preset="dc-dit", steps=4, fit=False).schedule.mean
+    assert dcconvert.convert(dit, 2, preset="ddit", steps=8).options.prediction == "flow"
+
+
+def test_what_a_module_predicts_is_said_beside_the_preset():
+    skips = [
+        any("skip" in name for name, _ in dcconvert.convert(DiT(DEEP), 2, preset="ddit", **said).named_buffers())
+        for said in ({}, {"prediction": "eps"})
+    ]
+    assert skips == [False, True]
+    with pytest.raises(UsageError, match="unknown prediction 'noise'"):
+        dcconvert.convert(DiT(DEEP), 2, preset="ddit", prediction="noise")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"preset": "typo"}, "unknown preset 'typo'"),
+        ({"preset": "dc-dit", "refine_grid": True}, "refine_grid makes a DC-DiT of a DiT"),
+        ({"options": Options(mode="chunk", router="drift")}, "mode chunk has no router 'drift'"),
+        ({"ratio": 0.5}, "is not a number of at least 1"),
+    ],
+)
+def test_a_drop_in_refuses_before_it_is_called(wrong, message):
+    from diffusers import DiTTransformer2DModel
+
+    module = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8, num_embeds_ada_norm=9
+    )
+    with pytest.raises(UsageError, match=message):
+        dcconvert.convert(module, **wrong)

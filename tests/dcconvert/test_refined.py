@@ -20,6 +20,7 @@ from dcconvert.passes.errors import UsageError
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.schedule import NATURAL
 from dcconvert.refined import RefinedConfig, RefinedDiT
+from dcconvert.refined_checkpoint import BLOCKS
 from tests.dcconvert.harness import refusal, run_cli, tiny_dit, write_checkpoint
 from tests.passes.harness import randomise, relative
 
@@ -152,6 +153,11 @@ def test_the_releases_names(module, tmp_path):
         (lambda s: s.pop("hnet.residual_proj.bias"), "missing keys: hnet.residual_proj.bias"),
         (lambda s: s.update({"hnet.extra": torch.ones(1)}), "keys that a DC-DiT has not: hnet.extra"),
         (lambda s: s.update({"hnet.encoder.rmsnorm.weight": torch.ones(3)}), r"is \[3\], expected \[64\]"),
+        (lambda s: s.update({f"{BLOCKS}99999999.norm": torch.ones(1)}), r"layers\.99999999 is not one of 4 blocks"),
+        (lambda s: s.update({f"{BLOCKS}x.norm": torch.ones(1)}), r"layers\.x is not one of 4 blocks"),
+        (lambda s: s.update({"pos_embed": torch.ones(64)}), r"pos_embed is \[64\]: a DC-DiT's has 3 dimensions"),
+        (lambda s: s.update({f"{BLOCKS}0.mlp.fc1.weight": torch.tensor(1.0)}), r"is \[\]: a DC-DiT's has 2 dim"),
+        (lambda s: s.update({"y_embedder.embedding_table.weight": torch.ones(11, 2)}), "width 2: that of a DC-DiT"),
     ],
 )
 def test_checkpoints_that_are_not_whole(module, tmp_path, change, message):
@@ -169,6 +175,17 @@ def test_a_dc_dit_is_no_dit(module, tmp_path):
         dcconvert.load_checkpoint(write(module, tmp_path / "dc.pt"), heads=2)
     message = refusal(2, tmp_path / "dc.pt", "--ratio", "4x", "--heads", 2, "-o", tmp_path / "out", after=["read"])
     assert "choose preset dc-dit" in message
+
+
+def test_a_release_checkpoint_is_inspected_as_it_is_converted(module, tmp_path):
+    path = write(module, tmp_path / "dc.pt")
+    run = run_cli("inspect", path, "--preset", "dc-dit", "--heads", 2)
+    assert run.code == 0, run.err
+    assert "router own on" in " ".join(run.out.split())
+    run = run_cli("inspect", path, "--heads", 2)
+    assert run.code == 2
+    assert "cut points" in run.out
+    assert "choose preset dc-dit" in run.out
 
 
 def test_the_main_job_on_a_release_checkpoint(module, tmp_path):
