@@ -48,19 +48,17 @@ def settle(
     noise: Tensor,
     labels: Tensor,
     tick: Callable[[str], None] = lambda _: None,
-    *,
-    trained: bool = False,
 ) -> Model:
     """The model with threshold and expected numbers of tokens for runs of this sampler; itself if it needs none.
 
     `noise` [B, C, H, W] and `labels` [B] begin the runs. What is expected is what its own runs keep, which are not the
-    original's. A router that was `trained` stays as it is. UsageError for a ratio that cannot be had.
+    original's. The router of a DC-DiT checkpoint stays as it is. UsageError for a ratio that cannot be had.
     """
     if not model.schedule.found or model.schedule.ratio == 1:
         return model
     runs = Runs(sampler, noise, labels, lambda: tick("steps"))
     if model.schedule.kind == NATURAL:
-        if not trained and (model.options.router != OWN or model.options.refined):  # else the checkpoint's is trained
+        if model.options.router != OWN or model.options.refined:
             shift(model, runs)
         return settle_natural(model, runs)
     return settle_difference(model, runs)

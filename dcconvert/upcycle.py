@@ -74,8 +74,7 @@ def store(task: Task, model: DynamicModel, found: dict[str, Any], stages: Stages
     model = model.with_schedule(task.planner.schedule)
     if model.schedule.found:
         with stages.stage("see what its runs keep") as tick:
-            trained = "router" in settings.recipe.train
-            model = settle(model, task.sampler, *starts(task.config), tick, trained=trained)
+            model = settle(model, task.sampler, *starts(task.config), tick)
     with new_folder(settings.out, force=settings.in_place) as work:
         bundle = replace(before, folder=work, model=model)
         with stages.stage("export ONNX"):
