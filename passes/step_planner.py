@@ -44,7 +44,9 @@ class StepPlanner:
         if wanted is not None and not isinstance(self.planner, wanted):
             preset = "dc-dit" if kind == NATURAL else "ddit"
             raise UsageError(f"schedule '{kind}' is for models converted with preset {preset}")
-        if levels and (levels[-1] > self.spec.tokens or (self.sizes and not {*levels} <= {*self.sizes})):
+        most = levels[-1] if levels else self.spec.tokens
+        bounded = most == self.spec.tokens if kind == NATURAL else most <= self.spec.tokens  # else it would cut off
+        if levels and (not bounded or (self.sizes and not {*levels} <= {*self.sizes})):
             known = f"{', '.join(map(str, sorted(self.sizes)))}" if self.sizes else f"at most {self.spec.tokens}"
             raise UsageError(f"levels {list(levels)}: a sample of this model can keep {known} tokens")
         fewest = min(self.sizes, default=1)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -399,7 +400,7 @@ def test_what_a_module_predicts_is_said_beside_the_preset():
 def test_a_drop_in_refuses_before_it_is_called(wrong, message):
     from diffusers import DiTTransformer2DModel
 
-    module = DiTTransformer2DModel(
+    module: Any = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8, num_embeds_ada_norm=9
     )
     with pytest.raises(UsageError, match=message):
