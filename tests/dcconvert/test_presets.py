@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from safetensors.torch import load_file, save_file
 import dcconvert
 from dcconvert import settle
 from dcconvert.distill import TAIL_DROPS, Recipe, StepDistillation
-from dcconvert.dit import DiT
 from dcconvert.evaluate import ConvertedStep
 from dcconvert.export.bundle import read_bundle
 from dcconvert.export.parity import IDENTITY
@@ -221,7 +219,7 @@ def test_evaluation_and_samples(bundles, preset, tmp_path):
     assert run.code == 0, run.err
     rows = json.loads(target.read_text())["rows"]
     assert any(row["mode"] == "chunk" for row in rows)
-    lite = [] if preset == "ddit" else ["--lite-cfg", "8x"]
+    lite = {"ddit": [], "sparsedit": ["--lite-cfg", "6x"]}.get(preset, ["--lite-cfg", "8x"])  # its coarsest grid: 7.1x
     for guidance in ([], ["--guidance", "2", *lite]):
         run = run_cli("sample", bundles[preset], "-n", 2, *guidance, "-o", tmp_path / "images.png")
         assert run.code == 0, run.err
@@ -359,49 +357,3 @@ def test_training_drops_too_and_rounds_nothing_up(bundles):
     scores = np.where(np.arange(64) % 3 == 0, 0.9, 0.1)[None]  # 22 of them, the first and the last included
     found = [int(planner.found_counts(scores, None)[0]) for planner in made.planners]
     assert found == [22 - int(drop * 22 + 1e-9) for drop in TAIL_DROPS]
-
-
-def test_a_module_from_python():
-    model = dcconvert.convert(DiT(DEEP), 4, preset="dc-dit")
-    assert (model.options.preset, model.schedule.kind) == ("dc-dit", NATURAL)
-    x, t, y = torch.randn(2, 1, 16, 16), torch.tensor([300.0, 700.0]), torch.tensor([0, 1])
-    assert model(x, t, y).shape == (2, 1, 16, 16)
-    assert "asked for 4x; what steps find was fitted to no runs" in model.summary()
-
-
-def test_a_model_from_a_checkpoint_is_fitted_from_python_too(checkpoint):
-    dit = dcconvert.load_model(checkpoint)
-    model = dcconvert.convert(dit, 4, preset="dc-dit", steps=4)
-    assert 0.2 < model.schedule.mean < 0.3
-    assert f"{64 * model.schedule.mean:.0f} kept on average (4x)" in model.summary()
-    assert not dcconvert.convert(dit, 4, preset="dc-dit", steps=4, fit=False).schedule.mean
-    assert dcconvert.convert(dit, 2, preset="ddit", steps=8).options.prediction == "flow"
-
-
-def test_what_a_module_predicts_is_said_beside_the_preset():
-    skips = [
-        any("skip" in name for name, _ in dcconvert.convert(DiT(DEEP), 2, preset="ddit", **said).named_buffers())
-        for said in ({}, {"prediction": "eps"})
-    ]
-    assert skips == [False, True]
-    with pytest.raises(UsageError, match="unknown prediction 'noise'"):
-        dcconvert.convert(DiT(DEEP), 2, preset="ddit", prediction="noise")
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"preset": "typo"}, "unknown preset 'typo'"),
-        ({"preset": "dc-dit", "refine_grid": True}, "refine_grid makes a DC-DiT of a DiT"),
-        ({"options": Options(mode="chunk", router="drift")}, "mode chunk has no router 'drift'"),
-        ({"ratio": 0.5}, "is not a number of at least 1"),
-    ],
-)
-def test_a_drop_in_refuses_before_it_is_called(wrong, message):
-    from diffusers import DiTTransformer2DModel
-
-    module: Any = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8, num_embeds_ada_norm=9
-    )
-    with pytest.raises(UsageError, match=message):
-        dcconvert.convert(module, **wrong)
