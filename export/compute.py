@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcconvert.passes.carry_plan import CarryPlan
@@ -32,6 +35,52 @@ def count_macs(module: nn.Module, args: tuple[Any, ...], formulas: Mapping[Any, 
     with fake, FlopCounterMode(display=False, custom_mapping=dict(formulas)) as counter, torch.no_grad():
         module(*(fake.from_tensor(a).to(device) if isinstance(a, Tensor) else a for a in args))
     return counter.get_total_flops() / 2
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a graph reads and writes in one run.
+
+    `least`: every weight and input read once, every output written once; no implementation moves fewer from and to
+    memory, unless a cache holds some. `unfused`: every op reads its operands and writes its results, views excepted,
+    as an implementation that fuses nothing does.
+    """
+
+    least: int
+    unfused: int
+
+
+def count_bytes(module: nn.Module, args: tuple[Any, ...]) -> Traffic:
+    """Traffic of one run on inputs shaped like `args`, wherever both are."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    device = place_of(module).device
+    with fake, CountBytes() as counted, torch.no_grad():
+        given = [fake.from_tensor(a).to(device) if isinstance(a, Tensor) else a for a in args]
+        counted.bytes = 0
+        results = module(*given)
+    whole = (*module.parameters(), *module.buffers(), *given, *tree_leaves(results))
+    return Traffic(sum(map(held_bytes, whole)), counted.bytes)
+
+
+class CountBytes(TorchDispatchMode):
+    """Adds up the bytes that ops read and write."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        written = sum(map(held_bytes, tree_leaves(results)))
+        if written and not func.is_view:  # not a question about a tensor, such as where it is
+            self.bytes += written + sum(map(held_bytes, tree_leaves((args, kwargs))))
+        return results
+
+
+def held_bytes(value: Any) -> int:
+    """What a tensor takes in memory, once where it is expanded; 0 for anything else."""
+    if not isinstance(value, Tensor):
+        return 0
+    sizes = (size for size, stride in zip(value.shape, value.stride(), strict=True) if stride)
+    return math.prod(sizes) * value.element_size()
 
 
 @dataclass(frozen=True)
@@ -89,6 +138,13 @@ def converted_gmacs(model: DynamicModel, inputs: dict[str, Any], kept: int) -> f
     route_args, denoise_args = step_args(model, inputs, even_plan(model, batch, kept))
     macs = count_macs(model.route_graph, route_args) + count_macs(model.denoise_graph, denoise_args)
     return macs / batch / GIGA
+
+
+def converted_bytes(model: DynamicModel, inputs: dict[str, Any], kept: int) -> Traffic:
+    """Traffic of one step, route and denoise together, when every sample of the batch keeps `kept` tokens."""
+    route_args, denoise_args = step_args(model, inputs, even_plan(model, batch_size(inputs), kept))
+    route, denoise = count_bytes(model.route_graph, route_args), count_bytes(model.denoise_graph, denoise_args)
+    return Traffic(route.least + denoise.least, route.unfused + denoise.unfused)
 
 
 def step_args(

@@ -106,6 +106,8 @@ class Program:
     route: GraphModule | None = None
     denoise: GraphModule | None = None
     prepare: GraphModule | None = None
+    full: GraphModule | None = None
+    skip: GraphModule | None = None
     inputs: tuple[str, ...] = ()  # the original's flat inputs, in call order
     image: str = ""  # the one that patchify reads
     timestep: str | None = None  # the one that holds the timestep, where it is known
@@ -250,6 +252,8 @@ def run_passes(
 def live_modules(program: Program) -> list[GraphModule]:
     if program.route is not None and program.denoise is not None:
         return [program.route, program.denoise, *([program.prepare] if program.prepare else [])]
+    if program.full is not None and program.skip is not None:
+        return [program.full, program.skip]
     return [program.graph_module]
 
 
@@ -269,7 +273,8 @@ def check_graph(module: GraphModule, after: str) -> None:
 def dump_graphs(program: Program, folder: Path, stem: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     modules = live_modules(program)
-    labels = ("graph",) if len(modules) == 1 else ("route", "denoise", "prepare")
+    halves = ("full", "skip") if program.full is not None else ("route", "denoise", "prepare")
+    labels = ("graph",) if len(modules) == 1 else halves
     for label, module in zip(labels, modules, strict=False):
         (folder / f"{stem}.{label}.txt").write_text(readable(module))
 

@@ -8,7 +8,17 @@ import torch
 from torch import nn
 
 from dcconvert.dit import DiT, DiTConfig
-from dcconvert.export.compute import batch_size, converted_gmacs, count_macs, even_plan, live_values, original_gmacs
+from dcconvert.export.compute import (
+    batch_size,
+    converted_bytes,
+    converted_gmacs,
+    count_bytes,
+    count_macs,
+    even_plan,
+    held_bytes,
+    live_values,
+    original_gmacs,
+)
 from dcconvert.passes.infra import Options
 from dcconvert.passes.model import DynamicModel
 from dcconvert.passes.pipeline import rewrite
@@ -143,3 +153,25 @@ def test_live_values_are_shaped_like_routes(rows_model):
 
 def test_batch_size():
     assert batch_size({"scale": 2.0, "guidance": torch.tensor(1.0), "x": torch.zeros(3, 4), "t": torch.zeros(5)}) == 3
+
+
+def test_bytes_of_a_linear_layer_and_what_follows_it():
+    module = nn.Sequential(nn.Linear(8, 4), nn.Flatten(0), nn.GELU())
+    found = count_bytes(module, (torch.randn(3, 8),))
+    weights, read, written = 4 * (8 * 4 + 4), 4 * 3 * 8, 4 * 3 * 4
+    assert found.least == weights + read + written
+    assert found.unfused == weights + read + written + 2 * written  # the flattening is a view and moves nothing
+
+
+def test_an_expanded_tensor_is_read_once():
+    assert held_bytes(torch.zeros(1, 5).expand(100, 5)) == 20
+    assert held_bytes(torch.zeros(6, dtype=torch.int64)) == 48
+    assert held_bytes("a word") == 0
+
+
+def test_a_step_of_fewer_tokens_moves_fewer_bytes_and_the_same_weights():
+    model = convert(mode="chunk")
+    given = model.spec.example(2)
+    few, all_tokens = (converted_bytes(model, given, kept) for kept in (TOKENS // 4, TOKENS))
+    assert few.unfused < 0.85 * all_tokens.unfused
+    assert few.least < all_tokens.least
