@@ -28,8 +28,9 @@ import torch
 from benchmarks.common import RESULTS, write_result
 from benchmarks.gpu_backend import RUNTIMES
 from benchmarks.gpu_cases import FORMS, Case, Models, attention_forms, latency, parity
+from benchmarks.gpu_steps import ceilings, step_latency, step_parity
 
-PARTS = ("parity", "latency", "attention", "onnxruntime", "tensorrt")
+PARTS = ("ceilings", "step parity", "steps", "parity", "latency", "attention", "onnxruntime", "tensorrt")
 FIRST, LAST = 1, 2  # priorities of the cases of one part: those that the table shows, and the rest
 BROKEN = 75  # exit status of a process whose CUDA context is of no use after an error
 OUT_OF_TIME = "out of time"
@@ -45,6 +46,12 @@ class Job:
     needs: float = 5.0
     priority: int = FIRST
     makes: Callable[[], float] = float
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Cases of one place follow each other, because they share converted models."""
+        shared = self.part in ("steps", "latency")
+        return (self.facts["model"], self.facts["pixels"], self.facts["dtype"]) if shared else (self.part,)
 
 
 @dataclass
@@ -100,7 +107,7 @@ def shown(row: dict[str, Any]) -> str:
     facts += "".join(f", {row[k]}" for k in ("ratio", "runtime", "case") if k in row)
     if "skipped" in row:
         return f"{facts}: skipped, {row['skipped']}"
-    keys = ("speedup", "flop_ratio", "all_kept_error", "precisions", "error")
+    keys = ("speedup", "flop_ratio", "full_speed", "runs", "all_kept_error", "precisions", "error", "gb_per_s")
     return f"{facts}: " + ", ".join(f"{key} {row[key]}" for key in keys if key in row)
 
 
@@ -128,42 +135,73 @@ class Plan:
         return 3 if self.tiny else 0
 
 
+def ceiling_jobs(plan: Plan, models: Models) -> Iterator[Job]:
+    yield Job("ceilings", {}, partial(ceilings, plan.device, plan.runs), needs=3)
+
+
+def step_parity_jobs(plan: Plan, models: Models) -> Iterator[Job]:
+    facts = {"model": f"DiT-{plan.small}/2", "pixels": plan.pixels}
+    yield Job("step parity", facts, partial(step_parity, models, plan.small, plan.pixels), needs=15)
+
+
 def parity_jobs(plan: Plan, models: Models) -> Iterator[Job]:
-    for form in FORMS:
+    for form in models.forms:
         facts = {"model": f"DiT-{plan.small}/2", "pixels": plan.pixels, "form": form}
         yield Job("parity", facts, partial(parity, models, plan.small, plan.pixels, form), needs=15)
 
 
+def step_jobs(plan: Plan, models: Models) -> Iterator[Job]:
+    """Full and skip steps of both models at both sizes, as CUDA graphs; then eager and compiled."""
+
+    def job(size: str, pixels: int, dtype: str, batch: int, runtime: str, rank: int) -> Job:
+        case = Case(size, pixels, "steps")
+        facts = {"model": case.model, "pixels": pixels, "batch": batch, "dtype": dtype, "runtime": runtime}
+        measure = partial(step_latency, models, case, dtype, batch, (2, 4, 8), runtime, plan.runs)
+        return Job("steps", facts, measure, runtime_needs(size, runtime), rank, partial(models.seconds, case, dtype))
+
+    if plan.tiny:
+        yield job("S", plan.pixels, "bf16", 2, RUNTIMES[plan.device.type == "cuda"], FIRST)
+        return
+    for size, pixels in MODELS:
+        yield from (job(size, pixels, "bf16", batch, "CUDA graph", FIRST) for batch in (8, 1, 32))
+    yield from (job(size, 256, "bf16", 8, "eager", LAST) for size in ("XL", "B"))
+    yield job("B", 256, "fp16", 8, "CUDA graph", LAST)
+    yield from (job(size, 256, "bf16", 8, "compiled, CUDA graph", LAST) for size in ("B", "XL"))
+
+
+MODELS = (("XL", 256), ("B", 256), ("XL", 512), ("B", 512))
+
+
+def runtime_needs(size: str, runtime: str) -> float:
+    """Seconds that a case takes when its model is there."""
+    return (150.0 if size == "XL" else 70.0) if "compiled" in runtime else 8.0
+
+
 def latency_jobs(plan: Plan, models: Models) -> Iterator[Job]:
-    """The most telling first: batch 8 at 4x in bf16; then compiled; then other ratios, batches, precision and size."""
+    """The most telling first: 4x in bf16 as CUDA graphs; then eager and compiled, other ratios and precision."""
 
     def job(size: str, pixels: int, form: str, dtype: str, batch: int, ratio: float, runtime: str, rank: int) -> Job:
         case = Case(size, pixels, form)
         facts = {"model": case.model, "pixels": pixels, "batch": batch, "form": form, "ratio": ratio}
         args = (models, case, dtype, batch, ratio, runtime, plan.runs)
-        needs = (150.0 if size == "XL" else 70.0) if "compiled" in runtime else 8.0
         facts |= {"dtype": dtype, "runtime": runtime}
+        needs = runtime_needs(size, runtime)
         return Job("latency", facts, partial(latency, *args), needs, rank, partial(models.seconds, case, dtype))
 
+    forms = models.forms
     if plan.tiny:
-        for form in FORMS:
+        for form in forms:
             for runtime in RUNTIMES[:1] if plan.device.type == "cpu" else RUNTIMES:
                 yield job("S", plan.pixels, form, "bf16", 2, 4, runtime, FIRST)
         return
+    for size, pixels in MODELS:
+        for batch in (8, 1, 32):
+            yield from (job(size, pixels, form, "bf16", batch, 4, "CUDA graph", FIRST) for form in forms)
     for size in ("XL", "B"):
-        for form in FORMS:
-            for runtime in RUNTIMES[:2]:
-                yield job(size, 256, form, "bf16", 8, 4, runtime, FIRST)
-    for form in FORMS:
-        yield job("B", 256, form, "bf16", 8, 4, "compiled, CUDA graph", LAST)
-    yield from (job("B", 256, form, "bf16", 8, ratio, "CUDA graph", LAST) for ratio in (1, 2, 16) for form in FORMS)
-    yield from (job("B", 256, form, "bf16", batch, 4, "CUDA graph", LAST) for batch in (1, 32) for form in FORMS)
-    yield from (job("XL", 256, form, "bf16", 8, ratio, "CUDA graph", LAST) for ratio in (1, 2, 16) for form in FORMS)
-    yield from (job("XL", 256, form, "bf16", batch, 4, "CUDA graph", LAST) for batch in (1, 32) for form in FORMS)
-    yield from (job("XL", 256, form, "bf16", 8, 4, "compiled, CUDA graph", LAST) for form in ("carry", "chunk, varlen"))
-    yield from (job("XL", 512, form, "bf16", 8, ratio, "CUDA graph", LAST) for ratio in (4, 16) for form in FORMS)
-    yield from (job("B", 256, form, "fp16", 8, 4, "CUDA graph", LAST) for form in FORMS)
-    yield from (job("B", 512, form, "bf16", 8, 4, "CUDA graph", LAST) for form in FORMS)
+        yield from (job(size, 256, form, "bf16", 8, 4, "eager", LAST) for form in forms)
+        yield from (job(size, 256, form, "bf16", 8, ratio, "CUDA graph", LAST) for ratio in (2, 16) for form in forms)
+    yield from (job("B", 256, form, "fp16", 8, 4, "CUDA graph", LAST) for form in forms)
+    yield from (job("B", 256, form, "bf16", 8, 4, "compiled, CUDA graph", LAST) for form in forms)
 
 
 def attention_jobs(plan: Plan, models: Models) -> Iterator[Job]:
@@ -226,6 +264,9 @@ def check_provider(on_gpu: bool) -> None:
 
 
 JOBS: dict[str, Callable[[Plan, Models], Iterator[Job]]] = {
+    "ceilings": ceiling_jobs,
+    "step parity": step_parity_jobs,
+    "steps": step_jobs,
     "parity": parity_jobs,
     "latency": latency_jobs,
     "attention": attention_jobs,
@@ -235,15 +276,17 @@ JOBS: dict[str, Callable[[Plan, Models], Iterator[Job]]] = {
 
 
 def jobs(parts: tuple[str, ...], plan: Plan, models: Models) -> list[Job]:
-    """The cases of these parts, those of the first rank before all others."""
+    """The cases of these parts, those of the first rank before all others, and of one model and size together."""
     makers = dict.fromkeys(JOBS[part] for part in PARTS if part in parts)
     found = [job for maker in makers for job in maker(plan, models) if job.part in parts]
-    return sorted(found, key=lambda job: job.priority)
+    places = list(dict.fromkeys(job.place for job in found))
+    return sorted(found, key=lambda job: (job.priority, places.index(job.place)))
 
 
 def parsed(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Parity, latency and memory on a GPU, original against converted.")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS), help="of converted models")
     parser.add_argument("--minutes", type=float, default=9.0, help="when it ends, whatever is under way")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument(
@@ -269,9 +312,10 @@ def prepared(args: argparse.Namespace) -> tuple[Record, list[Job]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = Plan(device, args.tiny, args.runs)
     settings = {"device": device.type, "tiny": args.tiny, "runs": args.runs, "minutes": args.minutes}
+    settings["forms"] = args.forms
     settings["convert_on"] = args.convert_on
     made_on = device if args.convert_on == "device" else torch.device("cpu")
-    models = Models(device, (4,) if args.tiny else (1, 2, 4, 16), made_on, plan.depth)
+    models = Models(device, (4,) if args.tiny else (2, 4, 16), made_on, plan.depth, forms=args.forms)
     record = Record(args.out, settings, time.monotonic() + 60 * args.minutes)
     return record, jobs(tuple(args.parts), plan, models)
 

@@ -8,12 +8,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
+from dcconvert.api import dit_inputs
+from dcconvert.dit import DiT
 from dcconvert.passes.carry_plan import CarryPlan
+from dcconvert.passes.infra import Options, placeholders, run_passes
 from dcconvert.passes.model import DynamicModel, TorchState
+from dcconvert.passes.normalise import Normalise
+from dcconvert.passes.pipeline import captured, copy_graph
 from dcconvert.passes.plan import Plan
+from dcconvert.passes.real_numbers import RealNumbers
+from dcconvert.passes.retarget import retype, to_device
 from dcconvert.passes.run import Run
+from dcconvert.passes.split_steps import SplitSteps
 from dcconvert.passes.step_planner import StepPlanner
+from dcconvert.passes.token_stream import FindTokenStream
 
 RUNTIMES = ("eager", "CUDA graph", "compiled", "compiled, CUDA graph")
 
@@ -134,3 +144,40 @@ class OriginalRuntime:
         if self._captured is None:
             self._captured = Captured(self._function, args, [False] * len(args))
         return self._captured(*args)
+
+
+class Steps:
+    """A DiT as the graphs of runs that compute the whole trunk or nothing of it; all share the DiT's weights."""
+
+    def __init__(self, original: GraphModule, full: GraphModule, skip: GraphModule) -> None:
+        self.graphs: dict[str, GraphModule] = {"original": original, "full": full, "skip": skip}
+
+    @classmethod
+    def of(cls, dit: DiT) -> Steps:
+        program = captured(dit, dit_inputs(dit, 3), {}, Options(mode="carry"))
+        run_passes(program, (Normalise(), RealNumbers(), FindTokenStream()))
+        original = copy_graph(program)
+        run_passes(program, (SplitSteps(),))
+        assert program.full is not None
+        assert program.skip is not None
+        return cls(original, program.full, program.skip)
+
+    def moved(self, device: torch.device, dtype: torch.dtype) -> Steps:
+        """On a device and in a precision; the weights may be there already."""
+        for graph in self.graphs.values():
+            graph.to(device, dtype)
+        for name, graph in self.graphs.items():
+            to_device(graph, device)
+            if dtype != torch.float32:
+                retype(graph, self.example(name, dtype), torch.float32, dtype)
+        return self
+
+    def example(self, name: str, dtype: torch.dtype) -> list[Tensor]:
+        """Inputs of a graph by their captured shapes, batch 2."""
+        found = []
+        for node in placeholders(self.graphs[name].graph):
+            value = node.meta["val"]
+            shape = [size if isinstance(size, int) else 2 for size in value.shape]
+            kept = node.name == "t" or not value.is_floating_point()
+            found.append(torch.zeros(shape, dtype=value.dtype if kept else dtype, device=value.device))
+        return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,10 @@ from torch import Tensor
 
 import dcconvert
 from benchmarks.common import SIZES, random_dit
-from benchmarks.gpu_backend import OriginalRuntime, TorchRuntime
+from benchmarks.gpu_backend import OriginalRuntime, Steps, TorchRuntime
 from dcconvert.api import Converted, dit_inputs
 from dcconvert.dit import DiT
-from dcconvert.export.compute import converted_gmacs, original_gmacs
+from dcconvert.export.compute import converted_bytes, converted_gmacs, count_bytes, original_gmacs
 from dcconvert.export.latency import interleaved, spread
 from dcconvert.passes.infra import Options
 from dcconvert.passes.plan import Planner
@@ -55,17 +55,32 @@ class Models:
     made_on: torch.device
     depth: int = 0  # blocks, 0 for those of the published size
     flop_ratios: dict[tuple[Case, float], float] = field(default_factory=dict)
-    _known: dict[tuple[str, int, str], tuple[DiT, dict[str, Converted]]] = field(default_factory=dict)
+    forms: Sequence[str] = tuple(FORMS)
+    _known: dict[tuple[str, int, str], tuple[DiT, dict[str, Converted], Steps]] = field(default_factory=dict)
 
     def get(self, case: Case, dtype: str) -> tuple[DiT, Converted]:
         """The original and the model of a case on the device; all forms share the weights."""
         key = (case.size, case.pixels, dtype)
-        if key not in self._known:
-            dit = random_dit(case.size, 2, case.pixels, depth=self.depth).to(self.made_on)
-            made = {form: self.converted(replace(case, form=form), dit) for form in FORMS}
-            self._known[key] = dit, {form: model.to(self.device, DTYPES[dtype]) for form, model in made.items()}
-        dit, models = self._known[key]
+        dit, models, _ = self.all_forms(key)
         return dit, models[case.form]
+
+    def steps(self, case: Case, dtype: str) -> tuple[DiT, Steps]:
+        """The original and its full and skip steps on the device."""
+        dit, _, steps = self.all_forms((case.size, case.pixels, dtype))
+        return dit, steps
+
+    def all_forms(self, key: tuple[str, int, str]) -> tuple[DiT, dict[str, Converted], Steps]:
+        """Everything is made before anything is moved, because the weights are shared."""
+        size, pixels, dtype = key
+        if key not in self._known:
+            for known in [k for k in self._known if k[:2] != key[:2]]:
+                del self._known[known]  # cases come model by model
+            dit = random_dit(size, 2, pixels, depth=self.depth).to(self.made_on)
+            made = {form: self.converted(Case(size, pixels, form), dit) for form in self.forms}
+            steps = Steps.of(dit)
+            there = {form: model.to(self.device, DTYPES[dtype]) for form, model in made.items()}
+            self._known[key] = dit, there, steps.moved(self.device, DTYPES[dtype])
+        return self._known[key]
 
     def seconds(self, case: Case, dtype: str) -> float:
         """What making the model is likely to take, if it is not there yet."""
@@ -185,6 +200,8 @@ def latency(
         memory = {} if runtime.endswith("CUDA graph") else peaks(calls, model, batch, device)
     speedup = float(np.median(times["original"]) / np.median(times["converted"]))
     flop_ratio = models.flop_ratios[case, ratio]
+    whole = count_bytes(model.original_graph, tuple(inputs[name] for name in model.spec.inputs))
+    part = converted_bytes(model, inputs, int(counts[0]))
     return {
         "tokens": model.spec.tokens,
         "kept": int(counts[0]),
@@ -195,6 +212,7 @@ def latency(
         "flop_ratio": flop_ratio,
         "efficiency": round(speedup / flop_ratio, 3),
         "state_mb": round(model.spec.state_bytes * batch / MEGABYTE, 1),
+        "bytes": {"original": asdict(whole), "converted": asdict(part)},
         **memory,
     }
 

@@ -1,38 +1,59 @@
-"""The GPU's table."""
+"""The GPU's tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+GIGA, TERA = 1e9, 1e12
+CAPTURED = {"dtype": "bf16", "runtime": "CUDA graph"}
+
+Row = dict[str, Any]
+
 
 def gpu_table(result: dict[str, Any], markdown: Callable[..., str]) -> str:
-    """Batch 8 at 4x, everything that was measured."""
-    found = [row for row in result["rows"] if row["part"] in ("latency", "onnxruntime", "tensorrt")]
-    wanted = {"batch": 8, "ratio": 4, "pixels": 256}
-    shown = [row for row in found if "skipped" not in row and wanted.items() <= row.items()]
-    rows = [
-        [
-            f"{row['model']}, {row['form']}, {row.get('runtime', row['part'])}, {row['dtype']}",
-            f"{row['original_ms']['median']:.2f}",
-            f"{row['converted_ms']['median']:.2f}",
-            f"{row['speedup']:.2f}",
-            f"{row['flop_ratio']:.2f}",
-            f"{row['efficiency']:.2f}",
-            megabytes(row, "original_peak_mb"),
-            megabytes(row, "converted_peak_mb"),
-        ]
-        for row in shown
-    ]
-    headers = ["batch 8, 256 px, 4x", "original, ms", "converted, ms", "times faster", "fewer operations"]
-    headers += ["share reached", "original, MB", "converted, MB"]
+    """One line a model, size and batch: the original, a full and a skip step, and both ways to run at 4x."""
+    measured = [row for row in result["rows"] if "skipped" not in row]
+    [ceiling] = [row for row in measured if row["part"] == "ceilings"]
+    lines = [table_row(row, measured, ceiling) for row in measured if row["part"] == "steps" and captured(row)]
+    headers = ["bf16, CUDA graphs", "original, ms", "bound, ms", "full step, ms", "skip step, ms"]
+    headers += ["4x by steps, times faster", "4x by tokens, times faster", "state by steps, MB", "by tokens, MB"]
     facts = result["machine"]
     skipped = sum("skipped" in row for row in result["rows"])
+    rates = f"{ceiling['tflops_bf16']:.0f} TFLOP/s", f"{ceiling['gb_per_s'] / 1000:.1f} TB/s"
     note = (
-        f"\nMeasured on a GPU: {facts['gpu']}; torch {facts['torch']}. Random weights; {skipped} cases were skipped.\n"
+        f"\nMeasured on a GPU: {facts['gpu']}; torch {facts['torch']}, random weights; {skipped} cases were skipped "
+        f"for want of time. Bound: the time that the original's operations take at {rates[0]}, or its weights, inputs "
+        f"and outputs at {rates[1]}, whichever is longer; both rates were measured in the same run, by a large matrix "
+        "product and a large copy.\n"
     )
-    return markdown(headers, rows) + note
+    return markdown(headers, lines) + note
 
 
-def megabytes(row: dict[str, Any], key: str) -> str:
-    return f"{row[key]:,.0f}" if row.get(key) else ""
+def captured(row: Row) -> bool:
+    return CAPTURED.items() <= row.items()
+
+
+def table_row(row: Row, measured: list[Row], ceiling: Row) -> list[str]:
+    place = {name: row[name] for name in ("model", "pixels", "batch")}
+    wanted = {**CAPTURED, **place, "part": "latency", "form": "carry", "ratio": 4}
+    carry = next((other for other in measured if wanted.items() <= other.items()), None)
+    [by_steps] = [run for run in row["runs"] if run["ratio"] == 4]
+    return [
+        f"{row['model']}, {row['pixels']} px, batch {row['batch']}",
+        f"{row['original_ms']['median']:.2f}",
+        f"{bound(row, ceiling):.2f}",
+        f"{row['full_ms']['median']:.2f}",
+        f"{row['skip_ms']['median']:.2f}",
+        f"{by_steps['speedup']:.2f}",
+        f"{carry['speedup']:.2f}" if carry else "",
+        f"{row['state_mb']:,.0f}",
+        f"{carry['state_mb']:,.0f}" if carry else "",
+    ]
+
+
+def bound(row: Row, ceiling: Row, graph: str = "original") -> float:
+    """The least milliseconds of a graph by operations and by bytes, at the rates that were measured."""
+    operations = 2 * row["gmacs"][graph] * row["batch"] * GIGA / (ceiling["tflops_bf16"] * TERA)
+    moved = row["bytes"][graph]["least"] / (ceiling["gb_per_s"] * GIGA)
+    return 1e3 * max(operations, moved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import dcconvert
-from benchmarks import gpu, gpu_cases, tables
+from benchmarks import gpu, gpu_cases, gpu_table, tables
 from benchmarks.gpu_backend import TorchRuntime
 from dcconvert.passes.infra import Options
 from dcconvert.passes.retarget import in_place
@@ -28,7 +29,8 @@ def run(out: Path, *words: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(tmp_path_factory.mktemp("gpu") / "gpu.json", "--parts", "parity", "latency", "attention", "tensorrt")
+    parts = [part for part in gpu.PARTS if part != "onnxruntime"]
+    return run(tmp_path_factory.mktemp("gpu") / "gpu.json", "--parts", *parts)
 
 
 def rows(result: dict[str, Any], part: str) -> list[dict[str, Any]]:
@@ -36,7 +38,7 @@ def rows(result: dict[str, Any], part: str) -> list[dict[str, Any]]:
 
 
 def test_every_case_is_measured_or_says_why_not(result):
-    assert {row["part"] for row in result["rows"]} == {"parity", "latency", "attention", "tensorrt"}
+    assert {row["part"] for row in result["rows"]} == {*gpu.PARTS} - {"onnxruntime"}
     for row in rows(result, "parity") + rows(result, "latency") + rows(result, "attention"):
         assert "skipped" not in row, row
     assert result["settings"]["tiny"] is True
@@ -170,25 +172,56 @@ def test_a_trial_does_not_take_the_place_of_the_result(capsys):
 
 def test_the_most_telling_cases_come_first():
     plan = gpu.Plan(torch.device("cuda"), tiny=False, runs=20)
-    found = gpu.jobs(("latency",), plan, gpu_cases.Models(plan.device, (1, 4), torch.device("cpu")))
-    first = [job.facts for job in found[:6]]
-    assert all(f["model"] == "DiT-XL/2" and (f["batch"], f["ratio"], f["dtype"]) == (8, 4, "bf16") for f in first)
-    assert {f["form"] for f in first} == set(gpu_cases.FORMS)
-    covered = {(job.facts["model"], job.facts["pixels"]) for job in found}
-    assert covered == {(f"DiT-{size}/2", pixels) for size in ("XL", "B") for pixels in (256, 512)}
-    for name, values in {"batch": {1, 8, 32}, "ratio": {1, 2, 4, 16}, "dtype": {"fp16", "bf16"}}.items():
-        assert {job.facts[name] for job in found} == values
+    found = gpu.jobs(("steps", "latency"), plan, gpu_cases.Models(plan.device, (1, 4), torch.device("cpu")))
+    first = [job.facts for job in found[:12]]
+    assert {(f["model"], f["pixels"], f["dtype"]) for f in first} == {("DiT-XL/2", 256, "bf16")}
+    assert [f["batch"] for f in first[:3]] == [8, 1, 32]
+    assert {f.get("form", "steps") for f in first} == {"steps", *gpu_cases.FORMS}
+    covered = {(job.facts["model"], job.facts["pixels"], job.facts["batch"]) for job in found if job.priority == 1}
+    assert covered == set(itertools.product(("DiT-XL/2", "DiT-B/2"), (256, 512), (1, 8, 32)))
+    for name, values in {"ratio": {2, 4, 16}, "dtype": {"fp16", "bf16"}}.items():
+        assert {job.facts[name] for job in found if job.part == "latency"} == values
+
+
+def test_cases_that_share_a_model_follow_each_other():
+    plan = gpu.Plan(torch.device("cuda"), tiny=False, runs=20)
+    found = gpu.jobs(gpu.PARTS, plan, gpu_cases.Models(plan.device, (1, 4), torch.device("cpu")))
+    for rank in (gpu.FIRST, gpu.LAST):
+        places = [place for place, _ in itertools.groupby(job.place for job in found if job.priority == rank)]
+        assert len(places) == len(set(places))
+
+
+def test_steps_of_all_or_nothing(result):
+    [row] = rows(result, "steps")
+    assert row["gmacs"]["full"] == row["gmacs"]["original"] > 20 * row["gmacs"]["skip"]
+    assert row["bytes"]["skip"]["unfused"] < row["bytes"]["original"]["unfused"] < row["bytes"]["full"]["unfused"]
+    for run in row["runs"]:
+        mean = run["full_share"] * row["gmacs"]["full"] + (1 - run["full_share"]) * row["gmacs"]["skip"]
+        assert row["gmacs"]["original"] / mean == pytest.approx(run["ratio"], rel=0.02)
+    [parity] = rows(result, "step parity")
+    assert all(found["within"] for found in parity["precisions"].values())
+    [ceiling] = rows(result, "ceilings")
+    assert ceiling["gb_per_s"] > 0 < ceiling["tflops_bf16"]
 
 
 def test_the_table_shows_a_result(tmp_path, monkeypatch, result):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.gpu() == "On a GPU: not measured yet.\n"
     shown = {**result, "machine": {**result["machine"], "gpu": "a GPU"}}
-    shown["rows"] = [{**row, "batch": 8, "pixels": 256} for row in result["rows"]]
+    shown["rows"] = [{**row, "runtime": "CUDA graph"} for row in result["rows"]]
     (tmp_path / "gpu.json").write_text(json.dumps(shown))
-    for form in gpu_cases.FORMS:
-        assert f"| DiT-S/2, {form}, eager, bf16 | " in tables.gpu()
+    [steps], [carry] = rows(result, "steps"), [row for row in rows(result, "latency") if row["form"] == "carry"]
+    [by_steps] = [run["speedup"] for run in steps["runs"] if run["ratio"] == 4]
+    assert "| DiT-S/2, 64 px, batch 2 | " in tables.gpu()
+    assert f"| {by_steps:.2f} | {carry['speedup']:.2f} |" in tables.gpu()
     assert "Measured on a GPU: a GPU; torch" in tables.gpu()
+
+
+def test_the_bound_is_the_slower_of_operations_and_bytes():
+    ceiling = {"tflops_bf16": 100, "gb_per_s": 1000}
+    for least, wanted in ((1_000_000_000, 2.0), (5_000_000_000, 5.0)):  # 200 G operations take two milliseconds
+        row = {"gmacs": {"original": 50}, "batch": 2, "bytes": {"original": {"least": least}}}
+        assert gpu_table.bound(row, ceiling) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("mode", ["carry", "chunk"])
