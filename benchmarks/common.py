@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import dcconvert
 from dcconvert.api import machine
 from dcconvert.dit import DiT, DiTConfig
 
 RESULTS = Path(__file__).parent / "results"
+ASSETS = Path(__file__).parent / "assets"
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
 
@@ -40,4 +43,17 @@ def write_result(name: str, settings: dict[str, Any], rows: list[dict[str, Any]]
     work = path.with_name(f".{path.name}.part")
     work.write_text(json.dumps(facts, indent=1) + "\n")
     work.replace(path)
+    return path
+
+
+def cifar_dit(folder: Path) -> Path:
+    """Write the CIFAR-10 reference model, which is kept in two parts, as one checkpoint in `folder`; its path."""
+    parts = sorted((ASSETS / "cifar_dit").glob("part_*.safetensors"))
+    tensors: dict[str, torch.Tensor] = {}
+    for part in parts:
+        tensors |= load_file(part)
+    with safe_open(parts[0], "pt") as first:
+        facts = first.metadata()
+    path = folder / "cifar_dit.safetensors"
+    save_file(tensors, path, metadata=facts)
     return path

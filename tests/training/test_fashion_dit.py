@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import dcconvert
 from training import fashion_dit
+from training.trainer import WARMUP_STEPS, Trainer, learning_rate
 
 
 @pytest.fixture
@@ -36,23 +37,23 @@ def train(monkeypatch: pytest.MonkeyPatch, out: Path, data: Path, steps: int, st
     small = dcconvert.DiTConfig(
         depth=2, width=32, heads=2, patch=8, image_size=32, in_channels=1, num_classes=10, learn_sigma=False
     )
-    monkeypatch.setattr(fashion_dit, "CONFIG", small)
-    words = ["--out", out, "--data", data, "--samples", 4 * steps, "--batch", 4, "--log-every", 1, "--no-compile"]
-    monkeypatch.setattr(sys, "argv", ["fashion_dit", *map(str, words)])
+    monkeypatch.setattr(fashion_dit, "RECIPE", replace(fashion_dit.RECIPE, config=small))
+    options = ["--out", out, "--data", data, "--samples", 4 * steps, "--batch", 4, "--log-every", 1, "--no-compile"]
+    words = [*map(str, options), "--device", "cpu"]
     if stop is not None:
-        counted = fashion_dit.Trainer.train_step
+        counted = Trainer.train_step
 
-        def until_killed(self: fashion_dit.Trainer, *batch: torch.Tensor) -> float:
+        def until_killed(self: Trainer, *batch: torch.Tensor) -> torch.Tensor:
             if self.step == stop:
                 raise KeyboardInterrupt
-            return counted(self, *batch)  # type: ignore[arg-type]
+            return counted(self, *batch)
 
         with monkeypatch.context() as patch:
-            patch.setattr(fashion_dit.Trainer, "train_step", until_killed)
+            patch.setattr(Trainer, "train_step", until_killed)
             with pytest.raises(KeyboardInterrupt):
-                fashion_dit.main()
+                fashion_dit.main(words)
     else:
-        fashion_dit.main()
+        fashion_dit.main(words)
 
 
 def test_images_are_padded_and_scaled(data: Path) -> None:
@@ -65,9 +66,10 @@ def test_images_are_padded_and_scaled(data: Path) -> None:
 
 
 def test_rate_warms_up_then_falls_to_zero() -> None:
-    assert fashion_dit.learning_rate(0, 0, 1000) == 1 / fashion_dit.WARMUP_STEPS
-    assert fashion_dit.learning_rate(100, 10_000, 1000) == 1
-    assert fashion_dit.learning_rate(1000, 10_000, 1000) == 0
+    assert learning_rate(0, 0) == 1 / WARMUP_STEPS
+    assert learning_rate(0.1, 10_000) == 1
+    assert 0 < learning_rate(0.9, 10_000) < learning_rate(0.7, 10_000) < 1
+    assert learning_rate(1, 10_000) == learning_rate(1.1, 10_000) == 0
 
 
 def test_a_killed_run_ends_with_the_weights_of_one_that_ran_through(
@@ -86,4 +88,4 @@ def test_the_export_is_a_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     train(monkeypatch, tmp_path / "run", data, steps=1)
     dit = dcconvert.load_checkpoint(tmp_path / "run" / "fashion_dit.safetensors")
     assert dit.checkpoint_info.prediction == "flow"
-    assert dit.checkpoint_info.class_names == fashion_dit.CLASS_NAMES
+    assert dit.checkpoint_info.class_names == list(fashion_dit.CLASS_NAMES)
