@@ -19,12 +19,12 @@ import torch
 
 import dcconvert
 from benchmarks.common import SIZES, random_dit, write_result
-from dcconvert.evaluate import Runtime, compute_section, latency_section
+from dcconvert.evaluate.measure_steps import Runtime, compute_section, latency_section
 from dcconvert.export.buckets import ladder
-from dcconvert.export.onnx_export import export_onnx
-from dcconvert.passes.history import SLOTS
-from dcconvert.passes.schedule import AUTO, Schedule
-from dcconvert.passes.step_planner import StepPlanner
+from dcconvert.export.onnx.export import export_onnx
+from dcconvert.passes.planning.schedule import AUTO, Schedule
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.planning.token_history import SLOTS
 
 
 def main() -> None:

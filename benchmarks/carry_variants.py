@@ -24,12 +24,12 @@ from torch import Tensor
 
 import dcconvert
 from benchmarks.common import write_result
-from dcconvert.commands import shipped_model
-from dcconvert.dit import Block, DiT, modulate
-from dcconvert.images import psnr
-from dcconvert.passes.routers import even_priorities
-from dcconvert.passes.schedule import AUTO, Schedule
-from dcconvert.sampling import Sampler, initial_noise, labels_for
+from dcconvert.commands.sample import shipped_model
+from dcconvert.images.pixels import psnr
+from dcconvert.models.dit import Block, DiT, modulate
+from dcconvert.passes.modules.routers import even_priorities
+from dcconvert.passes.planning.schedule import AUTO, Schedule
+from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
 
 
 @dataclass(frozen=True)

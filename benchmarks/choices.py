@@ -19,12 +19,12 @@ from torch import Tensor
 import dcconvert
 from benchmarks.common import write_result
 from dcconvert.api import Converted
-from dcconvert.commands import shipped_model
-from dcconvert.evaluate import ConvertedStep, compute_section
-from dcconvert.images import psnr_mean
-from dcconvert.passes.infra import Options
-from dcconvert.passes.step_planner import StepPlanner
-from dcconvert.sampling import Sampler, Step, initial_noise, labels_for
+from dcconvert.commands.sample import shipped_model
+from dcconvert.evaluate.measure_steps import ConvertedStep, compute_section
+from dcconvert.images.pixels import psnr_mean
+from dcconvert.passes.ir.program import Options
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
 
 BASE = Options(mode="chunk", router="predictability")
 ONE_AT_A_TIME: tuple[dict[str, Any], ...] = (

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import dcconvert
 from dcconvert.api import machine
-from dcconvert.dit import DiT, DiTConfig
+from dcconvert.models.dit import DiT, DiTConfig
 
 RESULTS = Path(__file__).parent / "results"
 ASSETS = Path(__file__).parent / "assets"

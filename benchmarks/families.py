@@ -21,23 +21,23 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import write_result
-from dcconvert.dit import DiT, DiTConfig
-from dcconvert.export.onnx_export import export_onnx
-from dcconvert.export.parity import (
+from dcconvert.export.checks.parity import (
     check_batch_invariance,
     check_identity,
     check_isolation,
     check_runtime,
     keeps_original,
 )
-from dcconvert.passes.errors import DcconvertError
-from dcconvert.passes.infra import Options
-from dcconvert.passes.layout import Bucket
-from dcconvert.passes.model import DynamicModel
+from dcconvert.export.onnx.export import export_onnx
+from dcconvert.methods.presets import preset_options
+from dcconvert.models.dit import DiT, DiTConfig
+from dcconvert.passes.ir.errors import DcconvertError
+from dcconvert.passes.ir.program import Options
 from dcconvert.passes.option_checks import MODES
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.schedule import Schedule
-from dcconvert.presets import preset_options
+from dcconvert.passes.planning.layout import Bucket
+from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.runtime.model import DynamicModel
 
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a module and one call of it
 

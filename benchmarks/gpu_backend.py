@@ -11,19 +11,19 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from dcconvert.api import dit_inputs
-from dcconvert.dit import DiT
-from dcconvert.passes.carry_plan import CarryPlan
-from dcconvert.passes.infra import Options, placeholders, run_passes
-from dcconvert.passes.model import DynamicModel, TorchState
-from dcconvert.passes.normalise import Normalise
+from dcconvert.models.dit import DiT
+from dcconvert.passes.frontend.canonicalise import Normalise
+from dcconvert.passes.frontend.complex_to_real import RealNumbers
+from dcconvert.passes.frontend.token_stream import FindTokenStream
+from dcconvert.passes.ir.program import Options, placeholders, run_passes
 from dcconvert.passes.pipeline import captured, copy_graph
-from dcconvert.passes.plan import Plan
-from dcconvert.passes.real_numbers import RealNumbers
-from dcconvert.passes.retarget import retype, to_device
-from dcconvert.passes.run import Run
-from dcconvert.passes.split_steps import SplitSteps
-from dcconvert.passes.step_planner import StepPlanner
-from dcconvert.passes.token_stream import FindTokenStream
+from dcconvert.passes.planning.carry_plan import CarryPlan
+from dcconvert.passes.planning.chunk_plan import Plan
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.rewrite.retarget import retype, to_device
+from dcconvert.passes.rewrite.split_steps import SplitSteps
+from dcconvert.passes.runtime.model import DynamicModel, TorchState
+from dcconvert.passes.runtime.run import Run
 
 RUNTIMES = ("eager", "CUDA graph", "compiled", "compiled, CUDA graph")
 

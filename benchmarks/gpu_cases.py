@@ -14,12 +14,12 @@ import dcconvert
 from benchmarks.common import SIZES, random_dit
 from benchmarks.gpu_backend import OriginalRuntime, Steps, TorchRuntime
 from dcconvert.api import Converted, dit_inputs
-from dcconvert.dit import DiT
-from dcconvert.export.compute import converted_bytes, converted_gmacs, count_bytes, original_gmacs
-from dcconvert.export.latency import interleaved, spread
-from dcconvert.passes.infra import Options
-from dcconvert.passes.plan import Planner
-from dcconvert.passes.retarget import in_place
+from dcconvert.export.checks.flops import converted_bytes, converted_gmacs, count_bytes, original_gmacs
+from dcconvert.export.checks.latency import interleaved, spread
+from dcconvert.models.dit import DiT
+from dcconvert.passes.ir.program import Options
+from dcconvert.passes.planning.chunk_plan import Planner
+from dcconvert.passes.rewrite.retarget import in_place
 
 FORMS = {
     "carry": Options(mode="carry"),

@@ -17,11 +17,12 @@ import dcconvert
 from benchmarks.common import random_dit
 from benchmarks.gpu_cases import FORMS, TOLERANCES, kept_tokens, telling_std
 from dcconvert.api import Converted
-from dcconvert.build import find_device
+from dcconvert.commands.build import find_device
 from dcconvert.export.buckets import ladder
-from dcconvert.export.compute import converted_gmacs, original_gmacs
-from dcconvert.export.engine_index import Index, write_index
-from dcconvert.export.engines import (
+from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
+from dcconvert.export.checks.latency import interleaved, spread
+from dcconvert.export.checks.parity import as_array
+from dcconvert.export.engines.build import (
     MODULES,
     Engine,
     build_engine,
@@ -31,14 +32,13 @@ from dcconvert.export.engines import (
     plan_engines,
     profile,
 )
-from dcconvert.export.flavours import FLAVOURS
-from dcconvert.export.latency import interleaved, spread
-from dcconvert.export.onnx_export import export_onnx, export_original, graph_names
-from dcconvert.export.parity import as_array
-from dcconvert.export.precision import in_precision
-from dcconvert.export.session import CPU, CUDA, make_session
-from dcconvert.export.static_session import StaticModel, bound
-from dcconvert.export.trt_session import LoadedEngine, TrtModel, backend_module, load_engine
+from dcconvert.export.engines.index import Index, write_index
+from dcconvert.export.onnx.export import export_onnx, export_original, graph_names
+from dcconvert.export.onnx.mixed_precision import in_precision
+from dcconvert.export.onnx.variants import FLAVOURS
+from dcconvert.export.runtimes.ort import CPU, CUDA, make_session
+from dcconvert.export.runtimes.ort_static import StaticModel, bound
+from dcconvert.export.runtimes.trt import LoadedEngine, TrtModel, backend_module, load_engine
 
 Array = np.ndarray
 

@@ -25,9 +25,9 @@ from benchmarks.gpu_cases import (
     synchronised,
     telling_std,
 )
-from dcconvert.export.compute import GIGA, count_bytes, count_macs
-from dcconvert.export.latency import interleaved, spread
-from dcconvert.passes.split_steps import UPDATES
+from dcconvert.export.checks.flops import GIGA, count_bytes, count_macs
+from dcconvert.export.checks.latency import interleaved, spread
+from dcconvert.passes.rewrite.split_steps import UPDATES
 
 
 def ceilings(device: torch.device, runs: int) -> dict[str, Any]:

@@ -20,12 +20,12 @@ import torch
 import dcconvert
 from benchmarks.common import random_dit, write_result
 from dcconvert.api import Converted
-from dcconvert.export.compute import converted_gmacs, original_gmacs
-from dcconvert.export.latency import interleaved, spread
-from dcconvert.export.onnx_export import export_onnx, export_original
-from dcconvert.export.parity import as_array
-from dcconvert.export.session import CPU, OrtModel, make_session, pick
-from dcconvert.passes.infra import Options
+from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
+from dcconvert.export.checks.latency import interleaved, spread
+from dcconvert.export.checks.parity import as_array
+from dcconvert.export.onnx.export import export_onnx, export_original
+from dcconvert.export.runtimes.ort import CPU, OrtModel, make_session, pick
+from dcconvert.passes.ir.program import Options
 
 
 def main() -> None:

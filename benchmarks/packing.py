@@ -25,17 +25,17 @@ import numpy as np
 import dcconvert
 from benchmarks.common import write_result
 from dcconvert.api import Converted
-from dcconvert.commands import shipped_model
+from dcconvert.commands.sample import shipped_model
 from dcconvert.export.buckets import ladder
-from dcconvert.export.latency import interleaved, spread
-from dcconvert.export.onnx_export import export_onnx, export_original
-from dcconvert.export.parity import as_array
-from dcconvert.export.session import CPU, OrtModel, make_session, pick
-from dcconvert.passes.infra import Options
-from dcconvert.passes.plan import Planner
-from dcconvert.passes.row_packing import PACKERS, Packer, efficiency, nnlshp, spfhp
-from dcconvert.passes.schedule import Schedule
-from dcconvert.passes.step_planner import StepPlanner
+from dcconvert.export.checks.latency import interleaved, spread
+from dcconvert.export.checks.parity import as_array
+from dcconvert.export.onnx.export import export_onnx, export_original
+from dcconvert.export.runtimes.ort import CPU, OrtModel, make_session, pick
+from dcconvert.passes.ir.program import Options
+from dcconvert.passes.planning.bin_packing import PACKERS, Packer, efficiency, nnlshp, spfhp
+from dcconvert.passes.planning.chunk_plan import Planner
+from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.step_planner import StepPlanner
 
 CAPACITY, SAMPLES, DEPTH = 512, 100_000, 3
 STEPS = 50

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 import dcconvert
-from dcconvert.commands import shipped_model
+from dcconvert.commands.sample import shipped_model
 from dcconvert.export.bundle import write_whole
-from dcconvert.images import grid_image, png_bytes, to_images
-from dcconvert.sampling import Sampler, initial_noise, labels_for
+from dcconvert.images.pixels import grid_image, png_bytes, to_images
+from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
 
 ROOT = Path(__file__).parent.parent
 ROWS = 4

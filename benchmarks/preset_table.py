@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dcconvert.plots import BLUE, GREY, ORANGE, new_figure, png
+from dcconvert.report.plots import BLUE, GREY, ORANGE, new_figure, png
 
 
 def sparsedit_table(result: dict[str, Any], markdown: Callable[..., str]) -> str:

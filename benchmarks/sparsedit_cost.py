@@ -18,11 +18,11 @@ import torch
 
 from benchmarks.common import write_result
 from dcconvert.api import convert_call, dit_inputs
-from dcconvert.dit import DiT, DiTConfig
-from dcconvert.export.compute import converted_gmacs, original_gmacs
-from dcconvert.passes.pooled_planner import PooledPlanner
-from dcconvert.passes.schedule import CURVE, Schedule
-from dcconvert.presets import WARM_END, preset_options
+from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
+from dcconvert.methods.presets import WARM_END, preset_options
+from dcconvert.models.dit import DiT, DiTConfig
+from dcconvert.passes.planning.pooled_planner import PooledPlanner
+from dcconvert.passes.planning.schedule import CURVE, Schedule
 
 XL = DiTConfig(depth=28, width=1152, heads=16, patch=2, image_size=32)
 # Latent pixels a side, sides of the largest and the smallest pooled grid, and the paper's GMACs. The paper gives rates

@@ -24,8 +24,8 @@ import numpy as np
 
 from benchmarks.common import write_result
 from benchmarks.preset_table import preset_plot
-from dcconvert.commands import shipped_model
-from dcconvert.plots import quality_over_cost
+from dcconvert.commands.sample import shipped_model
+from dcconvert.report.plots import quality_over_cost
 from training.fashion_dit import load_split
 
 STEPS = 25

@@ -18,11 +18,11 @@ if (Path(__file__).parent / "passes").is_file():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
 from dcconvert.api import Converted, convert, load
-from dcconvert.checkpoint import load_checkpoint
-from dcconvert.dit import DiT, DiTConfig
-from dcconvert.passes.errors import CheckFailedError, DcconvertError, UnsupportedModelError, UsageError
-from dcconvert.passes.infra import Options
-from dcconvert.sources import load_model
+from dcconvert.models.dit import DiT, DiTConfig
+from dcconvert.models.dit_checkpoint import load_checkpoint
+from dcconvert.models.load import load_model
+from dcconvert.passes.ir.errors import CheckFailedError, DcconvertError, UnsupportedModelError, UsageError
+from dcconvert.passes.ir.program import Options
 
 __version__ = "0.1.0"
 

@@ -18,23 +18,23 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from dcconvert.checkpoint import LoadedDiT, LoadedRefined
-from dcconvert.dit import DiT, DiTConfig
-from dcconvert.drop_in import DropIn, is_diffusers
 from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.bundle import FORMAT_VERSION, MANIFEST, ONNX, new_folder, read_bundle, write_json, write_model
-from dcconvert.passes.adapters import with_router_adapter
-from dcconvert.passes.errors import UsageError
-from dcconvert.passes.infra import MODE_DEFAULTS, Options
-from dcconvert.passes.model import DynamicModel
+from dcconvert.methods.presets import as_rewritten, preset_options, preset_schedule
+from dcconvert.models.dc_dit import RefinedDiT
+from dcconvert.models.diffusers_wrapper import DropIn, is_diffusers
+from dcconvert.models.dit import DiT, DiTConfig
+from dcconvert.models.dit_checkpoint import LoadedDiT, LoadedRefined
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.ir.program import MODE_DEFAULTS, Options
+from dcconvert.passes.ir.spec import EXAMPLE_BATCH
 from dcconvert.passes.option_checks import check_options
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.schedule import AUTO, LEVELS, Schedule, parse_ratio
-from dcconvert.passes.spec import EXAMPLE_BATCH
-from dcconvert.passes.step_planner import StepPlanner
-from dcconvert.presets import as_rewritten, preset_options, preset_schedule
-from dcconvert.refined import RefinedDiT
-from dcconvert.sampling import Sampler
+from dcconvert.passes.planning.schedule import AUTO, LEVELS, Schedule, parse_ratio
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.rewrite.adapters import with_router_adapter
+from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.sampling.samplers import Sampler
 
 DEFAULT_BATCHES = (1, 8)
 DEFAULT_STEPS = 50
@@ -68,7 +68,7 @@ class Converted(DynamicModel):
 
     def save(self, folder: str | Path, batches: Sequence[int] = DEFAULT_BATCHES, force: bool = False) -> Path:
         """Write a bundle: weights, graphs, ONNX files, manifest. UsageError if the folder exists already."""
-        from dcconvert.export.onnx_export import export_onnx  # needs onnxscript
+        from dcconvert.export.onnx.export import export_onnx  # needs onnxscript
 
         target = Path(folder)
         with new_folder(target, force) as work:
@@ -165,9 +165,9 @@ def convert_call(
         warm_up, refresh: mode carry: how many first steps, and every how many steps after them, compute everything.
         buckets: most numbers of kept tokens that a run uses, each of them a static shape of the exported model.
         options: mode, head and tail blocks, router, seed.
-        preset: a published method, one of `dcconvert.presets.PRESETS`, in the place of schedule and options.
-        refine_grid: preset dc-dit on a DiT: its blocks on tokens of one pixel, as `dcconvert.refined` has them; needs
-            training.
+        preset: a published method, one of `dcconvert.methods.presets.PRESETS`, in the place of schedule and options.
+        refine_grid: preset dc-dit on a DiT: its blocks on tokens of one pixel, as `dcconvert.models.dc_dit` has them;
+            needs training.
         timestep: the input that holds the timestep, where its name does not tell.
         timestep_scale: its value at pure noise.
         grid: (H, W) of the tokens, where it cannot be seen in the model and they are no square.
@@ -215,7 +215,7 @@ def convert_call(
 
 def fitted(model: DynamicModel, sampler: Sampler, config: DiTConfig) -> DynamicModel:
     """The model whose steps find as many tokens as the ratio says; itself where nothing is found."""
-    from dcconvert.settle import settle, starts  # needs onnxscript
+    from dcconvert.methods.fit import settle, starts  # needs onnxscript
 
     return settle(model, sampler, *starts(config)) if model.schedule.found else model
 
@@ -287,7 +287,7 @@ def dit_inputs(model: DiT | RefinedDiT, batch: int, seed: int = 0) -> tuple[Tens
 
 def manifest(model: DynamicModel, rungs: Ladder, **more: Any) -> dict[str, Any]:
     """What a bundle says about itself; `more` is added at the top level."""
-    from dcconvert.export.lowerings import OPSET  # needs onnxscript
+    from dcconvert.export.onnx.lowerings import OPSET  # needs onnxscript
 
     return {
         "format_version": FORMAT_VERSION,

@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from dcconvert import __version__
-from dcconvert.distill import RATES, TRAINABLE, Recipe
-from dcconvert.passes.carry_trunk import STATE_DTYPES
-from dcconvert.passes.errors import DcconvertError, UsageError
-from dcconvert.passes.infra import MODE_DEFAULTS, Options
+from dcconvert.methods.presets import PRESETS, preset_options, preset_schedule
+from dcconvert.models.load import parse_size
+from dcconvert.passes.ir.errors import DcconvertError, UsageError
+from dcconvert.passes.ir.program import MODE_DEFAULTS, Options
+from dcconvert.passes.modules.routers import ROUTERS
 from dcconvert.passes.option_checks import MODES
-from dcconvert.passes.routers import ROUTERS
-from dcconvert.passes.schedule import AUTO, KINDS, LEVELS, parse_ratio
-from dcconvert.presets import PRESETS, preset_options, preset_schedule
-from dcconvert.sampling import SOLVERS, Guidance
-from dcconvert.sources import parse_size
+from dcconvert.passes.planning.schedule import AUTO, KINDS, LEVELS, parse_ratio
+from dcconvert.passes.rewrite.carry_trunk import STATE_DTYPES
+from dcconvert.sampling.samplers import SOLVERS, Guidance
+from dcconvert.train.distillation import RATES, TRAINABLE, Recipe
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 DEFAULTS, RECIPE = Options(), Recipe()
@@ -153,9 +153,9 @@ def commands() -> None:
 @rewriting_options
 def convert(model: Path, out: Path | None, **values: Any) -> None:
     """Convert a checkpoint (the default command): verify, export ONNX, measure, report."""
-    from dcconvert.job import Settings, run_job, set_threads
-    from dcconvert.progress import Stages
-    from dcconvert.report import terminal_table
+    from dcconvert.commands.convert import Settings, run_job, set_threads
+    from dcconvert.report.conversion import terminal_table
+    from dcconvert.terminal import Stages
 
     set_threads(values["threads"])
     head, tail = values["head_blocks"], values["tail_blocks"]
@@ -183,7 +183,7 @@ def convert(model: Path, out: Path | None, **values: Any) -> None:
 @rewriting_options
 def inspect(model: Path, **values: Any) -> None:
     """Say what was recognised in a checkpoint, where it can be cut, and what would be rewritten."""
-    from dcconvert.commands import inspect_checkpoint
+    from dcconvert.commands.sample import inspect_checkpoint
 
     inspect_checkpoint(model, pick_options(values, INSPECT_RATIO), Console(), **values)
 
@@ -208,7 +208,7 @@ def inspect(model: Path, **values: Any) -> None:
 @click.option("-o", "--out", default="samples.png", show_default=True, type=click.Path(path_type=Path))
 def sample(bundle: Path, **values: Any) -> None:
     """Draw images with a bundle into a PNG grid."""
-    from dcconvert.commands import sample_bundle
+    from dcconvert.commands.sample import sample_bundle
 
     guidance = Guidance(values.pop("guidance"), values.pop("lite_cfg"))
     sample_bundle(bundle, Console(), guidance=guidance, **values)
@@ -238,8 +238,8 @@ def sample(bundle: Path, **values: Any) -> None:
 @click.option("--npz", type=click.Path(path_type=Path), help="Folder for the images, as the ADM suite reads them.")
 def evaluate(bundles: tuple[Path, ...], **values: Any) -> None:
     """Measure bundles against the fixed-token original, and the original with fewer steps: cost and final images."""
-    from dcconvert.evaluation import Settings, evaluate_bundles
-    from dcconvert.judge import Wanted
+    from dcconvert.commands.evaluate import Settings, evaluate_bundles
+    from dcconvert.evaluate.image_quality import Wanted
 
     guidance = Guidance(values.pop("guidance"), values.pop("lite_cfg"))
     names = ("images", "seed", "reference_steps", "real", "real_images", "features", "vae")
@@ -256,7 +256,7 @@ def evaluate(bundles: tuple[Path, ...], **values: Any) -> None:
 @click.option("--threads", default=0, type=click.IntRange(0), help="Threads [one a core].")
 def stress(bundle: Path, **values: Any) -> None:
     """Run images full of detail through a bundle, and show in its report where the router starves it."""
-    from dcconvert.stress import Settings, stress_bundle
+    from dcconvert.commands.stress import Settings, stress_bundle
 
     stress_bundle(Settings(bundle, command=command_line(), **values), Console())
 
@@ -272,7 +272,7 @@ def stress(bundle: Path, **values: Any) -> None:
 @click.option("--batch", default=0, type=click.IntRange(0), help="Images at a time [the bundle's largest batch].")
 def calibrate(bundle: Path, **values: Any) -> None:
     """Find the steps, warm-up and kept-fraction curve with the best final images at a given compute, and store them."""
-    from dcconvert.calibrate import Settings, calibrate_bundle
+    from dcconvert.commands.calibrate import Settings, calibrate_bundle
 
     calibrate_bundle(Settings(bundle, command=command_line(), **values), Console())
 
@@ -310,8 +310,8 @@ def calibrate(bundle: Path, **values: Any) -> None:
 @click.option("--threads", default=0, type=click.IntRange(0), help="Threads [one a core].")
 def upcycle(bundle: Path, out: Path | None, **values: Any) -> None:
     """Train a bundle with its original as the teacher. Stopped, the same command goes on."""
-    from dcconvert.training import Settings
-    from dcconvert.upcycle import upcycle_bundle
+    from dcconvert.commands.upcycle import upcycle_bundle
+    from dcconvert.train.loop import Settings
 
     names = ("train", "samples", "batch", "rank", "ratios", "feature_weight", "ratio_weight", "unroll", "ema", "seed")
     recipe = Recipe(lr=values.pop("lr") or 0.0, **{name: values.pop(name) for name in names})
@@ -336,7 +336,7 @@ def build(bundle: Path, **values: Any) -> None:
 
     TensorRT-RTX builds ahead of time, without a GPU.
     """
-    from dcconvert.build import Settings, build_bundle
+    from dcconvert.commands.build import Settings, build_bundle
 
     build_bundle(Settings(bundle, **values), Console())
 
@@ -349,7 +349,7 @@ def build(bundle: Path, **values: Any) -> None:
 @click.option("--force", is_flag=True, help="Replace an existing repository.")
 def triton(bundle: Path, out: Path, name: str, device: str, force: bool) -> None:
     """Write a model repository for NVIDIA Triton Inference Server."""
-    from dcconvert.commands import triton_repository
+    from dcconvert.commands.sample import triton_repository
 
     triton_repository(bundle, out, Console(), name=name, device=device, force=force)
 
@@ -361,7 +361,7 @@ def triton(bundle: Path, out: Path, name: str, device: str, force: bool) -> None
 @click.pass_context
 def demo(ctx: click.Context, ratio: float, out: Path, force: bool) -> None:
     """Run the main job on the small trained model that ships with dcconvert."""
-    from dcconvert.commands import shipped_model
+    from dcconvert.commands.sample import shipped_model
 
     ctx.invoke(convert, model=shipped_model(), ratio=ratio, out=out, force=force)
 

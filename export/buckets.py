@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dcconvert.passes.errors import UsageError
-from dcconvert.passes.layout import MIXED_TILE, Bucket
-from dcconvert.passes.schedule import LEVELS
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.planning.layout import MIXED_TILE, Bucket
+from dcconvert.passes.planning.schedule import LEVELS
 
 __all__ = ["Bucket", "Ladder", "ladder"]
 

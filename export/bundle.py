@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dcconvert.export.buckets import Ladder
-from dcconvert.passes.errors import UsageError
-from dcconvert.passes.model import DynamicModel
-from dcconvert.passes.serialise import model_from_dict, model_tensors, model_to_dict
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.serialise.graph_json import model_from_dict, model_tensors, model_to_dict
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"

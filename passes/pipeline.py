@@ -11,25 +11,25 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 
-from dcconvert.passes.capture import capture, opened
-from dcconvert.passes.carry_trunk import CarryTrunk
-from dcconvert.passes.errors import CheckFailedError
-from dcconvert.passes.gate import NumericGate
-from dcconvert.passes.hoist_constants import HoistConstants
-from dcconvert.passes.infra import Options, Pass, Program, run_passes
-from dcconvert.passes.insert_router import InsertRouter
-from dcconvert.passes.model import DynamicModel
-from dcconvert.passes.normalise import Normalise
+from dcconvert.passes.frontend.canonicalise import Normalise
+from dcconvert.passes.frontend.capture import capture, opened
+from dcconvert.passes.frontend.complex_to_real import RealNumbers
+from dcconvert.passes.frontend.token_stream import FindTokenStream
+from dcconvert.passes.ir.errors import CheckFailedError
+from dcconvert.passes.ir.program import Options, Pass, Program, run_passes
+from dcconvert.passes.ir.spec import ModelSpec, find_inputs
+from dcconvert.passes.numeric_gate import NumericGate
 from dcconvert.passes.option_checks import check_options
-from dcconvert.passes.pack_trunk import PackTrunk
-from dcconvert.passes.patch_sizes import PatchSizes
-from dcconvert.passes.real_numbers import RealNumbers
-from dcconvert.passes.schedule import Schedule
-from dcconvert.passes.sparse_dense import SparseDense
-from dcconvert.passes.spec import ModelSpec, find_inputs
-from dcconvert.passes.split_projections import SplitProjections
-from dcconvert.passes.split_route import SplitRoute
-from dcconvert.passes.token_stream import FindTokenStream
+from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.rewrite.carry_trunk import CarryTrunk
+from dcconvert.passes.rewrite.hoist_constants import HoistConstants
+from dcconvert.passes.rewrite.insert_router import InsertRouter
+from dcconvert.passes.rewrite.pack_trunk import PackTrunk
+from dcconvert.passes.rewrite.patch_sizes import PatchSizes
+from dcconvert.passes.rewrite.sparse_dense import SparseDense
+from dcconvert.passes.rewrite.split_projections import SplitProjections
+from dcconvert.passes.rewrite.split_route import SplitRoute
+from dcconvert.passes.runtime.model import DynamicModel
 
 PIPELINES: dict[str, tuple[Pass, ...]] = {
     "carry": (

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dcconvert.dit import DiTConfig
+from dcconvert.models.dit import DiTConfig
 from training.trainer import Recipe, Trainer, training_parser
 
 RECORD = 1 + 3 * 32 * 32

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcconvert.dit import DiTConfig
+from dcconvert.models.dit import DiTConfig
 from training.trainer import Recipe, Trainer, training_parser
 
 PACKAGE = "dataset-fashion-mnist"

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dcconvert.dit import DiT, DiTConfig
+from dcconvert.models.dit import DiT, DiTConfig
 
 WARMUP_STEPS = 200
 DECAY_FRACTION = 0.35

@@ -9,10 +9,10 @@ import torch
 
 import dcconvert
 from benchmarks.carry_variants import TRIED, Variant, sample
-from dcconvert.evaluate import ConvertedStep
-from dcconvert.passes.infra import Options
-from dcconvert.passes.schedule import AUTO, Schedule
-from dcconvert.sampling import Sampler, initial_noise, labels_for
+from dcconvert.evaluate.measure_steps import ConvertedStep
+from dcconvert.passes.ir.program import Options
+from dcconvert.passes.planning.schedule import AUTO, Schedule
+from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
 from tests.dcconvert.harness import CONFIG, tiny_dit
 
 COUNT = 3

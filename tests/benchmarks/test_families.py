@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import families
 from benchmarks.families import BATCH, FAMILIES, STRUCTURAL, checks, converted, measured
-from dcconvert.export.parity import check_identity, check_isolation
+from dcconvert.export.checks.parity import check_identity, check_isolation
 from dcconvert.passes.option_checks import MODES
 
 REFUSED = {

@@ -15,8 +15,8 @@ import torch
 import dcconvert
 from benchmarks import gpu, gpu_cases, gpu_table, tables
 from benchmarks.gpu_backend import TorchRuntime
-from dcconvert.passes.infra import Options
-from dcconvert.passes.retarget import in_place
+from dcconvert.passes.ir.program import Options
+from dcconvert.passes.rewrite.retarget import in_place
 from tests.passes.harness import dit_call
 
 ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="its reasons are those of a machine without a GPU")

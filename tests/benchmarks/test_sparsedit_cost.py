@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.sparsedit_cost import measured
-from dcconvert.dit import DiTConfig
+from dcconvert.models.dit import DiTConfig
 
 SMALL = DiTConfig(depth=8, width=32, heads=2, patch=2, image_size=16)
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from dcconvert import api, job
+from dcconvert import api
 from dcconvert.api import Converted
-from dcconvert.commands import run_planner
-from dcconvert.evaluate import Runtime
+from dcconvert.commands import convert as job
+from dcconvert.commands.sample import run_planner
+from dcconvert.evaluate.measure_steps import Runtime
 from dcconvert.export.bundle import Bundle, read_bundle
 from dcconvert.passes.option_checks import MODES
-from dcconvert.passes.step_planner import StepPlanner
+from dcconvert.passes.planning.step_planner import StepPlanner
 from tests.dcconvert.harness import Run, run_cli, write_checkpoint
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dcconvert.cli import main
-from dcconvert.dit import DiT, DiTConfig
+from dcconvert.models.dit import DiT, DiTConfig
 from tests.passes.harness import randomise
 
 CONFIG = DiTConfig(

@@ -13,8 +13,8 @@ import dcconvert
 from dcconvert import Converted, Options, UnsupportedModelError, UsageError, convert, load
 from dcconvert.api import dit_inputs, machine
 from dcconvert.export.bundle import read_bundle
-from dcconvert.export.session import OrtModel
-from dcconvert.passes.schedule import LEVELS, Schedule
+from dcconvert.export.runtimes.ort import OrtModel
+from dcconvert.passes.planning.schedule import LEVELS, Schedule
 from tests.dcconvert.harness import CONFIG, TOKENS, contents, tiny_dit
 from tests.passes.harness import diffusers_call, first_tensor, relative
 
@@ -216,7 +216,7 @@ def test_what_a_bundle_says_about_itself(saved, from_diffusers):
 
 def test_a_bundle_is_not_overwritten(saved, from_diffusers, monkeypatch):
     before = (saved / "manifest.json").read_bytes(), contents(saved.parent)
-    monkeypatch.setattr("dcconvert.export.onnx_export.export_onnx", lambda *_: pytest.fail("the work must not start"))
+    monkeypatch.setattr("dcconvert.export.onnx.export.export_onnx", lambda *_: pytest.fail("the work must not start"))
     with pytest.raises(UsageError, match="exists already"):
         from_diffusers.save(saved)
     assert ((saved / "manifest.json").read_bytes(), contents(saved.parent)) == before
@@ -226,7 +226,7 @@ def test_saving_that_fails_leaves_nothing(from_diffusers, tmp_path, monkeypatch)
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dcconvert.export.onnx_export.export_onnx", interrupt)
+    monkeypatch.setattr("dcconvert.export.onnx.export.export_onnx", interrupt)
     with pytest.raises(KeyboardInterrupt):
         from_diffusers.save(tmp_path / "bundle")
     assert contents(tmp_path) == []

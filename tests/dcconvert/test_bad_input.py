@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from dcconvert.cli import main
-from dcconvert.dit import DiT, DiTConfig
+from dcconvert.models.dit import DiT, DiTConfig
 
 CONFIG = DiTConfig(depth=3, width=32, heads=2, patch=2, image_size=8, in_channels=1, num_classes=4, learn_sigma=False)
 
@@ -144,7 +144,7 @@ def test_no_trunk_left(
 def test_a_failed_check_is_exit_1(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dcconvert.export.parity.IDENTITY_TOLERANCE", -1.0)
+    monkeypatch.setattr("dcconvert.export.checks.parity.IDENTITY_TOLERANCE", -1.0)
     assert "keep everything" in refused(capfd, tmp_path, 1, *convert(checkpoint, tmp_path))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dcconvert.passes.model import DynamicModel
+from dcconvert.passes.runtime.model import DynamicModel
 from tests.export.harness import convert, export
 
 

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcconvert.dit import DiT, DiTConfig
-from dcconvert.export.onnx_export import export_denoise, export_route
-from dcconvert.export.session import OrtModel
-from dcconvert.passes.infra import Options
-from dcconvert.passes.layout import Bucket
-from dcconvert.passes.model import DynamicModel
+from dcconvert.export.onnx.export import export_denoise, export_route
+from dcconvert.export.runtimes.ort import OrtModel
+from dcconvert.models.dit import DiT, DiTConfig
+from dcconvert.passes.ir.program import Options
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.schedule import Schedule
+from dcconvert.passes.planning.layout import Bucket
+from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.runtime.model import DynamicModel
 from tests.passes.harness import randomise
 
 BATCH = 3

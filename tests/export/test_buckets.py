@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcconvert.export.buckets import Bucket, Ladder, PaddedShapes, guided_ladder, ladder
-from dcconvert.passes.errors import UsageError
-from dcconvert.passes.plan import Planner
-from dcconvert.passes.schedule import AUTO, KINDS, Schedule
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.planning.chunk_plan import Planner
+from dcconvert.passes.planning.schedule import AUTO, KINDS, Schedule
 
 
 def padding(rungs, counts):

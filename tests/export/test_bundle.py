@@ -28,8 +28,8 @@ from dcconvert.export.bundle import (
     write_json,
     write_model,
 )
-from dcconvert.passes.errors import UsageError
-from dcconvert.passes.model import DynamicModel
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.runtime.model import DynamicModel
 from tests.export.harness import TOKENS, inputs
 
 LADDER = ladder([1, 4], [4, 8], TOKENS)

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcconvert.passes.carry_plan import CarryPlan, carry_plan
-from dcconvert.passes.history import REACH, History
-from dcconvert.passes.infra import Options
-from dcconvert.passes.layout import Bucket
-from dcconvert.passes.model import DynamicModel, TorchState
+from dcconvert.passes.ir.program import Options
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.schedule import Schedule
+from dcconvert.passes.planning.carry_plan import CarryPlan, carry_plan
+from dcconvert.passes.planning.layout import Bucket
+from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.token_history import REACH, History
+from dcconvert.passes.runtime.model import DynamicModel, TorchState
 from tests.passes.harness import (
     BATCH,
     Block,

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from dcconvert.dit import DiT, DiTConfig
-from dcconvert.passes.capture import capture
-from dcconvert.passes.infra import Options, Program, TokenStream, check_graph, placeholders
-from dcconvert.passes.layout import Bucket
-from dcconvert.passes.model import DynamicModel
-from dcconvert.passes.normalise import Normalise
-from dcconvert.passes.pack_trunk import PackTrunk
-from dcconvert.passes.plan import Plan, Planner
+from dcconvert.models.dit import DiT, DiTConfig
+from dcconvert.passes.frontend.canonicalise import Normalise
+from dcconvert.passes.frontend.capture import capture
+from dcconvert.passes.ir.program import Options, Program, TokenStream, check_graph, placeholders
+from dcconvert.passes.planning.chunk_plan import Plan, Planner
+from dcconvert.passes.planning.layout import Bucket
+from dcconvert.passes.rewrite.pack_trunk import PackTrunk
+from dcconvert.passes.runtime.model import DynamicModel
 
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 

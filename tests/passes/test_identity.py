@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcconvert.passes.errors import UsageError
-from dcconvert.passes.infra import Options
-from dcconvert.passes.layout import Bucket
-from dcconvert.passes.model import DynamicModel
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.ir.program import Options
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.plan import Planner
-from dcconvert.passes.schedule import Schedule
+from dcconvert.passes.planning.chunk_plan import Planner
+from dcconvert.passes.planning.layout import Bucket
+from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.runtime.model import DynamicModel
 from tests.passes.harness import (
     BATCH,
     Call,

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dcconvert.passes.errors import UsageError
-from dcconvert.passes.infra import Options
+from dcconvert.methods.presets import PRESETS, preset_options
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.ir.program import Options
 from dcconvert.passes.option_checks import check_options
 from dcconvert.passes.pipeline import PIPELINES, pipeline_of, rewrite
-from dcconvert.passes.schedule import DIFFERENCE, NATURAL, Schedule
-from dcconvert.passes.serialise import model_from_dict, model_tensors, model_to_dict
-from dcconvert.passes.step_planner import StepPlanner
-from dcconvert.presets import PRESETS, preset_options
+from dcconvert.passes.planning.schedule import DIFFERENCE, NATURAL, Schedule
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.serialise.graph_json import model_from_dict, model_tensors, model_to_dict
 from tests.passes.harness import dit_call
 
 CHUNK = Options(mode="chunk")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from dcconvert.passes.errors import UnsupportedModelError
-from dcconvert.passes.infra import Options
+from dcconvert.passes.ir.errors import UnsupportedModelError
+from dcconvert.passes.ir.program import Options
 from dcconvert.passes.option_checks import MODES
 from dcconvert.passes.pipeline import PIPELINES, rewrite
-from dcconvert.passes.schedule import Schedule
+from dcconvert.passes.planning.schedule import Schedule
 from tests.passes.harness import Block, TinyModel, pixart_call, tiny_inputs
 
 HALF = Schedule("constant", 2)

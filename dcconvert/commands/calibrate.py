@@ -1,0 +1,362 @@
+"""`dcconvert calibrate`: the kept-fraction curve and number of steps with the best final images at a given compute."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from dcconvert.commands.rewrite_bundle import Rescheduled, old_figures, old_report, write_rescheduled
+from dcconvert.commands.sample import dit_config, run_planner
+from dcconvert.evaluate.measure_steps import ConvertedStep, Runtime, Tick, silent
+from dcconvert.evaluate.schedule_search import KNOTS, Search, Trial, step_counts
+from dcconvert.export.bundle import Bundle, new_folder, read_bundle
+from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
+from dcconvert.images.pixels import psnr
+from dcconvert.models.dit import DiTConfig
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.step_planner import CARRY, StepPlanner
+from dcconvert.report.conversion import CALIBRATION_COLUMNS, calibration_rows
+from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
+from dcconvert.terminal import Stages
+
+SHOWN = 5  # candidates in the table
+FINALISTS = 10  # candidates that are compared on all images
+SCREEN = 8  # images, or a quarter of them if that is more, on which the finalists are chosen
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a calibration was asked for; None and 0 stand for what the bundle says."""
+
+    folder: Path
+    ratio: float | None
+    solver: str | None
+    images: int
+    reference_steps: int
+    seed: int
+    threads: int
+    batch: int
+    command: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A bundle, and what is to be found for it: a schedule for `solver` that costs `budget` full steps."""
+
+    settings: Settings
+    bundle: Bundle
+    config: DiTConfig
+    budget: float
+    most: int  # sampling steps
+    solver: str
+    sampler: Sampler  # the present one
+    schedule: Schedule  # the present one, fitted to its sampler
+    same_compute: bool  # whether the present run costs the budget
+
+    @classmethod
+    def read(cls, settings: Settings) -> Task:
+        """UsageError for a bundle that cannot be calibrated, or a budget that leaves nothing to search."""
+        bundle = read_bundle(settings.folder)
+        mode = bundle.model.options.mode
+        if mode != CARRY:
+            raise UsageError(
+                f"{bundle.folder} is in mode {mode}: calibrate is for mode {CARRY}; convert the checkpoint again "
+                f"with --mode {CARRY}"
+            )
+        sampler, planner = run_planner(bundle, None)
+        own = sampler.steps / planner.schedule.ratio
+        # A ratio is meant of the run the bundle was made for, also after an earlier calibration took fewer steps.
+        try:
+            most = int(bundle.manifest.get("calibration", {}).get("run_steps", sampler.steps))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"{bundle.folder} has a damaged calibration entry: convert the checkpoint again"
+            ) from error
+        budget = most / settings.ratio if settings.ratio else own
+        step_counts(budget, most)  # raises before anything is exported
+        solver, same = settings.solver or sampler.solver, math.isclose(budget, own)
+        return cls(
+            settings, bundle, dit_config(bundle), budget, most, solver, sampler, planner.schedule, same_compute=same
+        )
+
+    @property
+    def batch(self) -> int:
+        return self.settings.batch or max(self.bundle.ladder.batches)
+
+    def images(self, seed: int) -> ImageSet:
+        """A set of samples from this seed on."""
+        count = self.settings.images
+        noise = initial_noise(seed, count, self.config.in_channels, self.config.image_size)
+        return ImageSet(noise, labels_for(count, self.config.num_classes), self.batch)
+
+
+class ImageSet:
+    """Noise and labels of some samples, and what the original makes of them in many steps."""
+
+    def __init__(self, noise: Tensor, labels: Tensor, batch: int) -> None:
+        self.noise, self.labels, self.batch = noise, labels, batch
+        self.reference: Tensor | None = None
+
+    def draw(self, sampler: Sampler, new_step: Callable[[], Step], tick: Tick = silent, note: str = "") -> Tensor:
+        """Samples [B, C, H, W], `batch` at a time, each batch with a step function of its own."""
+        parts = zip(self.noise.split(self.batch), self.labels.split(self.batch), strict=True)
+        return torch.cat([sampler.run(new_step(), x, y, on_step=lambda _: tick(note)) for x, y in parts])
+
+    def psnr(self, sampler: Sampler, new_step: Callable[[], Step]) -> Tensor:
+        """PSNR of each sample to the reference in dB, [B]."""
+        assert self.reference is not None
+        return psnr(self.draw(sampler, new_step), self.reference)
+
+    @property
+    def screen(self) -> ImageSet:
+        """The first samples: enough to tell good candidates from bad ones."""
+        count = max(SCREEN, len(self.noise) // 4)
+        assert self.reference is not None
+        part = ImageSet(self.noise[:count], self.labels[:count], self.batch)
+        part.reference = self.reference[:count]
+        return part
+
+
+class Bench:
+    """A bundle on ONNX Runtime, without buckets, under any schedule; and its original."""
+
+    def __init__(self, task: Task, scratch: Path) -> None:
+        self.model = task.bundle.model
+        parts = (self.model, self.model.step_planner, None, task.bundle.onnx, scratch, task.settings.threads)
+        self.runtime = Runtime.open(*parts)
+        self.sampler = cache(lambda steps, solver: Sampler(task.sampler.prediction, steps, solver))
+        inputs = self.model.spec.example(2)
+        self.original_gmacs = original_gmacs(self.model, inputs)
+        self.gmacs = cache(lambda kept: converted_gmacs(self.model, inputs, kept))  # of a step and sample
+
+    def converted(self, schedule: Schedule) -> Callable[[], Step]:
+        """Step functions of the converted model under a fitted schedule, until another one is asked for."""
+        self.runtime.converted.planner = StepPlanner(self.model.spec, self.model.options, schedule)
+        return lambda: ConvertedStep(self.model, self.runtime.converted)
+
+    def original(self) -> Step:
+        """The original's step function, which remembers nothing."""
+        return self.runtime.original_step
+
+    def refer(self, images: ImageSet, steps: int, tick: Tick) -> None:
+        """Draw the reference; Euler, of first order, needs no more than more steps to be exact."""
+        images.reference = images.draw(self.sampler(steps, "euler"), self.original, tick, f"original, {steps} steps")
+
+    def search(self, task: Task, images: ImageSet, tick: Tick) -> list[Trial]:
+        """Trials of all candidates on the first images, best first."""
+        screen = images.screen
+
+        def taus(steps: int) -> np.ndarray:
+            return self.sampler(steps, task.solver).taus
+
+        def score(steps: int, schedule: Schedule) -> float:
+            tick("candidates")
+            return mean(screen.psnr(self.sampler(steps, task.solver), self.converted(schedule)))
+
+        return Search(task.budget, task.most, self.model.spec.tokens, taus, score).run()
+
+    def finalists(self, task: Task, trials: list[Trial], images: ImageSet, tick: Tick) -> list[Finalist]:
+        """The first of the trials on all images, best first."""
+        found = []
+        for trial in trials[:FINALISTS]:
+            tick("finalists")
+            sampler = self.sampler(trial.candidate.steps, task.solver)
+            found.append(Finalist(trial, sampler, mean(images.psnr(sampler, self.converted(trial.schedule)))))
+        return sorted(found, key=lambda finalist: finalist.psnr, reverse=True)
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A trial with its sampler and its mean PSNR on all images of the search."""
+
+    trial: Trial
+    sampler: Sampler
+    psnr: float
+
+
+def calibrate_bundle(settings: Settings, console: Console) -> None:
+    """Search, check, store and print. The bundle is replaced whole at the end, or stays what it was.
+
+    Raises UsageError for a bundle or settings that leave nothing to search, CheckFailedError if ONNX Runtime does not
+    give what torch does in the buckets of the new schedule.
+    """
+    task = Task.read(settings)
+    stages = Stages(Console(stderr=True))
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    with new_folder(settings.folder, force=True) as work, tempfile.TemporaryDirectory(dir=work) as scratch:
+        with stages.stage("export original"):
+            bench = Bench(task, Path(scratch))
+        best, found = calibrate(task, bench, stages)
+        store(task, best, found, work, Path(scratch), stages)
+    console.print(result_table(found))
+    if best is None:
+        console.print("No candidate beat the present schedule on the search images: it stays.", highlight=False)
+    places = f"Bundle: {settings.folder}\nReport: {settings.folder / 'report.html'}"
+    console.print(escape(places), highlight=False, soft_wrap=True)
+
+
+def calibrate(task: Task, bench: Bench, stages: Stages) -> tuple[Finalist | None, dict[str, Any]]:
+    """The best finalist, None if the present schedule is as good; and all that was found, for the manifest.
+
+    Chosen on one set of images; the figures on as many fresh ones stand beside those of the search.
+    """
+    settings, tokens = task.settings, bench.model.spec.tokens
+    seen, fresh = task.images(settings.seed), task.images(settings.seed + settings.images)
+    with stages.stage("draw the reference") as tick:
+        for images in (seen, fresh):
+            bench.refer(images, settings.reference_steps, tick)
+    with stages.stage("search") as tick:
+        trials = bench.search(task, seen, tick)
+        finalists = bench.finalists(task, trials, seen, tick)
+    with stages.stage("compare on fresh images") as tick:
+        rows = compared(task, bench, finalists, (seen, fresh), tick)
+    present = next(row for row in rows if row["kind"] == "present")
+    best = None if task.same_compute and present["psnr"] >= finalists[0].psnr else finalists[0]
+    curves = {"before": curve(task.sampler, task.schedule.run_counts(task.sampler.taus, tokens), tokens)}
+    if best is not None:
+        curves["after"] = curve(best.sampler, best.trial.counts, tokens)
+    return best, {
+        "command": settings.command,
+        "budget": task.budget,
+        "run_steps": task.most,
+        "solver": task.solver,
+        "images": settings.images,
+        "screen_images": len(seen.screen.noise),
+        "reference_steps": settings.reference_steps,
+        "seed": settings.seed,
+        "changed": best is not None,
+        "rows": rows,
+        "curves": curves,
+        "candidates": [as_dict(trial, tokens) for trial in trials],
+    }
+
+
+def compared(
+    task: Task, bench: Bench, finalists: list[Finalist], sets: tuple[ImageSet, ImageSet], tick: Tick
+) -> list[dict[str, Any]]:
+    """Rows of the table: the best candidates, the present schedule, and the original with fewer steps.
+
+    All but the candidates after the first have a figure on fresh images too.
+    """
+    rows = []
+    for place, finalist in enumerate(finalists[:SHOWN], 1):
+        facts = schedule_facts(bench, finalist.trial.schedule, finalist.sampler)
+        figures = {"psnr_screen": finalist.trial.score, "psnr": finalist.psnr, "psnr_fresh": None}
+        rows.append({"kind": "candidate", "name": f"candidate {place}", **facts, **figures})
+    best = finalists[0]
+    tick("candidate 1")
+    rows[0]["psnr_fresh"] = mean(sets[1].psnr(best.sampler, bench.converted(best.trial.schedule)))
+    tick("present schedule")
+    facts = schedule_facts(bench, task.schedule, task.sampler)
+    figures = all_figures(sets, task.sampler, bench.converted(task.schedule))
+    rows.append({"kind": "present", "name": "present schedule", **facts, **figures})
+    # The budget is seldom a whole number of steps: one control a little below it, one at or above it.
+    equal = rows[0]["gmacs"] / bench.original_gmacs
+    fewer = [(math.ceil(equal), task.solver), (math.floor(equal), task.solver), (math.ceil(equal), "euler")]
+    for steps, solver in dict.fromkeys(fewer):
+        tick(f"original, {steps} steps")
+        gmacs = steps * bench.original_gmacs
+        facts = {"solver": solver, "steps": steps, "warm_up": None, "kept": None, "gmacs": gmacs}
+        figures = all_figures(sets, bench.sampler(steps, solver), bench.original)
+        rows.append({"kind": "control", "name": "original, fewer steps", **facts, **figures})
+    return rows
+
+
+def all_figures(
+    sets: tuple[ImageSet, ImageSet], sampler: Sampler, new_step: Callable[[], Step]
+) -> dict[str, float | None]:
+    """Mean PSNR in dB on the first images of the search, on all of them and on fresh ones."""
+    seen, fresh = sets
+    found = seen.psnr(sampler, new_step)
+    return {
+        "psnr_screen": mean(found[: len(seen.screen.noise)]),
+        "psnr": mean(found),
+        "psnr_fresh": mean(fresh.psnr(sampler, new_step)),
+    }
+
+
+def mean(figures: Tensor) -> float:
+    """The mean, or what is worse than any other where it is not a number."""
+    value = float(figures.mean())
+    return value if math.isfinite(value) else -math.inf
+
+
+def schedule_facts(bench: Bench, schedule: Schedule, sampler: Sampler) -> dict[str, Any]:
+    """A fitted schedule in the table: `kept` at the noise levels `KNOTS`, `gmacs` of a run."""
+    counts = schedule.run_counts(sampler.taus, bench.model.spec.tokens)
+    return {
+        "solver": sampler.solver,
+        "steps": sampler.steps,
+        "warm_up": schedule.dense_first,
+        "kept": schedule.fraction(KNOTS).tolist(),
+        "gmacs": sum(bench.gmacs(int(kept)) for kept in counts),
+    }
+
+
+def curve(sampler: Sampler, counts: Any, tokens: int) -> list[dict[str, float]]:
+    """Kept fraction at every step of a run."""
+    return [{"tau": float(tau), "kept": int(kept) / tokens} for tau, kept in zip(sampler.taus, counts, strict=True)]
+
+
+def as_dict(trial: Trial, tokens: int) -> dict[str, Any]:
+    """A trial for the manifest; `cost` in full steps, as its rounded counts make it; `psnr` on the first images."""
+    return {
+        "steps": trial.candidate.steps,
+        "warm_up": trial.candidate.warm_up,
+        "knots": [list(knot) for knot in trial.schedule.knots],
+        "cost": sum(trial.counts) / tokens,
+        "psnr_screen": trial.score,
+    }
+
+
+def store(task: Task, best: Finalist | None, found: dict[str, Any], work: Path, scratch: Path, stages: Stages) -> None:
+    """Fill `work` with the calibrated bundle; if the present schedule stays, with what was found and nothing else new.
+
+    What the report says of latency, memory and images is measured again, on fresh images, if it said anything.
+    """
+    bundle, settings = task.bundle, task.settings
+    report, figures = old_report(bundle.folder), old_figures(bundle.folder)
+    if best is None:
+        manifest = {**bundle.manifest, "calibration": found}
+        write_rescheduled(bundle, bundle.model, manifest, {**report, "calibration": found}, figures, work)
+        return
+    made = Rescheduled.of(bundle, best.trial.schedule, best.sampler, stages)
+    report = made.report(report)
+    again = made.measure(
+        bundle,
+        report,
+        task.config,
+        scratch,
+        stages,
+        reference_steps=settings.reference_steps,
+        threads=settings.threads,
+        seed=settings.seed + settings.images,
+    )
+    figures = figures if again is None else again
+    manifest = {**made.manifest(bundle.manifest), "calibration": found}
+    write_rescheduled(bundle, made.model, manifest, {**report, "calibration": found}, figures, work)
+
+
+def result_table(found: dict[str, Any]) -> Table:
+    """What was found, for the terminal."""
+    title = f"calibrated at the compute of {found['budget']:g} full steps, PSNR of {found['images']} images"
+    table = Table(title=title, title_justify="left")
+    for place, column in enumerate(CALIBRATION_COLUMNS):
+        table.add_column(column, justify="right" if place > 1 else "left")
+    for row in calibration_rows(found):
+        table.add_row(*row)
+    return table

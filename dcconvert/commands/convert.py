@@ -1,0 +1,250 @@
+"""The main job: a checkpoint becomes a verified, exported and measured bundle."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dcconvert.api import Converted, convert, machine, manifest, sampling_facts
+from dcconvert.evaluate.conversion_metrics import LATENCY_RUNS, Effort, Subject, measure
+from dcconvert.evaluate.measure_steps import compute_section
+from dcconvert.export.buckets import Ladder, ladder
+from dcconvert.export.bundle import MANIFEST, ONNX, new_folder, write_json, write_model
+from dcconvert.export.checks.parity import (
+    Check,
+    check_batch_invariance,
+    check_identity,
+    check_isolation,
+    check_runtime,
+    keeps_original,
+    require,
+)
+from dcconvert.export.onnx.export import export_onnx
+from dcconvert.methods import fit as settle
+from dcconvert.methods.presets import find
+from dcconvert.models.load import Size, Source, open_source
+from dcconvert.passes.ir.program import Options
+from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.report.conversion import state_note, write_report
+from dcconvert.report.figures import sample_figure, token_map_figure
+from dcconvert.sampling.samplers import Sampler
+from dcconvert.terminal import Stages
+
+ASSUMED = (
+    "The checkpoint does not say what it predicts; noise (eps) was assumed, as in DiT. For a flow model, such as SiT, "
+    "samples and fidelity are meaningless: convert again with --prediction flow."
+)
+LIMITS = {
+    "chunk": "Mode chunk drops tokens without training: its images are worse than those of the original with fewer "
+    "steps at equal compute. It is the starting point for upcycling, not a finished model.",
+    "carry": "Mode carry needs the steps of one image in order: a run keeps a state for every sample, and a sampler "
+    "that goes back to more noise has to start another run.",
+}
+UNSETTLED = (
+    "How many tokens a step keeps is found at every step, and without a sampler it was not fitted to the ratio: look "
+    "at what a run really keeps."
+)
+IMAGE_BUDGET_S = 240.0  # above this estimate, images are left to `dcconvert evaluate`
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a conversion was asked for; the options of the command line."""
+
+    checkpoint: Path
+    out: Path
+    ratio: float
+    schedule: str | Schedule | None
+    warm_up: int
+    refresh: int
+    buckets: int
+    options: Options
+    batches: tuple[int, ...]
+    steps: int
+    solver: str
+    images: int
+    reference_steps: int
+    command: str
+    heads: int | None = None
+    image_size: Size | None = None
+    prediction: str | None = None
+    threads: int = 0
+    refine_grid: bool = False
+    measure: bool = True
+    force: bool = False
+    dump_graphs: Path | None = None
+
+
+def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
+    """Convert, verify, export, measure and report; returns the report. Nothing is left behind on failure.
+
+    Raises CheckFailedError when a check fails, UsageError and UnsupportedModelError for bad input.
+    """
+    with new_folder(settings.out, settings.force) as work:
+        with stages.stage("read checkpoint"):
+            source = open_source(settings.checkpoint, settings.heads, settings.image_size, settings.prediction)
+        options = replace(settings.options, prediction=source.prediction)
+        with stages.stage("rewrite"):
+            model = convert(
+                source.module,
+                settings.ratio,
+                example_inputs=source.example,
+                schedule=settings.schedule,
+                steps=settings.steps,
+                warm_up=settings.warm_up,
+                refresh=settings.refresh,
+                options=options,
+                refine_grid=settings.refine_grid,
+                timestep_scale=source.timestep_scale,
+                grid=source.grid,
+                fit=False,  # below, with the sampler of the bundle
+                dump_graphs=settings.dump_graphs,
+            )
+        sampler = Sampler(source.prediction, settings.steps, settings.solver)
+        taus = sampler.taus
+        model = model.with_schedule(model.step_planner.levelled(taus, settings.buckets))
+        if model.schedule.found and source.config is not None:
+            with stages.stage("fit to the ratio on runs of the model") as tick:
+                model = settle.settle(model, sampler, *settle.starts(source.config), tick)
+        planner = StepPlanner(model.spec, model.options, model.schedule.fitted(taus))
+        counts = planner.ladder_counts(taus)
+        rungs = ladder(settings.batches, counts, model.spec.tokens, settings.buckets - 1)
+        report = describe(settings, source, model, planner, rungs)
+        if model.spec.states:
+            stages.note(state_note(model.spec.state_bytes, settings.batches))
+        with stages.stage("verify in torch"):
+            checks = check_torch(model)
+        with stages.stage("export ONNX"):
+            write_model(model, work)
+            export_onnx(model, work / ONNX)
+        with stages.stage("compare with ONNX Runtime") as tick:
+            checks += check_runtime(model, work / ONNX, model.spec.example, rungs.buckets, tick)
+            require(checks)
+        report["checks"] = [check.as_dict() for check in checks]
+        with stages.stage("count operations"):
+            report["compute"] = compute_section(model, planner, taus)
+        figures: dict[str, bytes] = {}
+        if settings.measure:
+            subject = Subject(model, planner, rungs, work / ONNX, sampler, source.config, source.dit)
+            figures = measured_figures(subject, settings, work, report, stages)
+        else:
+            report["limits"].append("Latency, memory and fidelity were not measured (--no-measure).")
+        write_report(work, report, figures)
+        facts = {
+            "command": settings.command,
+            "source": report["source"],
+            "steps": settings.steps,
+            "most_buckets": settings.buckets,
+            **sampling_facts(source.module, settings.steps, settings.solver),
+        }
+        parity = {check.name: check.value for check in checks}
+        write_json(manifest(model, rungs, **facts, parity=parity), work / MANIFEST)
+    return report
+
+
+def limits_of(source: Source, model: Converted) -> list[str]:
+    """What a user has to know about a conversion before its figures."""
+    options = model.options
+    found = [ASSUMED] if source.assumed else []
+    found.append(LIMITS[options.mode])
+    if options.preset:
+        found.append(find(options.preset).limit)
+    if model.schedule.found and source.config is None:
+        found.append(UNSETTLED)
+    return found
+
+
+def state_facts(model: Converted, batch: int) -> dict[str, Any]:
+    """What mode carry remembers, in MB of a sample and of a full batch."""
+    if not model.spec.states:
+        return {}
+    megabytes = model.spec.state_bytes / 1e6
+    return {
+        "state_dtype": model.spec.states[0].dtype,
+        "state_mb_a_sample": megabytes,
+        f"state_mb_batch_{batch}": megabytes * batch,
+    }
+
+
+def check_torch(model: Converted) -> list[Check]:
+    """The promises that torch alone can show; raises CheckFailedError if one is broken."""
+    inputs = model.spec.example(2)
+    exact = [check_identity] if keeps_original(model) else []
+    checks = [check(model, inputs) for check in (*exact, check_isolation, check_batch_invariance)]
+    require(checks)
+    return checks
+
+
+def describe(
+    settings: Settings, source: Source, model: Converted, planner: StepPlanner, rungs: Ladder
+) -> dict[str, Any]:
+    """The parts of the report that need no measurement."""
+    spec, options = model.spec, model.options
+    return {
+        "command": settings.command,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "source": {"path": settings.checkpoint.name, "sha256": source.sha256, "kind": source.kind},
+        "model": {
+            "grid": list(spec.grid),
+            "tokens": spec.tokens,
+            "width": spec.width,
+            "depth": spec.depth,
+            "parameters": sum(p.numel() for p in source.module.parameters()),
+        },
+        "conversion": {
+            "ratio": model.schedule.ratio,
+            "mode": options.mode,
+            "schedule": model.schedule.kind,
+            "warm_up_steps": planner.schedule.dense_first,
+            "refresh_every": planner.schedule.refresh,
+            "sampler": f"{settings.solver}, {settings.steps} steps",
+            "router": options.router,
+            "head_blocks": options.head_blocks,
+            "tail_blocks": options.tail_blocks,
+            "packing": options.packing,
+            "seed": options.seed,
+            "kept_tokens_mean": spec.tokens * model.schedule.expected,
+            **state_facts(model, max(settings.batches)),
+            "passes": [record.as_dict() for record in model.records],
+        },
+        "buckets": {
+            "rungs": [dict(vars(bucket)) for bucket in rungs.buckets],
+            "expected_waste": rungs.expected_waste,
+        },
+        "limits": limits_of(source, model),
+        "machine": machine(),
+    }
+
+
+def measured_figures(
+    subject: Subject, settings: Settings, work: Path, report: dict[str, Any], stages: Stages
+) -> dict[str, bytes]:
+    """Fill in what is measured; returns the figures."""
+    effort = Effort(
+        batch=max(settings.batches),
+        runs=LATENCY_RUNS,
+        images=settings.images,
+        reference_steps=settings.reference_steps,
+        threads=settings.threads,
+        seed=settings.options.seed,
+        image_budget_s=IMAGE_BUDGET_S,
+    )
+    scratch = Path(tempfile.mkdtemp(prefix=".original-", dir=work))  # on the disk that was chosen for large files
+    try:
+        result = measure(subject, effort, scratch, report, stages)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {} if result is None else {"samples": sample_figure(result), "token_maps": token_map_figure(result)}
+
+
+def set_threads(threads: int) -> None:
+    """Threads for torch; 0 leaves it to torch."""
+    if threads:
+        torch.set_num_threads(threads)

@@ -1,0 +1,131 @@
+"""`dcconvert evaluate`: bundles beside their original, and beside what the original gives with fewer steps."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from dcconvert.api import machine
+from dcconvert.evaluate.comparison import Contest, Entrant, check_same_original, contest_rows, named_apart
+from dcconvert.evaluate.image_quality import Judge, Wanted
+from dcconvert.export.bundle import read_bundle, writable, write_whole
+from dcconvert.images.pixels import png_bytes
+from dcconvert.models.dit import DiTConfig
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.report.conversion import report_json
+from dcconvert.report.evaluation import evaluation_page, terminal_tables
+from dcconvert.report.figures import comparison
+from dcconvert.sampling.samplers import Guidance
+from dcconvert.terminal import Stages
+
+SHOWN = 16  # images of each row on the page
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an evaluation was asked for; the options of the command line."""
+
+    bundles: tuple[Path, ...]
+    command: str
+    wanted: Wanted
+    guidance: Guidance
+    batch: int = 0
+    runs: int = 15
+    ratios: tuple[float, ...] = ()
+    steps: int | None = None
+    solver: str | None = None
+    threads: int = 0
+    json_path: Path | None = None
+    html: Path | None = None
+    npz: Path | None = None
+
+
+def evaluate_bundles(settings: Settings, console: Console) -> dict[str, Any]:
+    """Measure, print the tables, and write what was asked for; returns the figures.
+
+    UsageError for bundles of different originals, data or networks that cannot be used, and files that cannot be
+    written: before anything is measured.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    for path in (settings.json_path, settings.html):
+        if path:
+            writable(path)
+    if settings.npz and settings.npz.exists() and not settings.npz.is_dir():
+        raise UsageError(f"--npz {settings.npz} is a file: give a folder")
+    entrants, config = open_entrants(settings)
+    stages = Stages(Console(stderr=True))
+    parts = (settings.wanted, config, settings.guidance, settings.threads, stages)
+    judge = Judge(*parts) if settings.wanted.images else None
+    batch = settings.batch or max(entrants[0].bundle.ladder.batches)
+    report: dict[str, Any] = {
+        "command": settings.command,
+        "bundles": {entrant.name: str(entrant.bundle.folder) for entrant in entrants},
+        "batch": batch,
+        "guidance": settings.guidance.scale,
+        "lite_cfg": settings.guidance.ratio,
+        "limits": ["Nothing of the images was measured (--images 0)."] if judge is None else judge.limits,
+        "machine": machine(),
+    }
+    with tempfile.TemporaryDirectory(prefix="dcconvert-") as scratch:
+        with stages.stage("open sessions"):
+            contest = Contest(entrants, batch, Path(scratch), settings.threads)
+        with stages.stage("measure latency") as tick:
+            rows = contest_rows(contest, settings.runs, tick)
+        with stages.stage("measure ways of running a mixed batch") as tick:
+            report["execution"] = contest.executions(settings.runs, tick)
+        with stages.stage("measure memory") as tick:
+            memory = contest.memory(tick)
+        for row in rows:
+            row.facts |= memory["original" if row.mode == "original" else row.name]
+        if judge is not None:
+            report["images"] = judge.judge(rows, contest, stages)
+    report["runtime"] = contest.original.name
+    report["rows"] = [row.as_dict(batch) for row in rows]
+    for table in terminal_tables(report):
+        console.print(table)
+    write_results(settings, report, judge, console)
+    return report
+
+
+def open_entrants(settings: Settings) -> tuple[list[Entrant], DiTConfig]:
+    """The bundles in their runs, and the architecture of the original; UsageError if they do not go together."""
+    if len(set(settings.bundles)) < len(settings.bundles):
+        raise UsageError("the same bundle was given twice: name each once")
+    bundles = [read_bundle(path) for path in settings.bundles]
+    config = check_same_original(bundles)
+    guidance = settings.guidance
+    if guidance.halves == 2 and not config.null_class:
+        raise UsageError("the model has no unconditional class: evaluate it without --guidance")
+    entrants = [
+        Entrant.of(bundle, settings.steps, settings.solver, guidance, ratio)
+        for bundle in bundles
+        for ratio in settings.ratios or (None,)
+    ]
+    return named_apart(entrants), config
+
+
+def write_results(settings: Settings, report: dict[str, Any], judge: Judge | None, console: Console) -> None:
+    """The files that were asked for, and where they are."""
+    made = []
+    if settings.json_path:
+        write_whole(settings.json_path, report_json(report).encode())
+        made.append(f"Figures: {settings.json_path}")
+    if settings.html:
+        figures = {}
+        if judge is not None:
+            some = {name: images[:SHOWN] for name, images in judge.images.items()}
+            figures["samples"] = png_bytes(comparison(some, settings.wanted.vae))
+        write_whole(settings.html, evaluation_page(report, figures).encode())
+        made.append(f"Page: {settings.html}")
+    if settings.npz and judge is not None:
+        judge.write_npz(settings.npz)
+        made.append(f"Images for the ADM suite: {settings.npz}")
+    for line in made:
+        console.print(escape(line), highlight=False, soft_wrap=True)

@@ -1,0 +1,187 @@
+"""Put another schedule into a bundle: graph, manifest, buckets and report, with all that they say about it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dcconvert.api import machine
+from dcconvert.evaluate.conversion_metrics import LATENCY_RUNS, Effort, Subject, measure
+from dcconvert.evaluate.measure_steps import compute_section
+from dcconvert.export.buckets import Ladder, ladder
+from dcconvert.export.bundle import GRAPH, MANIFEST, Bundle, read_json, write_json
+from dcconvert.export.checks.parity import Check, check_runtime, require
+from dcconvert.models.dit import DiTConfig
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.planning.schedule import LEVELS, Schedule
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.serialise.graph_json import model_to_dict
+from dcconvert.report.conversion import FIGURES, without_nan, write_report
+from dcconvert.report.figures import sample_figure, token_map_figure
+from dcconvert.report.stress import FAILURES_FIGURE
+from dcconvert.sampling.samplers import Sampler
+from dcconvert.terminal import Stages
+
+REPORT = "report.json"
+FAILURES = "failures.json"  # the worst cases of a stress test
+RUNTIME_CHECKS = ("route,", "denoise,")  # names of checks that depend on the buckets begin like this
+
+
+@dataclass(frozen=True)
+class Rescheduled:
+    """A bundle's model under a fitted schedule for one sampler, with buckets for it that passed their checks."""
+
+    model: DynamicModel
+    sampler: Sampler
+    ladder: Ladder
+    checks: list[Check]
+
+    @classmethod
+    def of(cls, bundle: Bundle, schedule: Schedule, sampler: Sampler, stages: Stages) -> Rescheduled:
+        """CheckFailedError if ONNX Runtime does not give what torch does in the new buckets."""
+        most, model = most_buckets(bundle), bundle.model.with_schedule(schedule)
+        if not schedule.found:
+            model = model.with_schedule(model.step_planner.levelled(sampler.taus, most))
+        counts = model.step_planner.ladder_counts(sampler.taus)
+        rungs = ladder(bundle.ladder.batches, counts, model.spec.tokens, most - 1)
+        with stages.stage("compare with ONNX Runtime") as tick:
+            checks = check_runtime(model, bundle.onnx, model.spec.example, rungs.buckets, tick)
+            require(checks)
+        return cls(model, sampler, rungs, checks)
+
+    @property
+    def planner(self) -> StepPlanner:
+        return self.model.step_planner
+
+    def conversion(self) -> dict[str, Any]:
+        """What a manifest says about the schedule."""
+        schedule = self.planner.schedule
+        return {
+            "ratio": schedule.ratio,
+            "schedule": schedule.kind,
+            "knots": [list(knot) for knot in schedule.knots],
+            "warm_up": schedule.warm_up,
+        }
+
+    def manifest(self, before: dict[str, Any]) -> dict[str, Any]:
+        """A bundle's manifest with everything that the schedule changes."""
+        parity = {name: value for name, value in before.get("parity", {}).items() if not of_runtime(name)}
+        return {
+            **before,
+            "conversion": {**before["conversion"], **self.conversion()},
+            "sampler": {**before["sampler"], "steps": self.sampler.steps, "solver": self.sampler.solver},
+            "ladder": self.ladder.to_dict(),
+            "parity": parity | {check.name: check.value for check in self.checks},
+        }
+
+    def report(self, before: dict[str, Any]) -> dict[str, Any]:
+        """A bundle's report with everything that the schedule changes, measurements excepted."""
+        schedule, tokens = self.planner.schedule, self.model.spec.tokens
+        knots = ", ".join(f"{min(1, kept):.3g} at noise level {tau:g}" for tau, kept in schedule.knots)
+        facts = {
+            "ratio": schedule.ratio,
+            "mode": self.model.options.mode,
+            "schedule": f"{schedule.kind}: {knots}" if knots else schedule.kind,
+            "warm_up_steps": schedule.dense_first,
+            "refresh_every": schedule.refresh,
+            "sampler": f"{self.sampler.solver}, {self.sampler.steps} steps",
+            "kept_tokens_mean": tokens * schedule.expected,
+        }
+        checks = [check for check in before.get("checks", []) if not of_runtime(check["name"])]
+        before = {name: value for name, value in before.items() if name != "stress"}  # it was another schedule's
+        return {
+            **before,
+            "model": {"tokens": tokens, **before.get("model", {})},
+            "conversion": {**before.get("conversion", {}), **facts},
+            "checks": [*checks, *(check.as_dict() for check in self.checks)],
+            "buckets": {
+                "rungs": [dict(vars(bucket)) for bucket in self.ladder.buckets],
+                "expected_waste": self.ladder.expected_waste,
+            },
+            "compute": compute_section(self.model, self.planner, self.sampler.taus),
+            "machine": machine(),
+        }
+
+    def measure(
+        self,
+        bundle: Bundle,
+        report: dict[str, Any],
+        config: DiTConfig,
+        scratch: Path,
+        stages: Stages,
+        *,
+        reference_steps: int,
+        threads: int,
+        seed: int = 0,
+    ) -> dict[str, bytes] | None:
+        """Latency, memory and images again; returns the figures. None, and nothing done, if the report had none."""
+        if "latency" not in report:
+            return None
+        images = report.get("fidelity", {}).get("images", {}).get("count", 0)
+        effort = Effort(max(self.ladder.batches), LATENCY_RUNS, images, reference_steps, threads, seed)
+        for stale in ("latency", "memory", "fidelity"):
+            report.pop(stale, None)
+        subject = Subject(self.model, self.planner, self.ladder, bundle.onnx, self.sampler, config)
+        result = measure(subject, effort, scratch, report, stages)
+        report["limits"] = list(dict.fromkeys(report.get("limits", [])))
+        return {} if result is None else {"samples": sample_figure(result), "token_maps": token_map_figure(result)}
+
+
+def most_buckets(bundle: Bundle) -> int:
+    """How many buckets a batch size may have; UsageError for a manifest that says something else than a number."""
+    most = bundle.manifest.get("most_buckets", LEVELS)
+    if not isinstance(most, int) or most < 2:
+        raise UsageError(f"{bundle.folder} has no number of at least 2 as most_buckets: convert the model again")
+    return most
+
+
+def of_runtime(check: str) -> bool:
+    """Whether a check, by its name, compared ONNX Runtime with torch in some bucket."""
+    return check.startswith(RUNTIME_CHECKS)
+
+
+def old_report(folder: Path) -> dict[str, Any]:
+    """The report of a bundle; an empty one for a bundle that was written from Python without any."""
+    return dict(read_json(folder / REPORT)) if (folder / REPORT).is_file() else {}
+
+
+def old_figures(folder: Path) -> dict[str, bytes]:
+    """The figures of a bundle's report, PNG data by name."""
+    return {name: (folder / f"{name}.png").read_bytes() for name in FIGURES if (folder / f"{name}.png").is_file()}
+
+
+def write_rescheduled(
+    bundle: Bundle,
+    model: DynamicModel,
+    manifest: dict[str, Any],
+    report: dict[str, Any],
+    figures: dict[str, bytes],
+    work: Path,
+) -> None:
+    """Fill the folder that will take the bundle's place; what does not change (weights, ONNX) is hard-linked.
+
+    Without a stress test in the report its picture and its list of cases are left out.
+    """
+    stale = () if "stress" in report else (FAILURES,)
+    if stale:
+        figures = {name: data for name, data in figures.items() if name != FAILURES_FIGURE}
+    shutil.copytree(bundle.folder, work, symlinks=True, copy_function=link_or_copy, dirs_exist_ok=True)
+    # A link must be cut before it is written to: the old bundle would change with the new one.
+    pictures = {f"{name}.png" for name in (*FIGURES, *figures)}
+    for name in (GRAPH, MANIFEST, REPORT, "report.html", *stale, *pictures):
+        (work / name).unlink(missing_ok=True)
+    write_json(model_to_dict(model), work / GRAPH)
+    write_json(without_nan(manifest), work / MANIFEST)
+    write_report(work, report, figures)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """A second name for a file, or a copy where the disk has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

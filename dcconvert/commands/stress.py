@@ -1,0 +1,304 @@
+"""`dcconvert stress`: what a conversion does to images full of detail, where its router starves it, the worst cases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markup import escape
+from torch import Tensor
+
+from dcconvert.commands.rewrite_bundle import FAILURES, old_figures, old_report, write_rescheduled
+from dcconvert.commands.sample import dit_config, run_planner
+from dcconvert.evaluate.detail_kinds import choose, measured, on_tokens
+from dcconvert.evaluate.measure_steps import ConvertedStep, Tick, compute_section
+from dcconvert.evaluate.stress_metrics import Look, Outcome, judged, summary, worst_of
+from dcconvert.export.bundle import Bundle, new_folder, read_bundle, write_json
+from dcconvert.images.dataset import LabelledImages, read_images
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.report.conversion import without_nan
+from dcconvert.report.stress import FAILURES_FIGURE, failure_figure, stress_table
+from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
+from dcconvert.terminal import Stages
+
+START, EARLY, LATE = 0.7, 0.6, 0.2  # noise levels: where a case starts, and where the router is looked at
+SAMPLES = 256  # images of the original to choose from, where no data are given
+SAMPLE_STEPS, SAMPLE_SOLVER = 20, "unipc"
+BATCH = 16  # cases at a time
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a stress test was asked for; the options of the command line."""
+
+    folder: Path
+    data: Path | None
+    ratios: tuple[float, ...]
+    count: int
+    seed: int
+    threads: int
+    command: str
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Images with much detail, where each came from, and what the original makes of them.
+
+    `clean` and `noise` [n, C, H, W] are mixed at the first noise level of `part`, a run's tail; `wanted` [n, C, H, W]
+    are the original's final images from there. `detail` [n, h, w]: the response of each case's own kind in `wanted`,
+    summed over the cells of the token grid.
+    """
+
+    part: Sampler
+    clean: Tensor
+    labels: Tensor
+    noise: Tensor
+    seeds: list[int]
+    sources: list[int]
+    kinds: list[str]
+    wanted: Tensor
+    detail: Tensor
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def run(self, part: Sampler, new_step: Callable[[], Step], tick: Tick) -> Tensor:
+        """Final images [n, C, H, W] of a run that begins like `part`, each batch with a step function of its own."""
+        return noised_run(part, new_step, (self.clean, self.noise, self.labels), tick)
+
+
+def noised_run(part: Sampler, new_step: Callable[[], Step], given: tuple[Tensor, Tensor, Tensor], tick: Tick) -> Tensor:
+    """Images and noise [n, C, H, W] mixed at a run's first noise level and sampled from there, by labels [n]."""
+    found = []
+    for clean, noise, labels in zip(*(values.split(BATCH) for values in given), strict=True):
+        x = part.add_noise(clean, noise, torch.full((len(clean),), float(part.timesteps[0])))
+        found.append(part.run(new_step(), x, labels, on_step=lambda _: tick(f"{part.steps} steps")))
+    return torch.cat(found)
+
+
+def stress_bundle(settings: Settings, console: Console) -> dict[str, Any]:
+    """Run the stress set through a bundle, print the table, add it to the report and write failures.json.
+
+    UsageError for a bundle, data or ratios that leave nothing to run.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    bundle = read_bundle(settings.folder)
+    if bundle.model.options.trunk != "plain" or bundle.model.schedule.found:
+        raise UsageError(
+            f"{bundle.folder} was made with preset {bundle.model.options.preset}: stress is for bundles whose router "
+            "and schedule say which tokens are dropped (modes carry and chunk, preset tome)"
+        )
+    sampler, planner = run_planner(bundle, None)
+    stages = Stages(Console(stderr=True))
+    planners, left_out = planners_of(planner, settings.ratios, sampler)
+    with torch.inference_mode():
+        cases, lost = make_cases(bundle, sampler, settings, stages)
+        left_out += lost
+        where = looked_at(cases.part, list(planners.values()))
+        outcomes = []
+        for ratio, made in planners.items():
+            with stages.stage(f"run the cases at {ratio:g}x") as tick:
+                outcomes.append(run_at(bundle, made, cases, where, tick))
+    class_names = bundle.manifest.get("sampler", {}).get("class_names") or []
+    all_facts = [facts for outcome in outcomes for facts in judged(cases, outcome, class_names)]
+    worst = worst_of(all_facts)
+    found = without_nan(
+        {
+            "command": settings.command,
+            "source": str(settings.data) if settings.data else f"{SAMPLES} samples of the original",
+            "seed": settings.seed,
+            "start": float(cases.part.taus[0]),
+            "early": outcomes[0].looks[0].tau,
+            "late": outcomes[0].looks[1].tau,
+            "steps": cases.part.steps,
+            "run_steps": sampler.steps,
+            "solver": sampler.solver,
+            "cases": len(cases),
+            "left_out": left_out,
+            "rows": summary(all_facts),
+        }
+    )
+    store(bundle, found, worst, failure_figure(worst, cases, outcomes))
+    console.print(stress_table(found))
+    for line in (*left_out, f"Cases: {settings.folder / FAILURES}", f"Report: {settings.folder / 'report.html'}"):
+        console.print(escape(line), highlight=False, soft_wrap=True)
+    return found
+
+
+def planners_of(
+    planner: StepPlanner, ratios: Sequence[float], sampler: Sampler
+) -> tuple[dict[float, StepPlanner], list[str]]:
+    """Planners at the ratios that the bundle's run can have, and what to say of the others; UsageError if all are."""
+    found, left_out = {}, []
+    for ratio in ratios:
+        try:
+            found[ratio] = planner.at_ratio(ratio, sampler.taus)
+        except UsageError as error:
+            left_out.append(f"{ratio:g}x was left out: {error}")
+    if not found:
+        raise UsageError(left_out[0])
+    return found, left_out
+
+
+def make_cases(bundle: Bundle, sampler: Sampler, settings: Settings, stages: Stages) -> tuple[Cases, list[str]]:
+    """Choose the images and see what the original makes of them.
+
+    Cases of which nothing of their kind is left in the original's own image have no detail to lose: they are left out,
+    and the second result says so. UsageError for data that do not fit or hold no detail.
+    """
+    config = dit_config(bundle)
+    source = source_images(bundle, sampler, settings, stages)
+    with stages.stage("choose the images"):
+        chosen = choose(source.images, settings.count)
+    kinds = [kind for kind, places in chosen.items() for _ in places]
+    sources = [place for places in chosen.values() for place in places]
+    if not sources:
+        raise UsageError("none of the images has any detail: give others with --data")
+    seeds = [settings.seed + place for place in sources]
+    noise = torch.cat([initial_noise(seed, 1, config.in_channels, config.image_size) for seed in seeds])
+    clean, labels = source.images[sources], source.labels[sources]
+    part = sampler.tail(int(np.abs(sampler.taus - START).argmin()))
+    with stages.stage("run the cases through the original") as tick:
+        wanted = noised_run(part, lambda: original_step(bundle), (clean, noise, labels), tick)
+    scores, responses = zip(*(measured(wanted[i : i + 1], kind) for i, kind in enumerate(kinds)), strict=True)
+    detail = on_tokens(torch.cat(responses), bundle.model.spec.grid)
+    there = [i for i in range(len(kinds)) if float(scores[i]) > 0 and float(detail[i].sum()) > 0]
+    if not there:
+        raise UsageError("the original draws none of the detail of these images: give others with --data")
+    lost = len(kinds) - len(there)
+    cases = Cases(
+        part,
+        clean[there],
+        labels[there],
+        noise[there],
+        [seeds[i] for i in there],
+        [sources[i] for i in there],
+        [kinds[i] for i in there],
+        wanted[there],
+        detail[there],
+    )
+    return cases, [f"{lost} of {len(kinds)} cases were left out: the original draws none of their detail"] * (lost > 0)
+
+
+def source_images(bundle: Bundle, sampler: Sampler, settings: Settings, stages: Stages) -> LabelledImages:
+    """The images to choose from: those of `--data`, or samples of the original."""
+    if settings.data:
+        return read_images(settings.data, dit_config(bundle))
+    with stages.stage("draw images from the original") as tick:
+        return own_samples(bundle, sampler, settings.seed, tick)
+
+
+def own_samples(bundle: Bundle, sampler: Sampler, seed: int, tick: Tick) -> LabelledImages:
+    """Samples of the original to choose from; number i has the noise of seed + i."""
+    config = dit_config(bundle)
+    noise = initial_noise(seed, SAMPLES, config.in_channels, config.image_size)
+    labels = labels_for(SAMPLES, config.num_classes)
+    many = Sampler(sampler.prediction, SAMPLE_STEPS, SAMPLE_SOLVER)
+    images = many.run_batches(
+        lambda: original_step(bundle), noise, labels, BATCH, on_step=lambda _: tick(f"batches of {BATCH}")
+    )
+    return LabelledImages(images, labels)
+
+
+def original_step(bundle: Bundle) -> Step:
+    return lambda x, t, y: bundle.model.original_graph(x, t, y)[0]
+
+
+def run_at(bundle: Bundle, planner: StepPlanner, cases: Cases, where: tuple[int, int], tick: Tick) -> Outcome:
+    """The cases through the converted model at one ratio, and through the original with the steps that cost as much.
+
+    `where`: the steps that are looked at.
+    """
+    part = cases.part
+    watcher = Watcher(bundle, planner, where)
+    images = cases.run(part, watcher.new_step, tick)
+    compute = compute_section(bundle.model, planner, part.taus)
+    cost = compute["run_gmacs"]["converted"] / compute["original_gmacs"]
+    fewer = sorted({min(part.steps, max(1, steps)) for steps in (math.floor(cost), math.ceil(cost))})
+    controls = {n: cases.run(part.tail(0, n), lambda: original_step(bundle), tick) for n in fewer}
+    return Outcome(planner.schedule.ratio, cost, images, controls, watcher.looks(part))
+
+
+def looked_at(part: Sampler, planners: Sequence[StepPlanner]) -> tuple[int, int]:
+    """The steps nearest to an early and a late noise level, out of those at which every planner that drops any does."""
+    counts = np.stack([planner.run_counts(part.taus) for planner in planners])
+    drops = counts < planners[0].spec.tokens
+    steps = np.flatnonzero(drops[drops.any(1)].all(0))  # all steps, if no planner drops anything
+    steps = steps if len(steps) else np.arange(part.steps)
+    early, late = (int(steps[np.abs(part.taus[steps] - level).argmin()]) for level in (EARLY, LATE))
+    return early, late
+
+
+class Watcher:
+    """Runs the converted model, and beside it the original at the steps that are looked at, for the same input."""
+
+    def __init__(self, bundle: Bundle, planner: StepPlanner, where: tuple[int, int]) -> None:
+        self.model = bundle.model.with_schedule(planner.schedule)
+        self.original = original_step(bundle)
+        self.where = where
+        self.seen: dict[int, list[Look]] = {step: [] for step in where}
+
+    def new_step(self) -> Step:
+        converted, number = ConvertedStep(self.model, self.model), -1
+
+        def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            nonlocal number
+            number += 1
+            output = converted(x, t, y)
+            if number in self.seen:
+                wanted = self.original(x, t, y)
+                self.seen[number].append(look_of(self.model, converted, output, wanted, x, float(t[0])))
+            return output
+
+        return step
+
+    def looks(self, part: Sampler) -> list[Look]:
+        """What was seen at the two steps, the batches in one."""
+        found = []
+        for step in self.where:
+            batches = self.seen[step]
+            ages = [look.age for look in batches if look.age is not None]
+            found.append(
+                replace(
+                    batches[0],
+                    tau=float(part.taus[step]),
+                    keep=np.concatenate([look.keep for look in batches]),
+                    error=torch.cat([look.error for look in batches]),
+                    age=np.concatenate(ages) if ages else None,
+                )
+            )
+        return found
+
+
+def look_of(model: DynamicModel, step: ConvertedStep, output: Tensor, wanted: Tensor, x: Tensor, t: float) -> Look:
+    """What a converted step has just done to a batch x; `wanted` is the original's output for it."""
+    run, grid, channels = step.run, model.spec.grid, x.shape[1]  # learned variances come after the prediction
+    assert run is not None
+    assert run.last_plan is not None
+    error = (output - wanted)[:, :channels].square().mean(1)
+    size = wanted[:, :channels].square().mean((1, 2, 3)).clamp_min(1e-12)
+    area = x.shape[2] // grid[0] * (x.shape[3] // grid[1])
+    shape = (len(x), *grid)
+    age = None if run.history is None else run.history.age[: len(x)].reshape(shape).copy()
+    keep = run.last_plan.keep[: len(x)].reshape(shape)
+    return Look(t / model.spec.timestep_scale, t, keep, on_tokens(error / size[:, None, None], grid) / area, age)
+
+
+def store(bundle: Bundle, found: dict[str, Any], worst: Sequence[dict[str, Any]], picture: bytes) -> None:
+    """Put the section, the picture and failures.json into the bundle; all or nothing."""
+    report = {**old_report(bundle.folder), "stress": found}
+    figures = {**old_figures(bundle.folder), FAILURES_FIGURE: picture}
+    public = [{name: value for name, value in facts.items() if name != "case"} for facts in worst]
+    with new_folder(bundle.folder, force=True) as work:
+        write_rescheduled(bundle, bundle.model, bundle.manifest, report, figures, work)
+        (work / FAILURES).unlink(missing_ok=True)  # a link to the one in the bundle
+        write_json(without_nan(public), work / FAILURES)

@@ -1,0 +1,133 @@
+"""`dcconvert upcycle`: train a bundle with its original as the teacher, and write it anew."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from dcconvert.commands.convert import LIMITS
+from dcconvert.commands.rewrite_bundle import Rescheduled, old_report
+from dcconvert.export.bundle import MANIFEST, ONNX, new_folder, write_json, write_model
+from dcconvert.export.checks.parity import IDENTITY, Check, check_batch_invariance, check_isolation, require
+from dcconvert.export.onnx.export import export_onnx
+from dcconvert.methods.fit import settle, starts
+from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.report.conversion import without_nan, write_report
+from dcconvert.terminal import Stages
+from dcconvert.train.distributed import Team
+from dcconvert.train.loop import Settings, Task, Training, training_data
+
+
+def upcycle_bundle(settings: Settings, console: Console) -> None:
+    """Train, export, check, measure, and put the new bundle in place; an unfinished run goes on where it was.
+
+    Raises UsageError for a bundle, data or options that cannot be used, StoppedError for a run that was interrupted,
+    CheckFailedError if the loss is no number or ONNX Runtime does not give what torch does.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    team = Team.start()
+    team.check(settings.recipe.batch)
+    task = Task.read(settings)
+    settings = task.settings
+    task.bundle.model.to(team.device)
+    progress = Console(stderr=True, quiet=not team.first)
+    stages = Stages(progress)
+    data = training_data(task, team, stages)
+    training = Training(task, data, team)
+    if training.restore():
+        made = training.distillation
+        stages.note(f"going on at step {made.step} of {made.rounds * made.updates_a_round}")
+    training.run(progress)
+    if not team.first:
+        return
+    model, found = training.model().to("cpu"), facts_of(task, training)
+    del training, data  # their memory is wanted for export and measurement
+    model = store(task, model, found, stages)
+    shutil.rmtree(settings.state, ignore_errors=True)
+    first, last = found["log"][0], found["log"][-1]
+    console.print(
+        f"PSNR to the original at {task.sampler.steps} steps: {first['psnr']:.2f} dB before, {last['psnr']:.2f} dB "
+        f"after {last['samples']} samples ({settings.images} images)",
+        highlight=False,
+    )
+    if model.schedule.found:
+        console.print(
+            f"Its runs keep one token in {1 / model.schedule.expected:.2f}; the ratio is {model.schedule.ratio:g}x",
+            highlight=False,
+        )
+    report = settings.out / "report.html"
+    console.print(escape(f"Bundle: {settings.out}\nReport: {report}"), highlight=False, soft_wrap=True)
+
+
+def store(task: Task, model: DynamicModel, found: dict[str, Any], stages: Stages) -> DynamicModel:
+    """Export, check and measure the trained model, and put its bundle in place; the model as it was stored."""
+    settings, before = task.settings, task.bundle
+    model = model.with_schedule(task.planner.schedule)
+    if model.schedule.found:
+        with stages.stage("see what its runs keep") as tick:
+            model = settle(model, task.sampler, *starts(task.config), tick)
+    with new_folder(settings.out, force=settings.in_place) as work:
+        bundle = replace(before, folder=work, model=model)
+        with stages.stage("export ONNX"):
+            write_model(bundle.model, work)
+            export_onnx(bundle.model, work / ONNX)
+        with stages.stage("verify in torch"):
+            inputs = bundle.model.spec.example(2)
+            checks = [check(bundle.model, inputs) for check in (check_isolation, check_batch_invariance)]
+            require(checks)
+        made = Rescheduled.of(bundle, model.schedule, task.sampler, stages)
+        report = {**made.report(without_stale(old_report(before.folder), checks)), "upcycling": found}
+        with tempfile.TemporaryDirectory(dir=work) as scratch:
+            figures = made.measure(
+                bundle,
+                report,
+                task.config,
+                Path(scratch),
+                stages,
+                reference_steps=settings.reference_steps,
+                threads=settings.threads,
+            )
+        write_report(work, report, figures or {})
+        manifest = {**made.manifest(before.manifest), "upcycling": found}
+        manifest.pop("calibration", None)  # found with the weights from before
+        manifest["parity"] = {name: value for name, value in manifest["parity"].items() if name != IDENTITY}
+        manifest["parity"] |= {check.name: check.value for check in checks}
+        write_json(without_nan(manifest), work / MANIFEST)
+    return model
+
+
+def facts_of(task: Task, training: Training) -> dict[str, Any]:
+    """What manifest and report say of a training, and in short of those before it."""
+    settings, before = task.settings, task.bundle.manifest.get("upcycling")
+    earlier = []
+    if before:
+        short = {name: before[name] for name in ("train", "data", "samples", "ratios")}
+        earlier = [*before.get("earlier", []), {**short, "psnr": before["log"][-1]["psnr"]}]
+    return {
+        **asdict(settings.recipe),
+        "command": settings.command,
+        "data": settings.data,
+        "data_samples": 0 if training.data is None else len(training.data),
+        "bf16": settings.bf16,
+        "images": settings.images,
+        "log": training.log,
+        "earlier": earlier,
+    }
+
+
+def without_stale(report: dict[str, Any], checks: Sequence[Check]) -> dict[str, Any]:
+    """A report without what is true only of the weights before a training, and with the checks of those after it."""
+    names = {IDENTITY, *(check.name for check in checks)}
+    kept = [check for check in report.get("checks", []) if check["name"] not in names]
+    left = {name: value for name, value in report.items() if name != "calibration"}
+    limits = [text for text in report.get("limits", []) if text != LIMITS["chunk"]]
+    return {**left, "checks": [*(check.as_dict() for check in checks), *kept], "limits": limits}

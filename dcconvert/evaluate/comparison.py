@@ -1,0 +1,373 @@
+"""Bundles of one original beside it: what each run costs, and how long and how much memory its step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dcconvert.commands.sample import dit_config, run_planner
+from dcconvert.evaluate.measure_steps import (
+    ConvertedStep,
+    Runtime,
+    RunTimes,
+    Tick,
+    compute_section,
+    converted_memory,
+    original_memory,
+    shapes_of,
+    take_turns,
+    timing_inputs,
+)
+from dcconvert.export.buckets import Ladder, PaddedShapes, guided_ladder, ladder
+from dcconvert.export.bundle import Bundle
+from dcconvert.export.checks.flops import converted_attention, converted_gmacs, original_attention
+from dcconvert.export.checks.latency import interleaved, spread
+from dcconvert.export.checks.parity import as_array
+from dcconvert.export.runtimes.ort import OrtModel, pick
+from dcconvert.models.dit import DiTConfig
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.runtime.run import Backend, Run
+from dcconvert.sampling.samplers import TRAIN_STEPS, Guidance, Sampler, Step
+
+MEGABYTE = 1e6
+PHASES = 4  # moments at which a batch of runs begun one after the other is timed
+NO_GUIDANCE = Guidance()
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A bundle in its run: which sampler, and how many tokens its samples keep at every step, int64 [steps].
+
+    `unconditional`: the planner of the unconditional half, where that has its own.
+    """
+
+    name: str
+    bundle: Bundle
+    sampler: Sampler
+    planner: StepPlanner
+    guidance: Guidance
+    unconditional: StepPlanner | None = None
+
+    @classmethod
+    def of(
+        cls,
+        bundle: Bundle,
+        steps: int | None = None,
+        solver: str | None = None,
+        guidance: Guidance = NO_GUIDANCE,
+        ratio: float | None = None,
+    ) -> Entrant:
+        """The bundle in its own run, or with other steps, another solver or at another ratio.
+
+        UsageError for a bundle that does not say how to sample it, or a ratio it cannot have."""
+        sampler, planner = run_planner(bundle, steps, solver)
+        lite = None
+        if guidance.ratio is not None:
+            lite = planner.at_ratio(guidance.ratio, sampler.taus)
+        planner = planner if ratio is None else planner.at_ratio(ratio, sampler.taus)
+        name = f"{bundle.model.options.mode} {planner.schedule.ratio:g}x, {sampler.steps} steps"
+        return cls(name, bundle, sampler, planner, guidance, lite)
+
+    @property
+    def mode(self) -> str:
+        return self.bundle.model.options.mode
+
+    @property
+    def halves(self) -> list[np.ndarray]:
+        """Kept tokens at every step of each half of guidance, or of the one there is."""
+        first = self.planner.run_counts(self.sampler.taus)
+        if self.guidance.halves == 1:
+            return [first]
+        return [first, first if self.unconditional is None else self.unconditional.run_counts(self.sampler.taus)]
+
+    def counts(self, images: int) -> np.ndarray:
+        """Kept tokens [steps, rows] of a batch of so many images."""
+        return np.concatenate([np.repeat(half[:, None], images, 1) for half in self.halves], axis=1)
+
+    def ladder(self, images: int) -> Ladder:
+        """Buckets for this run and batch."""
+        tokens, halves = self.bundle.model.spec.tokens, self.halves
+        if self.unconditional is not None:
+            return guided_ladder(images, halves[0], halves[1], tokens)
+        shapes = self.planner.ladder_counts(self.sampler.taus)
+        return ladder((images * len(halves),), shapes, tokens)
+
+    def new_step(self, backend: Backend) -> ConvertedStep:
+        """The step function of one run of one batch."""
+        return ConvertedStep(self.bundle.model, backend, self.guidance.halves, self.unconditional)
+
+    def cost_of(self, counts: np.ndarray) -> float:
+        """GMACs of steps of one sample each that keep so many tokens."""
+        model, (sizes, times) = self.bundle.model, np.unique(counts, return_counts=True)
+        inputs = model.spec.example(2)
+        costs = [converted_gmacs(model, inputs, int(size)) for size in sizes]
+        return float(np.dot(costs, times))
+
+    def compute(self) -> dict[str, float]:
+        """GMACs of an image: of one step of the original, and of both runs."""
+        model, taus = self.bundle.model, self.sampler.taus
+        planners = [self.planner, self.unconditional or self.planner][: self.guidance.halves]
+        parts = [compute_section(model, planner, taus) for planner in planners]
+        return {
+            "original_step": sum(part["original_gmacs"] for part in parts),
+            "original": sum(part["run_gmacs"]["original"] for part in parts),
+            "converted": sum(part["run_gmacs"]["converted"] for part in parts),
+        }
+
+
+def named_apart(entrants: Sequence[Entrant]) -> list[Entrant]:
+    """With names that are numbered where there are several bundles, and say the solver where there are several."""
+    several, solvers = len(entrants) > 1, len({entrant.sampler.solver for entrant in entrants}) > 1
+    return [
+        replace(e, name=(f"#{i} " if several else "") + e.name + (f", {e.sampler.solver}" if solvers else ""))
+        for i, e in enumerate(entrants, 1)
+    ]
+
+
+def check_same_original(bundles: Sequence[Bundle]) -> DiTConfig:
+    """The architecture of the original that all bundles were made from; UsageError if they were not."""
+    config = dit_config(bundles[0])
+
+    def origin(bundle: Bundle) -> tuple[Any, ...]:
+        facts = bundle.manifest
+        return dit_config(bundle), facts.get("source", {}).get("sha256"), facts.get("sampler", {}).get("prediction")
+
+    for other in bundles[1:]:
+        if origin(other) != origin(bundles[0]):
+            raise UsageError(
+                f"{other.folder} and {bundles[0].folder} were made from different originals: evaluate them apart"
+            )
+    return config
+
+
+@dataclass
+class Row:
+    """One way of making the images: the original with so many steps, or a bundle in its run.
+
+    `mode`: "original", or that of the bundle. `control`: what a row with fewer steps is the control of.
+    """
+
+    name: str
+    mode: str
+    sampler: Sampler
+    gmacs: float
+    new_step: Callable[[], Step]  # a step function for one run of one batch
+    step_seconds: list[float] = field(default_factory=list)
+    control: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self, batch: int) -> dict[str, Any]:
+        run_ms = float(np.median(self.step_seconds)) * 1e3 * self.sampler.steps
+        return {
+            "name": self.name,
+            "mode": self.mode,
+            "control": self.control,
+            "solver": self.sampler.solver,
+            "steps": self.sampler.steps,
+            "gmacs": self.gmacs,
+            "step_ms": spread(self.step_seconds),
+            "latency_ms": run_ms / batch,
+            "images_per_second": batch / run_ms * 1e3,
+            **self.facts,
+        }
+
+
+class Contest:
+    """Sessions of an original and of entrants made from it, for batches of `batch` images."""
+
+    def __init__(self, entrants: Sequence[Entrant], batch: int, scratch: Path, threads: int) -> None:
+        self.entrants, self.batch, self.scratch = list(entrants), batch, scratch
+        first = entrants[0]
+        self.halves = first.guidance.halves
+        opened = Runtime.open(
+            first.bundle.model, first.planner, first.ladder(batch), first.bundle.onnx, scratch, threads
+        )
+        self.original = opened
+        self.runtimes = {first.name: opened}
+        for entrant in entrants[1:]:
+            session = OrtModel(entrant.bundle.onnx, entrant.planner, entrant.ladder(batch), threads=threads)
+            self.runtimes[entrant.name] = Runtime(entrant.bundle.model, session, opened.original)
+
+    @property
+    def rows(self) -> int:
+        """Samples that the model sees of a batch of images."""
+        return self.batch * self.halves
+
+    def latency(self, runs: int, tick: Tick) -> tuple[list[float], dict[str, RunTimes]]:
+        """Seconds of a batch's step: the original's, and those of every entrant, mean over its run; interleaved."""
+        converted = {}
+        for entrant in self.entrants:
+            session = self.runtimes[entrant.name].converted
+            assert isinstance(session.ladder, Ladder)
+            shapes = shapes_of(session.ladder, entrant.counts(self.batch))
+            converted[entrant.name] = (self.stepper(entrant, session), shapes)
+        return take_turns(self.original_call(), converted, runs, lambda: tick("turns"))
+
+    def feed(self, entrant: Entrant) -> dict[str, np.ndarray]:
+        return {name: as_array(value) for name, value in timing_inputs(entrant.bundle.model, self.rows).items()}
+
+    def original_call(self) -> Callable[[], Any]:
+        session = self.original.original
+        feed = pick(session, self.feed(self.entrants[0]))
+        return lambda: session.run(None, feed)
+
+    def stepper(self, entrant: Entrant, session: OrtModel) -> Callable[[np.ndarray], Run]:
+        """A function that makes a step whose samples keep so many tokens [rows]."""
+        run, feed = session.start(self.rows, self.halves), self.feed(entrant)
+
+        def step(counts: np.ndarray) -> Run:
+            run.step(feed, counts)
+            return run
+
+        return step
+
+    def executions(self, runs: int, tick: Tick) -> list[dict[str, Any]]:
+        """Ways of running a batch of images that are at different steps of their runs, timed in turns.
+
+        Image i is i / batch of a run ahead of the first. `padded to the grid`: one static shape holds everything;
+        `padded`: to the longest of the batch, shapes as they come; `bucketed`: the ladder's; `packed`: no padding but
+        in the attention's rows, shapes as they come.
+        """
+        calls: dict[tuple[str, str, int], Callable[[], Run]] = {}
+        for entrant in self.entrants:
+            session, counts = self.runtimes[entrant.name].converted, self.staggered(entrant)
+            tokens = entrant.bundle.model.spec.tokens
+            forms: dict[str, Any] = {
+                "padded to the grid": PaddedShapes(tokens, whole=True),
+                "padded": PaddedShapes(tokens),
+                "bucketed": session.ladder,
+                "packed": None,
+            }
+            for form, shapes in forms.items():
+                step = self.stepper(entrant, session.with_shapes(shapes))
+                for phase, row in enumerate(counts):
+                    calls[entrant.name, form, phase] = lambda step=step, row=row: step(row)  # type: ignore[misc]
+        computed: dict[tuple[str, str, int], int] = {}
+
+        def counted(key: tuple[str, str, int]) -> Callable[[], None]:
+            def call() -> None:
+                plan = calls[key]().last_plan
+                assert plan is not None
+                computed[key] = plan.packed_index.size
+
+            return call
+
+        names = {key: ", ".join(map(str, key)) for key in calls}
+        candidates: dict[str, Callable[[], Any]] = {"original": self.original_call()}
+        candidates |= {name: counted(key) for key, name in names.items()}
+        times = interleaved(candidates, runs, tick=lambda: tick("turns"))
+        result = []
+        for entrant in self.entrants:
+            kept = float(self.staggered(entrant).sum(1).mean())
+            for form in dict.fromkeys(key[1] for key in calls):
+                keys = [key for key in calls if key[:2] == (entrant.name, form)]
+                taken = np.mean([times[names[key]] for key in keys], axis=0)
+                places = float(np.mean([computed[key] for key in keys]))
+                result.append(
+                    {
+                        "name": entrant.name,
+                        "form": form,
+                        "kept_tokens": kept,
+                        "computed_tokens": places,
+                        "waste": places / kept - 1,
+                        "step_ms": spread(list(taken)),
+                        "original_ms": spread(times["original"]),
+                        "speedup": float(np.median(times["original"]) / np.median(taken)),
+                    }
+                )
+        return result
+
+    def staggered(self, entrant: Entrant) -> np.ndarray:
+        """Kept tokens [phases, rows] of a batch whose images began their runs one after the other."""
+        steps = entrant.sampler.steps
+        starts = np.arange(self.batch) * steps // self.batch
+        phases = np.arange(PHASES) * steps // (PHASES * self.batch)  # after that the next image is where one was
+        where = (starts[None] + phases[:, None]) % steps
+        return np.concatenate([half[where] for half in entrant.halves], axis=1)
+
+    def memory(self, tick: Tick) -> dict[str, dict[str, Any]]:
+        """Megabytes, by row: the peak of a process, what attention works on, and what a run remembers."""
+        example = self.original.model.spec.example(self.rows)
+        found: dict[str, dict[str, Any]] = {}
+        with torch.inference_mode():
+            tick("original")
+            peak = original_memory(self.original, self.scratch / "original.onnx", self.rows)
+            attention = original_attention(self.original.model, example)
+            found["original"] = memory_row(peak, attention.peak, attention.total, 0)
+            for entrant in self.entrants:
+                tick(entrant.name)
+                runtime, model = self.runtimes[entrant.name], entrant.bundle.model
+                assert isinstance(runtime.converted.ladder, Ladder)
+                shapes = shapes_of(runtime.converted.ladder, entrant.counts(self.batch))
+                parts = [
+                    (
+                        shape.weight,
+                        converted_attention(model, model.spec.example(self.rows), shape.counts, shape.bucket),
+                    )
+                    for shape in shapes
+                ]
+                most = max(shapes, key=lambda shape: shape.bucket.tokens)
+                found[entrant.name] = memory_row(
+                    converted_memory(runtime, entrant.bundle.onnx, most.counts, most.bucket),
+                    max(part.peak for _, part in parts),
+                    sum(weight * part.total for weight, part in parts),
+                    model.spec.state_bytes * self.rows,
+                )
+        return found
+
+
+def memory_row(peak: float | None, layer: float, step: float, state: float) -> dict[str, Any]:
+    return {
+        "peak_mb": peak,
+        "attention_layer_mb": round(layer / MEGABYTE, 3),
+        "attention_step_mb": round(step / MEGABYTE, 3),
+        "state_mb": round(state / MEGABYTE, 3),
+    }
+
+
+def contest_rows(contest: Contest, runs: int, tick: Tick) -> list[Row]:
+    """The original at the entrants' own steps and with fewer, and the entrants, timed in turns."""
+    seconds, times = contest.latency(runs, tick)
+    costs = {entrant.name: entrant.compute() for entrant in contest.entrants}
+    controls: dict[tuple[str, int], list[str]] = {}
+    converted = []
+    for entrant in contest.entrants:
+        cost, taken = costs[entrant.name], times[entrant.name]
+        faster = float(np.median(seconds) / np.median(taken.weighted))
+        for steps, name in control_steps(entrant.sampler.steps, faster, cost["original"] / cost["converted"]).items():
+            names = controls.setdefault((entrant.sampler.solver, steps), [])
+            names += [f"{name} {entrant.name.split()[0]}" if len(costs) > 1 else name] if name else []
+        facts = {"stages_ms": taken.stages_ms, "kept": [half.tolist() for half in entrant.halves]}
+        new_step = partial(entrant.new_step, contest.runtimes[entrant.name].converted)
+        converted.append(
+            Row(entrant.name, entrant.mode, entrant.sampler, cost["converted"], new_step, taken.weighted, facts=facts)
+        )
+    first, step = contest.entrants[0], contest.original.original_step
+    gmacs = costs[first.name]["original_step"]
+    rows = []
+    for solver, steps in sorted(controls, key=lambda key: (key[0], -key[1])):
+        sampler = Sampler(first.sampler.prediction, steps, solver)
+        control = "; ".join(controls[solver, steps])
+        several = len({entrant.sampler.solver for entrant in contest.entrants}) > 1
+        name = f"original, {f'{solver}, ' if several else ''}{steps} steps"
+        rows.append(Row(name, "original", sampler, gmacs * steps, lambda: step, seconds, control))
+    return [*rows, *converted]
+
+
+def control_steps(steps: int, speedup: float, flop_ratio: float) -> dict[int, str]:
+    """Steps of the original to stand beside a converted run of `steps`, and what each has in common with it.
+
+    As many, three quarters, half, and those that take as long or as many operations.
+    """
+    found = {max(1, round(steps * share)): "" for share in (1, 0.75, 0.5)}
+    for name, ratio in (("time", speedup), ("GMACs", flop_ratio)):
+        count = min(TRAIN_STEPS, max(1, round(steps / ratio)))
+        found[count] = " and ".join(filter(None, (found.get(count), name)))
+    return found

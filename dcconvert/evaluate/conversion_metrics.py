@@ -1,0 +1,165 @@
+"""Measure a converted model and fill the report: latency, memory, final images; for `convert` and for `evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dcconvert.api import convert
+from dcconvert.evaluate.image_fidelity import Contestant, Fidelity, compare_images, original_contestant
+from dcconvert.evaluate.measure_steps import ConvertedStep, Runtime, compute_section, latency_section, memory_section
+from dcconvert.export.buckets import Ladder, ladder
+from dcconvert.export.onnx.export import export_onnx, export_original
+from dcconvert.models.dit import DiT, DiTConfig
+from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
+from dcconvert.passes.ir.program import Options
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
+from dcconvert.terminal import Stages
+
+LATENCY_RUNS = 9
+OTHER_MODE_RUNS = 5
+NO_SAMPLER = (
+    "Images were not compared: sampling with this model needs its pipeline. Put the converted model there and look: "
+    "docs/pipelines.md."
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A converted model on disk, and how it is sampled. `original` is there while a checkpoint is being converted."""
+
+    model: DynamicModel
+    planner: StepPlanner
+    ladder: Ladder
+    onnx: Path
+    sampler: Sampler
+    config: DiTConfig | None
+    original: DiT | None = None
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much to measure. `image_budget_s`: images that would take longer are left out, and the report says so."""
+
+    batch: int
+    runs: int
+    images: int
+    reference_steps: int
+    threads: int = 0
+    seed: int = 0
+    image_budget_s: float | None = None
+
+
+def measure(subject: Subject, effort: Effort, scratch: Path, report: dict[str, Any], stages: Stages) -> Fidelity | None:
+    """Fill in latency, memory and fidelity of `report`; `scratch` is a folder for the original's ONNX file."""
+    with stages.stage("export original"):
+        export_original(subject.model, scratch / "original.onnx", subject.model.spec.example(3))
+    parts = (subject.model, subject.planner, subject.ladder, subject.onnx, scratch, effort.threads)
+    runtime = Runtime.open(*parts)
+    compute = report["compute"]
+    with stages.stage("measure latency") as tick:
+        report["latency"] = latency_section(runtime, compute, effort.batch, effort.runs, tick=tick)
+    with stages.stage("measure memory"):
+        original = scratch / "original.onnx"
+        report["memory"] = memory_section(runtime, compute, subject.onnx, original, effort.batch)
+    if reason := no_images(subject, effort, report["latency"][0]):
+        report.setdefault("limits", []).append(reason)
+        return None
+    others = []
+    if subject.original is not None and subject.model.options.mode == "carry":
+        with stages.stage("convert in mode chunk, to compare") as tick:
+            try:
+                others.append(chunk_contestant(subject, effort, scratch, tick))
+            except (UsageError, UnsupportedModelError) as error:
+                report.setdefault("limits", []).append(f"Mode chunk was not compared: {error}")
+    with stages.stage("compare images") as tick:
+        result = image_fidelity(subject, effort, runtime, report, others, tick)
+    report["fidelity"] = result.section()
+    return result
+
+
+def no_images(subject: Subject, effort: Effort, latency: dict[str, Any]) -> str:
+    """Why the images are left out, or nothing."""
+    if subject.config is None:
+        return NO_SAMPLER
+    if effort.images < 1:
+        return "Fidelity was not measured (--images 0)."
+    passes = effort.reference_steps + 4 * subject.sampler.steps
+    needed = passes * effort.images / latency["batch"] * latency["original_ms"]["median"] / 1e3
+    if effort.image_budget_s is None or needed <= effort.image_budget_s:
+        return ""
+    return (
+        f"Fidelity was not measured: {effort.images} images would take about {needed / 60:.0f} minutes on "
+        "this machine; run 'dcconvert evaluate' on the bundle with --images to do it."
+    )
+
+
+def image_fidelity(
+    subject: Subject, effort: Effort, runtime: Runtime, report: dict[str, Any], others: list[Contestant], tick: Any
+) -> Fidelity:
+    """The converted model beside the original: the same steps, and fewer steps at equal latency and equal compute."""
+    config, sampler, compute, row = subject.config, subject.sampler, report["compute"], report["latency"][0]
+    assert config is not None
+    per_image = row["original_ms"]["median"] / row["batch"]
+    steps = sampler.steps
+
+    def original(count: int, solver: str = sampler.solver) -> Contestant:
+        made = Sampler(sampler.prediction, count, solver)
+        return original_contestant(runtime.original_step, made, compute["original_gmacs"], per_image)
+
+    converted = Contestant(
+        f"{subject.model.options.mode} {subject.planner.schedule.ratio:g}x, {steps} steps",
+        sampler,
+        lambda: ConvertedStep(subject.model, runtime.converted),
+        compute["run_gmacs"]["converted"],
+        row["converted_ms"]["median"] / row["batch"] * steps,
+        subject.model.options.mode,
+    )
+    at_latency = max(1, round(steps / row["speedup"]))
+    at_compute = max(1, round(steps / compute["ratio"]))
+    fewer = [original(count) for count in sorted({at_latency, at_compute} - {steps}, reverse=True)]
+    noise = initial_noise(effort.seed, effort.images, config.in_channels, config.image_size)
+    labels = labels_for(effort.images, config.num_classes)
+    # Of first order whatever the run's solver: it needs no more than more steps to be exact.
+    reference = replace(
+        original(effort.reference_steps, "euler"), name=f"original, {effort.reference_steps} steps, reference"
+    )
+    size = min(max(subject.ladder.batches), effort.images)
+    return compare_images(
+        subject.model,
+        runtime.converted,
+        reference,
+        original(steps),
+        converted,
+        [*fewer, *others],
+        noise,
+        labels,
+        size,
+        tick,
+    )
+
+
+def chunk_contestant(subject: Subject, effort: Effort, scratch: Path, tick: Any) -> Contestant:
+    """The same checkpoint at the same ratio in mode chunk, exported and timed for the comparison."""
+    assert subject.original is not None
+    sampler = subject.sampler
+    options = Options(mode="chunk", seed=subject.model.options.seed)
+    ratio = subject.planner.schedule.ratio
+    model = convert(subject.original, ratio, schedule="constant", options=options)
+    planner = StepPlanner(model.spec, options, model.schedule.fitted(sampler.taus))
+    rungs = ladder((effort.batch,), planner.ladder_counts(sampler.taus), model.spec.tokens)
+    export_onnx(model, scratch / "chunk")
+    compute = compute_section(model, planner, sampler.taus)
+    runtime = Runtime.open(model, planner, rungs, scratch / "chunk", scratch, effort.threads)
+    row = latency_section(runtime, compute, effort.batch, OTHER_MODE_RUNS, in_torch=False, tick=tick)[0]
+    return Contestant(
+        f"chunk {ratio:g}x, {sampler.steps} steps",
+        sampler,
+        lambda: ConvertedStep(model, runtime.converted),
+        compute["run_gmacs"]["converted"],
+        row["converted_ms"]["median"] / row["batch"] * sampler.steps,
+        "chunk",
+    )

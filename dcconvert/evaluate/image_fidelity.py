@@ -1,0 +1,143 @@
+"""What a conversion does to the final images, beside what fewer steps of the original would do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dcconvert.evaluate.measure_steps import ConvertedStep, Tick, silent
+from dcconvert.images.pixels import is_latent, psnr_mean
+from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.runtime.run import Backend
+from dcconvert.sampling.samplers import Sampler, Step
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way of making the images: its name, sampler and step functions, and what a run costs an image.
+
+    `latency_ms`: measured step latency times steps, divided by the batch; None where it was not measured.
+    """
+
+    name: str
+    sampler: Sampler
+    new_step: Callable[[], Step]  # a step function for one run of one batch
+    gmacs: float
+    latency_ms: float | None = None
+    mode: str = "original"
+
+
+@dataclass
+class Fidelity:
+    """Images and figures of the fidelity runs; `images` maps a row's name to samples [B, C, H, W]."""
+
+    reference: str  # names of rows: the reference, and original and converted at the run's own steps
+    original: str
+    converted: str
+    images: dict[str, Tensor] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    velocity_error: list[dict[str, float]] = field(default_factory=list)
+    keep: list[np.ndarray] = field(default_factory=list)  # keep mask [B, H, W] of every step of the converted run
+    mid: list[Tensor] = field(default_factory=list)  # what the model saw at those steps
+
+    def section(self) -> dict[str, Any]:
+        """The part of a report."""
+        final = self.images[self.original]
+        facts = {"reference": self.reference, "count": len(final), "latents": is_latent(final), "rows": self.rows}
+        return {"velocity_error": self.velocity_error, "images": facts}
+
+
+def original_contestant(step: Step, sampler: Sampler, gmacs: float, latency_ms: float | None) -> Contestant:
+    """The original with so many steps; `gmacs` and `latency_ms` are those of one step and image."""
+    cost = None if latency_ms is None else latency_ms * sampler.steps
+    return Contestant(f"original, {sampler.steps} steps", sampler, lambda: step, gmacs * sampler.steps, cost)
+
+
+def compare_images(
+    model: DynamicModel,
+    backend: Backend,
+    reference: Contestant,
+    original: Contestant,
+    converted: Contestant,
+    others: list[Contestant],
+    noise: Tensor,
+    labels: Tensor,
+    batch: int,
+    tick: Tick = silent,
+) -> Fidelity:
+    """Final images of every contestant, `batch` at a time, against those of the reference.
+
+    `backend` is the converted model's, whose steps are recorded: its keep masks, and the error of one step, measured
+    along the original's own trajectory (same input, relative L2).
+    """
+    result = Fidelity(reference.name, original.name, converted.name)
+    probe, recorder = Probe(model, backend, original), Recorder(model, backend, result)
+    watched: dict[str, Callable[[], Step]] = {original.name: probe.new_step, converted.name: recorder.new_step}
+    for contestant in (reference, original, *others, converted):
+        name = contestant.name
+        new_step = watched.get(name, contestant.new_step)
+        images = result.images[name] = contestant.sampler.run_batches(
+            new_step, noise, labels, batch, on_step=lambda _, name=name: tick(name)
+        )
+        result.rows.append(
+            {
+                "name": contestant.name,
+                "mode": contestant.mode,
+                "solver": contestant.sampler.solver,
+                "steps": contestant.sampler.steps,
+                "gmacs": contestant.gmacs,
+                "latency_ms": contestant.latency_ms,
+                "psnr": None if contestant is reference else psnr_mean(images, result.images[reference.name]),
+            }
+        )
+    result.velocity_error = probe.curve()
+    return result
+
+
+class Probe:
+    """Runs the converted model along the original's trajectory and notes how far its steps are off."""
+
+    def __init__(self, model: DynamicModel, backend: Backend, original: Contestant) -> None:
+        self.model, self.backend, self.original = model, backend, original
+        self.errors: dict[float, list[float]] = {}
+
+    def new_step(self) -> Step:
+        known, tried = self.original.new_step(), ConvertedStep(self.model, self.backend)
+
+        def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            wanted, found = known(x, t, y), tried(x, t, y)
+            channels = x.shape[1]  # learned variances, which samplers ignore, come after the prediction
+            error = (found - wanted)[:, :channels].norm() / wanted[:, :channels].norm()
+            self.errors.setdefault(float(t[0]) / self.model.spec.timestep_scale, []).append(float(error))
+            return wanted
+
+        return step
+
+    def curve(self) -> list[dict[str, float]]:
+        return [{"tau": tau, "error": float(np.mean(parts))} for tau, parts in self.errors.items()]
+
+
+class Recorder:
+    """Runs the converted model and keeps what it saw and kept for the first batch: enough to show."""
+
+    def __init__(self, model: DynamicModel, backend: Backend, result: Fidelity) -> None:
+        self.model, self.backend, self.result = model, backend, result
+
+    def new_step(self) -> Step:
+        converted = ConvertedStep(self.model, self.backend)
+        if self.result.keep:
+            return converted
+
+        def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            output = converted(x, t, y)
+            assert converted.run is not None
+            assert converted.run.last_plan is not None
+            self.result.keep.append(converted.run.last_plan.keep[: len(x)].reshape(len(x), *self.model.spec.grid))
+            self.result.mid.append(x)
+            return output
+
+        return step

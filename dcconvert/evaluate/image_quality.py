@@ -1,0 +1,192 @@
+"""The judge of an evaluation: draws the images of every row, and says what they are worth."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcconvert.evaluate.comparison import Contest, Row
+from dcconvert.evaluate.feature_networks import HOW_TO_GET, NONE, Extractor, open_extractor
+from dcconvert.evaluate.measure_steps import ConvertedStep
+from dcconvert.evaluate.set_metrics import (
+    NEIGHBOURS,
+    Doubles,
+    Real,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from dcconvert.export.bundle import write_whole
+from dcconvert.images.dataset import read_images
+from dcconvert.images.pixels import decode_latents, is_latent, psnr, to_images
+from dcconvert.models.dit import DiTConfig
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.sampling.samplers import Guidance, Sampler, Step, initial_noise, labels_for
+from dcconvert.terminal import Stages
+
+PAIRS = 256  # of the pair distance, which runs the network twice: enough for its mean
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which images are judged, and by what: options of the command line."""
+
+    images: int = 64
+    seed: int = 0
+    reference_steps: int = 200
+    real: Path | None = None
+    real_images: int = 5000
+    features: str = "auto"
+    vae: Path | None = None
+
+    def __post_init__(self) -> None:
+        if 0 < self.images < NEIGHBOURS + 2:
+            raise UsageError(f"--images {self.images}: at least {NEIGHBOURS + 2}, or 0 to measure time and memory only")
+
+
+def noted(new_step: Callable[[], Step], kept: list[list[np.ndarray]]) -> Callable[[], Step]:
+    """The same function; `kept` receives what the steps of a converted model keep, a list for each run."""
+
+    def make() -> Step:
+        made = new_step()
+        if isinstance(made, ConvertedStep):
+            kept.append(made.kept)
+        return made
+
+    return make
+
+
+class Judge:
+    """Draws the images of every row and measures them.
+
+    The network and the real images are read when it is made, so that what is wrong with them is said at once.
+    """
+
+    def __init__(self, settings: Wanted, config: DiTConfig, guidance: Guidance, threads: int, stages: Stages) -> None:
+        self.settings, self.config, self.guidance = settings, config, guidance
+        self.limits: list[str] = []
+        self.noise = initial_noise(settings.seed, settings.images, config.in_channels, config.image_size)
+        self.labels = labels_for(settings.images, config.num_classes)
+        self.null_class = config.num_classes if config.null_class else None
+        self.images: dict[str, Tensor] = {}
+        self.extractor = self.opened(threads, stages)
+        self.real: Real | None = None
+        self.floor: dict[str, float] = {}
+        if self.extractor and settings.real:
+            self.read_real(settings.real, self.extractor, stages)
+        elif self.extractor:
+            self.limits.append("Distances to real images were not measured: give some with --real PATH.")
+
+    def opened(self, threads: int, stages: Stages) -> Extractor | None:
+        if self.config.in_channels not in (1, 3) and self.settings.vae is None:
+            self.limits.append(
+                "The model works on latents: feature distances and Inception Score need pictures; give --vae PATH."
+            )
+            return None
+        with stages.stage("open the feature network"):
+            found = open_extractor(self.settings.features, threads)
+        if found is None:
+            how = "(--features none)" if self.settings.features == NONE else f"for want of a network: {HOW_TO_GET}"
+            self.limits.append(f"Feature distances, Inception Score, precision and recall were not measured {how}.")
+        return found
+
+    def read_real(self, path: Path, extractor: Extractor, stages: Stages) -> None:
+        """Features of real images: as many as are generated held out for the floor, the others to compare with."""
+        count = self.settings.images
+        with stages.stage("read real images") as tick:
+            found = read_images(path, self.config, labelled=False).images
+            order = torch.randperm(len(found), generator=torch.Generator().manual_seed(self.settings.seed))
+            chosen = found[order[: self.settings.real_images + count]]
+            if len(chosen) < 2 * count:
+                raise UsageError(
+                    f"{path} holds {len(found)} images: at least {2 * count} are needed, twice --images {count}"
+                )
+            features, _ = extractor.describe(self.pictures(chosen), tick)
+        self.real = Real(features[count:])
+        self.floor = distances(features[:count], self.real)
+
+    def pictures(self, samples: Tensor) -> np.ndarray:
+        """uint8 [n, H, W, 3]."""
+        return to_images(decode_latents(samples, self.settings.vae) if self.settings.vae else samples)
+
+    def judge(self, rows: Sequence[Row], contest: Contest, stages: Stages) -> dict[str, Any]:
+        """Fill in the rows' figures of quality; what they were measured with."""
+        settings, first = self.settings, contest.entrants[0]
+        step = contest.original.original_step
+        reference = f"original, euler, {settings.reference_steps} steps"
+        with stages.stage("draw images") as tick:
+            # Of first order whatever the run's solver: it needs no more than more steps to be exact.
+            many = Sampler(first.sampler.prediction, settings.reference_steps, "euler")
+            wanted = self.draw(many, lambda: step, contest.batch, partial(tick, f"{reference}, the reference"))
+            for row in rows:
+                kept: list[list[np.ndarray]] = []
+                made = self.draw(row.sampler, noted(row.new_step, kept), contest.batch, partial(tick, row.name))
+                self.images[row.name] = made
+                if kept:
+                    counts = np.concatenate([np.concatenate(run) for run in kept])
+                    row.facts["kept_tokens"] = float(counts.mean())
+                    entrant = next(entrant for entrant in contest.entrants if entrant.name == row.name)
+                    if entrant.planner.schedule.found:  # what these images cost, not what was expected
+                        row.gmacs = entrant.cost_of(counts) / len(made)
+                values = psnr(made, wanted)
+                error = float(values.std() / len(values) ** 0.5)
+                row.facts |= {"psnr": float(values.mean()), "psnr_error": error}
+        facts: dict[str, Any] = {"count": settings.images, "seed": settings.seed, "reference": reference}
+        facts["latents"] = is_latent(wanted)
+        if self.extractor is not None:
+            facts |= {"network": self.extractor.name}
+            with stages.stage("measure images") as tick:
+                self.measure(rows, self.extractor, self.pictures(wanted), tick)
+            if self.real is not None:
+                facts |= {"real": str(settings.real), "real_count": len(self.real.features), "floor": self.floor}
+        self.images = {reference: wanted, **self.images}
+        return facts
+
+    def draw(self, sampler: Sampler, new_step: Callable[[], Step], batch: int, tick: Callable[[], None]) -> Tensor:
+        options: dict[str, Any] = {"guidance": self.guidance.scale, "null_class": self.null_class}
+        return sampler.run_batches(new_step, self.noise, self.labels, batch, on_step=lambda _: tick(), **options)
+
+    def measure(self, rows: Sequence[Row], extractor: Extractor, wanted: np.ndarray, tick: Any) -> None:
+        for row in rows:
+            tick(row.name)
+            pictures = self.pictures(self.images[row.name])
+            features, logits = extractor.describe(pictures)
+            if extractor.maps:
+                values = extractor.pair_distance(pictures[:PAIRS], wanted[:PAIRS])
+                row.facts |= {"pair_distance": float(values.mean())}
+                row.facts["pair_distance_error"] = float(values.std(ddof=1) / len(values) ** 0.5)
+            if logits is not None:
+                row.facts["inception_score"] = inception_score(logits)
+            if self.real is not None:
+                row.facts |= distances(features, self.real)
+
+    def write_npz(self, folder: Path) -> None:
+        """A file for each row, as the ADM evaluation suite reads them: arr_0 uint8 [n, H, W, 3], arr_1 labels."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, images in self.images.items():
+            buffer = io.BytesIO()
+            np.savez(buffer, self.pictures(images), self.labels.numpy())
+            stem = "".join(letter if letter.isalnum() or letter in ".-+" else "_" for letter in name)
+            write_whole(folder / f"{stem}.npz", buffer.getvalue())
+
+
+def distances(found: Doubles, real: Real) -> dict[str, float]:
+    """Distances of features to those of real images, of which there are at least as many."""
+    kernel, error = kernel_distance(found, real)
+    precision, recall = precision_recall(found, real.features[: len(found)])
+    return {
+        "frechet": frechet_distance(found, real),
+        "kernel": kernel,
+        "kernel_error": error,
+        "precision": precision,
+        "recall": recall,
+    }

@@ -1,0 +1,314 @@
+"""Measurements of a converted model against the fixed-token original: compute, latency, memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcconvert.export.buckets import Ladder
+from dcconvert.export.checks.flops import converted_gmacs, original_gmacs, prepare_gmacs
+from dcconvert.export.checks.latency import interleaved, peak_memory, spread
+from dcconvert.export.checks.parity import as_array
+from dcconvert.export.onnx.export import export_original
+from dcconvert.export.runtimes.ort import CPU, OrtModel, make_session, pick
+from dcconvert.passes.planning.layout import Bucket
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.runtime.run import Backend, Run
+
+Tick = Callable[[str], None]
+
+
+def silent(_: str) -> None:
+    """Report progress to nobody."""
+
+
+@dataclass
+class Runtime:
+    """Original and converted model on ONNX Runtime, with a step function each for the samplers."""
+
+    model: DynamicModel
+    converted: OrtModel
+    original: Any  # an InferenceSession
+
+    @classmethod
+    def open(
+        cls, model: DynamicModel, planner: StepPlanner, ladder: Ladder | None, onnx: Path, work: Path, threads: int = 0
+    ) -> Runtime:
+        """Sessions over a bundle's files; the original is exported to `work` if it is not there.
+
+        Without a ladder every step has its own shape.
+        """
+        original = work / "original.onnx"
+        if not original.exists():
+            export_original(model, original, model.spec.example(3))
+        return cls(model, OrtModel(onnx, planner, ladder, CPU, threads), make_session(original, CPU, threads))
+
+    @property
+    def name(self) -> str:
+        return f"ONNX Runtime {self.converted.provider.removesuffix('ExecutionProvider')}"
+
+    def original_step(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        feed = arrays_of(self.model, x, t, y)
+        return torch.from_numpy(self.original.run(None, pick(self.original, feed))[0])
+
+
+class ConvertedStep:
+    """The step function of one sampling run of a converted model, on any runtime; made new for every run.
+
+    `groups` as in `Run`. With `unconditional` the second half of the batch keeps what that planner says.
+    """
+
+    def __init__(
+        self, model: DynamicModel, backend: Backend, groups: int = 1, unconditional: StepPlanner | None = None
+    ) -> None:
+        self.model = model
+        self.groups = groups
+        self.unconditional = unconditional
+        self.backend = backend
+        self.run: Run | None = None
+        self.kept: list[np.ndarray] = []  # tokens of each sample at every step so far
+
+    @property
+    def planners(self) -> list[StepPlanner]:
+        """Those of both halves of guidance, where they differ."""
+        return [] if self.unconditional is None else [self.backend.planner, self.unconditional]
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if self.run is None:
+            self.run = Run(self.backend, len(x), self.groups)
+        in_torch = isinstance(self.backend, DynamicModel)
+        values = dict(zip(self.model.spec.inputs, (x, t, y), strict=True))
+        inputs = values if in_torch else arrays_of(self.model, x, t, y)
+        output = self.run.step(inputs, self.counts(self.run, inputs), self.planners)[0]
+        self.kept.append(self.run.kept)
+        return output if in_torch else torch.from_numpy(output)
+
+    def counts(self, run: Run, inputs: dict[str, Any]) -> np.ndarray | None:
+        """What the samples keep, if not what the backend's own planner says."""
+        if self.unconditional is None or self.unconditional.schedule.found:
+            return None
+        steps = None if run.history is None else run.history.steps[: run.batch]
+        taus = self.unconditional.taus(inputs, run.batch)
+        first, second = (p.counts(taus, steps) for p in (self.backend.planner, self.unconditional))
+        return np.where(np.arange(run.batch) < run.batch // 2, first, second)
+
+
+def arrays_of(model: DynamicModel, *values: Tensor) -> dict[str, np.ndarray]:
+    return {name: as_array(value) for name, value in zip(model.spec.inputs, values, strict=True)}
+
+
+def compute_section(model: DynamicModel, planner: StepPlanner, taus: np.ndarray) -> dict[str, Any]:
+    """GMACs a sample: of the original's forward, of every step of a run, and of the whole run."""
+    inputs = model.spec.example(2)
+    original = original_gmacs(model, inputs)
+    counts = planner.run_counts(taus)
+    per_count = {int(kept): converted_gmacs(model, inputs, int(kept)) for kept in np.unique(counts)}
+    steps = [
+        {"tau": float(tau), "kept": int(kept), "gmacs": per_count[int(kept)]}
+        for tau, kept in zip(taus, counts, strict=True)
+    ]
+    total = sum(step["gmacs"] for step in steps) + prepare_gmacs(model, inputs)
+    return {
+        "original_gmacs": original,
+        "per_step": steps,
+        "run_gmacs": {"original": original * len(taus), "converted": total, "steps": len(taus)},
+        "ratio": original * len(taus) / total,
+    }
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A bucket of a run: its name, kept tokens [rows] that fill it, and the share of the run's steps that use it."""
+
+    name: str
+    bucket: Bucket
+    counts: np.ndarray
+    weight: float
+
+
+def shapes_of(ladder: Ladder, counts: np.ndarray) -> list[Shape]:
+    """The buckets that a run of kept tokens [steps, rows] uses."""
+    used: dict[Bucket, list[np.ndarray]] = {}
+    for row in counts:
+        used.setdefault(ladder.choose(len(row), row), []).append(row)
+    return [
+        Shape(f"{bucket.row_tokens} tokens", bucket, np.max(rows, axis=0), len(rows) / len(counts))
+        for bucket, rows in used.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What is timed in a runtime: its step with every token, and the converted step with so many kept."""
+
+    name: str
+    original: Callable[[], Any]
+    converted: Callable[[np.ndarray], Run]
+
+
+@dataclass(frozen=True)
+class RunTimes:
+    """Seconds of a step, mean over a run, in each turn; of each shape; and of each stage, the median in ms."""
+
+    weighted: list[float]
+    by_shape: dict[str, list[float]]
+    stages_ms: dict[str, float]
+
+
+def take_turns(
+    original: Callable[[], Any],
+    converted: Mapping[str, tuple[Callable[[np.ndarray], Run], Sequence[Shape]]],
+    runs: int,
+    tick: Callable[[], None],
+) -> tuple[list[float], dict[str, RunTimes]]:
+    """Seconds of the original's step and of those of converted models, by their names, interleaved in one run."""
+    stages: dict[str, dict[str, list[float]]] = {}
+
+    def candidate(name: str, step: Callable[[np.ndarray], Run], counts: np.ndarray) -> Callable[[], None]:
+        found = stages[name] = {"route": [], "plan": [], "denoise": []}
+
+        def call() -> None:
+            times = step(counts).last_times
+            for stage, values in found.items():
+                values.append(getattr(times, stage) * 1e3)
+
+        return call
+
+    def name_of(model: str, shape: Shape) -> str:
+        return ", ".join(filter(None, (model, shape.name)))
+
+    candidates: dict[str, Callable[[], Any]] = {"original": original}
+    for model, (step, shapes) in converted.items():
+        candidates |= {name_of(model, s): candidate(name_of(model, s), step, s.counts) for s in shapes}
+    times = interleaved(candidates, runs, tick=tick)
+    result = {}
+    for model, (_, shapes) in converted.items():
+        names = [(name_of(model, shape), shape) for shape in shapes]
+        weighted = np.sum([np.asarray(times[name]) * shape.weight for name, shape in names], axis=0)
+        medians = {
+            stage: round(sum(float(np.median(stages[name][stage])) * shape.weight for name, shape in names), 3)
+            for stage in ("route", "plan", "denoise")
+        }
+        result[model] = RunTimes(list(weighted), {shape.name: times[name] for name, shape in names}, medians)
+    return times["original"], result
+
+
+def latency_section(
+    runtime: Runtime, compute: dict[str, Any], batch: int, runs: int, *, in_torch: bool = True, tick: Tick = silent
+) -> list[dict[str, Any]]:
+    """Step latency of original and converted, interleaved, in ONNX Runtime and in torch.
+
+    Every bucket of a run is timed and weighted by the steps that use it: times are means over a run's steps.
+    """
+    ladder = runtime.converted.ladder
+    if not isinstance(ladder, Ladder):
+        raise ValueError("latency is measured on a ladder of buckets")
+    shapes = shapes_of(ladder, np.array([[step["kept"]] * batch for step in compute["per_step"]]))
+    inputs = timing_inputs(runtime.model, batch)
+    feed = {name: as_array(value) for name, value in inputs.items()}
+    with torch.inference_mode():
+        rows = [timed_row(on_ort(runtime, feed, batch), shapes, compute, batch, runs, tick)]
+        if in_torch:
+            rows.append(timed_row(on_torch(runtime, inputs, batch), shapes, compute, batch, runs, tick))
+    rows[0]["buckets"] = [asdict(shape.bucket) for shape in shapes]
+    return rows
+
+
+def timing_inputs(model: DynamicModel, batch: int) -> dict[str, Any]:
+    """Inputs of a step, all at one timestep, where a run may make as many steps as we like: no time depends on it."""
+    spec = model.spec
+    given = spec.example(batch)
+    if spec.timestep is None:
+        return given
+    halfway = torch.full((batch,), 0.5 * spec.timestep_scale)
+    return {**given, spec.timestep: halfway.to(given[spec.timestep].dtype)}
+
+
+def on_ort(runtime: Runtime, feed: dict[str, np.ndarray], batch: int) -> Timed:
+    run = runtime.converted.start(batch)
+
+    def converted(counts: np.ndarray) -> Run:
+        run.step(feed, counts)
+        return run
+
+    return Timed(runtime.name, lambda: runtime.original.run(None, pick(runtime.original, feed)), converted)
+
+
+def on_torch(runtime: Runtime, inputs: dict[str, Any], batch: int) -> Timed:
+    run = Run(runtime.model, batch)
+    flat = tuple(inputs[name] for name in runtime.model.spec.inputs)
+
+    def converted(counts: np.ndarray) -> Run:
+        run.step(inputs, counts)
+        return run
+
+    return Timed("torch CPU, eager", lambda: runtime.model.original_graph(*flat), converted)
+
+
+def timed_row(
+    timed: Timed, shapes: Sequence[Shape], compute: dict[str, Any], batch: int, runs: int, tick: Tick
+) -> dict[str, Any]:
+    """One row of the latency table: means over a run, weighted by how many steps use each bucket."""
+    tick(timed.name)
+    converted = {"": (timed.converted, shapes)}
+    original, found = take_turns(timed.original, converted, runs, lambda: tick(timed.name))
+    times = found[""]
+    speedup = float(np.median(original) / np.median(times.weighted))
+    return {
+        "runtime": timed.name,
+        "batch": batch,
+        "original_ms": spread(original),
+        "converted_ms": spread(times.weighted),
+        "by_bucket_ms": {name: spread(values) for name, values in times.by_shape.items()},
+        "stages_ms": times.stages_ms,
+        "speedup": speedup,
+        "flop_ratio": float(compute["ratio"]),
+        "efficiency": float(speedup / compute["ratio"]),
+    }
+
+
+def memory_section(
+    runtime: Runtime, compute: dict[str, Any], onnx: Path, original: Path, batch: int
+) -> list[dict[str, Any]]:
+    """Peak resident memory of a fresh process that runs the step of a run that keeps most tokens, at the full batch."""
+    counts = np.full(batch, max(step["kept"] for step in compute["per_step"]))
+    name = f"{runtime.name}, batch {batch}"
+    return [
+        {"runtime": name, "model": "original", "peak_mb": original_memory(runtime, original, batch)},
+        {"runtime": name, "model": "converted", "peak_mb": converted_memory(runtime, onnx, counts)},
+    ]
+
+
+def original_memory(runtime: Runtime, original: Path, batch: int) -> float | None:
+    """Peak megabytes of a fresh process that runs the original's step once."""
+    given = {name: as_array(value) for name, value in runtime.model.spec.example(batch).items()}
+    with tempfile.TemporaryDirectory() as tmp:
+        return peak_memory([original], [pick(runtime.original, given)], Path(tmp))
+
+
+def converted_memory(runtime: Runtime, onnx: Path, counts: np.ndarray, bucket: Bucket | None = None) -> float | None:
+    """Peak megabytes of a fresh process that runs one step of a bundle whose samples keep `counts` [B] tokens."""
+    model, batch = runtime.model, len(counts)
+    inputs = model.spec.example(batch)
+    with torch.no_grad():
+        scores, live = model.route(inputs)
+    planner = runtime.converted.planner
+    plan = planner.of_mask(planner.planner.select(scores.numpy(), counts), bucket)
+    state = model.new_state(batch).tensors
+    inputs = {**inputs, **model.prepare(inputs)}
+    given = {name: as_array(value) for name, value in {**inputs, **live, **plan.arrays(), **state}.items()}
+    files = [onnx / "route.onnx", onnx / "denoise.onnx"]
+    feeds = [pick(session, given) for session in (runtime.converted.route_session, runtime.converted.denoise_session)]
+    if model.spec.constants:
+        files.insert(0, onnx / "prepare.onnx")
+        feeds.insert(0, {name: given[name] for name in model.spec.prepare_inputs})
+    with tempfile.TemporaryDirectory() as tmp:
+        return peak_memory(files, feeds, Path(tmp))

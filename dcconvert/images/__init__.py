@@ -1,0 +1,1 @@
+"""Images as data: reading data sets, and turning tensors into pictures."""

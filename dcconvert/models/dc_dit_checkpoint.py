@@ -1,0 +1,81 @@
+"""Checkpoints of DC-DiT's release: which weights they must hold, and the module they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dcconvert.models.dc_dit import NARROW, RefinedConfig, RefinedDiT
+from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
+
+BLOCKS = "hnet.main_network.main_network.layers."
+INNER = "hnet.main_network.main_network.main_network."  # of a model of more than one stage
+# What tells the architecture, and how many dimensions each has.
+DIMENSIONS = {
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "pos_embed": 3,
+    "final_layer.linear.weight": 2,
+}
+
+
+def is_refined(names: Mapping[str, Tensor]) -> bool:
+    """Whether a checkpoint is one of DC-DiT."""
+    return any(name.startswith("hnet.") for name in names)
+
+
+def refined_config(path: Path, tensors: Mapping[str, Tensor], choose_heads: Callable[[int], int]) -> RefinedConfig:
+    """The architecture of a DC-DiT checkpoint; UsageError or UnsupportedModelError for one that is not whole or other.
+
+    `choose_heads` gives the attention heads for a width.
+    """
+    if any(name.startswith(INNER) for name in tensors):
+        raise UnsupportedModelError(f"{path}: a DC-DiT of more than one stage; those of one stage are supported.")
+    blocks = {name.removeprefix(BLOCKS).split(".")[0] for name in tensors if name.startswith(BLOCKS)}
+    if odd := sorted(blocks - {str(number) for number in range(len(blocks))}):
+        raise UsageError(f"{path}: {BLOCKS}{odd[0]} is not one of {len(blocks)} blocks: save the whole state dict.")
+    hidden = f"{BLOCKS}0.mlp.fc1.weight"
+    if missing := [name for name in (*DIMENSIONS, hidden) if name not in tensors]:
+        raise UsageError(f"{path}: missing keys of a DC-DiT: {', '.join(missing)}: save the whole state dict.")
+    for name, dimensions in (*DIMENSIONS.items(), (hidden, 2)):
+        if tensors[name].dim() != dimensions or not tensors[name].numel():
+            raise UsageError(f"{path}: {name} is {list(tensors[name].shape)}: a DC-DiT's has {dimensions} dimensions.")
+    pixels, table, positions, output = (tensors[name].shape for name in DIMENSIONS)
+    side = math.isqrt(positions[1])
+    if side**2 != positions[1]:
+        raise UnsupportedModelError(f"{path}: pos_embed has {positions[1]} positions, only square grids are supported.")
+    width = int(table[1])
+    if width < NARROW or width % NARROW:
+        raise UsageError(f"{path}: width {width}: that of a DC-DiT is a multiple of {NARROW}.")
+    return RefinedConfig(
+        depth=len(blocks),
+        width=width,
+        heads=choose_heads(width),
+        image_size=side,
+        in_channels=int(pixels[1]),
+        num_classes=int(table[0]) - 1,
+        learn_sigma=int(output[0]) == 2 * int(pixels[1]),
+        mlp_width=int(tensors[hidden].shape[0]),
+        adapter="hnet.condition.weight" in tensors,
+    )
+
+
+def check_refined(path: Path, tensors: Mapping[str, Tensor], config: RefinedConfig) -> None:
+    """UsageError unless the tensors are those of a DC-DiT, all of them, in their shapes."""
+    with torch.device("meta"):
+        shapes = {name: list(value.shape) for name, value in RefinedDiT(config).state_dict().items()}
+    missing = [name for name in shapes if name not in tensors]
+    extra = [name for name in tensors if name not in shapes]
+    wrong = [
+        f"{name} is {list(tensors[name].shape)}, expected {shape}"
+        for name, shape in shapes.items()
+        if name in tensors and list(tensors[name].shape) != shape
+    ]
+    for problem, found in (("missing keys", missing), ("keys that a DC-DiT has not", extra), ("wrong shapes", wrong)):
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise UsageError(f"{path}: {problem}: {', '.join(found[:3])}{more}.")

@@ -1,0 +1,270 @@
+"""What the command line converts: a DiT checkpoint, or a folder with a diffusers transformer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcconvert.api import dit_inputs
+from dcconvert.models.dit import DiT, DiTConfig
+from dcconvert.models.dit_checkpoint import load_dit
+from dcconvert.models.key_conversion import layout_of, original_model
+from dcconvert.models.key_tables import Layout, Tensors
+from dcconvert.models.tensor_files import PREDICTIONS, named_tensors, sha256
+from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
+from dcconvert.passes.ir.spec import EXAMPLE_BATCH
+
+MODEL_INDEX, CONFIG = "model_index.json", "config.json"
+FLUX = "FluxTransformer2DModel"  # its pipeline makes patches of 2 pixels; its own are tokens
+PART = "transformer"  # of a pipeline folder
+
+Size = int | tuple[int, int]  # of an image in latent pixels: its side, or its height and width
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to convert, and what is known about it.
+
+    `config`: of a DiT that can be sampled on the command line, else None. `facts`: name and value, for people.
+    """
+
+    module: nn.Module
+    example: Any  # one call's inputs: a sequence, or a mapping
+    kind: str
+    sha256: str
+    prediction: str
+    facts: Mapping[str, Any]
+    config: DiTConfig | None = None
+    assumed: bool = False  # what it predicts
+    timestep_scale: float = 1000.0
+    grid: tuple[int, int] | None = None
+
+    @property
+    def dit(self) -> DiT | None:
+        return self.module if isinstance(self.module, DiT) else None
+
+
+def parse_size(text: str | int) -> Size:
+    """Read a size written as ``64`` or, height before width, ``96x64``; UsageError for anything else."""
+    parts = str(text).lower().split("x")
+    if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise UsageError(f"size {text!r} is not a number of latent pixels: write it as 64, or 96x64 (height, width)")
+    return (int(parts[0]), int(parts[1])) if len(parts) == 2 else int(parts[0])
+
+
+def load_model(
+    path: str | Path, heads: int | None = None, image_size: Size | None = None, prediction: str | None = None
+) -> nn.Module:
+    """The model of a checkpoint file or a diffusers folder, in fp32 and in eval mode; errors as in `open_source`."""
+    return open_source(Path(path), heads, image_size, prediction).module
+
+
+def open_source(
+    path: Path, heads: int | None = None, image_size: Size | None = None, prediction: str | None = None
+) -> Source:
+    """The model at `path`, in eval mode, and what to call it with.
+
+    `heads`, `image_size` and `prediction` ("eps" or "flow") say what a file does not. UsageError for what cannot be
+    read or lacks something, UnsupportedModelError for another architecture.
+    """
+    if prediction not in (None, *PREDICTIONS):
+        raise UsageError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}.")
+    if path.is_dir():
+        return diffusers_source(path, image_size, prediction)
+    tensors, where, _ = named_tensors(path)
+    if layout := layout_of(tensors):
+        return original_source(layout, path, tensors, where, heads, image_size, prediction)
+    del tensors
+    if isinstance(image_size, tuple):
+        if image_size[0] != image_size[1]:
+            raise UsageError(f"{path}: images of a DiT checkpoint are square: pass --image-size with one number.")
+        image_size = image_size[0]
+    dit = load_dit(path, heads=heads, image_size=image_size, prediction=prediction)
+    info, kind = dit.checkpoint_info, "DiT" if isinstance(dit, DiT) else "DC-DiT"
+    assumed = " (assumed: --prediction says otherwise)" if info.prediction_assumed else ""
+    facts = {**info.config.as_dict(), "predicts": info.prediction, "weights from": info.source or "the top level"}
+    return Source(
+        dit,
+        dit_inputs(dit, EXAMPLE_BATCH),
+        f"{kind} checkpoint{f' ({info.source})' if info.source else ''}, predicts {info.prediction}{assumed}",
+        info.sha256,
+        info.prediction,
+        facts,
+        info.config,
+        info.prediction_assumed,
+    )
+
+
+def original_source(
+    layout: Layout,
+    path: Path,
+    tensors: Tensors,
+    where: str,
+    heads: int | None,
+    image_size: Size | None,
+    prediction: str | None,
+) -> Source:
+    """A checkpoint under the names of its own repository: the class of diffusers with its weights."""
+    module = original_model(layout, path, tensors, heads)
+    kind = f"{layout.title} checkpoint{f' ({where})' if where else ''}, as {layout.cls}"
+    return called(module, layout.cls, kind, sha256(path), image_size, prediction)
+
+
+def diffusers_source(folder: Path, image_size: Size | None = None, prediction: str | None = None) -> Source:
+    """A transformer that diffusers saved, alone or in a pipeline's folder; only safetensors are read.
+
+    `image_size`: in latent pixels [the model's]. UsageError for a folder without one, or one that
+    cannot be read; UnsupportedModelError for a class whose inputs are not known here.
+    """
+    if (folder / MODEL_INDEX).is_file():
+        folder = folder / PART
+    config = read_config(folder)
+    name = str(config.get("_class_name"))
+    if name not in CLASSES:
+        raise UnsupportedModelError(
+            f"{folder} holds a {name}; folders are read of {', '.join(CLASSES)}. From Python any module can be "
+            "converted: dcconvert.convert(module, ratio, example_inputs=...)"
+        )
+    module = loaded(folder, name)
+    kind = f"{name} of diffusers {config.get('_diffusers_version', '')}".strip()
+    return called(module, name, kind, hash_of(folder), image_size, prediction)
+
+
+def called(module: Any, name: str, kind: str, digest: str, image_size: Size | None, prediction: str | None) -> Source:
+    """The source of a module of diffusers, with a call as its pipeline would make it."""
+    example, usual = CLASSES[name]
+    patch = 2 if name == FLUX else module.config.patch_size
+    if image_size is not None and any(side < patch or side % patch for side in sides(image_size)):
+        raise UsageError(f"--image-size: {name} has patches of {patch} pixels, of which each side needs a multiple.")
+    made = example(module.config, image_size)
+    shapes = {key: list(value.shape) for key, value in made.items() if isinstance(value, Tensor)}
+    counts_to_one = bool((made["timestep"] <= 1).all()) and made["timestep"].is_floating_point()
+    return Source(
+        module,
+        {**made, "return_dict": False},
+        kind,
+        digest,
+        prediction or usual,
+        {"class": name, **{f"example {key}": str(shape) for key, shape in shapes.items()}},
+        timestep_scale=1.0 if counts_to_one else 1000.0,
+        grid=tuple(int(n) + 1 for n in made["img_ids"][-1, 1:]) if name == FLUX else None,  # type: ignore[arg-type]
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / CONFIG).read_text())
+        if isinstance(found, dict):
+            return found
+    except FileNotFoundError:
+        raise UsageError(
+            f"{folder} is a folder without {CONFIG}: pass a checkpoint file, or the folder of a diffusers transformer "
+            "or pipeline"
+        ) from None
+    except (OSError, ValueError):
+        pass
+    raise UsageError(f"cannot read {folder / CONFIG}: it is no JSON object; save the model again")
+
+
+def loaded(folder: Path, name: str) -> Any:
+    """The model of a folder, in fp32 and eval mode."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        module = getattr(diffusers, name).from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
+        )
+    except Exception as error:  # diffusers, safetensors and the system raise what they like
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"cannot load the {name} in {folder}: {reason}") from error
+    return module.eval()
+
+
+def hash_of(folder: Path) -> str:
+    """sha256 over the weight files of a folder, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# Example calls, as the pipelines of these classes make them
+
+
+def sides(size: Size) -> tuple[int, int]:
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def latents(config: Any, size: Size | None) -> Tensor:
+    return torch.randn(EXAMPLE_BATCH, config.in_channels, *sides(size or config.sample_size))
+
+
+def timesteps(scale: float = 1000.0) -> Tensor:
+    return torch.linspace(0.9, 0.4, EXAMPLE_BATCH) * scale
+
+
+def dit_call(config: Any, size: Size | None) -> dict[str, Any]:
+    classes = torch.arange(EXAMPLE_BATCH) % config.num_embeds_ada_norm
+    return {"hidden_states": latents(config, size), "timestep": timesteps().long(), "class_labels": classes}
+
+
+def pixart_call(config: Any, size: Size | None) -> dict[str, Any]:
+    """Texts of 120 tokens (PixArt-alpha) or 300 (PixArt-Sigma, whose positions are scaled for larger images)."""
+    count = 300 if not config.use_additional_conditions else 120
+    image = latents(config, size)
+    height, width = image.shape[2:]
+    pixels = torch.tensor([[height * 8.0, width * 8.0]]).expand(EXAMPLE_BATCH, 2)
+    extra = {"resolution": pixels, "aspect_ratio": torch.full((EXAMPLE_BATCH, 1), height / width)}
+    return {
+        "hidden_states": image,
+        "encoder_hidden_states": torch.randn(EXAMPLE_BATCH, count, config.caption_channels),
+        "timestep": timesteps().long(),
+        "added_cond_kwargs": extra if config.use_additional_conditions else dict.fromkeys(extra),
+        "encoder_attention_mask": torch.ones(EXAMPLE_BATCH, count),
+    }
+
+
+def sd3_call(config: Any, size: Size | None) -> dict[str, Any]:
+    """77 tokens of CLIP and 256 of T5."""
+    return {
+        "hidden_states": latents(config, size),
+        "encoder_hidden_states": torch.randn(EXAMPLE_BATCH, 333, config.joint_attention_dim),
+        "pooled_projections": torch.randn(EXAMPLE_BATCH, config.pooled_projection_dim),
+        "timestep": timesteps(),
+    }
+
+
+def flux_call(config: Any, size: Size | None) -> dict[str, Any]:
+    """512 tokens of T5; patches of 2 x 2 of a latent image of 128 x 128 (1024 pixels)."""
+    height, width = sides(size or 128)
+    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float()
+    guidance = {"guidance": torch.full((EXAMPLE_BATCH,), 3.5)} if config.guidance_embeds else {}
+    return {
+        "hidden_states": torch.randn(EXAMPLE_BATCH, rows.numel(), config.in_channels),
+        "encoder_hidden_states": torch.randn(EXAMPLE_BATCH, 512, config.joint_attention_dim),
+        "pooled_projections": torch.randn(EXAMPLE_BATCH, config.pooled_projection_dim),
+        "timestep": timesteps(1.0),
+        "img_ids": places,
+        "txt_ids": torch.zeros(512, 3),
+        **guidance,
+    }
+
+
+# The call of a class, and what its models predict
+CLASSES: dict[str, tuple[Callable[[Any, Size | None], dict[str, Any]], str]] = {
+    "DiTTransformer2DModel": (dit_call, "eps"),
+    "PixArtTransformer2DModel": (pixart_call, "eps"),
+    "SD3Transformer2DModel": (sd3_call, "flow"),
+    FLUX: (flux_call, "flow"),
+}

@@ -1,0 +1,1 @@
+"""Reports: the HTML pages, their plots and their figures."""

@@ -1,0 +1,1 @@
+"""Sampling: solvers and guidance, and the steps that they call."""

@@ -1,0 +1,1 @@
+"""Training a converted model with the original as its teacher."""

@@ -1,0 +1,183 @@
+"""Counting multiply-accumulates: of graphs on fake tensors, so that it costs neither time nor memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from dcconvert.passes.ir.ops import attention_flops
+from dcconvert.passes.planning.carry_plan import CarryPlan
+from dcconvert.passes.planning.chunk_plan import Plan
+from dcconvert.passes.planning.layout import Bucket
+from dcconvert.passes.runtime.model import DynamicModel, place_of
+
+GIGA = 1e9
+
+# The CPU's fused attention kernel, which torch's own table leaves out.
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+ATTENTION = (*CPU_ATTENTION, torch.ops.dcconvert.row_attention, torch.ops.dcconvert.segment_attention)
+
+
+def count_macs(module: nn.Module, args: tuple[Any, ...], formulas: Mapping[Any, Any] = CPU_ATTENTION) -> float:
+    """Multiply-accumulates of one run on inputs shaped like `args` (half of the FLOPs counted), wherever both are."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    device = place_of(module).device
+    with fake, FlopCounterMode(display=False, custom_mapping=dict(formulas)) as counter, torch.no_grad():
+        module(*(fake.from_tensor(a).to(device) if isinstance(a, Tensor) else a for a in args))
+    return counter.get_total_flops() / 2
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a graph reads and writes in one run.
+
+    `least`: every weight and input read once, every output written once; no implementation moves fewer from and to
+    memory, unless a cache holds some. `unfused`: every op reads its operands and writes its results, views excepted,
+    as an implementation that fuses nothing does.
+    """
+
+    least: int
+    unfused: int
+
+
+def count_bytes(module: nn.Module, args: tuple[Any, ...]) -> Traffic:
+    """Traffic of one run on inputs shaped like `args`, wherever both are."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    device = place_of(module).device
+    with fake, CountBytes() as counted, torch.no_grad():
+        given = [fake.from_tensor(a).to(device) if isinstance(a, Tensor) else a for a in args]
+        counted.bytes = 0
+        results = module(*given)
+    whole = (*module.parameters(), *module.buffers(), *given, *tree_leaves(results))
+    return Traffic(sum(map(held_bytes, whole)), counted.bytes)
+
+
+class CountBytes(TorchDispatchMode):
+    """Adds up the bytes that ops read and write."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        written = sum(map(held_bytes, tree_leaves(results)))
+        if written and not func.is_view:  # not a question about a tensor, such as where it is
+            self.bytes += written + sum(map(held_bytes, tree_leaves((args, kwargs))))
+        return results
+
+
+def held_bytes(value: Any) -> int:
+    """What a tensor takes in memory, once where it is expanded; 0 for anything else."""
+    if not isinstance(value, Tensor):
+        return 0
+    sizes = (size for size, stride in zip(value.shape, value.stride(), strict=True) if stride)
+    return math.prod(sizes) * value.element_size()
+
+
+@dataclass(frozen=True)
+class AttentionMemory:
+    """What attention works on in one step, in bytes of float32: the largest layer, and all layers added up.
+
+    A layer: queries, keys, values and result, and the scores [rows, heads, queries, keys], which an implementation
+    without tiling (torch's on most CPUs, ONNX Runtime's) holds at once. A tiled one needs only the rest.
+    """
+
+    peak: int
+    total: int
+
+    def __or__(self, other: AttentionMemory) -> AttentionMemory:
+        """Of two parts of a step that run one after the other."""
+        return AttentionMemory(max(self.peak, other.peak), self.total + other.total)
+
+
+def attention_memory(module: nn.Module, args: tuple[Any, ...]) -> AttentionMemory:
+    """Of one run on inputs shaped like `args`."""
+    sizes = [0]
+
+    def note(q: Any, k: Any, *_: object, **__: object) -> int:
+        rows, heads, queries, width = q
+        sizes.append(4 * rows * heads * (queries * k[2] + 2 * width * (queries + k[2])))
+        return 0
+
+    count_macs(module, args, dict.fromkeys(ATTENTION, note))
+    return AttentionMemory(max(sizes), sum(sizes))
+
+
+def original_attention(model: DynamicModel, inputs: dict[str, Any]) -> AttentionMemory:
+    """Of one forward pass of the original at the batch of `inputs`."""
+    return attention_memory(model.original_graph, tuple(inputs[name] for name in model.spec.inputs))
+
+
+def converted_attention(
+    model: DynamicModel, inputs: dict[str, Any], counts: np.ndarray, bucket: Bucket | None
+) -> AttentionMemory:
+    """Of one step, route and denoise, whose samples keep `counts` [B] tokens in a bucket."""
+    keep = np.arange(model.spec.tokens) < counts[:, None]
+    route_args, denoise_args = step_args(model, inputs, model.step_planner.of_mask(keep, bucket))
+    return attention_memory(model.route_graph, route_args) | attention_memory(model.denoise_graph, denoise_args)
+
+
+def original_gmacs(model: DynamicModel, inputs: dict[str, Any]) -> float:
+    """GMACs a sample of one forward pass of the original (what DiT's paper calls Gflops)."""
+    args = tuple(inputs[name] for name in model.spec.inputs)
+    return count_macs(model.original_graph, args) / batch_size(inputs) / GIGA
+
+
+def converted_gmacs(model: DynamicModel, inputs: dict[str, Any], kept: int) -> float:
+    """GMACs a sample of one step, route and denoise together, when every sample keeps `kept` tokens."""
+    batch = batch_size(inputs)
+    route_args, denoise_args = step_args(model, inputs, even_plan(model, batch, kept))
+    macs = count_macs(model.route_graph, route_args) + count_macs(model.denoise_graph, denoise_args)
+    return macs / batch / GIGA
+
+
+def converted_bytes(model: DynamicModel, inputs: dict[str, Any], kept: int) -> Traffic:
+    """Traffic of one step, route and denoise together, when every sample of the batch keeps `kept` tokens."""
+    route_args, denoise_args = step_args(model, inputs, even_plan(model, batch_size(inputs), kept))
+    route, denoise = count_bytes(model.route_graph, route_args), count_bytes(model.denoise_graph, denoise_args)
+    return Traffic(route.least + denoise.least, route.unfused + denoise.unfused)
+
+
+def step_args(
+    model: DynamicModel, inputs: dict[str, Any], plan: Plan | CarryPlan
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments of route and denoise in a step under a plan: the right shapes, and zeros where route's values go."""
+    batch, spec = batch_size(inputs), model.spec
+    live = dict(zip(spec.live, live_values(model, batch), strict=True))
+    arrays = {name: torch.from_numpy(a) for name, a in plan.arrays().items()}
+    given = {**inputs, **model.prepare(inputs), **live, **arrays, **model.new_state(batch).tensors}
+    return tuple(inputs[name] for name in spec.route_inputs), tuple(given[name] for name in spec.denoise_inputs)
+
+
+def prepare_gmacs(model: DynamicModel, inputs: dict[str, Any]) -> float:
+    """GMACs a sample of what a run computes once."""
+    if model.prepare_graph is None:
+        return 0.0
+    args = tuple(inputs[name] for name in model.spec.prepare_inputs)
+    return count_macs(model.prepare_graph, args) / batch_size(inputs) / GIGA
+
+
+def live_values(model: DynamicModel, batch: int) -> list[Tensor]:
+    """Zeros shaped like what route hands to denoise."""
+    shapes = model.spec.live_shapes
+    return [torch.zeros(batch, *shape) for shape in shapes]
+
+
+def even_plan(model: DynamicModel, batch: int, kept: int) -> Plan | CarryPlan:
+    """A plan in which every sample keeps its first `kept` tokens: the right shapes, and nothing else."""
+    keep = np.zeros((batch, model.spec.tokens), bool)
+    keep[:, :kept] = True
+    return model.step_planner.of_mask(keep)
+
+
+def batch_size(inputs: dict[str, Any]) -> int:
+    return next(int(v.shape[0]) for v in inputs.values() if isinstance(v, Tensor) and v.ndim)

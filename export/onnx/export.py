@@ -1,0 +1,196 @@
+"""Write the graphs of a converted model as ONNX files."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from dcconvert.export.onnx.lowerings import OPSET, PORTABLE, Lowerings
+from dcconvert.export.onnx.trt_attention_op import add_function
+from dcconvert.passes.ir.errors import CheckFailedError, UsageError
+from dcconvert.passes.ir.program import placeholders
+from dcconvert.passes.ir.spec import EXAMPLE_BATCH, SCORES_NAME, ModelSpec, count_outputs
+from dcconvert.passes.planning.carry_plan import CarryPlan
+from dcconvert.passes.planning.chunk_plan import Plan
+from dcconvert.passes.planning.layout import Bucket
+from dcconvert.passes.runtime.model import DynamicModel
+
+EXTERNAL_DATA_BYTES = 1_000_000_000  # above this, weights go to a file of their own beside the graph
+STACK_TRACE = "pkg.torch.onnx.stack_trace"  # what the exporter notes at every node: paths of this machine
+
+DISTANCE_NAME = "distance"
+
+
+# Names of the symbolic axes of every input of `denoise` that the plan makes ("" for one that is fixed).
+PLAN_AXES: dict[str, tuple[str, ...]] = {
+    "chunk_index": ("tiles", "tile_tokens"),
+    "chunk_weight": ("tiles", "tile_tokens"),
+    "sample_ids": ("tiles",),
+    "grid_index": ("rows", "row_tokens"),
+    "packed_index": ("tiles", "tile_tokens"),
+    "row_lengths": ("rows",),
+    "segment_ids": ("rows", "row_tokens"),
+    "fill_index": ("batch",),
+    "fill_weight": ("batch",),
+    "cu_seqlens": ("segments",),
+    "cu_seqlens_kv": ("segments",),
+    "token_index": ("tiles", "tile_tokens"),
+    "write_index": ("tiles", "tile_tokens"),
+    "recall_weight": ("", "batch"),
+}
+
+
+def graph_names(spec: ModelSpec) -> tuple[str, ...]:
+    """The graphs that a model is exported as; `prepare` only where there is something constant over a run."""
+    return ("route", "prepare", "denoise") if spec.constants else ("route", "denoise")
+
+
+def export_onnx(model: DynamicModel, folder: Path, lowerings: Lowerings = PORTABLE) -> None:
+    """Write `route.onnx`, `denoise.onnx` and, for models with text, `prepare.onnx`.
+
+    UsageError for a model that has no form in ONNX.
+    """
+    if model.options.packing == "varlen":
+        raise UsageError("packing varlen is for torch only: convert with packing rows to export ONNX")
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs = model.spec.example(EXAMPLE_BATCH)
+    export_route(model, folder / "route.onnx", inputs, lowerings)
+    export_prepare(model, folder / "prepare.onnx", inputs, lowerings)
+    with torch.no_grad():
+        scores, live = model.route(inputs)
+    tokens = model.spec.tokens
+    row, tile = max(2, tokens // 2 - 1), max(2, tokens // 4 - 1)
+    # Five tiles of a length unlike any other size, so that export keeps the symbolic axes apart.
+    tiles = EXAMPLE_BATCH * -(-row // tile) + 1
+    bucket = Bucket(EXAMPLE_BATCH, tiles * tile, EXAMPLE_BATCH, row, tile)
+    keep = model.step_planner.planner.select(scores.numpy(), np.full(EXAMPLE_BATCH, max(1, row - 2)))
+    plan = model.step_planner.of_mask(keep, bucket)
+    export_denoise(model, folder / "denoise.onnx", inputs, live, plan, lowerings)
+
+
+def export_route(model: DynamicModel, path: Path, inputs: dict[str, Any], lowerings: Lowerings = PORTABLE) -> None:
+    """`route.onnx`: model inputs -> scores [B, N] and the values denoise needs."""
+    names = model.spec.route_inputs
+    args = tuple(inputs[name] for name in names)
+    axes = batch_axes(model, names)
+    export_graph(model.route_graph, path, args, axes, (SCORES_NAME, *model.spec.live), lowerings)
+
+
+def export_prepare(model: DynamicModel, path: Path, inputs: dict[str, Any], lowerings: Lowerings = PORTABLE) -> None:
+    """`prepare.onnx`: model inputs -> what stays the same over a run. Only for models that have such values."""
+    if model.prepare_graph is None:
+        return
+    args = tuple(inputs[name] for name in model.spec.prepare_inputs)
+    axes = batch_axes(model, model.spec.prepare_inputs)
+    export_graph(model.prepare_graph, path, args, axes, model.spec.constants, lowerings)
+
+
+def export_denoise(
+    model: DynamicModel,
+    path: Path,
+    inputs: dict[str, Any],
+    live: dict[str, Tensor],
+    plan: Plan | CarryPlan,
+    lowerings: Lowerings = PORTABLE,
+) -> None:
+    """`denoise.onnx`: the values of route and the plan's arrays -> the model's output.
+
+    In mode carry the states are inputs too, and after the model's output come `distance` and the new states.
+    """
+    state = model.new_state(len(plan.counts)).tensors
+    arrays = {name: torch.from_numpy(a) for name, a in plan.arrays().items()}
+    given = {**inputs, **model.prepare(inputs), **live, **arrays, **state}
+    args = tuple(given[name] for name in model.spec.denoise_inputs)
+    axes = []
+    one_row = model.options.packing == "rows"
+    for name, plain in zip(model.spec.denoise_inputs, batch_axes(model, model.spec.denoise_inputs), strict=True):
+        named = ("", "batch") if name in state else PLAN_AXES.get(name, plain)
+        axes.append(tuple("batch" if axis == "rows" and one_row else axis for axis in named))
+    carried = (DISTANCE_NAME, *map(state_output, state)) if state else ()
+    names = output_names(count_outputs(model.denoise_graph) - len(carried))
+    export_graph(model.denoise_graph, path, args, axes, (*names, *carried), lowerings)
+
+
+def export_original(model: DynamicModel, path: Path, inputs: dict[str, Any]) -> None:
+    """The fixed-token original, to be measured beside the converted model."""
+    args = tuple(inputs[name] for name in model.spec.inputs)
+    axes = batch_axes(model, model.spec.inputs)
+    export_graph(model.original_graph, path, args, axes, output_names(count_outputs(model.original_graph)))
+
+
+def batch_axes(model: DynamicModel, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """The leading symbolic axes of inputs of a model, or of values that its graphs hand on, which all have a batch."""
+    once = {spec.name for spec in model.spec.input_specs if not spec.batched}
+    return [() if name in once else ("batch",) for name in names]
+
+
+def state_output(name: str) -> str:
+    """What the new value of a state is called."""
+    return f"next_{name}"
+
+
+def output_names(count: int) -> tuple[str, ...]:
+    """What the model's own outputs are called."""
+    return ("output",) if count == 1 else tuple(f"output_{i}" for i in range(count))
+
+
+def export_graph(
+    graph_module: GraphModule,
+    path: Path,
+    args: Sequence[Any],
+    axes: Sequence[tuple[str, ...]],
+    outputs: Sequence[str],
+    lowerings: Lowerings = PORTABLE,
+) -> None:
+    """Export one graph at opset 24 with named symbolic axes (leading axes of each input, in order)."""
+    symbols = {axis for named in axes for axis in named if axis}
+    dims = {name: torch.export.Dim(name, min=1, max=1 << 22) for name in symbols}
+    shapes = tuple({i: dims[name] for i, name in enumerate(named) if name} or None for named in axes)
+    names = [node.name for node in placeholders(graph_module.graph)]
+    size = sum(t.numel() * t.element_size() for t in graph_module.state_dict().values())
+    with quiet_exporter(), torch.no_grad():
+        exported = torch.onnx.export(
+            graph_module,
+            tuple(args),
+            dynamic_shapes=shapes,
+            input_names=names,
+            output_names=list(outputs),
+            opset_version=OPSET,
+            dynamo=True,
+            custom_translation_table=dict(lowerings),
+            verbose=False,
+        )
+        if exported is None:
+            raise CheckFailedError(
+                f"the ONNX exporter gave nothing to write to {path.name}; this is a bug of dcconvert"
+            )
+        for node in exported.model.graph:
+            node.metadata_props.pop(STACK_TRACE, None)
+        add_function(exported.model)
+        exported.save(str(path), external_data=size > EXTERNAL_DATA_BYTES)
+
+
+class quiet_exporter(warnings.catch_warnings):  # noqa: N801  (used like a function)
+    """The exporter's notes on its own progress are not the user's concern; errors still are."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        warnings.simplefilter("ignore")
+        self.loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")]
+        self.levels = [logger.level for logger in self.loggers]
+        for logger in self.loggers:
+            logger.setLevel(logging.ERROR)
+        return entered
+
+    def __exit__(self, *details: Any) -> None:
+        for logger, level in zip(self.loggers, self.levels, strict=True):
+            logger.setLevel(level)
+        super().__exit__(*details)

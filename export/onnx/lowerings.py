@@ -1,0 +1,147 @@
+"""How each dcconvert op is written in ONNX (opset 24).
+
+The exporter calls these functions with symbolic ONNX values. Packed attention becomes the standard
+`Attention` op: with one sample a row its `nonpad_kv_seqlen` input says how many keys count, with several
+samples a row a boolean mask keeps them apart. For TensorRT it is a mask in both cases, or the layer that it has for
+packed attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from onnxscript import values
+
+from dcconvert.export.onnx.trt_attention_op import ATTRIBUTES, DOMAIN, register_schema
+from dcconvert.passes.ir import ops  # noqa: F401  (registers torch.ops.dcconvert)
+
+OPSET = 24
+op: Any = values.Opset("", OPSET)
+trt: Any = values.Opset(DOMAIN, 1)
+
+
+def row(value: int) -> Any:
+    """A 1-D integer constant."""
+    return op.Constant(value_ints=[value])
+
+
+def chunk(h: Any, index: Any, weight: Any) -> Any:
+    """[B, N, D], [G, L, M] twice -> [G, L, D]."""
+    return weighted_gather(flatten_pair(h), index, weight)
+
+
+def dechunk(h: Any, update: Any, fill_index: Any, fill_weight: Any) -> Any:
+    """[B, N, D], [G, L, D], [B, N, K] twice -> [B, N, D]."""
+    return op.Add(h, weighted_gather(flatten_pair(update), fill_index, fill_weight))
+
+
+def regroup(x: Any, index: Any) -> Any:
+    """[A, B, ...], [C, D] -> [C, D, ...]."""
+    return op.Gather(flatten_pair(x), index, axis=0)
+
+
+def flatten_pair(x: Any) -> Any:
+    """[A, B, ...] -> [A*B, ...]; the trailing sizes are static."""
+    return op.Reshape(x, op.Constant(value_ints=[-1, *(int(size) for size in x.shape[2:])]))
+
+
+def weighted_gather(rows: Any, index: Any, weight: Any) -> Any:
+    """sum_m weight[..., m] * rows[index[..., m]] as one gather for each member: [..., M] -> [..., D]."""
+    total = None
+    for member in range(int(index.shape[-1])):
+        picked = op.Gather(rows, op.Gather(index, op.Constant(value_int=member), axis=-1), axis=0)
+        term = op.Mul(picked, op.Slice(weight, row(member), row(member + 1), row(-1)))
+        total = term if total is None else op.Add(total, term)
+    return total
+
+
+def row_attention(q: Any, k: Any, v: Any, row_lengths: Any, scale: float) -> Any:
+    output, *_ = op.Attention(q, k, v, None, None, None, row_lengths, scale=scale)
+    return output
+
+
+def masked_row_attention(q: Any, k: Any, v: Any, row_lengths: Any, scale: float) -> Any:
+    """Row attention with a mask: TensorRT-RTX 1.7 takes `nonpad_kv_seqlen` and then does without it, unsaid."""
+    slots = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(k, start=2, end=3)), op.Constant(value_int=1))
+    used = op.Less(op.Unsqueeze(slots, row(0)), op.Unsqueeze(row_lengths, row(1)))
+    return attention(q, k, v, op.Unsqueeze(used, op.Constant(value_ints=[1, 2])), scale=scale)
+
+
+def segment_attention(q: Any, k: Any, v: Any, segment_ids: Any, scale: float) -> Any:
+    mask = op.Equal(op.Unsqueeze(segment_ids, row(2)), op.Unsqueeze(segment_ids, row(1)))
+    output, *_ = op.Attention(q, k, v, op.Unsqueeze(mask, row(1)), scale=scale)
+    return output
+
+
+def packed_attention(q: Any, k: Any, v: Any, query_lengths: Any, key_lengths: Any, scale: float) -> Any:
+    """[G, L, H, d] as [T, H, d]; the layer has no scale of its own."""
+    register_schema()
+    queries, keys, values = map(flatten_pair, (q, k, v))
+    scaled = op.Mul(queries, op.CastLike(op.Constant(value_float=scale), queries))
+    found = trt.TRT_Attention(scaled, keys, values, None, query_lengths, key_lengths, **ATTRIBUTES)
+    return op.Reshape(found, op.Shape(q))
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """q [B, H, S, d], k and v [B, H, N, d]; a mask is spread over the queries, as ONNX Runtime does not do it."""
+    if attn_mask is not None:
+        queries = op.Concat(row(1), row(1), op.Shape(q, start=2, end=3), row(1), axis=0)
+        attn_mask = op.Expand(attn_mask, queries)
+    attributes = {"scale": scale} if scale is not None else {}
+    output, *_ = op.Attention(q, k, v, attn_mask, is_causal=int(is_causal), **attributes)
+    return output
+
+
+def address(index: Any, channels: int) -> Any:
+    """[G, L, 4] -> [G, C, L, 4]."""
+    offsets = [value for channel in range(channels) for value in (0, 0, channel, 0)]
+    shape = op.Constant(value_ints=[1, channels, 1, 4])
+    return op.Add(op.Unsqueeze(index, row(1)), op.Reshape(op.Constant(value_ints=offsets), shape))
+
+
+def remember(state: Any, values: Any, address: Any) -> Any:
+    """[P, B, C, N, E], [G, C, L, E], [G, C, L, 4] -> [P, B, C, N, E]; in place where both ends share a buffer."""
+    return op.ScatterND(state, address, values)
+
+
+def recall(state: Any, weight: Any) -> Any:
+    """[P, B, C, N, E], [P, B, 1, N, E] -> [B, C, N, E]."""
+    total = None
+    for slot in range(int(state.shape[0])):
+        which = op.Constant(value_int=slot)
+        part = op.CastLike(op.Gather(state, which, axis=0), weight)
+        term = op.Mul(part, op.Gather(weight, which, axis=0))
+        total = term if total is None else op.Add(total, term)
+    return total
+
+
+Lowerings = Mapping[Callable[..., Any], Callable[..., Any]]  # op -> the function that writes it in ONNX
+
+PORTABLE: Lowerings = {
+    torch.ops.dcconvert.chunk.default: chunk,
+    torch.ops.dcconvert.dechunk.default: dechunk,
+    torch.ops.dcconvert.regroup.default: regroup,
+    torch.ops.dcconvert.row_attention.default: row_attention,
+    torch.ops.dcconvert.segment_attention.default: segment_attention,
+    torch.ops.aten.scaled_dot_product_attention.default: attention,
+    torch.ops.dcconvert.address.default: address,
+    torch.ops.dcconvert.remember.default: remember,
+    torch.ops.dcconvert.recall.default: recall,
+}
+
+TENSORRT: Lowerings = {
+    **PORTABLE,
+    torch.ops.dcconvert.row_attention.default: masked_row_attention,
+    torch.ops.dcconvert.packed_attention.default: packed_attention,
+}

@@ -1,0 +1,82 @@
+"""Flavours of the exported graphs: one source graph, written for different runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dcconvert.export.checks.parity import Check, check_runtime, mixed_plan, relative_error, require, second_step
+from dcconvert.export.onnx.export import export_onnx
+from dcconvert.export.onnx.lowerings import PORTABLE, TENSORRT, Lowerings
+from dcconvert.export.onnx.mixed_precision import in_precision
+from dcconvert.export.onnx.packed_attention import with_packed_attention
+from dcconvert.passes.planning.layout import Bucket
+from dcconvert.passes.runtime.model import DynamicModel
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """How the graphs of a bundle are written for one runtime, beside the portable files in fp32 that it always has.
+
+    `error`: how far the output may be from the model in fp32, relative. `agreement`: how far ONNX Runtime may be from
+    torch with the same graphs, as in `check_runtime`; None where ONNX Runtime has no kernels on the CPU to compare.
+    `packed`: attention takes the packed tokens as they are (`with_packed_attention`).
+    """
+
+    name: str
+    precision: str
+    lowerings: Lowerings
+    error: float
+    agreement: float | None
+    packed: bool = False
+
+
+FLAVOURS = {
+    flavour.name: flavour
+    for flavour in (
+        Flavour("ort-cuda", "fp16", PORTABLE, 1e-2, 3e-2),
+        Flavour("trt", "fp16", TENSORRT, 1e-2, 3e-2),
+        Flavour("trt-bf16", "bf16", TENSORRT, 5e-2, None),
+        Flavour("trt-packed", "fp16", TENSORRT, 1e-2, 3e-2, packed=True),
+        Flavour("trt-packed-bf16", "bf16", TENSORRT, 5e-2, None, packed=True),
+    )
+}
+
+
+def write_flavour(
+    flavour: Flavour,
+    model: DynamicModel,
+    folder: Path,
+    buckets: tuple[Bucket, ...],
+    tick: Callable[[str], None] = lambda _: None,
+) -> list[Check]:
+    """Write `folder`/NAME/*.onnx and check them; returns the checks.
+
+    CheckFailedError if one fails; UsageError for a model that cannot be written so.
+    """
+    tick(f"{flavour.name}, {flavour.precision}")
+    changed = in_precision(with_packed_attention(model) if flavour.packed else model, flavour.precision)
+    checks = [check_precision(model, changed, flavour)]
+    require(checks)
+    export_onnx(changed, folder / flavour.name, flavour.lowerings)
+    if flavour.agreement is not None:
+        found = check_runtime(changed, folder / flavour.name, model.spec.example, buckets, tick, flavour.agreement)
+        require(found)
+        checks += [Check(f"{flavour.name}: {c.name}", c.value, c.tolerance, c.detail) for c in found]
+    return checks
+
+
+@torch.no_grad()
+def check_precision(model: DynamicModel, changed: DynamicModel, flavour: Flavour) -> Check:
+    """What half precision does to the output of a step whose samples keep different numbers of tokens."""
+    inputs, tokens = model.spec.example(2), model.spec.tokens
+    scores, live, state = second_step(model, inputs)
+    _, live_changed, state_changed = second_step(changed, inputs)
+    plan = mixed_plan(model, scores, torch.tensor([tokens // 2, tokens // 8]).numpy())
+    wanted = model.denoise(inputs, live, plan, state)[0]
+    found = changed.denoise(inputs, live_changed, plan, state_changed)[0]
+    name = f"{flavour.name}: {flavour.precision} against fp32"
+    return Check(name, relative_error(found, wanted), flavour.error, "one step on the same keep mask, torch")

@@ -1,0 +1,1 @@
+"""A converted model in ONNX Runtime, in TensorRT and behind Triton."""

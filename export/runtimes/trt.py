@@ -1,0 +1,278 @@
+"""TensorRT and TensorRT-RTX engines of a bundle: route, plan on the host, denoise."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcconvert.export.buckets import Ladder
+from dcconvert.export.engines.build import ENGINES, MODULES, file_hash, full_buckets
+from dcconvert.export.engines.index import INDEX, Built, Device, read_index
+from dcconvert.export.onnx.export import DISTANCE_NAME, output_names, state_output
+from dcconvert.passes.ir.errors import CheckFailedError, UsageError
+from dcconvert.passes.ir.spec import SCORES_NAME, StateSpec
+from dcconvert.passes.planning.carry_plan import CarryPlan
+from dcconvert.passes.planning.chunk_plan import Plan
+from dcconvert.passes.planning.layout import Bucket
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.runtime.run import Run
+
+
+class TrtState:
+    """What a run remembers, twice on the GPU: a step reads one and writes the other, then they change places."""
+
+    def __init__(self, specs: Sequence[StateSpec], batch: int, tokens: int, device: str) -> None:
+        def empty() -> dict[str, Tensor]:
+            return {s.name: torch.zeros(s.shape(batch, tokens), dtype=s.torch_dtype, device=device) for s in specs}
+
+        self.values, self.written = empty(), empty()
+        self.distance: np.ndarray | None = None
+
+    def clear(self, samples: Sequence[int]) -> None:
+        for value in self.values.values():
+            value[:, list(samples)] = 0
+
+    def swap(self) -> None:
+        self.values, self.written = self.written, self.values
+
+
+class LoadedEngine:
+    """An engine with one execution context, which changes its profile when the bucket changes.
+
+    Buffers for what the host gives, and for outputs, are allocated once a shape. It runs on a stream of its own, which
+    waits for the caller's and is waited for by it. UsageError if there is no memory for its context.
+    """
+
+    def __init__(self, engine: Any, trt: Any, device: str) -> None:
+        self.engine, self.device = engine, device
+        self.context = engine.create_execution_context()
+        if self.context is None:
+            raise UsageError("no execution context for an engine: there is too little free memory on the GPU")
+        self.stream = torch.cuda.Stream() if device != "cpu" else None
+        self.profile: int | None = None
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        self.inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        self.outputs = [name for name in names if name not in self.inputs]
+        self.dtypes = {name: torch_dtype(engine.get_tensor_dtype(name), trt) for name in names}
+        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def __call__(self, profile: int, given: dict[str, Any], written: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name, in `written` where that has them.
+
+        UsageError for an input of another type than the engine's; CheckFailedError if the engine does not run.
+        """
+        if self.stream is None:
+            return self.run(profile, given, written, 0)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            found = self.run(profile, given, written, self.stream.cuda_stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return found
+
+    def run(self, profile: int, given: dict[str, Any], written: dict[str, Tensor], stream: int) -> dict[str, Tensor]:
+        if profile != self.profile:
+            require(self.context.set_optimization_profile_async(profile, stream), f"has no profile {profile}")
+            self.profile = profile
+        for name in self.inputs:
+            value = self.on_device(name, given[name])
+            shape = tuple(value.shape)
+            require(self.context.set_input_shape(name, shape), f"takes no {name} {list(shape)} in profile {profile}")
+            require(self.context.set_tensor_address(name, value.data_ptr()), f"does not take a buffer for {name}")
+        outputs = {name: written[name] if name in written else self.output(name) for name in self.outputs}
+        for name, value in outputs.items():
+            require(self.context.set_tensor_address(name, value.data_ptr()), f"does not take a buffer for {name}")
+        require(self.context.execute_async_v3(stream), "did not run")
+        return outputs
+
+    def on_device(self, name: str, value: Any) -> Tensor:
+        source = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+        if source.dtype != self.dtypes[name]:
+            raise UsageError(f"input {name} is {source.dtype}, the engine reads {self.dtypes[name]}: convert it")
+        if isinstance(value, Tensor) and value.is_contiguous() and value.device.type == self.device:
+            return value
+        return self.buffer(name, tuple(source.shape)).copy_(source)
+
+    def output(self, name: str) -> Tensor:
+        return self.buffer(name, tuple(self.context.get_tensor_shape(name)))
+
+    def buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if (name, shape) not in self._buffers:
+            self._buffers[name, shape] = torch.empty(shape, dtype=self.dtypes[name], device=self.device)
+        return self._buffers[name, shape]
+
+
+def torch_dtype(kind: Any, trt: Any) -> torch.dtype:
+    """TensorRT's type of a tensor as torch's; numpy has no bfloat16."""
+    if kind == getattr(trt, "bfloat16", None):
+        return torch.bfloat16
+    return torch.from_numpy(np.empty(0, trt.nptype(kind))).dtype
+
+
+def require(done: Any, what: str) -> None:
+    """CheckFailedError if TensorRT says that a call failed."""
+    if not done:
+        raise CheckFailedError(f"an engine {what}: build it again with 'dcconvert build'")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a bucket of a graph is: an engine, and the profile in it."""
+
+    engine: LoadedEngine
+    profile: int
+
+
+class TrtModel:
+    """A converted model on TensorRT or TensorRT-RTX: the backend of a `Run` over the original's inputs as numpy arrays.
+
+    The ladder are the buckets that there are engines for: a batch whose own bucket is missing runs in the next larger
+    one. `onnx`: the folder with the flavours that they were built from. `device`: "cuda"; `trt`: the backend's module,
+    imported if it is not given.
+
+    Raises:
+        UsageError: engines are missing, damaged, of another version or GPU, or older than the graphs.
+    """
+
+    def __init__(self, folder: Path, onnx: Path, planner: StepPlanner, device: str = "cuda", trt: Any = None) -> None:
+        index = read_index(folder)
+        self.trt = trt or backend_module(index.device, folder)
+        self.planner, self.device, self.ranges = planner, device, index.ranges
+        runtime = self.trt.Runtime(self.trt.Logger(self.trt.Logger.ERROR))
+        self.places: dict[tuple[str, Bucket], Place] = {}
+        for entry in index.engines:
+            check_graph(entry, onnx, folder)
+            loaded = LoadedEngine(load_engine(runtime, folder / entry.file), self.trt, device)
+            for number, bucket in enumerate(entry.buckets):
+                self.places[entry.graph, bucket] = Place(loaded, number)
+        self.ladder = engine_ladder(self.places, planner, folder)
+        self.full = {bucket.batch: bucket for bucket in full_buckets(self.ladder.buckets)}
+
+    def start(self, batch: int, groups: int = 1) -> Run:
+        """A new sampling run of `batch` samples; call its `step` for every timestep. `groups` as in `Run`."""
+        return Run(self, batch, groups)
+
+    def padded(self, batch: int) -> int:
+        """The smallest batch size there are engines for that holds `batch` samples; UsageError if none does."""
+        return self.ladder.choose(batch, self.planner.spec.tokens).batch
+
+    def bucket(self, counts: np.ndarray) -> Bucket:
+        """The bucket of a batch; with ranges, as short as its longest sample in the profile of that bucket."""
+        chosen = self.ladder.choose(len(counts), counts)
+        if not self.ranges:
+            return chosen
+        below = [b.row_tokens for b in self.ladder.buckets if b.batch == chosen.batch and b < chosen]
+        length = max(int(np.max(counts)), max(below, default=0) + 1)
+        return Bucket(chosen.batch, chosen.batch * length, chosen.rows, length, length)
+
+    def prepare(self, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+        """What stays the same over a run, by name, on the device; nothing for most models."""
+        if not self.planner.spec.constants:
+            return {}
+        made = self.run("prepare", self.full[len(inputs[self.planner.spec.image])], inputs)
+        return {name: value.clone() for name, value in made.items()}  # the buffers are the next run's
+
+    def route(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, Any]]:
+        """Scores [B, N], and the values denoise needs, by name, on the device."""
+        live = self.run("route", self.full[len(inputs[self.planner.spec.image])], inputs)
+        return live.pop(SCORES_NAME).cpu().numpy(), live
+
+    def denoise(
+        self, inputs: dict[str, Any], live: dict[str, Any], plan: Plan | CarryPlan, state: TrtState | None = None
+    ) -> list[np.ndarray]:
+        """Flat outputs of the model; in mode carry the state (None: an empty one) is brought forward."""
+        spec = self.planner.spec
+        if spec.constants and spec.constants[0] not in inputs:
+            inputs = {**inputs, **self.prepare(inputs)}
+        if spec.states and state is None:
+            state = self.new_state(len(plan.counts))
+        given = {**inputs, **live, **plan.arrays(), **(state.values if state else {})}
+        written = {state_output(name): value for name, value in state.written.items()} if state else {}
+        made = self.run("denoise", self.ladder.choose(len(plan.counts), plan.counts), given, written)
+        found = {name: value.cpu().numpy().copy() for name, value in made.items() if name not in written}
+        if state is not None:
+            state.swap()
+            state.distance = found.pop(DISTANCE_NAME)
+        return [found[name] for name in output_names(len(found))]
+
+    def run(
+        self, graph: str, bucket: Bucket, given: dict[str, Any], written: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        place = self.places[graph, bucket]
+        return place.engine(place.profile, given, written or {})
+
+    def new_state(self, batch: int) -> TrtState:
+        """An empty state for `batch` samples."""
+        return TrtState(self.planner.spec.states, batch, self.planner.spec.tokens, self.device)
+
+
+def open_engines(bundle: Path, onnx: Path, planner: StepPlanner) -> TrtModel:
+    """The engines of a bundle that run on this machine; UsageError, with what there is instead, if none does."""
+    folders = sorted(path.parent for path in (bundle / ENGINES).glob(f"*/{INDEX}"))
+    if not folders:
+        raise UsageError(f"{bundle} has no engines: make them with 'dcconvert build {bundle}'")
+    reasons = []
+    for folder in folders:
+        try:
+            return TrtModel(folder, onnx, planner)
+        except UsageError as error:
+            reasons.append(str(error))
+    raise UsageError("; ".join(reasons))
+
+
+def backend_module(wanted: Device, folder: Path) -> Any:
+    """The module that runs engines of this device; UsageError if that is not here, or not the same."""
+    name, again = wanted.backend, "build them here with 'dcconvert build'"
+    try:
+        trt = importlib.import_module(MODULES[name])
+    except (ImportError, OSError, KeyError) as error:
+        raise UsageError(f"{folder} is for {name}, which is not installed here: install it, or {again}") from error
+    if trt.__version__ != wanted.version:
+        raise UsageError(f"{folder} is for {name} {wanted.version}, here is {trt.__version__}: {again}")
+    if not torch.cuda.is_available():
+        raise UsageError(f"{folder}: engines run on an NVIDIA GPU, and torch {torch.__version__} sees none here")
+    found = ".".join(map(str, torch.cuda.get_device_capability()))
+    if wanted.capability and wanted.capability != found:
+        raise UsageError(
+            f"{folder} is for compute capability {wanted.capability}, this GPU "
+            f"({torch.cuda.get_device_name()}) has {found}: {again}"
+        )
+    return trt
+
+
+def check_graph(entry: Built, onnx: Path, folder: Path) -> None:
+    """UsageError if an engine was not built from the graph that lies in the bundle now."""
+    path = onnx / entry.flavour / f"{entry.graph}.onnx"
+    if path.is_file() and file_hash(path) != entry.onnx_sha256:
+        raise UsageError(f"{folder / entry.file} is older than {path}: build again with 'dcconvert build'")
+
+
+def load_engine(runtime: Any, path: Path) -> Any:
+    try:
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; build again with 'dcconvert build'") from error
+    if engine is None:
+        raise UsageError(
+            f"{path} cannot be loaded: it is damaged ('dcconvert build' sees that and builds it again), or not for "
+            "this GPU ('dcconvert build --compute-capability' builds for another)"
+        )
+    return engine
+
+
+def engine_ladder(places: dict[tuple[str, Bucket], Place], planner: StepPlanner, folder: Path) -> Ladder:
+    """The buckets that can run; UsageError if there is none that keeps everything."""
+    tokens = planner.spec.tokens
+    buckets = tuple(sorted(bucket for graph, bucket in places if graph == "denoise"))
+    found = Ladder(buckets, tokens, 0.0)
+    graphs = ("route", "prepare") if planner.spec.constants else ("route",)
+    complete = bool(buckets) and all((graph, b) in places for graph in graphs for b in full_buckets(buckets))
+    if not complete or not any(b.fits([tokens] * found.batches[-1]) for b in buckets):
+        raise UsageError(f"engines are missing in {folder}: build again with 'dcconvert build'")
+    return found

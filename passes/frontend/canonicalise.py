@@ -1,0 +1,89 @@
+"""Normalise: one spelling for each thing the later passes look at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from dcconvert.passes.ir.errors import UnsupportedModelError
+from dcconvert.passes.ir.program import Pass, PassResult, Program, remove_dead_code, where
+
+aten = torch.ops.aten
+
+GUARDS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default}
+COPIES = {aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default, aten.detach_.default}
+COPIES |= {aten.lift_fresh_copy.default}
+VIEWS = {aten.view.default, aten._unsafe_view.default}
+CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default}
+DROPOUTS = {aten.dropout.default, aten.feature_dropout.default}
+
+
+class Normalise(Pass):
+    """Drop what has no effect on values, and rename aliases.
+
+    1. Input guards and metadata assertions go.
+    2. Dropout that is off, copies, casts to the type a tensor already has and squeezes of an axis longer than one are
+       replaced by their input, a copy over another value by what is copied.
+    3. `view` becomes `reshape` (a removed copy may have been what made the view legal).
+    4. Nodes that nothing uses go.
+    """
+
+    optional = True
+    exact = True
+
+    def call(self, program: Program) -> PassResult:
+        matches = 0
+        for node in list(program.graph.nodes):
+            if node.op == "call_module" or node.target in GUARDS:
+                if node.users:
+                    raise UnsupportedModelError(f"a submodule call was left in the captured graph: {where(node)}")
+                program.graph.erase_node(node)
+            elif node.target in VIEWS:
+                node.target = aten.reshape.default
+            elif node.target is aten.copy.default and is_like(node, node.args[1]):
+                node.replace_all_uses_with(node.args[1])
+                program.graph.erase_node(node)
+            elif is_identity(node):
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                program.graph.erase_node(node)
+            else:
+                continue
+            matches += 1
+        remove_dead_code(program.graph)
+        for name in list(program.graph_module._modules):
+            if name == "_guards_fn":
+                delattr(program.graph_module, name)
+        return PassResult(matches)
+
+    def ensures(self, program: Program) -> None:
+        for node in program.graph.nodes:
+            schema = getattr(node.target, "_schema", None)
+            if node.op == "call_function" and schema is not None and schema.is_mutable:
+                raise UnsupportedModelError(
+                    f"in-place op {where(node)} cannot be rewritten; use its out-of-place form in the model"
+                )
+
+
+def is_like(node: Node, other: Any) -> bool:
+    """Whether a node's value has the shape and type of another's."""
+    one, two = node.meta.get("val"), isinstance(other, Node) and other.meta.get("val")
+    if not isinstance(one, Tensor) or not isinstance(two, Tensor):
+        return False
+    return str(one.shape) == str(two.shape) and one.dtype == two.dtype
+
+
+def is_identity(node: Node) -> bool:
+    """Whether a node returns its first input's values unchanged."""
+    if node.target in COPIES:
+        return True
+    if node.target in DROPOUTS:
+        return node.args[2] is False
+    if node.target is aten.squeeze.dim:  # of an axis longer than one it does nothing, and ONNX refuses it
+        return bool(node.all_input_nodes[0].meta["val"].ndim == node.meta["val"].ndim)
+    if node.target in CASTS:
+        before, after = node.all_input_nodes[0].meta.get("val"), node.meta.get("val")
+        return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
+    return False

@@ -1,0 +1,217 @@
+"""Find the token stream: where the graph can be cut, and where its blocks begin and end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from dcconvert.passes.frontend.patchify import find_patchify, image_input
+from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
+from dcconvert.passes.ir.program import Pass, PassResult, Program, TokenStream, where
+
+aten = torch.ops.aten
+
+ATTENTION = aten.scaled_dot_product_attention.default
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place where the graph can be cut: behind `last`, the tokens `node` [B, N, D] and `contexts` are all there is.
+
+    Contexts [B, X, E] are tokens beside those of the grid, such as text in joint attention.
+    """
+
+    node: Node
+    contexts: tuple[Node, ...]
+    last: Node
+
+
+class FindTokenStream(Pass):
+    """Locate patchify, cut points, blocks and the trunk; changes no node.
+
+    1. Patchify is what makes tokens of the image: see `find_patchify`.
+    2. A cut point is where of all values that depend on patchify one of shape [B, N, D] is still needed, and no others
+       but contexts, and values that pass by all blocks.
+    3. Blocks are runs of repeating op sequences between cut points that hold attention. (Position terms come before
+       them, being no part of the repetition.) Several runs may follow each other, as in models with double and single
+       streams; the first and last block of a run may lack some ops, as where text enters or ends.
+    4. The trunk is what is left of the blocks between the head and the tail blocks.
+    """
+
+    def call(self, program: Program) -> PassResult:
+        patchify, grid = find_patchify(program)
+        tokens = math.prod(grid)
+        cuts = find_cuts(program, patchify, tokens)
+        boundaries = find_boundaries(program, cuts, patchify)
+        width = int(boundaries[0].node.meta["val"].shape[2])
+        contexts = {cut.node: cut.contexts for cut in cuts}
+        stream = TokenStream(patchify, grid, width, [c.node for c in cuts], [b.node for b in boundaries], contexts)
+        program.stream = stream
+        program.image = image_input(patchify)
+        program.trunk = choose_trunk(stream, program.options.head_blocks, program.options.tail_blocks)
+        note = f"{grid[0]}x{grid[1]} tokens of width {width}, {len(cuts)} cut points, {stream.depth} blocks"
+        beside = max(count_tokens(contexts[node]) for node in stream.boundaries)
+        return PassResult(len(cuts), (f"{note}, {beside} tokens beside the grid" if beside else note,))
+
+
+def dependents(program: Program, roots: Iterable[Node]) -> list[Node]:
+    """All nodes that depend on `roots`, themselves included, in graph order; the output node is left out."""
+    found = set(roots)
+    for node in program.graph.nodes:
+        if node.op != "output" and any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    valued = (node for node in program.graph.nodes if isinstance(node.meta.get("val"), Tensor | list | tuple))
+    return [node for node in valued if node in found]
+
+
+def find_cuts(program: Program, patchify: Node, tokens: int) -> list[Cut]:
+    """Cut points by liveness, in graph order; of several with the same `node` the last with the fewest other tokens."""
+    stream = dependents(program, [patchify])
+    position = {node: i for i, node in enumerate(stream)}
+    last_use = {n: max((position.get(user, len(stream)) for user in n.users), default=-1) for n in stream}
+    beside = passing(stream, position)
+    cuts: dict[Node, Cut] = {}
+    live: set[Node] = set()
+    for i, node in enumerate(stream):
+        live = {value for value in live if last_use[value] > i} | ({node} if last_use[node] > i else set())
+        grids = [value for value in live if beside.get(value, i) >= i and is_token_tensor(value, program.batch, tokens)]
+        others = {value for value in live if beside.get(value, i) >= i} - set(grids)
+        contexts = tuple(sorted(others, key=position.__getitem__))
+        if len(grids) != 1 or not all(is_token_tensor(value, program.batch) for value in contexts):
+            continue
+        [tokens_node] = grids
+        known = cuts.get(tokens_node)
+        if known is None or count_tokens(known.contexts) >= count_tokens(contexts) > 0:
+            cuts[tokens_node] = Cut(tokens_node, contexts, node)
+    # With more contexts than that it is the middle of a block.
+    fewest = min((count_tokens(cut.contexts) for cut in cuts.values() if cut.contexts), default=0)
+    return [cut for cut in cuts.values() if count_tokens(cut.contexts) <= fewest]
+
+
+def passing(stream: Sequence[Node], position: Mapping[Node, int]) -> dict[Node, int]:
+    """Values that pass by blocks, and from where on: made before the first attention, and needed behind the last.
+
+    Between their last use before that and the first one after it they are no part of the stream.
+    """
+    places = [i for i, node in enumerate(stream) if node.target is ATTENTION]
+    if len(places) < 2:
+        return {}
+    found = {}
+    for node in stream[: places[0]]:
+        uses = [position.get(user, len(stream)) for user in node.users]
+        if max(uses, default=-1) > places[-1]:
+            found[node] = max((use for use in uses if use < places[-1]), default=position[node])
+    return found
+
+
+def count_tokens(contexts: Sequence[Node]) -> int:
+    return sum(int(node.meta["val"].shape[1]) for node in contexts)
+
+
+def is_token_tensor(node: Node, batch: torch.SymInt, tokens: int | None = None) -> bool:
+    """Whether a node gives [B, `tokens`, D], any number of them if None."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.ndim != 3 or not same(value.shape[0], batch):
+        return False
+    return tokens is None or bool(value.shape[1] == tokens)
+
+
+def same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are the same expression (no guard is added)."""
+    return str(a) == str(b)
+
+
+def find_boundaries(program: Program, cuts: list[Cut], patchify: Node) -> list[Cut]:
+    """Residual-stream cuts before the first and after each repeating block."""
+    stream = dependents(program, [patchify])
+    position = {node: i for i, node in enumerate(stream)}
+    places = [position[cut.last] + 1 for cut in cuts]
+    parts = [stream[a:b] for a, b in pairwise(places)]
+    segments = [tuple(str(node.target) for node in part) for part in parts]
+    found = repeated(segments)
+    if not found:
+        raise no_blocks(stream, cuts, program)
+    tokens = int(cuts[0].node.meta["val"].shape[1])
+    own = [tuple(str(n.target) for n in part if n.target is ATTENTION or is_of_grid(n, tokens)) for part in parts]
+    found = extended(found, own)
+    while found[0] > 0 and (before := repeated(segments[: found[0]])):
+        before = extended(before, own[: found[0]])
+        if before[-1] != found[0]:
+            break
+        found = [*before[:-1], *found]
+    while found[-1] < len(parts) and (after := repeated(segments[found[-1] :])):
+        after = [i + found[-1] for i in extended(after, own[found[-1] :])]
+        if after[0] != found[-1]:
+            break
+        found = [*found, *after[1:]]
+    return [cuts[i] for i in found]
+
+
+def no_blocks(stream: list[Node], cuts: list[Cut], program: Program) -> UnsupportedModelError:
+    """Why there is no trunk: how many places were found, and what stays alive over most of the model."""
+    position = {node: i for i, node in enumerate(stream)}
+    tensors = [node for node in stream if node.users and isinstance(node.meta["val"], Tensor)]
+    kept = max(tensors, key=lambda n: max(position.get(user, -1) for user in n.users) - position[n])
+    until = max(kept.users, key=lambda user: position.get(user, -1))
+    attentions = sum(n.target is ATTENTION for n in stream)
+    return UnsupportedModelError(
+        f"no repeating transformer blocks found: {len(cuts)} cut points, {attentions} attention ops on the token "
+        "stream (two equal blocks whose only live value between them is [B, N, D] are needed, beside other tokens "
+        f"[B, X, D], of which there must be another number than N; longest alive is {where(kept)}, until "
+        f"{where(until)})"
+    )
+
+
+def is_of_grid(node: Node, tokens: int) -> bool:
+    """Whether a node gives [B, N, ...]."""
+    value = node.meta["val"]
+    return isinstance(value, Tensor) and value.ndim > 2 and bool(value.shape[1] == tokens)
+
+
+def repeated(segments: Sequence[tuple[str, ...]]) -> list[int]:
+    """Where the longest run of repeating groups of segments that hold attention begins, and where each group ends."""
+    best = (0, 0, 0)  # covered segments, start, period
+    for period in range(1, len(segments) // 2 + 1):
+        for start in range(len(segments) - 2 * period + 1):
+            unit = segments[start : start + period]
+            if not any(str(ATTENTION) in segment for segment in unit):
+                continue
+            repeats = 1
+            while segments[start + repeats * period : start + (repeats + 1) * period] == unit:
+                repeats += 1
+            if repeats > 1 and repeats * period > best[0]:
+                best = (repeats * period, start, period)
+    covered, start, period = best
+    return list(range(start, start + covered + 1, period)) if covered else []
+
+
+def extended(found: list[int], own: Sequence[tuple[str, ...]]) -> list[int]:
+    """A run with the blocks before and after it that do the same with the tokens of the grid, if not with the others.
+
+    `own`: the ops of each segment that are attention or on tokens of the grid alone.
+    """
+
+    def ops(first: int, last: int) -> list[str]:
+        return [op for part in own[first:last] for op in part]
+
+    unit = ops(found[0], found[1])
+    before = next((i for i in range(found[0] - 1, -1, -1) if ops(i, found[0]) == unit), None)
+    after = next((i for i in range(found[-1] + 1, len(own) + 1) if ops(found[-1], i) == unit), None)
+    return [*([] if before is None else [before]), *found, *([] if after is None else [after])]
+
+
+def choose_trunk(stream: TokenStream, head: int, tail: int) -> tuple[Node, Node]:
+    if head < 0 or tail < 0:
+        raise UsageError(f"head blocks ({head}) and tail blocks ({tail}) must not be negative")
+    if head + tail >= stream.depth:
+        raise UsageError(
+            f"{head} head and {tail} tail blocks leave no trunk in a model of {stream.depth} blocks; "
+            "lower --head-blocks or --tail-blocks"
+        )
+    return stream.boundaries[head], stream.boundaries[stream.depth - tail]

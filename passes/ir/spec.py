@@ -1,0 +1,186 @@
+"""Facts about a rewritten model that its graphs alone do not tell."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from dcconvert.passes.ir.errors import CheckFailedError, UsageError
+from dcconvert.passes.ir.program import Program, placeholders
+from dcconvert.passes.planning.token_history import SLOTS
+
+TIMESTEP_NAMES = ("t", "timestep", "timesteps")
+SCORES_NAME = "scores"
+EXAMPLE_BATCH = 3  # above one and unlike any other size, so that export cannot mistake the axis
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One flat input of the original: a tensor (`shape` without the batch axis, if `batched`), or a constant."""
+
+    name: str
+    batched: bool = False
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    value: bool | int | float | str | None = None  # of an input that is no tensor
+
+    @classmethod
+    def of(cls, node: Node) -> InputSpec:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return cls(node.name, value=value)
+        batched = value.ndim > 0 and isinstance(value.shape[0], torch.SymInt)
+        shape = tuple(int(size) for size in value.shape[batched:])
+        return cls(node.name, batched, shape, str(value.dtype).removeprefix("torch."))
+
+    def example(self, batch: int, generator: torch.Generator, high: float) -> Any:
+        """A value of the right shape: normal floats (below `high` if it is given), zeros for integers."""
+        if not self.dtype:
+            return self.value
+        shape = (batch, *self.shape) if self.batched else self.shape
+        dtype = getattr(torch, self.dtype)
+        if high:
+            return (torch.rand(shape, generator=generator) * high).to(dtype)
+        if dtype.is_floating_point:
+            return torch.randn(shape, generator=generator).to(dtype)
+        return torch.zeros(shape, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """What mode carry remembers of one value: C x E numbers of every token, in SLOTS slots [P, B, C, N, E]."""
+
+    name: str
+    channels: int
+    width: int
+    dtype: str
+
+    def shape(self, batch: int, tokens: int) -> tuple[int, ...]:
+        return (SLOTS, batch, self.channels, tokens, self.width)
+
+    def bytes(self, tokens: int) -> int:
+        """Its size for one sample."""
+        return math.prod(self.shape(1, tokens)) * self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return cast(torch.dtype, getattr(torch, self.dtype))
+
+    @classmethod
+    def of(cls, node: Node) -> StateSpec:
+        value = node.meta["val"]
+        return cls(node.name, int(value.shape[2]), int(value.shape[4]), str(value.dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Names and shapes at the seams of a rewritten model; all of it fits into JSON."""
+
+    input_specs: tuple[InputSpec, ...]  # the original's flat inputs, in call order
+    route_inputs: tuple[str, ...]
+    live: tuple[str, ...]  # what route hands to denoise, `h` first
+    live_shapes: tuple[tuple[int, ...], ...]  # theirs, without the batch axis
+    denoise_inputs: tuple[str, ...]
+    in_spec: str
+    out_spec: str
+    grid: tuple[int, int]
+    width: int
+    depth: int
+    timestep: str | None
+    timestep_scale: float  # the timestep that means pure noise
+    image: str  # the input that patchify reads
+    constants: tuple[str, ...] = ()  # mode carry: what prepare makes once in a run and denoise takes at every step
+    prepare_inputs: tuple[str, ...] = ()
+    states: tuple[StateSpec, ...] = ()  # mode carry: last inputs and last outputs of denoise, in this order
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(spec.name for spec in self.input_specs)
+
+    def example(self, batch: int, seed: int = 0) -> dict[str, Any]:
+        """Inputs by name for `batch` samples: normal noise, timesteps over their whole range, class 0."""
+        generator = torch.Generator().manual_seed(seed)
+        scale = {self.timestep: self.timestep_scale}
+        return {s.name: s.example(batch, generator, scale.get(s.name, 0.0)) for s in self.input_specs}
+
+    @property
+    def state_bytes(self) -> int:
+        """What mode carry remembers of one sample, in bytes."""
+        return sum(state.bytes(self.tokens) for state in self.states)
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ModelSpec:
+        def frozen(value: Any) -> Any:
+            return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
+
+        values = {name: frozen(value) for name, value in fields.items() if name not in ("input_specs", "states")}
+        inputs = tuple(InputSpec(**{n: frozen(v) for n, v in item.items()}) for item in fields["input_specs"])
+        states = tuple(StateSpec(**item) for item in fields["states"])
+        return cls(**values, input_specs=inputs, states=states)
+
+    @classmethod
+    def of(cls, program: Program) -> ModelSpec:
+        stream = program.found_stream()
+        if program.route is None or program.denoise is None:
+            raise CheckFailedError("the program was not split into route and denoise; fix the pipeline order")
+        added = {*program.plan_inputs, *program.state}
+        specs = tuple(InputSpec.of(n) for n in placeholders(program.graph) if n.name not in added)
+        constants = count_outputs(program.prepare) if program.prepare else 0
+        names = tuple(f"constant_{number}" for number in range(constants))
+        known = {*program.inputs, *added, *names}
+        live = [n for n in placeholders(program.denoise.graph) if n.name not in known]
+        denoise_inputs = tuple(n.name for n in placeholders(program.denoise.graph))
+        return cls(
+            input_specs=specs,
+            route_inputs=tuple(n.name for n in placeholders(program.route.graph)),
+            live=tuple(n.name for n in live),
+            live_shapes=tuple(tuple(int(size) for size in n.meta["val"].shape[1:]) for n in live),
+            denoise_inputs=denoise_inputs,
+            in_spec=program.in_spec,
+            out_spec=program.out_spec,
+            grid=stream.grid,
+            width=stream.width,
+            depth=stream.depth,
+            timestep=program.timestep,
+            timestep_scale=program.timestep_scale,
+            image=program.image,
+            constants=names,
+            prepare_inputs=tuple(n.name for n in placeholders(program.prepare.graph)) if program.prepare else (),
+            states=tuple(StateSpec.of(node) for node in program.state.values()),
+        )
+
+
+def find_inputs(program: Program, timestep: str | None) -> None:
+    """Note in the program which inputs the model has, and which of them are image and timestep.
+
+    `timestep` is its name, or None to guess it from TIMESTEP_NAMES. UsageError if there is no such input, or if mode
+    carry, which cannot do without, finds none.
+    """
+    program.inputs = tuple(node.name for node in placeholders(program.graph))
+    if timestep is None:
+        timestep = next((name for name in TIMESTEP_NAMES if name in program.inputs), None)
+    elif timestep not in program.inputs:
+        found = ", ".join(program.inputs)
+        raise UsageError(f"the model has no input '{timestep}' to take the timestep from; it has {found}")
+    if timestep is None and program.options.mode == "carry":
+        raise UsageError(
+            "mode carry needs to know which input is the timestep: name it with timestep=..., or use mode chunk"
+        )
+    program.timestep = timestep
+
+
+def count_outputs(graph_module: GraphModule) -> int:
+    output = next(iter(reversed(graph_module.graph.nodes)))
+    return len(output.args[0])

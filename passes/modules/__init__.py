@@ -1,0 +1,1 @@
+"""Modules that are inserted into a graph: routers, and embeddings for other patch sizes."""

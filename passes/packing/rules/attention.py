@@ -1,0 +1,174 @@
+"""Attention: the one op of a trunk that mixes tokens; it runs in the grid layout."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.packing.joint_attention import Joint
+from dcconvert.passes.packing.packer import Laid, Layout, Packer
+from dcconvert.passes.packing.rules import rule
+
+aten = torch.ops.aten
+
+ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def attention(packer: Packer, node: Node, layout: Layout) -> Laid:
+    """Self-attention over each sample's kept tokens, or cross-attention from them to per-sample keys."""
+    given: dict[str, Any] = dict(zip(ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
+    if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
+        raise packer.refuse(node, "attention with dropout, a causal mask or grouped queries has no rule")
+    if any(packer.joint(given[name]) for name in ARGUMENTS[:3]):
+        return joint_attention(packer, node, given)
+    tokenwise = [packer.in_trunk(given[name]) for name in ("key", "value")]
+    layout = "packed" if packer.packing == "varlen" and all(tokenwise) else "grid"
+    # What is carried is taken where it was computed: then only the queries move to the rows, not all three.
+    q = packer.moved(given["query"], "grid") if packer.carry else packer.get(given["query"], layout)
+    if (q.batch, q.token, q.node.meta["val"].ndim) != (0, 2, 4):
+        raise packer.refuse(node, "queries must be laid out [B, H, N, d]")
+    scale = scale_of(given)
+    packer.attentions += 1
+    if all(tokenwise) and packer.whole_keys:
+        return whole_attention(packer, node, given, q, scale)
+    if all(tokenwise):
+        return self_attention(packer, node, given, q, scale)
+    if any(tokenwise):
+        raise packer.refuse(node, "keys and values must both come from the tokens or both from outside")
+    return cross_attention(packer, node, given, q, scale)
+
+
+def scale_of(given: dict[str, Any]) -> float:
+    return float(given.get("scale") or 1 / math.sqrt(int(given["query"].meta["val"].shape[-1])))
+
+
+def joint_attention(packer: Packer, node: Node, given: dict[str, Any]) -> Laid:
+    """Tokens of the grid and others of the same sample among themselves; the others come first in a row."""
+    joint = packer.joint(given["query"])
+    if joint is None or any(packer.joint(given[name]) != joint for name in ("key", "value")):
+        raise packer.refuse(node, "queries, keys and values must hold the same tokens beside the grid in one order")
+    mask = given.get("attn_mask")
+    if mask is not None and (mask.meta["val"].dtype != torch.bool or tuple(mask.meta["val"].shape[1:-1]) != (1, 1)):
+        raise packer.refuse(node, "joint attention has a rule for masks [B, 1, 1, N] of keys only")
+    if packer.packing == "bins":
+        raise UsageError("this model has joint attention, which needs one sample a row: use --packing rows")
+    q = packer.moved(given["query"], "grid") if packer.carry else packer.get(given["query"], "grid")
+    carried = packer.carry and [packed_heads(packer, node, given[name], q) for name in ("key", "value")]
+    layouts = [q] if packer.carry else [packer.get(given[name], "grid") for name in ARGUMENTS[:3]]
+    if any((x.batch, x.token, x.node.meta["val"].ndim) != (0, 2, 4) for x in layouts):
+        raise packer.refuse(node, "queries, keys and values must be laid out [B, H, N, d]")
+    grids = [x.node for x in layouts]
+    if packer.carry and carried:
+        grids += [
+            packer.carry(f"{name}_{packer.attentions}", packed)
+            for name, packed in zip(("key", "value"), carried, strict=True)
+        ]
+    packer.attentions += 1
+    contexts = [packer.get(given[name], "context").node for name in ARGUMENTS[:3]]
+    rows = [packer.emit(aten.cat.default, pair, 2) for pair in zip(contexts, grids, strict=True)]
+    if packer.carry or mask is not None:
+        keys = None if mask is None else key_mask(packer, packer.outside(mask), joint)
+        out = packer.emit(aten.scaled_dot_product_attention.default, *rows, keys, scale=scale_of(given))
+    else:
+        lengths = packer.plan_input("row_lengths")
+        longer = packer.remembered(
+            ("lengths", joint.context), lambda: packer.emit(aten.add.Tensor, lengths, joint.context)
+        )
+        out = packer.emit(torch.ops.dcconvert.row_attention.default, *rows, longer, scale_of(given))
+    packer.store_context(node, q.at(packer.emit(aten.slice.Tensor, out, 2, 0, joint.context)))
+    return q.at(packer.emit(aten.slice.Tensor, out, 2, joint.context, sys.maxsize))
+
+
+def key_mask(packer: Packer, mask: Node, joint: Joint) -> Node:
+    """A mask [B, 1, 1, N] of grid tokens and others, in the order of the rows: the others first, then slots or N."""
+
+    def made() -> Node:
+        def part(begin: int, count: int) -> Node:
+            return packer.emit(aten.slice.Tensor, mask, 3, begin, begin + count)
+
+        others = part(0 if joint.start else packer.tokens, joint.context)
+        grid = part(joint.start, packer.tokens)
+        if packer.carry is None:
+            flat = packer.emit(aten.reshape.default, grid, [-1, packer.tokens])
+            packed = packer.emit(torch.ops.dcconvert.regroup.default, flat, packer.token_index())
+            slots = packer.emit(torch.ops.dcconvert.regroup.default, packed, packer.plan_input("grid_index"))
+            lengths = packer.emit(aten.unsqueeze.default, packer.plan_input("row_lengths"), 1)
+            longest = packer.emit(aten.sym_size.int, packer.plan_input("grid_index"), 1)
+            places = packer.emit(aten.arange.default, longest, device=packer.program.device)
+            used = packer.emit(aten.lt.Tensor, places, lengths)
+            kept = packer.emit(aten.logical_and.default, slots, used)
+            grid = packer.emit(aten.unsqueeze.default, packer.emit(aten.unsqueeze.default, kept, 1), 1)
+        return packer.emit(aten.cat.default, [others, grid], 3)
+
+    return packer.remembered((mask, joint), made)
+
+
+def packed_heads(packer: Packer, node: Node, value: Node, q: Laid) -> Node:
+    """Keys or values of the packed tokens, with the axes of the queries."""
+    packed = packer.get(value, "packed")
+    if (packed.batch, packed.token) != (q.batch, q.token):
+        raise packer.refuse(node, "keys and values must be laid out [B, H, N, d]")
+    return packed.node
+
+
+def self_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:
+    if given.get("attn_mask") is not None:
+        raise packer.refuse(node, "self-attention with a mask has no rule")
+    if packer.carry is not None:
+        return carried_attention(packer, node, given, q, scale)
+    k, v = (packer.get(given[name], q.layout) for name in ("key", "value"))
+    if any((x.batch, x.token) != (q.batch, q.token) for x in (k, v)):
+        raise packer.refuse(node, "keys and values must be laid out [B, H, N, d]")
+    if packer.packing == "varlen":
+        return varlen_attention(packer, q, k, v, scale)
+    if packer.packing == "rows":
+        op, separator = torch.ops.dcconvert.row_attention.default, packer.plan_input("row_lengths")
+    else:
+        op, separator = torch.ops.dcconvert.segment_attention.default, packer.plan_input("segment_ids")
+    return q.at(packer.emit(op, q.node, k.node, v.node, separator, scale))
+
+
+def whole_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:
+    """Packed queries against the keys and values of all tokens of their sample, which are left where they are."""
+    if packer.packing != "rows" or given.get("attn_mask") is not None:
+        raise packer.refuse(node, "attention to the whole grid needs one sample a row (--packing rows) and no mask")
+    operands = (q.node, given["key"], given["value"], None)
+    return q.at(packer.emit(aten.scaled_dot_product_attention.default, *operands, scale=scale))
+
+
+def varlen_attention(packer: Packer, q: Laid, k: Laid, v: Laid, scale: float) -> Laid:
+    """Attention over the packed axis as it is, tokens before heads; rows are not laid out at all."""
+    tokens_first = [packer.emit(aten.transpose.int, x.node, 1, 2) for x in (q, k, v)]
+    longest = packer.emit(aten.sym_size.int, packer.plan_input("grid_index"), 1)
+    bounds = (packer.plan_input("cu_seqlens"), longest, scale)
+    out = packer.emit(torch.ops.dcconvert.varlen_attention.default, *tokens_first, *bounds)
+    return q.at(packer.emit(aten.transpose.int, out, 1, 2))
+
+
+def carried_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:
+    """Kept queries against the keys of all N tokens of their sample, fresh or carried over from earlier steps."""
+    assert packer.carry is not None
+    everywhere = []
+    for name in ("key", "value"):
+        packed = packed_heads(packer, node, given[name], q)
+        everywhere.append(packer.carry(f"{name}_{packer.attentions - 1}", packed))
+    operands = (q.node, *everywhere, None)
+    return q.at(packer.emit(aten.scaled_dot_product_attention.default, *operands, scale=scale))
+
+
+def cross_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:
+    """Queries of row r against the keys of sample r; pad queries give rows nobody reads."""
+    if packer.packing == "bins":
+        raise UsageError("this model has cross-attention, which needs one sample a row: use --packing rows")
+    mask = given.get("attn_mask")
+    if isinstance(mask, Node) and mask.meta["val"].ndim > 1 and mask.meta["val"].shape[-2] != 1:
+        raise packer.refuse(node, "its mask varies with the token's position")
+    key, value = (packer.outside(given[name]) for name in ("key", "value"))
+    operands = (q.node, key, value, mask)
+    return q.at(packer.emit(aten.scaled_dot_product_attention.default, *operands, scale=scale))

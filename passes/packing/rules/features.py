@@ -1,0 +1,93 @@
+"""Ops that mix the features of a token and nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from dcconvert.passes.ir.node_args import integer, integers, nodes, operand
+from dcconvert.passes.packing.packer import Laid, Layout, Packer
+from dcconvert.passes.packing.rules import rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.linear.default)
+def linear(packer: Packer, node: Node, layout: Layout) -> Laid:
+    """linear(x [..., D], weight, bias): packed tokens against the same weights."""
+    x = packer.get(operand(node), layout)
+    if any(packer.in_trunk(parameter) for parameter in node.args[1:]):
+        raise packer.refuse(node, "its weight or bias depends on the tokens")
+    last_axis_is_features(packer, node, x, 1)
+    return x.at(packer.again(node, x.node, *node.args[1:]))
+
+
+@rule(aten.layer_norm.default, aten.rms_norm.default)
+def normalisation(packer: Packer, node: Node, layout: Layout) -> Laid:
+    """layer_norm / rms_norm over trailing feature axes."""
+    x = packer.get(operand(node), layout)
+    last_axis_is_features(packer, node, x, len(integers(node, 1)))
+    return x.at(packer.again(node, x.node, *node.args[1:], **node.kwargs))
+
+
+@rule(aten.softmax.int)
+def softmax(packer: Packer, node: Node, layout: Layout) -> Laid:
+    """Softmax over a feature axis (one over tokens would be attention by hand, which has no rule)."""
+    x = packer.get(operand(node), layout)
+    if integer(node, 1) % node.meta["val"].ndim in (x.batch, x.token):
+        raise packer.refuse(node, "it normalises over tokens or samples")
+    return x.at(packer.again(node, x.node, *node.args[1:], **node.kwargs))
+
+
+@rule(aten.mean.dim, aten.sum.dim_IntList)
+def reduction(packer: Packer, node: Node, layout: Layout) -> Laid:
+    """Mean and sum over feature axes."""
+    x = packer.get(operand(node), layout)
+    rank = x.node.meta["val"].ndim
+    axes = [axis % rank for axis in integers(node, 1)]
+    if {x.batch, x.token} & set(axes):
+        raise packer.refuse(node, "it mixes values along the batch or token axis")
+    out = packer.again(node, x.node, *node.args[1:], **node.kwargs)
+    if out.meta["val"].ndim == rank:
+        return x.at(out)
+    return x.at(out, *(axis - sum(gone < axis for gone in axes) for axis in (x.batch, x.token)))
+
+
+@rule(aten.cat.default, aten.stack.default)
+def side_by_side(packer: Packer, node: Node, layout: Layout) -> Laid:
+    """Features of the same tokens side by side, on an axis that is there (cat) or new (stack)."""
+    parts = nodes(node, 0)
+    if not all(packer.in_trunk(part) for part in parts):
+        raise packer.refuse(node, "it joins tokens with values that are not computed from them")
+    laid = [packer.get(part, layout) for part in parts]
+    first = laid[0]
+    axis = integer(node, 1, 0) % node.meta["val"].ndim
+    if any((x.batch, x.token) != (first.batch, first.token) for x in laid):
+        raise packer.refuse(node, "its operands carry batch and token on different axes")
+    new = node.target is aten.stack.default
+    if not new and axis in (first.batch, first.token):
+        raise packer.refuse(node, "it joins tokens with tokens, or samples with samples")
+    out = packer.again(node, [x.node for x in laid], axis)
+    return first.at(out, first.batch + (new and axis <= first.batch), first.token + (new and axis <= first.token))
+
+
+@rule(aten.empty_like.default)
+def same_shape(packer: Packer, node: Node, layout: Layout) -> Laid:
+    """A value to be filled, as large as another."""
+    x = packer.get(operand(node), layout)
+    return x.at(packer.again(node, x.node, **node.kwargs))
+
+
+@rule(aten.slice_scatter.default)
+def written_into(packer: Packer, node: Node, layout: Layout) -> Laid:
+    """Some features replaced by others of the same tokens."""
+    x, source = packer.get(operand(node), layout), packer.get(operand(node, 1), layout)
+    axis = integer(node, 2, 0) % node.meta["val"].ndim
+    if axis in (x.batch, x.token) or (x.batch, x.token) != (source.batch, source.token):
+        raise packer.refuse(node, "it writes over tokens or samples")
+    return x.at(packer.again(node, x.node, source.node, axis, *node.args[3:]))
+
+
+def last_axis_is_features(packer: Packer, node: Node, x: Laid, axes: int) -> None:
+    if max(x.batch, x.token) >= x.node.meta["val"].ndim - axes:
+        raise packer.refuse(node, "it mixes values along the batch or token axis")

@@ -1,0 +1,108 @@
+"""Planners of the published methods: other ways into the packed tokens and back out than `Planner` has."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from dcconvert.passes.ir.program import Options
+from dcconvert.passes.planning.chunk_plan import Planner, Way
+from dcconvert.passes.planning.layout import TokenLayout
+from dcconvert.passes.planning.nearest_kept import Ints, Mask, Nearest
+from dcconvert.passes.planning.patch_planner import PatchPlanner
+from dcconvert.passes.planning.pooled_planner import PooledPlanner
+
+DECHUNKS = ("gaussian", "smoothed", "values")
+SMOOTHED_NEIGHBOURS = 9  # of a grid with every second token kept, what lies within a Gaussian of one cell
+VALUE_NEIGHBOURS = 25  # within 2.8 cells: each one left out has less than 2 % of the weight of a token itself
+CERTAIN = 1e-4  # DC-DiT keeps p this far from 0 and 1
+
+
+def make_planner(grid: tuple[int, int], options: Options) -> Planner:
+    """The planner of a model with these options."""
+    if options.trunk == "sparse-dense":
+        return PooledPlanner(grid, options.fewest, options.packing)
+    if options.trunk == "patch-sizes":
+        return PatchPlanner(grid, options.packing)
+    if options.router == "merge":
+        return MergePlanner(grid, members=options.members, neighbours=1, packing=options.packing, coverage=False)
+    if options.dechunk != "gaussian":
+        neighbours = VALUE_NEIGHBOURS if options.dechunk == "values" else SMOOTHED_NEIGHBOURS
+        return SmoothedPlanner(grid, members=1, neighbours=neighbours, packing=options.packing, coverage=False)
+    return Planner(grid, options.members, options.neighbours, options.packing, options.coverage)
+
+
+class MergePlanner(Planner):
+    """Token merging (ToMe, arXiv 2210.09461): a token that is not kept joins the one it is most like.
+
+    Scores are [B, N, 2]: how badly a token is matched, and which token of the grid it is matched with, as
+    `MergeRouter` gives them. A packed token is the mean of a kept one and of those that joined it (of `members` at
+    most); each of them gets its update. A token whose match is not kept goes by the nearest kept one.
+    """
+
+    def select(self, scores: np.ndarray, counts: ArrayLike) -> Mask:
+        return super().select(scores[..., 0], counts)
+
+    def _ways(self, keep: Mask, laid: TokenLayout, scores: np.ndarray | None) -> tuple[Way, Way]:
+        near = self._neighbourhood.nearest(keep, laid.counts, 1)
+        token, distance = near.token, near.distance
+        if scores is not None:
+            owner = scores[near.sample, near.target, 1].astype(np.int64)
+            usable = keep[near.sample, owner]
+            token = np.where(usable, owner, token[:, 0])[:, None]
+            distance = np.where(usable[:, None], 0, distance)  # of equals the first in the grid comes first
+        near = Nearest(near.sample, near.target, token, distance)
+        into = self._chunks(laid.kept, laid.place, near, laid.sizes)
+        return into, self._fill(laid.kept, laid.place, near, laid.counts)
+
+
+class SmoothedPlanner(Planner):
+    """DC-DiT's choice and de-chunk (arXiv 2603.06351), on the trunk's update or its values.
+
+    The first and the last token are always kept. With p the score of a kept token, its update becomes p times its own
+    and 1 - p times the mean of the kept ones around it, by Gaussian weight times their p; a dropped position takes that
+    of the nearest kept token. (Of those around it the `neighbours` nearest count, where DC-DiT sums over all.) Without
+    scores, as where everything is kept for a check, p is 1.
+    """
+
+    @property
+    def sigma(self) -> float:
+        """Width of the Gaussian in grid cells: 1 up to 32 cells a side, 2 at 64, as DC-DiT has it."""
+        return max(1.0, max(self.grid) / 32)
+
+    def select(self, scores: np.ndarray, counts: ArrayLike) -> Mask:
+        return super().select(forced(scores), counts)
+
+    def _ways(self, keep: Mask, laid: TokenLayout, scores: np.ndarray | None) -> tuple[Way, Way]:
+        nowhere = Nearest(*(np.empty(shape, np.int64) for shape in (0, 0, (0, 1), (0, 1))))
+        into = self._chunks(laid.kept, laid.place, nowhere, laid.sizes)
+        near = self._neighbourhood.nearest(keep, laid.counts, self.neighbours, everywhere=True)
+        p = np.ones(keep.shape) if scores is None else np.clip(forced(scores), CERTAIN, 1 - CERTAIN)
+        return into, self._smoothed(keep, laid, near, p)
+
+    def _smoothed(self, keep: Mask, laid: TokenLayout, near: Nearest, p: np.ndarray) -> Way:
+        """Packed neighbours and weights [B, N, K] of every grid position."""
+        shape = (*keep.shape, self.neighbours)
+        token, distance = near.token.reshape(shape), near.distance.reshape(shape)
+        packed = np.zeros(keep.size, np.int64)
+        packed[laid.kept] = laid.place
+        start = np.arange(len(keep))[:, None, None] * self.tokens
+        around = p.ravel()[start + token] * np.exp(distance * (-0.5 / self.sigma**2))
+        around *= np.arange(self.neighbours) < laid.counts[:, None, None]
+        weight = (1 - p)[..., None] * around / np.maximum(around.sum(-1, keepdims=True), 1e-12)
+        weight[..., 0] += p
+        nearest = token[..., :1]  # of a kept token itself
+        index = np.take_along_axis(packed[start + token], nearest, axis=1)
+        return index, np.take_along_axis(weight, nearest, axis=1).astype(np.float32)
+
+    def natural(self, scores: np.ndarray, drop: float) -> Ints:
+        """Tokens a sample [B] with p > 0.5, less the fraction `drop` of them (tail dropping); at least one."""
+        chosen = (forced(scores) > 0.5).sum(1)
+        return np.maximum(chosen - np.floor(drop * chosen + 1e-9), 1).astype(np.int64)
+
+
+def forced(scores: np.ndarray) -> np.ndarray:
+    """Scores [B, N] with the first and the last token certain to be kept."""
+    scores = np.array(scores, np.float64)
+    scores[:, [0, -1]] = 1.0
+    return scores

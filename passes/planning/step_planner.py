@@ -1,0 +1,214 @@
+"""From scores and timesteps to the plan of a step, in either mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from dcconvert.passes.ir.errors import CheckFailedError, UsageError
+from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.spec import ModelSpec
+from dcconvert.passes.planning.carry_plan import CarryPlan, carry_plan
+from dcconvert.passes.planning.chunk_plan import Plan
+from dcconvert.passes.planning.latent_difference import largest_below
+from dcconvert.passes.planning.layout import Bucket
+from dcconvert.passes.planning.nearest_kept import Mask
+from dcconvert.passes.planning.patch_planner import PatchPlanner, scales_of
+from dcconvert.passes.planning.planners import SmoothedPlanner, make_planner
+from dcconvert.passes.planning.pooled_planner import SizedPlanner
+from dcconvert.passes.planning.schedule import DIFFERENCE, LEVELS, NATURAL, Schedule
+from dcconvert.passes.planning.token_history import Doubles, History
+
+CARRY = "carry"
+
+
+class StepPlanner:
+    """The schedule says how many tokens a step keeps, router and history which, the plan where they go."""
+
+    def __init__(self, spec: ModelSpec, options: Options, schedule: Schedule) -> None:
+        self.spec = spec
+        self.options = options
+        schedule.check(spec.tokens)
+        self.schedule = schedule
+        self.planner = make_planner(spec.grid, options)
+        self.check()
+
+    def check(self) -> None:
+        """UsageError for a schedule that this model cannot have."""
+        kind, levels = self.schedule.kind, self.schedule.levels
+        wanted = {NATURAL: SmoothedPlanner, DIFFERENCE: PatchPlanner}.get(kind)
+        if wanted is not None and not isinstance(self.planner, wanted):
+            preset = "dc-dit" if kind == NATURAL else "ddit"
+            raise UsageError(f"schedule '{kind}' is for models converted with preset {preset}")
+        most = levels[-1] if levels else self.spec.tokens
+        bounded = most == self.spec.tokens if kind == NATURAL else most <= self.spec.tokens  # else it would cut off
+        if levels and (not bounded or (self.sizes and not {*levels} <= {*self.sizes})):
+            known = f"{', '.join(map(str, sorted(self.sizes)))}" if self.sizes else f"at most {self.spec.tokens}"
+            raise UsageError(f"levels {list(levels)}: a sample of this model can keep {known} tokens")
+        fewest = min(self.sizes, default=1)
+        if kind != DIFFERENCE and fewest > 1 and self.schedule.ratio > self.spec.tokens / fewest + 1e-6:
+            raise UsageError(
+                f"the coarsest grid of this model has {fewest} of {self.spec.tokens} tokens, which is "
+                f"{self.spec.tokens / fewest:.3g}x: ask for less than {self.schedule.ratio:g}x, or convert again"
+            )
+
+    def at_ratio(self, ratio: float, taus: np.ndarray) -> StepPlanner:
+        """The same planner with its schedule at another ratio, its mean over a run at these noise levels.
+
+        UsageError for a ratio that such a run cannot have.
+        """
+        if self.schedule.found and ratio != self.schedule.ratio:
+            return StepPlanner(self.spec, self.options, self.schedule.dropping(ratio))
+        other = replace(self.schedule, ratio=ratio, mean=0.0).fitted(taus)
+        if other.ratio != self.schedule.ratio:
+            other = StepPlanner(self.spec, self.options, other).levelled(taus, LEVELS)
+        return StepPlanner(self.spec, self.options, other)
+
+    def levelled(self, taus: np.ndarray, most: int) -> Schedule:
+        """The schedule with at most `most` numbers of kept tokens, all of them such as the model can keep."""
+        return self.schedule.levelled(taus, self.spec.tokens, most, self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The only numbers of tokens that a sample can keep; empty where any will do."""
+        return tuple(self.planner.sizes) if isinstance(self.planner, SizedPlanner) else ()
+
+    @property
+    def patches(self) -> tuple[int, ...]:
+        """Pixels a side of the patches that a step may have, of a trunk with patch sizes."""
+        image = next(item for item in self.spec.input_specs if item.name == self.spec.image)
+        patch = image.shape[-1] // self.spec.grid[1]
+        return tuple(patch * scale for scale in scales_of(self.spec.grid))
+
+    @property
+    def watches(self) -> bool:
+        """Whether a run has to keep its last latents."""
+        return self.schedule.kind == DIFFERENCE
+
+    @property
+    def carries(self) -> bool:
+        return self.options.mode == CARRY
+
+    def taus(self, inputs: dict[str, Any], batch: int) -> Doubles:
+        """Noise levels [B] of a step's inputs; 0.5 where the schedule is the same at all of them.
+
+        UsageError if the schedule needs the timestep and no input is known to be it, or if a timestep is outside its
+        range; CheckFailedError naming a sample whose timestep is not finite.
+        """
+        if self.spec.timestep is not None:
+            timesteps = torch.as_tensor(inputs[self.spec.timestep]).detach().double().cpu().numpy().reshape(-1)
+            levels = np.broadcast_to(timesteps / self.spec.timestep_scale, (batch,))
+            check_finite(levels[:, None])
+            if (outside := np.abs(levels - 0.5) > 0.51).any():
+                raise UsageError(
+                    f"timestep {levels[outside][0] * self.spec.timestep_scale:g} is outside 0 to "
+                    f"{self.spec.timestep_scale:g}: convert with timestep_scale=..., its value at pure noise"
+                )
+            return np.clip(levels, 0, 1)
+        if self.schedule.kind in ("constant", NATURAL) or self.schedule.ratio == 1:
+            return np.full(batch, 0.5)
+        raise UsageError(
+            f"schedule '{self.schedule.kind}' needs the timestep, but no input of the model is known to be it; "
+            "name it with timestep=..., or use the constant schedule"
+        )
+
+    def counts(self, taus: Doubles, steps: np.ndarray | None = None) -> np.ndarray:
+        """Kept tokens of each sample at its noise level, `steps` [B] after its run began."""
+        return self.schedule.counts(taus, self.spec.tokens, steps)
+
+    def found_counts(self, scores: np.ndarray, spread: np.ndarray | None) -> np.ndarray:
+        """Kept tokens of each sample where a step finds them: from scores [B, N], or from `ThirdDifference.spread`."""
+        if spread is not None:
+            sizes = np.array(sorted(self.sizes, reverse=True))  # the smallest patches first
+            return sizes[largest_below(spread, self.schedule.threshold)]
+        check_finite(scores)
+        assert isinstance(self.planner, SmoothedPlanner)
+        natural = self.planner.natural(scores, self.schedule.dropped)
+        levels = np.array(self.schedule.levels or [self.spec.tokens])
+        if not self.schedule.levels:
+            return natural
+        return levels[np.minimum(np.searchsorted(levels, natural), len(levels) - 1)]
+
+    def ladder_counts(self, taus: np.ndarray) -> np.ndarray:
+        """The numbers of kept tokens that a run needs shapes for."""
+        return np.array(self.schedule.levels) if self.schedule.found else self.run_counts(taus)
+
+    def run_counts(self, taus: np.ndarray) -> np.ndarray:
+        """Kept tokens a sample at every step of a run; the first of mode carry has nothing to go by."""
+        counts = self.schedule.run_counts(taus, self.spec.tokens)
+        if self.carries:
+            counts[0] = self.spec.tokens
+        return counts
+
+    def plan(self, scores: np.ndarray, counts: np.ndarray, bucket: Bucket | None = None) -> Plan:
+        """Mode chunk: a plan for scores [B, N]; CheckFailedError naming a sample whose scores are not finite."""
+        check_finite(scores)
+        return self.planner(scores, counts, bucket)
+
+    def carry(
+        self,
+        history: History,
+        scores: np.ndarray,
+        counts: np.ndarray,
+        taus: Doubles,
+        bucket: Bucket | None = None,
+        adjust: Callable[[Doubles], Doubles] | None = None,
+    ) -> CarryPlan:
+        """Mode carry: the plan of a step, noted in the history; errors as in `plan`.
+
+        `adjust` may change the urgency [B, N] of the tokens before the choice is made.
+        """
+        check_finite(scores)
+        urgency = self.urgency(history, scores, counts, taus)
+        return carry_plan(history, most_urgent(adjust(urgency) if adjust else urgency, counts), taus, bucket)
+
+    def of_mask(self, keep: Mask, bucket: Bucket | None = None) -> Plan | CarryPlan:
+        """The plan of a keep mask [B, N] for a step that nothing came before, in either mode."""
+        if self.carries:
+            return carry_plan(History(*keep.shape), keep, np.ones(len(keep)), bucket)
+        return self.planner.plan(keep, bucket)
+
+    def full_plan(self, batch: int, bucket: Bucket | None = None) -> Plan | CarryPlan:
+        """The plan that keeps everything, for a step that nothing came before."""
+        return self.of_mask(np.ones((batch, self.spec.tokens), bool), bucket)
+
+    def urgency(self, history: History, scores: np.ndarray, counts: np.ndarray, taus: Doubles) -> Doubles:
+        """How much each token needs computing [B, N]: noise levels since it was, times what the router says.
+
+        `drift` takes the square root of the speed at which the token's update moved, `age` takes nothing more; ties go
+        by the scores, which of these two cover the grid evenly. Any other router's scores are the factor themselves. A
+        token that waited `guard` times as long as taking turns would have it wait comes before all others.
+        """
+        elapsed = history.elapsed(taus)
+        router = self.options.router
+        if router == "drift":
+            factor = np.sqrt(history.drift())
+        else:
+            factor = np.ones_like(elapsed) if router == "age" else scores.astype(np.float64)
+        level = elapsed * (factor + 1e-6)
+        starving = history.age * counts[:, None] >= self.options.guard * self.spec.tokens
+        return level + TIE * scores + np.where(starving, 1e6 * (1 + history.age), 0.0)
+
+
+TIE = 1e-6  # weight of the scores between tokens of equal urgency
+
+
+def most_urgent(urgency: np.ndarray, counts: np.ndarray) -> Mask:
+    """Keep mask [B, N] of the counts[b] most urgent tokens of each sample, ties by lower index."""
+    order = np.argsort(-urgency, axis=1, kind="stable")
+    keep = np.zeros(urgency.shape, bool)
+    np.put_along_axis(keep, order, np.arange(urgency.shape[1]) < np.asarray(counts)[:, None], 1)
+    return keep
+
+
+def check_finite(scores: np.ndarray) -> None:
+    bad = ~np.isfinite(scores.reshape(len(scores), -1)).all(axis=1)
+    if bad.any():
+        raise CheckFailedError(
+            f"sample {int(bad.argmax())} of the batch has non-finite values before the trunk: check its input "
+            "(NaN would spread to other samples through padded attention)"
+        )

@@ -1,0 +1,101 @@
+"""Hoist what stays the same over a sampling run: text keys and values are computed once, not at every step."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from dcconvert.passes.frontend.token_stream import same
+from dcconvert.passes.ir.errors import CheckFailedError
+from dcconvert.passes.ir.program import Pass, PassResult, Program, placeholders, remove_dead_code
+from dcconvert.passes.rewrite.split_route import ancestors, finish, is_batched
+
+aten = torch.ops.aten
+
+COSTLY = {aten.linear.default, aten.matmul.default, aten.bmm.default, aten.scaled_dot_product_attention.default}
+COSTLY |= {aten.conv2d.default, aten.convolution.default}
+CONSTANT = "constant"
+
+
+class HoistConstants(Pass):
+    """Move into a third graph, `prepare`, what `denoise` computes from neither image nor timestep.
+
+    1. A value is constant over a run if it depends on model inputs, and on none but those.
+    2. Constant values with a batch axis that something else uses, and that took a matrix product to make, become the
+       outputs of `prepare` and inputs `constant_0`, ... of `denoise`.
+    3. A model with nothing of that kind (classes instead of text) gets no third graph.
+    """
+
+    optional = True
+
+    def requires(self, program: Program) -> None:
+        if program.denoise is None:
+            raise CheckFailedError("HoistConstants needs SplitRoute before it; fix the pipeline order")
+
+    def call(self, program: Program) -> PassResult:
+        assert program.denoise is not None
+        graph = program.denoise.graph
+        constant = constant_nodes(program, graph)
+        chosen = [node for node in graph.nodes if node in constant and worth_keeping(program, node, constant)]
+        if not chosen:
+            return PassResult(0, ("nothing costly is the same at every step",))
+        program.prepare = build_prepare(program, chosen)
+        last = placeholders(graph)[-1]
+        for number, node in enumerate(chosen):
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"{CONSTANT}_{number}")
+            last.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(last)
+        remove_dead_code(graph)
+        for node in placeholders(graph):
+            if not node.users and node.name in program.inputs:
+                graph.erase_node(node)
+        program.denoise.recompile()
+        return PassResult(len(chosen), (f"{len(chosen)} values are computed once in a run",))
+
+
+def constant_nodes(program: Program, graph: Graph) -> set[Node]:
+    """Nodes that depend on model inputs, and on none but those that stay the same over a run."""
+    still = set(program.inputs) - {program.image, program.timestep}
+    found: set[Node] = set()
+    moving = {node for node in placeholders(graph) if node.name not in still}
+    for node in graph.nodes:
+        if is_batch_size(program, node):
+            continue  # the same everywhere, wherever it is read from
+        if node.op == "placeholder":
+            if node not in moving:
+                found.add(node)
+        elif any(source in moving for source in node.all_input_nodes):
+            moving.add(node)
+        elif any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def is_batch_size(program: Program, node: Node) -> bool:
+    return node.op == "call_function" and same(node.meta["val"], program.batch)
+
+
+def worth_keeping(program: Program, node: Node, constant: set[Node]) -> bool:
+    if not is_batched(program, node) or all(user in constant for user in node.users):
+        return False
+    return any(source.target in COSTLY for source in ancestors([node]) & constant)
+
+
+def build_prepare(program: Program, chosen: list[Node]) -> GraphModule:
+    graph = Graph()
+    copied: dict[Node, Node] = {}
+    needed = ancestors(chosen, ends=lambda node: is_batch_size(program, node))
+    batched: Node | None = None
+    for node in chosen[0].graph.nodes:
+        if node not in needed:
+            continue
+        if is_batch_size(program, node):
+            copied[node] = graph.call_function(aten.sym_size.int, (batched, 0))
+            copied[node].meta["val"] = program.batch
+            continue
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+        if node.op == "placeholder" and batched is None and same(node.meta["val"].shape[0], program.batch):
+            batched = copied[node]
+    graph.output(tuple(copied[node] for node in chosen))
+    return finish(program, graph, "Prepare")

@@ -1,0 +1,158 @@
+"""Pack the trunk: kept tokens of all samples together, in tiles of one sample each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from dcconvert.passes.frontend.token_stream import dependents
+from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
+from dcconvert.passes.ir.program import Pass, PassResult, Program, remove_dead_code, where
+from dcconvert.passes.packing.packer import Packer
+from dcconvert.passes.packing.rules import find_rule
+from dcconvert.passes.planning.planners import make_planner
+
+aten = torch.ops.aten
+
+VALUES = "values"  # a dechunk
+
+# Hints for the symbolic sizes: distinct, above one, and no size a model is likely to have.
+HINT_TILES, HINT_TILE, HINT_ROWS, HINT_SLOTS, HINT_SEGMENTS = 61, 67, 53, 59, 71
+
+
+class PackTrunk(Pass):
+    """Rewrite h -> trunk -> h' as chunk -> packed trunk -> dechunk.
+
+    1. The plan's index tensors become graph inputs.
+    2. `chunk` packs the trunk's input h [B, N, D] into u [G, L, D].
+    3. Every trunk node that depends on h is written again by its op's packing rule, giving v [G, L, D].
+    4. `dechunk` adds the update v - u to h near the tokens it was computed for; with option `values`, for models of
+       DC-DiT's own architecture, it gives v itself, after the norm that closes the trunk.
+    """
+
+    exact = True
+
+    def call(self, program: Program) -> PassResult:
+        start, end = program.found_trunk()
+        if program.options.dechunk == VALUES:
+            end = closing_norm(end)
+        contexts = program.found_stream().contexts.get(end, ())
+        nodes = trunk_nodes(program, start, (end, *contexts))
+        packer = self.prepare(program)
+        users = {value: [user for user in value.users if user not in nodes] for value in (end, *contexts)}
+        with program.graph.inserting_after(nodes[-1]):
+            marker = program.graph.call_function(aten.alias.default, (end,))  # new nodes go before it
+        with program.graph.inserting_before(marker):
+            packed = self.enter(packer, start)
+            packer.start(start, packed)
+            for node in nodes:
+                packer.visit(node)
+            update = packer.get(end, "packed").node
+            if program.options.dechunk != VALUES:
+                update = packer.emit(aten.sub.Tensor, update, packed)
+            result = self.leave(packer, start, update)
+        program.graph.erase_node(marker)
+        for value, outside in users.items():
+            for user in outside:
+                user.replace_input_with(value, result if value is end else packer.outside(value))
+        remove_dead_code(program.graph)
+        drop_unused_inputs(program)
+        program.trunk = (start, result)
+        return PassResult(packer.attentions, (f"{len(nodes)} trunk nodes rewritten, {packer.attentions} attentions",))
+
+    def prepare(self, program: Program) -> Packer:
+        """The packer of this trunk, the plan's inputs declared."""
+        add_plan_inputs(program, chunk_inputs(program))
+        return Packer(program, find_rule, program.found_stream().tokens, program.options.packing)
+
+    def enter(self, packer: Packer, start: Node) -> Node:
+        """The trunk's input [B, N, D] packed [G, L, D]."""
+        members = (packer.plan_input("chunk_index"), packer.plan_input("chunk_weight"))
+        return packer.emit(torch.ops.dcconvert.chunk.default, start, *members)
+
+    def leave(self, packer: Packer, start: Node, update: Node) -> Node:
+        """The trunk's output [B, N, D] from its packed update [G, L, D], or packed values."""
+        if packer.program.options.dechunk == VALUES:
+            start = packer.emit(aten.zeros_like.default, start)
+        fill = (packer.plan_input("fill_index"), packer.plan_input("fill_weight"))
+        return packer.emit(torch.ops.dcconvert.dechunk.default, start, update, *fill)
+
+    def ensures(self, program: Program) -> None:
+        start, end = program.found_trunk()
+        if str(end.meta["val"].shape) != str(start.meta["val"].shape):
+            raise CheckFailedError(
+                f"dechunk gives {tuple(end.meta['val'].shape)} where the trunk had {tuple(start.meta['val'].shape)}; "
+                "this is a bug of dcconvert"
+            )
+        for node in program.graph.nodes:
+            if node.op == "call_function" and not node.users:
+                raise CheckFailedError(f"{where(node)} is still in the graph but unused; this is a bug of dcconvert")
+
+
+def closing_norm(end: Node) -> Node:
+    """The norm that follows the last block; UnsupportedModelError where there is none."""
+    norms = [user for user in end.users if user.target is aten.rms_norm.default]
+    if len(norms) != 1 or len(end.users) != 1:
+        raise UnsupportedModelError("dechunk by values needs an RMS norm after the last block, as DC-DiT has it")
+    return norms[0]
+
+
+def trunk_nodes(program: Program, start: Node, ends: Sequence[Node]) -> list[Node]:
+    """Nodes on a path from `start` to one of `ends`, in graph order, `start` left out."""
+    after = dependents(program, [start])
+    needed, found = set(ends), []
+    for node in reversed(after):
+        if node in needed and node is not start:
+            found.append(node)
+            needed.update(node.all_input_nodes)
+    return found[::-1]
+
+
+PlanInputs = dict[str, tuple[tuple[Any, ...], torch.dtype]]
+
+
+def add_plan_inputs(program: Program, inputs: PlanInputs) -> None:
+    """Graph inputs for the plan."""
+    for name, (shape, dtype) in inputs.items():
+        program.plan_inputs[name] = program.placeholder(name, shape, dtype)
+
+
+def layout_inputs(program: Program) -> PlanInputs:
+    """The inputs that say how kept tokens are laid out; names and shapes are those of both modes' plans."""
+    options = program.options
+    tiles, tile, slots = (program.new_size(hint) for hint in (HINT_TILES, HINT_TILE, HINT_SLOTS))
+    rows = program.new_size(HINT_ROWS) if options.packing == "bins" else program.batch  # one sample a row
+    return {
+        "sample_ids": ((tiles,), torch.int64),
+        "packed_index": ((tiles, tile), torch.int64),
+        "grid_index": ((rows, slots), torch.int64),
+    }
+
+
+def chunk_inputs(program: Program) -> PlanInputs:
+    """Inputs as `dcconvert.passes.planning.chunk_plan.Plan` makes them."""
+    stream, batch = program.found_stream(), program.batch
+    planner = make_planner(stream.grid, program.options)
+    laid = layout_inputs(program)
+    (tiles, tile), (rows, slots) = laid["packed_index"][0], laid["grid_index"][0]
+    index, weight = torch.int64, program.found_trunk()[0].meta["val"].dtype
+    return {
+        "chunk_index": ((tiles, tile, planner.members), index),
+        "chunk_weight": ((tiles, tile, planner.members), weight),
+        **laid,
+        "row_lengths": ((rows,), index),
+        "segment_ids": ((rows, slots), index),
+        "fill_index": ((batch, stream.tokens, planner.neighbours), index),
+        "fill_weight": ((batch, stream.tokens, planner.neighbours), weight),
+        "cu_seqlens": ((program.new_size(HINT_SEGMENTS),), torch.int32),
+    }
+
+
+def drop_unused_inputs(program: Program) -> None:
+    for name, node in list(program.plan_inputs.items()):
+        if not node.users:
+            program.graph.erase_node(node)
+            del program.plan_inputs[name]

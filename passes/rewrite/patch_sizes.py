@@ -1,0 +1,222 @@
+"""DDiT's trunk: every sample and step in patches of one size, out of several (arXiv 2602.16968)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from dcconvert.passes.frontend.token_stream import dependents, is_token_tensor
+from dcconvert.passes.ir.errors import UnsupportedModelError
+from dcconvert.passes.ir.node_args import integers, operand
+from dcconvert.passes.ir.program import Pass, PassResult, Program, remove_dead_code, where
+from dcconvert.passes.modules.patch_resize import PatchEmbedding, PatchOutput, PatchSkip, resized
+from dcconvert.passes.packing.packer import Packer
+from dcconvert.passes.packing.rules import find_rule
+from dcconvert.passes.planning.patch_planner import scales_of
+from dcconvert.passes.rewrite.adapters import NEW_PATHS
+from dcconvert.passes.rewrite.insert_router import inline
+from dcconvert.passes.rewrite.pack_trunk import add_plan_inputs, chunk_inputs, drop_unused_inputs, trunk_nodes
+from dcconvert.passes.rewrite.split_route import ancestors
+
+aten = torch.ops.aten
+
+NAME = NEW_PATHS["patch-sizes"]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Where the features of a token go: feature f of token (y, x) is pixel (y p + dy, x p + dx) of channel c.
+
+    order [F]: c p^2 + dy p + dx of each feature; `patch`: p.
+    """
+
+    order: Tensor
+    patch: int
+    channels: int
+
+
+class PatchSizes(Pass):
+    """Rewrite image -> tokens -> blocks -> pixels so that it runs in patches of p, 2p or 4p; the plan says which.
+
+    1. Patches of 2p and 4p have an embedding of their own: pseudo-inverse of bilinear resize, positions interpolated.
+    2. `chunk` takes the tokens of the plan's size; everything up to the last linear layer is packed.
+    3. That layer has a form for each size too (bilinear resize of what it gives for p); every token of the grid takes
+       its part of what its patch gave, and what detail of the input a patch of that size cannot hold (`PatchSkip`).
+
+    With every patch of size p it is the original.
+    """
+
+    exact = True
+
+    def requires(self, program: Program) -> None:
+        stream = program.found_stream()
+        if any(stream.contexts.get(node) for node in stream.boundaries):
+            raise UnsupportedModelError(
+                "patch sizes have no rule for tokens beside the grid (joint attention with text)"
+            )
+        if len(scales_of(stream.grid)) == 1:
+            raise UnsupportedModelError(
+                f"a grid of {stream.grid[0]}x{stream.grid[1]} tokens has no patches of twice the size"
+            )
+
+    def call(self, program: Program) -> PassResult:
+        stream = program.found_stream()
+        start, scales = stream.boundaries[0], scales_of(stream.grid)
+        end = last_linear(program)
+        pixels = pixels_of(program, end)
+        body = trunk_nodes(program, start, (end,))
+        outside = [user for user in end.users if user not in body]
+        add_plan_inputs(program, chunk_inputs(program))
+        packer = PatchPacker(program, find_rule, stream.tokens, program.options.packing)
+        with program.graph.inserting_after(end):
+            marker = program.graph.call_function(aten.alias.default, (end,))
+        with program.graph.inserting_before(marker):
+            members = (packer.plan_input("chunk_index"), packer.plan_input("chunk_weight"))
+            embedded = embeddings(program, start, pixels.patch, scales)
+            packer.start(start, packer.emit(torch.ops.dcconvert.chunk.default, embedded, *members))
+            for node in body:
+                packer.visit(node)
+            result = self.pixels(packer, end, pixels, scales)
+        program.graph.erase_node(marker)
+        for user in outside:
+            user.replace_input_with(end, result)
+        remove_dead_code(program.graph)
+        drop_unused_inputs(program)
+        program.trunk = (start, result)
+        sizes = ", ".join(str(pixels.patch * scale) for scale in scales)
+        return PassResult(packer.attentions, (f"patches of {sizes}, {packer.attentions} attentions",))
+
+    def pixels(self, packer: Packer, end: Node, pixels: Pixels, scales: Sequence[int]) -> Node:
+        """What the packed tokens give, as features of every token of the grid [B, N, F]."""
+        program, features = packer.program, int(end.meta["val"].shape[2])
+        own, source = (packer.get(node, "packed").node for node in (end, operand(end)))
+        tensors = [tensor_of(program, node) for node in end.args[1:] if isinstance(node, Node)]
+        module = PatchOutput(tensors[0], tensors[1] if len(tensors) > 1 else None, pixels.order, pixels.patch, scales)
+        coarse = inline(program, module, (source,), f"{NAME}.output")
+        both = packer.emit(aten.cat.default, [own, coarse], -1)
+        rows = packer.emit(aten.reshape.default, both, [packer.groups("packed"), -1, features])
+        fill = packer.plan_input("fill_index")
+        taken = packer.emit(torch.ops.dcconvert.regroup.default, rows, packer.emit(aten.select.int, fill, 2, 0))
+        image, time = (input_of(program, name) for name in (program.image, program.timestep))
+        if not program.options.prediction or time is None or image is None:
+            return taken
+        stream, known = program.found_stream(), (program.options.prediction, image.meta["val"].shape[1])
+        skip = PatchSkip(stream.grid, pixels.order, pixels.patch, scales, *known, program.timestep_scale)
+        details = inline(program, skip, (image, time), f"{NAME}.skip")
+        which = packer.emit(aten.select.int, fill, 2, 1)
+        return packer.emit(aten.add.Tensor, taken, packer.emit(torch.ops.dcconvert.regroup.default, details, which))
+
+
+class PatchPacker(Packer):
+    def token_index(self) -> Node:
+        raise UnsupportedModelError(
+            "the blocks look at the places of tokens (rotary embeddings): patch sizes have a rule for positions that "
+            "are added before the first block only"
+        )
+
+
+def last_linear(program: Program) -> Node:
+    """The last linear layer over tokens: what gives the pixels of each."""
+    after = dependents(program, [program.found_stream().boundaries[-1]])
+    found = [
+        n
+        for n in after
+        if n.target is aten.linear.default and is_token_tensor(n, program.batch, program.found_stream().tokens)
+    ]
+    if not found:
+        raise UnsupportedModelError("no linear layer after the last block gives the pixels of each token")
+    return found[-1]
+
+
+def pixels_of(program: Program, end: Node) -> Pixels:
+    """Where unpatchify puts the features of a token, found by running it on their numbers."""
+    tokens, features = int(end.meta["val"].shape[1]), int(end.meta["val"].shape[2])
+    height, width = program.found_stream().grid
+    output: Any = next(iter(reversed(program.graph.nodes)))
+    wanted = next(value for value in output.args[0] if isinstance(value, Node) and value is not program.scores)
+    values: dict[Node, Any] = {end: torch.arange(tokens * features, dtype=torch.float64).view(1, tokens, features)}
+    for node in dependents(program, [end])[1:]:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: values.get(n, 1))
+        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    image = values.get(wanted)
+    if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[2] % height or image.shape[3] % width:
+        raise UnsupportedModelError("the model's output is no image [B, C, H, W] in patches of the token grid")
+    patch, channels = int(image.shape[2]) // height, int(image.shape[1])
+    cells = image[0].reshape(channels, height, patch, width, patch).permute(1, 3, 0, 2, 4).reshape(tokens, -1)
+    order = cells[0].argsort()
+    if not torch.equal(cells[:, order], values[end][0]):
+        raise UnsupportedModelError("what follows the last linear layer is more than putting pixels in their places")
+    return Pixels(order, patch, channels)
+
+
+def embeddings(program: Program, start: Node, patch: int, scales: Sequence[int]) -> Node:
+    """Tokens of all sizes one after the other [B, sum of N / scale^2, D]."""
+    stream = program.found_stream()
+    convolution = stream.patchify
+    weight = tensor_of(program, operand(convolution, 1)) if convolution.target is aten.conv2d.default else None
+    stride = integers(convolution, 3) if len(convolution.args) > 3 else [1, 1]
+    if weight is None or tuple(weight.shape[2:]) != (patch, patch) or stride != [patch, patch]:
+        raise UnsupportedModelError(
+            f"{where(convolution)}: patch sizes need a convolution with patches of {patch} as stride"
+        )
+    first = prefix(program, start)
+    base = first(torch.zeros(1, *image_shape(program)))[0]
+    probe = torch.randn(2, *image_shape(program), generator=torch.Generator().manual_seed(0))
+    plain = torch.nn.functional.conv2d(probe.to(weight), weight, stride=patch).flatten(2).transpose(1, 2)
+    if not torch.allclose(first(probe), plain + base, rtol=1e-3, atol=1e-3 * float(plain.abs().max())):
+        raise UnsupportedModelError("between patchify and the first block there is more than an addition of positions")
+    module = PatchEmbedding(weight, resized(base, stream.grid, scales), scales)
+    image = input_of(program, program.image)
+    assert image is not None
+    coarse = inline(program, module, (image,), f"{NAME}.embedding")
+    return program.emit(aten.cat.default, ([start, coarse], 1))
+
+
+def image_shape(program: Program) -> tuple[int, ...]:
+    image = input_of(program, program.image)
+    assert image is not None
+    return tuple(map(int, image.meta["val"].shape[1:]))
+
+
+def prefix(program: Program, start: Node) -> Any:
+    """What makes the first block's input [B, N, D] of the image, as a function; nothing else may go into it."""
+    needed = ancestors([start])
+    others = [n.name for n in needed if n.op == "placeholder" and n.name != program.image]
+    if others:
+        raise UnsupportedModelError(
+            f"tokens depend on {', '.join(sorted(others))} before the first block: patch sizes have no rule for it"
+        )
+
+    def run(image: Tensor) -> Tensor:
+        values: dict[Node, Any] = {}
+        for node in (n for n in program.graph.nodes if n in needed):
+            if node.op == "placeholder":
+                values[node] = image.to(node.meta["val"].dtype)
+            elif node.op == "get_attr":
+                values[node] = tensor_of(program, node)
+            else:
+                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)
+        return values[start].detach()
+
+    return run
+
+
+def tensor_of(program: Program, node: Node) -> Tensor:
+    """The value of a weight."""
+    if node.op != "get_attr":
+        raise UnsupportedModelError(f"{where(node)}: it is computed, where a weight is needed")
+    value: Any = program.graph_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value.detach()
+
+
+def input_of(program: Program, name: str | None) -> Node | None:
+    return next((n for n in program.graph.nodes if n.op == "placeholder" and n.name == name), None)

@@ -1,0 +1,204 @@
+"""SparseDiT's trunk: groups of blocks on a pooled grid, each ended by one that brings all tokens back (2412.06028)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.fx import Node
+
+from dcconvert.passes.frontend.token_stream import ATTENTION, dependents
+from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
+from dcconvert.passes.ir.node_args import operand
+from dcconvert.passes.ir.program import Pass, PassResult, Program, give_tensor, remove_dead_code, where
+from dcconvert.passes.packing.packer import Packer
+from dcconvert.passes.packing.rules import find_rule
+from dcconvert.passes.packing.rules.attention import ARGUMENTS, scale_of
+from dcconvert.passes.rewrite.adapters import NEW_PATHS
+from dcconvert.passes.rewrite.pack_trunk import add_plan_inputs, chunk_inputs, drop_unused_inputs, trunk_nodes
+
+aten = torch.ops.aten
+
+RECOVERY = NEW_PATHS["sparse-dense"]  # new weights are called recovery.<group>.sparse and recovery.<group>.dense
+GROUP_BLOCKS = 4  # the fewest of a group: generation, one sparse, recovery, dense
+GROUPS = 4
+
+
+@dataclass(frozen=True)
+class Group:
+    """Numbers of the blocks of one group, in order."""
+
+    generation: int
+    sparse: tuple[int, ...]
+    recovery: int
+    dense: int
+
+
+def arrange(depth: int, head: int, tail: int) -> list[Group]:
+    """Four groups of equal length between `head` pooling and `tail` dense blocks, fewer in models of few blocks.
+
+    UsageError if they leave less than one group.
+    """
+    count = min(GROUPS, (depth - head - tail) // GROUP_BLOCKS)
+    if count < 1:
+        raise UsageError(
+            f"a group of sparse and dense blocks needs {GROUP_BLOCKS}; {head} head and {tail} tail blocks leave "
+            f"{depth - head - tail} of {depth}: lower --head-blocks or --tail-blocks"
+        )
+    groups = []
+    for part in np.array_split(np.arange(head, depth - tail), count):
+        first, *between, recovery, dense = part.tolist()
+        groups.append(Group(first, tuple(between), recovery, dense))
+    return groups
+
+
+class SparseDense(Pass):
+    """Rewrite the blocks in SparseDiT's way; the schedule of the pooled grids comes with the plan.
+
+    1. Head blocks mix tokens by the mean of their values alone, without queries and keys.
+    2. A group pools the grid; its first block's queries are the pooled tokens, keys and values those of the whole
+       grid. The sparse blocks that follow see the pooled tokens only.
+    3. The block before its last gets X W2 + up-sampled pooled tokens W1 (nearest) as tokens, with W1 = 0 and W2 = I
+       before training, and the pooled tokens as keys and values. Its last block is as it was.
+
+    Not the original with everything kept: it needs training.
+    """
+
+    def call(self, program: Program) -> PassResult:
+        stream, options = program.found_stream(), program.options
+        if any(stream.contexts.get(node) for node in stream.boundaries):
+            raise UnsupportedModelError(
+                "sparse-dense blocks have no rule for tokens beside the grid (joint attention with text): use the "
+                "plain trunk"
+            )
+        groups = arrange(stream.depth, options.head_blocks, options.tail_blocks)
+        bodies = [
+            trunk_nodes(program, start, (end,))
+            for start, end in zip(stream.boundaries, stream.boundaries[1:], strict=False)
+        ]
+        add_plan_inputs(program, chunk_inputs(program))
+        for number in range(options.head_blocks):
+            pool_values(program, bodies[number])
+        for number, group in enumerate(groups):
+            rewrite_group(program, number, group, bodies)
+        remove_dead_code(program.graph)
+        drop_unused_inputs(program)
+        sizes = ", ".join(str(len(group.sparse) + 3) for group in groups)
+        return PassResult(len(groups), (f"{options.head_blocks} pooling blocks, groups of {sizes} blocks",))
+
+
+def rewrite_group(program: Program, number: int, group: Group, bodies: Sequence[list[Node]]) -> None:
+    boundaries, width = program.found_stream().boundaries, program.found_stream().width
+    packer = Packer(program, find_rule, program.found_stream().tokens, program.options.packing)
+    dense = boundaries[group.generation]
+    packer.whole_keys = True
+    for block in (group.generation, *group.sparse):
+        with program.graph.inserting_after(boundaries[block + 1]):
+            marker = program.graph.call_function(aten.alias.default, (boundaries[block + 1],))
+        with program.graph.inserting_before(marker):
+            if block == group.generation:
+                members = (packer.plan_input("chunk_index"), packer.plan_input("chunk_weight"))
+                packer.start(dense, packer.emit(torch.ops.dcconvert.chunk.default, dense, *members))
+            for node in bodies[block]:
+                packer.visit(node)
+            packer.whole_keys = False
+        program.graph.erase_node(marker)
+    last = boundaries[group.recovery]
+    pooled = packer.get(last, "packed").node
+    with program.graph.inserting_after(pooled):
+        marker = program.graph.call_function(aten.alias.default, (pooled,))
+    with program.graph.inserting_before(marker):
+        kept = packer.emit(aten.linear.default, dense, weight(program, f"{number}.dense", torch.eye(width)))
+        brought = packer.emit(
+            aten.linear.default, pooled, weight(program, f"{number}.sparse", torch.zeros(width, width))
+        )
+        fill = (packer.plan_input("fill_index"), packer.plan_input("fill_weight"))
+        recovered = packer.emit(torch.ops.dcconvert.dechunk.default, kept, brought, *fill)
+    program.graph.erase_node(marker)
+    recover(packer, bodies[group.recovery], last, recovered)
+
+
+def recover(packer: Packer, body: Sequence[Node], entry: Node, recovered: Node) -> None:
+    """Let a block work on `recovered` [B, N, D], with keys and values of the packed tokens that `entry` became."""
+    program = packer.program
+    attentions = [n for n in body if n.target is ATTENTION and key_of(n) in body]
+    for node in attentions:
+        needed = ancestors_in(body, [key_of(node), value_of(node)])
+        with program.graph.inserting_before(node):
+            for source in needed:
+                packer.visit(source)
+            k, v = (packer.get(source, "grid").node for source in (key_of(node), value_of(node)))
+            given = (operand(node), k, v, packer.plan_input("row_lengths"), scale_of(arguments(node)))
+            made = packer.emit(torch.ops.dcconvert.row_attention.default, *given)
+        node.replace_all_uses_with(made)
+        program.graph.erase_node(node)
+    for node in [node for node in body if node not in attentions]:
+        node.replace_input_with(entry, recovered)
+
+
+def pool_values(program: Program, body: Sequence[Node]) -> None:
+    """Let the attentions of a block give every token the mean of all values.
+
+    Values are linear in what their layer reads, so the mean is taken there: one token's values in place of all.
+    """
+    for node in [n for n in body if n.target is ATTENTION and key_of(n) in body]:
+        path = ancestors_in(body, [value_of(node)])
+        layer = next((n for n in reversed(path) if n.target is aten.linear.default), None)
+        if layer is None:
+            raise UnsupportedModelError(f"{where(node)}: its values are no linear function of tokens")
+        source = operand(layer)
+        needed = [n for n in dependents(program, [source]) if n in path and n is not source]
+        packer = MeanPacker(program, find_rule, program.found_stream().tokens, program.options.packing)
+        with program.graph.inserting_before(node):
+            packer.start(source, packer.emit(aten.mean.dim, source, [1], True))
+            for step in needed:
+                packer.visit(step)
+            mean = packer.get(value_of(node), "packed").node
+            shape = [-1, *map(int, operand(node).meta["val"].shape[1:])]
+            made = packer.emit(aten.expand.default, mean, shape)
+        node.replace_all_uses_with(made)
+        program.graph.erase_node(node)
+
+
+class MeanPacker(Packer):
+    """Writes ops again for one token a sample, the mean of all."""
+
+    def groups(self, layout: str) -> Node:
+        return self.remembered(("batch",), lambda: self.emit(aten.sym_size.int, self.entry, 0))
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    return dict(zip(ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
+
+
+def key_of(node: Node) -> Node:
+    return operand(node, 1)
+
+
+def value_of(node: Node) -> Node:
+    return operand(node, 2)
+
+
+def ancestors_in(body: Sequence[Node], roots: Sequence[Node]) -> list[Node]:
+    """The roots and what they are computed from inside a block, in graph order."""
+    needed, found = set(roots), []
+    for node in reversed(body):
+        if node in needed:
+            found.append(node)
+            needed.update(node.all_input_nodes)
+    return found[::-1]
+
+
+def weight(program: Program, name: str, value: torch.Tensor) -> Node:
+    """A new weight of the model, under the name recovery.`name`."""
+    like = program.found_stream().boundaries[0].meta["val"]
+    parameter = nn.Parameter(value.to(like.device, like.dtype), requires_grad=False)
+    give_tensor(program.graph_module, f"{RECOVERY}.{name}", parameter)
+    node = program.graph.get_attr(f"{RECOVERY}.{name}")
+    with program.fake_mode:
+        node.meta["val"] = torch.empty(value.shape, dtype=like.dtype, device=like.device)
+    return node

@@ -1,0 +1,210 @@
+"""A sampling run: the same steps in torch and in every exported runtime.
+
+A step is route, plan on the host, denoise. In mode chunk steps know nothing of each other. In mode carry a run holds
+what its samples remember: a state on the runtime's device, and the bookkeeping on the host.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.planning.carry_plan import CarryPlan
+from dcconvert.passes.planning.chunk_plan import Plan
+from dcconvert.passes.planning.latent_difference import ThirdDifference
+from dcconvert.passes.planning.layout import Bucket
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.planning.token_history import History
+
+
+class State(Protocol):
+    """What the samples of one run remember, on the device of a runtime."""
+
+    distance: np.ndarray | None  # [B, N], between the two last updates of each token
+
+    def clear(self, samples: Sequence[int]) -> None:
+        """Set everything these samples remember to zero."""
+
+
+class Backend(Protocol):
+    """A converted model in some runtime."""
+
+    @property
+    def planner(self) -> StepPlanner: ...
+
+    def padded(self, batch: int) -> int:
+        """The batch size that `batch` samples run in."""
+
+    def bucket(self, counts: np.ndarray) -> Bucket | None:
+        """The bucket that a batch keeping `counts` [B] tokens runs in; None for shapes as they come."""
+
+    def prepare(self, inputs: dict[str, Any]) -> dict[str, Any]: ...
+
+    def route(self, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]: ...
+
+    def denoise(self, inputs: dict[str, Any], live: dict[str, Any], plan: Any, state: Any = None) -> Any: ...
+
+    def new_state(self, batch: int) -> State: ...
+
+
+@dataclass
+class StageTimes:
+    """Seconds spent in the stages of one step."""
+
+    route: float
+    plan: float
+    denoise: float
+
+    @property
+    def total(self) -> float:
+        return self.route + self.plan + self.denoise
+
+
+class Run:
+    """One batch of samples on their way from noise to image.
+
+    Call `step` with the original's inputs by name, in the sampler's order. `restart` makes some of the samples new
+    ones: their next step remembers nothing. Samples may be at different timesteps and start at different times.
+    With `groups` the batch is that many equal parts, such as the conditional and unconditional half of guidance, and
+    sample i of every part computes the same tokens (mode carry).
+    Inputs other than image and timestep are those of a sample's first step; what they alone decide is computed then.
+    """
+
+    def __init__(self, backend: Backend, batch: int, groups: int = 1, *, gradients: bool = False) -> None:
+        if batch % groups:
+            raise UsageError(f"a batch of {batch} cannot be {groups} groups that share their choice of tokens")
+        self.backend = backend
+        self.batch = batch
+        self.groups = groups
+        self.gradients = gradients
+        self.size = backend.padded(batch)
+        self.last_plan: Plan | CarryPlan | None = None
+        self.last_times: StageTimes | None = None
+        planner = backend.planner
+        self.history = History(self.size, planner.spec.tokens) if planner.carries else None
+        self.state = backend.new_state(self.size) if planner.carries else None
+        self.watch = ThirdDifference(self.size) if planner.watches else None
+        self._constants: dict[str, Any] | None = None
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Tokens that each sample [B] kept at the last step."""
+        assert self.last_plan is not None
+        return self.last_plan.counts[: self.batch]
+
+    @property
+    def remembered(self) -> History | ThirdDifference | None:
+        """What a run keeps of its earlier steps on the host."""
+        return self.history or self.watch
+
+    def restart(self, samples: Sequence[int] | None = None) -> None:
+        """Forget what these samples (all of them, if None) remember, and with them those they share tokens with."""
+        named = list(range(self.batch) if samples is None else samples)
+        if not all(0 <= sample < self.batch for sample in named):
+            raise UsageError(f"samples {named}: this run has samples 0 to {self.batch - 1}")
+        part = self.batch // self.groups
+        chosen = sorted({sample % part + group * part for sample in named for group in range(self.groups)})
+        if self.batch - 1 in chosen:
+            chosen += range(self.batch, self.size)  # the copies that fill up the batch
+        if self.history is not None and self.state is not None:
+            self._constants = None
+            self.history.restart(chosen)
+            self.state.clear(chosen)
+        if self.watch is not None:
+            self.watch.restart(chosen)
+
+    def step(
+        self, inputs: dict[str, Any], counts: np.ndarray | None = None, planners: Sequence[StepPlanner] = ()
+    ) -> list[Any]:
+        """Flat outputs of one step; sample b keeps counts[b] tokens, or what the schedule says.
+
+        `planners`: of each of the groups, where they differ in how many tokens they find worth keeping.
+
+        Mode carry gives gradients only to a run that was made with `gradients`: they reach back through what its steps
+        remember, until the state is detached. A step that fails leaves nothing half remembered: the run starts anew.
+        """
+        inputs = self._filled(inputs)
+        if self.history is None:
+            return self._step(inputs, counts, planners)
+        self.history.check(self.backend.planner.taus(inputs, self.size))
+        try:
+            with nullcontext() if self.gradients else torch.no_grad():
+                return self._step(inputs, counts, planners)
+        except BaseException:
+            self.restart()
+            raise
+
+    def _step(self, inputs: dict[str, Any], counts: np.ndarray | None, planners: Sequence[StepPlanner]) -> list[Any]:
+        planner, history = self.backend.planner, self.history
+        start = time.perf_counter()
+        taus = planner.taus(inputs, self.size)
+        scores, live = self.backend.route(inputs)
+        routed = time.perf_counter()
+        host = scores.detach().float().cpu().numpy() if isinstance(scores, torch.Tensor) else scores
+        if self.watch is not None:
+            self.watch.note(inputs[planner.spec.image], taus)
+        if counts is not None:
+            counts = np.concatenate([counts, np.repeat(counts[-1:], self.size - len(counts))])
+        elif planner.schedule.found:
+            counts = self._found(host, planners or [planner])
+        else:
+            counts = planner.counts(taus, None if history is None else history.steps)
+        if history is not None:
+            counts = np.where(history.steps == 0, planner.spec.tokens, counts)  # nothing to carry over yet
+        bucket = self.backend.bucket(counts)
+        plan: Plan | CarryPlan
+        if history is None:
+            plan = planner.plan(host, counts, bucket)
+        else:
+            plan = planner.carry(history, host, counts, taus, bucket, self._shared if self.groups > 1 else None)
+        planned = time.perf_counter()
+        if self._constants is None:
+            self._constants = self.backend.prepare(inputs)
+        outputs = self.backend.denoise({**inputs, **self._constants}, live, plan, self.state)
+        if history is not None and self.state is not None and self.state.distance is not None:
+            history.distance = np.asarray(self.state.distance, np.float64)
+        self.last_plan = plan
+        self.last_times = StageTimes(routed - start, planned - routed, time.perf_counter() - planned)
+        return [output[: self.batch] for output in outputs] if self.size > self.batch else list(outputs)
+
+    def _found(self, scores: np.ndarray, planners: Sequence[StepPlanner]) -> np.ndarray:
+        """What the samples keep [B] where every step finds it; the copies that fill up the batch as the last one."""
+        spread = None if self.watch is None else self.watch.spread(self.backend.planner.patches)
+        groups = np.minimum(np.arange(self.size) * len(planners) // self.batch, len(planners) - 1)
+        found = [planner.found_counts(scores, spread) for planner in planners]
+        return np.stack(found)[groups, np.arange(self.size)]
+
+    def _shared(self, urgency: np.ndarray) -> np.ndarray:
+        """Urgency [B, N] averaged over the groups; the copies that fill up the batch keep their own."""
+        mean = urgency[: self.batch].reshape(self.groups, -1, urgency.shape[1]).mean(0)
+        return np.concatenate([np.tile(mean, (self.groups, 1)), urgency[self.batch :]])
+
+    def _filled(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs of a batch as large as the run's, its last sample repeated."""
+        specs = {spec.name: spec for spec in self.backend.planner.spec.input_specs}
+        found = {len(value) for name, value in inputs.items() if specs[name].batched}
+        if found != {self.batch}:
+            raise UsageError(
+                f"this run has {self.batch} samples, its step was given {sorted(found)}: start another run"
+            )
+        for name, value in inputs.items():
+            wanted = specs[name].dtype
+            if isinstance(value, np.ndarray) and wanted and value.dtype != wanted:
+                raise UsageError(f"input {name} is {value.dtype}, the model reads {wanted}: give it as that")
+        if self.size == self.batch:
+            return inputs
+        return {n: fill_batch(value, self.size) if specs[n].batched else value for n, value in inputs.items()}
+
+
+def fill_batch(value: Any, batch: int) -> Any:
+    """Repeat the last sample of an array or tensor until there are `batch`."""
+    if isinstance(value, torch.Tensor):
+        return torch.cat([value, value[-1:].expand(batch - len(value), *value.shape[1:])])
+    return np.concatenate([value, np.repeat(value[-1:], batch - len(value), axis=0)])

@@ -1,0 +1,108 @@
+"""Graphs that read other weights: what training needs around a rewritten model.
+
+A model after training holds two sets of weights: the original's, under their own names, and those that were trained,
+under the same names after ``trained.``. So one file of weights serves the original, which stays the control and the
+teacher of more training, and the model that came out of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from dcconvert.passes.ir.errors import CheckFailedError
+from dcconvert.passes.ir.node_args import operand
+from dcconvert.passes.ir.program import give_tensor
+from dcconvert.passes.rewrite.adapters import DECHUNK, is_adapter
+from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.serialise.graph_json import attributes
+
+PREFIX = "trained."
+
+aten = torch.ops.aten
+
+
+def original_name(name: str) -> str:
+    return name.removeprefix(PREFIX)
+
+
+def with_tensors(source: GraphModule, tensors: Mapping[str, tuple[str, Tensor]]) -> GraphModule:
+    """A copy of a graph in which each tensor is read under another name, with another value.
+
+    `tensors`: new name and value for every tensor it reads now, by its name.
+    """
+    graph, root = copy.deepcopy(source.graph), nn.Module()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            node.target, value = tensors[str(node.target)]
+            give_tensor(root, str(node.target), value)
+    return GraphModule(root, graph)
+
+
+def rebuilt(model: DynamicModel, tensors: Mapping[str, tuple[str, Tensor]]) -> DynamicModel:
+    """The model with other tensors in route and denoise, by their present names; the original stays as it is."""
+    route, denoise = (with_tensors(graph, tensors) for graph in (model.route_graph, model.denoise_graph))
+    prepare = None if model.prepare_graph is None else with_tensors(model.prepare_graph, tensors)
+    parts = (route, denoise, model.original_graph, model.spec, model.options, model.schedule, model.records)
+    return DynamicModel(*parts, prepare)
+
+
+def all_tensors(model: DynamicModel) -> dict[str, Tensor]:
+    """Every tensor of route, denoise and prepare, by its present name."""
+    graphs = (model.route_graph, model.denoise_graph, model.prepare_graph)
+    return {name: value for graph in graphs if graph is not None for name, value in attributes(graph).items()}
+
+
+def teacher_of(model: DynamicModel) -> DynamicModel:
+    """The original in the form of the rewritten model: the same passes, the original's weights.
+
+    Keeping every token it gives what the original gives, and shows the values inside at the same places.
+    An adapter adds nothing to it. CheckFailedError if the bundle holds no original weight of a name.
+    """
+    own = attributes(model.original_graph)
+    found = {}
+    for name, value in all_tensors(model).items():
+        plain = original_name(name)
+        if name != plain and plain not in own:
+            raise CheckFailedError(f"the original has no tensor {plain}, which was trained: convert the model again")
+        if name.startswith(f"{DECHUNK}."):
+            value = nn.Parameter(torch.zeros_like(value), requires_grad=False)
+        found[name] = (plain, own.get(plain, value))
+    return rebuilt(model, found)
+
+
+def plainly_named(model: DynamicModel) -> DynamicModel:
+    """The model with its own weights under the original's names."""
+    return rebuilt(model, {name: (original_name(name), value) for name, value in all_tensors(model).items()})
+
+
+def trained_model(model: DynamicModel, trained: Mapping[str, Tensor]) -> DynamicModel:
+    """The model with these tensors, by their original names, in place of its own; adapters keep theirs."""
+    found: dict[str, tuple[str, Tensor]] = {}
+    for name, value in all_tensors(model).items():
+        plain = original_name(name)
+        if plain in trained:
+            weight = nn.Parameter(trained[plain].detach().clone(), requires_grad=False)
+            found[name] = (plain if is_adapter(plain) else PREFIX + plain, weight)
+        else:
+            found[name] = (name, value)
+    return rebuilt(model, found)
+
+
+def linear_weights(model: DynamicModel) -> set[str]:
+    """Names of the matrices that linear layers of route and denoise multiply by, adapters left out."""
+    layers = [
+        node
+        for graph in (model.route_graph, model.denoise_graph)
+        for node in graph.graph.nodes
+        if node.target is aten.linear.default
+    ]
+    weights = [operand(layer, 1) for layer in layers]
+    # Of a projection that was split, each part reads some rows of the weight.
+    weights = [operand(weight) if weight.target is aten.slice.Tensor else weight for weight in weights]
+    names = {str(weight.target) for weight in weights if weight.op == "get_attr"}
+    return {name for name in names if not is_adapter(name)}

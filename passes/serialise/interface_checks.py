@@ -1,0 +1,59 @@
+"""What the parts of a model must say alike, or a call would fail far from its cause."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.ir.program import Options, placeholders
+from dcconvert.passes.planning.carry_plan import CARRY_ARRAYS
+from dcconvert.passes.planning.chunk_plan import PLAN_ARRAYS
+from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.serialise.treespec import shown
+
+PREPARE = "prepare"
+OWN_WEIGHTS = {"sparse-dense": "recovery", "patch-sizes": "patch_sizes"}  # of trunks that have some
+MATCHING = "router.destinations"  # which MergeRouter has
+
+
+def check_seams(model: DynamicModel, graphs: Mapping[str, GraphModule]) -> None:
+    """The graphs and the spec must name the same inputs, or a call would fail far from its cause."""
+    spec = model.spec
+    results = pytree.treespec_loads(spec.out_spec).num_leaves
+    wanted = {
+        "route": (spec.route_inputs, 1 + len(spec.live)),
+        "denoise": (spec.denoise_inputs, results + (1 + len(spec.states) if spec.states else 0)),
+        "original": (spec.inputs, results),
+        PREPARE: (spec.prepare_inputs, len(spec.constants)),
+    }
+    for name, graph in graphs.items():
+        output = next(iter(reversed(graph.graph.nodes)))
+        found = (tuple(node.name for node in placeholders(graph.graph)), len(output.args[0]))
+        if found != wanted[name]:
+            raise damaged(f"has {shown(found)} as inputs and outputs of {name}, its spec {shown(wanted[name])}")
+    unknown = {*spec.route_inputs, *spec.prepare_inputs, spec.timestep or spec.image, spec.image} - {*spec.inputs}
+    arrays = {*CARRY_ARRAYS, *(state.name for state in spec.states)} if spec.states else {*PLAN_ARRAYS}
+    unknown |= {*spec.denoise_inputs} - {*spec.inputs, *spec.live, *spec.constants, *arrays}
+    if bool(spec.states) != (model.options.mode == "carry"):
+        raise damaged(f"has {len(spec.states)} states in mode {shown(model.options.mode)}")
+    if unknown or pytree.treespec_loads(spec.in_spec).num_leaves != len(spec.inputs):
+        raise damaged(f"asks for other inputs than its in_spec holds ({shown(sorted(unknown))})")
+    check_kind(model.options, graphs)
+
+
+def check_kind(options: Options, graphs: Mapping[str, GraphModule]) -> None:
+    """A trunk and a router of another kind would take the plan for something else, and say nothing."""
+    read = {str(node.target).split(".")[0] for node in graphs["denoise"].graph.nodes if node.op == "get_attr"}
+    for trunk, weights in OWN_WEIGHTS.items():
+        if (options.trunk == trunk) != (weights in read):
+            raise damaged(f"has the trunk {shown(options.trunk)}, which is not that of its graphs")
+    matches = any(str(node.target).endswith(MATCHING) for node in graphs["route"].graph.nodes)
+    if (options.router == "merge") != matches:
+        raise damaged(f"has the router {shown(options.router)}, which is not that of its graphs")
+
+
+def damaged(fault: str) -> UsageError:
+    return UsageError(f"the graph file {fault}: it was damaged or tampered with, convert the model again")

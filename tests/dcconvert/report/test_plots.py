@@ -1,0 +1,159 @@
+"""The plots: pictures that show what they are given, drawn where it belongs."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dcconvert.report import plots
+
+CURVE = [{"tau": 1.0, "error": 0.1}, {"tau": 0.5, "error": 0.2}, {"tau": 0.0, "error": 0.4}]
+STEPS = [{"tau": 1.0, "kept": 96, "gmacs": 0.3}, {"tau": 0.5, "kept": 64, "gmacs": 0.2}]
+ROWS = [
+    {
+        "name": "original, 50 steps",
+        "solver": "euler",
+        "mode": "original",
+        "steps": 50,
+        "gmacs": 26.9,
+        "latency_ms": 300.0,
+        "psnr": 41.9,
+    },
+    {
+        "name": "original, 20 steps",
+        "solver": "euler",
+        "mode": "original",
+        "steps": 20,
+        "gmacs": 10.8,
+        "latency_ms": 120.0,
+        "psnr": 35.2,
+    },
+    {
+        "name": "carry 4x, 50 steps",
+        "solver": "euler",
+        "mode": "carry",
+        "steps": 50,
+        "gmacs": 11.2,
+        "latency_ms": 140.0,
+        "psnr": 38.0,
+    },
+    {
+        "name": "chunk 4x, 50 steps",
+        "solver": "euler",
+        "mode": "chunk",
+        "steps": 50,
+        "gmacs": 10.1,
+        "latency_ms": 130.0,
+        "psnr": 15.7,
+    },
+]
+LATENCY = {
+    "runtime": "ONNX Runtime CPU",
+    "batch": 8,
+    "original_ms": {"median": 50.0, "p10": 45.0, "p90": 60.0},
+    "converted_ms": {"median": 30.0, "p10": 28.0, "p90": 33.0},
+    "flop_ratio": 2.5,
+}
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were made into pictures."""
+    figures: list[Figure] = []
+    encode = plots.png
+
+    def remember(figure: Figure) -> bytes:
+        figures.append(figure)
+        return encode(figure)
+
+    monkeypatch.setattr(plots, "png", remember)
+    return figures
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        lambda: plots.velocity_error(CURVE),
+        lambda: plots.spending(STEPS, 256, 0.54),
+        lambda: plots.quality_over_cost(ROWS),
+        lambda: plots.latency_bars([LATENCY, LATENCY]),
+    ],
+)
+def test_a_plot_is_a_picture(picture):
+    image = Image.open(io.BytesIO(picture()))
+    assert image.format == "PNG"
+    assert min(image.size) > 200
+    assert len(np.unique(np.asarray(image.convert("L")))) > 10
+
+
+def test_time_runs_from_noise_to_clean(drawn):
+    plots.velocity_error(CURVE)
+    plots.spending(STEPS, 256, 0.54)
+    for axes in (axes for figure in drawn for axes in figure.axes):
+        left, right = axes.get_xlim()
+        assert left > right
+        assert axes.get_ylim()[0] == 0
+
+
+def test_spending_is_drawn_below_the_originals(drawn):
+    plots.spending(STEPS, 256, 0.54)
+    kept, gmacs = drawn[0].axes
+    for axes, values, original in ((kept, [96, 64], 256), (gmacs, [0.3, 0.2], 0.54)):
+        converted, line = axes.lines
+        assert list(np.asarray(converted.get_ydata())) == values
+        assert list(np.asarray(line.get_ydata())) == [original, original]
+        assert axes.get_ylim()[1] > original
+
+
+def test_spending_of_a_model_of_unknown_size(drawn):
+    plots.spending(STEPS, None, None)
+    assert [len(axes.lines) for axes in drawn[0].axes] == [1, 1]
+
+
+def test_the_control_is_a_curve_by_cost_and_converted_models_are_points(drawn):
+    plots.quality_over_cost(ROWS)
+    by_compute, by_latency = drawn[0].axes
+    for axes, control, carry, chunk in (
+        (by_compute, [[10.8, 35.2], [26.9, 41.9]], [[11.2, 38.0]], [[10.1, 15.7]]),
+        (by_latency, [[120.0, 35.2], [300.0, 41.9]], [[140.0, 38.0]], [[130.0, 15.7]]),
+    ):
+        assert [np.asarray(line.get_xydata()).tolist() for line in axes.lines] == [control, carry, chunk]
+        assert [line.get_linestyle() for line in axes.lines] == ["--", "None", "None"]
+        assert len({line.get_color() for line in axes.lines}) == 3
+        texts = ["20", "50", "carry 4x, 50 steps", "chunk 4x, 50 steps"]
+        assert [text.get_text() for text in axes.texts] == texts
+    assert "GMACs" in by_compute.get_xlabel()
+    assert "ms" in by_latency.get_xlabel()
+
+
+def test_without_latencies_there_is_compute_alone(drawn):
+    plots.quality_over_cost([{**ROWS[0], "latency_ms": None}, *ROWS[1:]])
+    [axes] = drawn[0].axes
+    assert "GMACs" in axes.get_xlabel()
+
+
+def test_only_the_control_is_left(drawn):
+    plots.quality_over_cost(ROWS[:2])
+    assert [len(axes.lines) for axes in drawn[0].axes] == [1, 1]
+
+
+def test_the_dashed_line_is_the_originals_time_by_the_ratio_of_operations(drawn):
+    plots.latency_bars([LATENCY])
+    [axes] = drawn[0].axes
+    original, converted = axes.patches
+    assert [bar.get_width() for bar in (original, converted)] == [50, 30]
+    line = next(line for line in axes.lines if line.get_label() == "by operations alone")
+    assert list(np.asarray(line.get_xdata())) == [20, 20]
+
+
+def test_each_runtime_has_its_own_panel_and_scale(drawn):
+    slow: dict[str, Any] = {**LATENCY, "runtime": "torch", "original_ms": {"median": 500.0, "p10": 450.0, "p90": 600.0}}
+    plots.latency_bars([LATENCY, slow])
+    first, second = drawn[0].axes
+    assert first.get_title(loc="left") == "ONNX Runtime CPU, batch 8"
+    assert second.get_xlim()[1] > 5 * first.get_xlim()[1]

@@ -1,0 +1,151 @@
+"""Tokens beside the grid: they take part in attention, are never dropped, and get out of it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
+from tests.passes.harness import BATCH, TOKENS, WIDTH, check_trunk, count, pack
+
+aten = torch.ops.aten
+ops = torch.ops.dcconvert
+
+TEXT = 5
+H = torch.zeros(BATCH, TOKENS, WIDTH)
+
+
+def heads(x: Tensor) -> Tensor:
+    """[B, N, 12] -> [B, 2, N, 6]."""
+    return x.unflatten(2, (2, 6)).transpose(1, 2)
+
+
+def attend(both: Tensor, turn: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    q, k, v = turn(heads(both)), turn(heads(both * 2)), heads(torch.sin(both))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def text_first(h: Tensor, text: Tensor) -> Tensor:
+    """Two layers; the text of the first goes into the second, as in models with two streams."""
+    for _ in range(2):
+        out = attend(torch.cat([text, h], 1))
+        more, own = out.split([text.shape[1], h.shape[1]], dim=1)
+        h, text = h + own, text + torch.tanh(more)
+    return h
+
+
+def text_last(h: Tensor, text: Tensor) -> Tensor:
+    for _ in range(2):
+        out = attend(torch.cat([h, text], dim=-2))
+        h, text = h + out[:, : h.shape[1]], text * out[:, h.shape[1] :]
+    return h
+
+
+def one_stream(h: Tensor, text: Tensor) -> Tensor:
+    """Norms, layers and modulation on both at once."""
+    both = torch.cat([text, h], 1)
+    both = both + attend(F.layer_norm(both, (WIDTH,)) * text[:, :1].sin())
+    both = F.linear(F.gelu(both), torch.eye(WIDTH) * 2)
+    return both[:, -h.shape[1] :]
+
+
+def joined_by_heads(h: Tensor, text: Tensor) -> Tensor:
+    q, k, v = (torch.cat([heads(h * i), heads(text + i)], 2) for i in (1, 2, 3))
+    out = F.scaled_dot_product_attention(q, k, v)
+    return out[:, :, : h.shape[1]].transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("body", [text_first, text_last, one_stream, joined_by_heads])
+@pytest.mark.parametrize("packing", ["rows", "varlen"])
+def test_joint_attention(body, packing):
+    program = check_trunk(body, torch.randn(BATCH, TEXT, WIDTH), packing=packing)
+    assert count(program.graph_module, ops.row_attention.default) in (1, 2)
+    assert count(program.graph_module, aten.scaled_dot_product_attention.default) == 0
+
+
+def test_the_grid_may_follow_what_the_text_became():
+    def body(h: Tensor, text: Tensor) -> Tensor:
+        out = attend(torch.cat([text, h], 1))
+        return h * out[:, : text.shape[1]].mean(1, keepdim=True)
+
+    check_trunk(body, torch.randn(BATCH, TEXT, WIDTH))
+
+
+@pytest.mark.parametrize("text_at", ["start", "end"])
+def test_rotary_positions_of_both(text_at):
+    """Every token has an angle; those of the grid follow the kept tokens, those of the text stay."""
+
+    def body(h: Tensor, grid: Tensor, text: Tensor, other: Tensor) -> Tensor:
+        start = text_at == "start"
+        angle = torch.cat([other, grid] if start else [grid, other])
+
+        def turn(x: Tensor) -> Tensor:
+            half = torch.cat([-x[..., 3:], x[..., :3]], -1)
+            return x * angle.cos() + half * angle.sin()
+
+        out = attend(torch.cat([text, h] if start else [h, text], 1), turn)
+        return out[:, text.shape[1] :] if start else out[:, : h.shape[1]]
+
+    outside = (torch.randn(TOKENS, 6), torch.randn(BATCH, TEXT, WIDTH), torch.randn(TEXT, 6))
+    check_trunk(body, *outside, token_axis=0)
+
+
+def outer(h: Tensor, text: Tensor) -> Tensor:
+    return torch.cat([text, h], 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (lambda h, text: outer(h, text)[:, 1:-4], r"takes tokens 1 to 9 out, neither the grid's nor all others"),
+        (lambda h, text: outer(outer(h, text), text)[:, 2 * TEXT :], "a second time"),
+        (lambda h, text: torch.cat([h.transpose(1, 2), text.transpose(1, 2)], 2)[:, :, :TOKENS].flip(1), "flip"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(body, reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        pack(body, H, torch.zeros(BATCH, TEXT, WIDTH))
+
+
+@pytest.mark.parametrize("text_at", ["start", "end"])
+def test_a_mask_of_keys(text_at):
+    """Padding of the text, and some of the grid's tokens as well; every sample has its own."""
+
+    def body(h: Tensor, grid: Tensor, text: Tensor, other: Tensor) -> Tensor:
+        start = text_at == "start"
+        mask = torch.cat([other, grid] if start else [grid, other], 1)[:, None, None, :]
+        q, k, v = (heads(torch.cat([text, h] if start else [h, text], 1) * i) for i in (1, 2, 3))
+        out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        return out[:, text.shape[1] :] if start else out[:, : h.shape[1]]
+
+    grid, other = torch.rand(BATCH, TOKENS) > 0.3, torch.rand(BATCH, TEXT) > 0.3
+    grid[:, 0] = other[:, 0] = True
+    check_trunk(body, grid, torch.randn(BATCH, TEXT, WIDTH), other, token_axis=1)
+
+
+def test_a_mask_of_pairs_is_refused():
+    def body(h: Tensor, text: Tensor) -> Tensor:
+        both = heads(outer(h, text))
+        mask = torch.ones(TEXT + TOKENS, TEXT + TOKENS, dtype=torch.bool)
+        return F.scaled_dot_product_attention(both, both, both, mask).transpose(1, 2).flatten(2)[:, TEXT:]
+
+    with pytest.raises(UnsupportedModelError, match=r"masks .* of keys only"):
+        pack(body, H, torch.zeros(BATCH, TEXT, WIDTH))
+
+
+def test_queries_without_the_others_are_refused():
+    def body(h: Tensor, text: Tensor) -> Tensor:
+        both = heads(outer(h, text))
+        return F.scaled_dot_product_attention(heads(h), both, both).transpose(1, 2).flatten(2)
+
+    with pytest.raises(UnsupportedModelError, match="must hold the same tokens beside the grid"):
+        pack(body, H, torch.zeros(BATCH, TEXT, WIDTH))
+
+
+def test_shared_rows_are_refused():
+    with pytest.raises(UsageError, match="joint attention, which needs one sample a row"):
+        pack(text_first, H, torch.zeros(BATCH, TEXT, WIDTH), packing="bins")
