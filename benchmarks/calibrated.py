@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.common import write_result
-from dcconvert.export.bundle import MANIFEST, read_json
+from dcconvert.export.files import MANIFEST, read_json
 
 LEFT_OUT = ("command", "rows", "curves", "candidates")  # paths of one machine, and what the rows below say
 

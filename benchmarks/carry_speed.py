@@ -19,12 +19,13 @@ import torch
 
 import dcconvert
 from benchmarks.common import SIZES, random_dit, write_result
-from dcconvert.evaluate.measure_steps import Runtime, compute_section, latency_section
+from dcconvert.evaluate.measure_steps import compute_section, latency_section
 from dcconvert.export.buckets import ladder
 from dcconvert.export.onnx.export import export_onnx
+from dcconvert.passes.ir.spec import SLOTS
 from dcconvert.passes.planning.schedule import AUTO, Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.passes.planning.token_history import SLOTS
+from dcconvert.sampling.steps import Runtime
 
 
 def main() -> None:

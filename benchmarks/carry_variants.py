@@ -24,9 +24,9 @@ from torch import Tensor
 
 import dcconvert
 from benchmarks.common import write_result
-from dcconvert.commands.sample import shipped_model
 from dcconvert.images.pixels import psnr
 from dcconvert.models.dit import Block, DiT, modulate
+from dcconvert.models.load import shipped_model
 from dcconvert.passes.modules.routers import even_priorities
 from dcconvert.passes.planning.schedule import AUTO, Schedule
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for

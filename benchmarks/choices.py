@@ -19,12 +19,13 @@ from torch import Tensor
 import dcconvert
 from benchmarks.common import write_result
 from dcconvert.api import Converted
-from dcconvert.commands.sample import shipped_model
-from dcconvert.evaluate.measure_steps import ConvertedStep, compute_section
+from dcconvert.evaluate.measure_steps import compute_section
 from dcconvert.images.pixels import psnr_mean
-from dcconvert.passes.ir.program import Options
+from dcconvert.models.load import shipped_model
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
+from dcconvert.sampling.steps import ConvertedStep
 
 BASE = Options(mode="chunk", router="predictability")
 ONE_AT_A_TIME: tuple[dict[str, Any], ...] = (

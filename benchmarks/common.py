@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dcconvert
-from dcconvert.api import machine
+from dcconvert.environment import machine
 from dcconvert.models.dit import DiT, DiTConfig
 
 RESULTS = Path(__file__).parent / "results"

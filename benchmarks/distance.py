@@ -23,14 +23,15 @@ from torch import Tensor
 
 from benchmarks.common import RESULTS, write_result
 from benchmarks.frontier import Bench
-from dcconvert.commands.sample import shipped_model
 from dcconvert.evaluate.feature_networks import efficientnet_lite0
-from dcconvert.evaluate.measure_steps import ConvertedStep, compute_section
+from dcconvert.evaluate.measure_steps import compute_section
 from dcconvert.evaluate.set_metrics import frechet_distance
 from dcconvert.images.pixels import to_images
+from dcconvert.models.load import shipped_model
 from dcconvert.passes.planning.schedule import AUTO, Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.sampling.samplers import Sampler, Step
+from dcconvert.sampling.steps import ConvertedStep
 from training.fashion_dit import load_split
 
 RESULT = RESULTS / "distance.json"

@@ -32,8 +32,7 @@ from dcconvert.export.onnx.export import export_onnx
 from dcconvert.methods.presets import preset_options
 from dcconvert.models.dit import DiT, DiTConfig
 from dcconvert.passes.ir.errors import DcconvertError
-from dcconvert.passes.ir.program import Options
-from dcconvert.passes.option_checks import MODES
+from dcconvert.passes.ir.options import MODES, Options
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.schedule import Schedule

@@ -26,17 +26,18 @@ from torch import Tensor
 
 import dcconvert
 from benchmarks.common import RESULTS, write_result
-from dcconvert.commands.sample import shipped_model
-from dcconvert.evaluate.measure_steps import ConvertedStep, Runtime, compute_section
+from dcconvert.evaluate.measure_steps import compute_section
 from dcconvert.export.checks.latency import interleaved
 from dcconvert.export.checks.parity import as_array
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.export.runtimes.ort import pick
 from dcconvert.images.pixels import psnr
+from dcconvert.models.load import shipped_model
 from dcconvert.passes.planning.schedule import AUTO, Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.report.plots import frontier
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
+from dcconvert.sampling.steps import ConvertedStep, Runtime
 
 NAME = "frontier"
 BASE_STEPS = 50  # the run whose compute is 100 %

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from dcconvert.api import dit_inputs
 from dcconvert.models.dit import DiT
+from dcconvert.models.example_inputs import dit_inputs
 from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.complex_to_real import RealNumbers
 from dcconvert.passes.frontend.token_stream import FindTokenStream
-from dcconvert.passes.ir.program import Options, placeholders, run_passes
+from dcconvert.passes.ir.graph_tools import placeholders
+from dcconvert.passes.ir.options import Options
+from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.pipeline import captured, copy_graph
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan

@@ -13,11 +13,12 @@ from torch import Tensor
 import dcconvert
 from benchmarks.common import SIZES, random_dit
 from benchmarks.gpu_backend import OriginalRuntime, Steps, TorchRuntime
-from dcconvert.api import Converted, dit_inputs
+from dcconvert.api import Converted
 from dcconvert.export.checks.flops import converted_bytes, converted_gmacs, count_bytes, original_gmacs
 from dcconvert.export.checks.latency import interleaved, spread
 from dcconvert.models.dit import DiT
-from dcconvert.passes.ir.program import Options
+from dcconvert.models.example_inputs import dit_inputs
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.planning.chunk_plan import Planner
 from dcconvert.passes.rewrite.retarget import in_place
 

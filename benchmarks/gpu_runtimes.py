@@ -35,10 +35,10 @@ from dcconvert.export.engines.build import (
 from dcconvert.export.engines.index import Index, write_index
 from dcconvert.export.onnx.export import export_onnx, export_original, graph_names
 from dcconvert.export.onnx.mixed_precision import in_precision
-from dcconvert.export.onnx.variants import FLAVOURS
 from dcconvert.export.runtimes.ort import CPU, CUDA, make_session
 from dcconvert.export.runtimes.ort_static import StaticModel, bound
 from dcconvert.export.runtimes.trt import LoadedEngine, TrtModel, backend_module, load_engine
+from dcconvert.export.variants import FLAVOURS
 
 Array = np.ndarray
 

@@ -18,13 +18,14 @@ from torch import Tensor
 
 import dcconvert
 from benchmarks.common import write_result
-from dcconvert.commands.sample import shipped_model
-from dcconvert.evaluate.measure_steps import ConvertedStep, Runtime, compute_section
+from dcconvert.evaluate.measure_steps import compute_section
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.images.pixels import psnr_mean
+from dcconvert.models.load import shipped_model
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
+from dcconvert.sampling.steps import ConvertedStep, Runtime
 
 ORIGINAL_STEPS = (6, 9, 13, 25)
 RUNS = ((50, 4.0, 5), (25, 3.0, 3))  # steps, ratio, warm-up steps

@@ -25,7 +25,7 @@ from dcconvert.export.checks.latency import interleaved, spread
 from dcconvert.export.checks.parity import as_array
 from dcconvert.export.onnx.export import export_onnx, export_original
 from dcconvert.export.runtimes.ort import CPU, OrtModel, make_session, pick
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 
 
 def main() -> None:

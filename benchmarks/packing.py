@@ -25,13 +25,13 @@ import numpy as np
 import dcconvert
 from benchmarks.common import write_result
 from dcconvert.api import Converted
-from dcconvert.commands.sample import shipped_model
 from dcconvert.export.buckets import ladder
 from dcconvert.export.checks.latency import interleaved, spread
 from dcconvert.export.checks.parity import as_array
 from dcconvert.export.onnx.export import export_onnx, export_original
 from dcconvert.export.runtimes.ort import CPU, OrtModel, make_session, pick
-from dcconvert.passes.ir.program import Options
+from dcconvert.models.load import shipped_model
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.planning.bin_packing import PACKERS, Packer, efficiency, nnlshp, spfhp
 from dcconvert.passes.planning.chunk_plan import Planner
 from dcconvert.passes.planning.schedule import Schedule

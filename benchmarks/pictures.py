@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 import dcconvert
-from dcconvert.commands.sample import shipped_model
-from dcconvert.export.bundle import write_whole
+from dcconvert.export.files import write_whole
 from dcconvert.images.pixels import grid_image, png_bytes, to_images
+from dcconvert.models.load import shipped_model
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
 
 ROOT = Path(__file__).parent.parent

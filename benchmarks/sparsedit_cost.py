@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from benchmarks.common import write_result
-from dcconvert.api import convert_call, dit_inputs
+from dcconvert.api import convert_call
 from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
 from dcconvert.methods.presets import WARM_END, preset_options
 from dcconvert.models.dit import DiT, DiTConfig
+from dcconvert.models.example_inputs import dit_inputs
 from dcconvert.passes.planning.pooled_planner import PooledPlanner
 from dcconvert.passes.planning.schedule import CURVE, Schedule
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.common import write_result
 from benchmarks.preset_table import preset_plot
-from dcconvert.commands.sample import shipped_model
+from dcconvert.models.load import shipped_model
 from dcconvert.report.plots import quality_over_cost
 from training.fashion_dit import load_split
 

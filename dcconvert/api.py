@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -14,26 +11,28 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from dcconvert.environment import machine
 from dcconvert.export.buckets import Ladder, ladder
-from dcconvert.export.bundle import FORMAT_VERSION, MANIFEST, ONNX, new_folder, read_bundle, write_json, write_model
+from dcconvert.export.bundle import FORMAT_VERSION, ONNX, read_bundle, write_model
+from dcconvert.export.files import MANIFEST, new_folder, write_json
 from dcconvert.methods.presets import as_rewritten, preset_options, preset_schedule
 from dcconvert.models.dc_dit import RefinedDiT
 from dcconvert.models.diffusers_wrapper import DropIn, is_diffusers
 from dcconvert.models.dit import DiT, DiTConfig
 from dcconvert.models.dit_checkpoint import LoadedDiT, LoadedRefined
+from dcconvert.models.example_inputs import dit_inputs
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.program import MODE_DEFAULTS, Options
+from dcconvert.passes.ir.options import MODE_DEFAULTS, Options
 from dcconvert.passes.ir.spec import EXAMPLE_BATCH
 from dcconvert.passes.option_checks import check_options
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import AUTO, LEVELS, Schedule, parse_ratio
 from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.passes.rewrite.adapters import with_router_adapter
 from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.trained.adapters import with_router_adapter
 from dcconvert.sampling.samplers import Sampler
 
 DEFAULT_BATCHES = (1, 8)
@@ -276,15 +275,6 @@ def load(folder: str | Path) -> Converted:
     return Converted.of(bundle.model, {name: bundle.manifest[name] for name in kept if name in bundle.manifest})
 
 
-def dit_inputs(model: DiT | RefinedDiT, batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Random (x, t, y) for a DiT or DC-DiT, on its device; x is of its precision, t always of float32."""
-    cfg, generator = model.cfg, torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, cfg.in_channels, cfg.image_size, cfg.image_size, generator=generator)
-    t = torch.rand(batch, generator=generator) * 1000
-    place = model.pos_embed
-    return x.to(place), t.to(place.device), torch.arange(batch, device=place.device) % cfg.num_classes
-
-
 def manifest(model: DynamicModel, rungs: Ladder, **more: Any) -> dict[str, Any]:
     """What a bundle says about itself; `more` is added at the top level."""
     from dcconvert.export.onnx.lowerings import OPSET  # needs onnxscript
@@ -305,49 +295,3 @@ def manifest(model: DynamicModel, rungs: Ladder, **more: Any) -> dict[str, Any]:
         "machine": machine(),
         **more,
     }
-
-
-def machine() -> dict[str, Any]:
-    """Processor, memory and versions, for manifests, reports and benchmark files; None for what is not installed."""
-    facts: dict[str, Any] = {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gb": memory_gb(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "onnx": version_of("onnx"),
-        "numpy": np.__version__,
-        "onnxruntime": version_of("onnxruntime"),
-    }
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        facts["gpu"] = f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB, compute capability {gpu.major}.{gpu.minor}"
-        facts["cuda"] = torch.version.cuda
-    return facts
-
-
-def version_of(package: str) -> str | None:
-    """A package's version; None if it cannot be imported."""
-    try:
-        return str(importlib.import_module(package).__version__)
-    except ImportError:
-        return None
-
-
-def memory_gb() -> float | None:
-    try:
-        import psutil
-    except ImportError:
-        return None
-    return round(psutil.virtual_memory().total / 1e9, 1)
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -15,13 +15,11 @@ from rich.markup import escape
 
 from dcconvert import __version__
 from dcconvert.methods.presets import PRESETS, preset_options, preset_schedule
-from dcconvert.models.load import parse_size
+from dcconvert.models.load import parse_size, shipped_model
 from dcconvert.passes.ir.errors import DcconvertError, UsageError
-from dcconvert.passes.ir.program import MODE_DEFAULTS, Options
+from dcconvert.passes.ir.options import MODE_DEFAULTS, MODES, STATE_DTYPES, Options
 from dcconvert.passes.modules.routers import ROUTERS
-from dcconvert.passes.option_checks import MODES
 from dcconvert.passes.planning.schedule import AUTO, KINDS, LEVELS, parse_ratio
-from dcconvert.passes.rewrite.carry_trunk import STATE_DTYPES
 from dcconvert.sampling.samplers import SOLVERS, Guidance
 from dcconvert.train.distillation import RATES, TRAINABLE, Recipe
 
@@ -183,7 +181,7 @@ def convert(model: Path, out: Path | None, **values: Any) -> None:
 @rewriting_options
 def inspect(model: Path, **values: Any) -> None:
     """Say what was recognised in a checkpoint, where it can be cut, and what would be rewritten."""
-    from dcconvert.commands.sample import inspect_checkpoint
+    from dcconvert.commands.inspect import inspect_checkpoint
 
     inspect_checkpoint(model, pick_options(values, INSPECT_RATIO), Console(), **values)
 
@@ -349,7 +347,7 @@ def build(bundle: Path, **values: Any) -> None:
 @click.option("--force", is_flag=True, help="Replace an existing repository.")
 def triton(bundle: Path, out: Path, name: str, device: str, force: bool) -> None:
     """Write a model repository for NVIDIA Triton Inference Server."""
-    from dcconvert.commands.sample import triton_repository
+    from dcconvert.commands.triton_repository import triton_repository
 
     triton_repository(bundle, out, Console(), name=name, device=device, force=force)
 
@@ -361,7 +359,6 @@ def triton(bundle: Path, out: Path, name: str, device: str, force: bool) -> None
 @click.pass_context
 def demo(ctx: click.Context, ratio: float, out: Path, force: bool) -> None:
     """Run the main job on the small trained model that ships with dcconvert."""
-    from dcconvert.commands.sample import shipped_model
 
     ctx.invoke(convert, model=shipped_model(), ratio=ratio, out=out, force=force)
 

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dcconvert.export.buckets import Ladder
+from dcconvert.export.files import MANIFEST, current_umask, read_json, write_json
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.serialise.graph_json import model_from_dict, model_tensors, model_to_dict
 
 FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 GRAPH = "graph.json"
 ONNX = "onnx"
@@ -41,86 +35,11 @@ class Bundle:
         return self.folder / ONNX
 
 
-@contextmanager
-def new_folder(target: Path, force: bool = False, kind: str = "bundle", mark: str = MANIFEST) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends without an error.
-
-    With `force` an older one is moved out of the way first and deleted last; it stays if anything goes wrong.
-    Raises UsageError if the target exists (and `force` is off), is something else than what is called `kind` and holds
-    the file `mark`, or cannot be written (no permission, disk full).
-    """
-    target = target.resolve()  # a link to a bundle stays a link
-    if target.exists() and not force:
-        raise UsageError(f"{target} exists already: choose another folder with -o, or replace it with --force")
-    if target.exists() and not (target.is_dir() and ((target / mark).exists() or not any(target.iterdir()))):
-        raise UsageError(f"{target} is no {kind} and will not be replaced: choose another folder with -o")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise UsageError(f"cannot write beside {target}: {said(error)}; choose another folder with -o") from error
-    try:
-        yield work
-        work.chmod(0o777 & ~current_umask())
-        put_in_place(work, target)
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
-        raise UsageError(f"writing {target} failed: {said(error)}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def said(error: Exception) -> str:
-    """The system's words without its number and path, where there are any."""
-    return str(getattr(error, "strerror", None) or error)
-
-
-def put_in_place(work: Path, target: Path) -> None:
-    """Rename `work` to `target`; what was there comes back if that fails."""
-    old = work.with_name(f"{work.name}-old")
-    if target.exists():
-        os.replace(target, old)
-    try:
-        os.replace(work, target)
-    except OSError:
-        if old.exists():
-            os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def write_model(model: DynamicModel, folder: Path) -> None:
     """Weights and graphs of a model, in forms that load without pickle."""
     save_file(model_tensors(model), str(folder / WEIGHTS))
     (folder / WEIGHTS).chmod(0o666 & ~current_umask())  # safetensors lets the owner alone read it
     write_json(model_to_dict(model), folder / GRAPH)
-
-
-def write_json(data: Any, path: Path) -> None:
-    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-
-
-def writable(path: Path) -> None:
-    """Raise UsageError unless a file can be written at `path`."""
-    if path.is_dir() or not os.access(path.parent if path.parent.parts else Path(), os.W_OK):
-        raise UsageError(f"cannot write {path}: choose a file in a folder that exists and can be written")
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; UsageError if it cannot be written."""
-    writable(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UsageError(f"cannot write {path}: {error.strerror}; choose another place") from error
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -140,10 +59,3 @@ def read_bundle(folder: Path) -> Bundle:
         raise UsageError(f"cannot read {folder / WEIGHTS}: {error}; convert the model again") from error
     model = model_from_dict(read_json(folder / GRAPH), tensors)
     return Bundle(folder, manifest, model, Ladder.from_dict(manifest.get("ladder", {})))
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"cannot read {path}: {error}; convert the model again") from error

@@ -5,15 +5,10 @@ from __future__ import annotations
 import math
 
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import MODES, PREDICTIONS, STATE_DTYPES, TRUNKS, Options
 from dcconvert.passes.modules.routers import CARRY_ROUTERS, CHUNK_ROUTERS, OWN
 from dcconvert.passes.planning.layout import PACKINGS
 from dcconvert.passes.planning.planners import DECHUNKS
-from dcconvert.passes.rewrite.carry_trunk import STATE_DTYPES
-
-MODES = ("carry", "chunk")
-TRUNKS = ("plain", "sparse-dense", "patch-sizes")  # those but the first are of mode chunk and have their own passes
-PREDICTIONS = ("", "eps", "flow")
 
 
 def check_options(options: Options) -> None:

@@ -16,7 +16,9 @@ from dcconvert.passes.frontend.capture import capture, opened
 from dcconvert.passes.frontend.complex_to_real import RealNumbers
 from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.program import Options, Pass, Program, run_passes
+from dcconvert.passes.ir.options import Options
+from dcconvert.passes.ir.pass_runner import Pass, run_passes
+from dcconvert.passes.ir.program import Program
 from dcconvert.passes.ir.spec import ModelSpec, find_inputs
 from dcconvert.passes.numeric_gate import NumericGate
 from dcconvert.passes.option_checks import check_options

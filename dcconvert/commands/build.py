@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dcconvert.export.bundle import Bundle, put_in_place, read_bundle
+from dcconvert.export.bundle import Bundle, read_bundle
 from dcconvert.export.engines.build import (
     ENGINES,
     MODULES,
@@ -32,9 +32,10 @@ from dcconvert.export.engines.build import (
 )
 from dcconvert.export.engines.index import INDEX, Built, Device, Index, read_index, write_index
 from dcconvert.export.engines.worker import RTX
+from dcconvert.export.files import put_in_place
 from dcconvert.export.onnx.export import graph_names
 from dcconvert.export.onnx.packed_attention import refusal, with_packed_attention
-from dcconvert.export.onnx.variants import FLAVOURS, Flavour, write_flavour
+from dcconvert.export.variants import FLAVOURS, Flavour, write_flavour
 from dcconvert.passes.ir.errors import CheckFailedError, StoppedError, UsageError
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.runtime.model import DynamicModel

@@ -18,18 +18,20 @@ from rich.table import Table
 from torch import Tensor
 
 from dcconvert.commands.rewrite_bundle import Rescheduled, old_figures, old_report, write_rescheduled
-from dcconvert.commands.sample import dit_config, run_planner
-from dcconvert.evaluate.measure_steps import ConvertedStep, Runtime, Tick, silent
+from dcconvert.evaluate.measure_steps import Tick
 from dcconvert.evaluate.schedule_search import KNOTS, Search, Trial, step_counts
-from dcconvert.export.bundle import Bundle, new_folder, read_bundle
+from dcconvert.export.bundle import Bundle, read_bundle
 from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
+from dcconvert.export.files import new_folder
 from dcconvert.images.pixels import psnr
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import CARRY, StepPlanner
 from dcconvert.report.conversion import CALIBRATION_COLUMNS, calibration_rows
+from dcconvert.sampling.bundle_runs import dit_config, run_planner
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
+from dcconvert.sampling.steps import ConvertedStep, Runtime, silent
 from dcconvert.terminal import Stages
 
 SHOWN = 5  # candidates in the table

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from dcconvert.api import Converted, convert, machine, manifest, sampling_facts
+from dcconvert.api import Converted, convert, manifest, sampling_facts
+from dcconvert.environment import machine
 from dcconvert.evaluate.conversion_metrics import LATENCY_RUNS, Effort, Subject, measure
 from dcconvert.evaluate.measure_steps import compute_section
 from dcconvert.export.buckets import Ladder, ladder
-from dcconvert.export.bundle import MANIFEST, ONNX, new_folder, write_json, write_model
+from dcconvert.export.bundle import ONNX, write_model
 from dcconvert.export.checks.parity import (
     Check,
     check_batch_invariance,
@@ -25,15 +26,18 @@ from dcconvert.export.checks.parity import (
     keeps_original,
     require,
 )
+from dcconvert.export.files import MANIFEST, new_folder, write_json
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.methods import fit as settle
 from dcconvert.methods.presets import find
-from dcconvert.models.load import Size, Source, open_source
-from dcconvert.passes.ir.program import Options
+from dcconvert.models.example_inputs import Size
+from dcconvert.models.load import Source, open_source
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.report.conversion import state_note, write_report
+from dcconvert.report.conversion import write_report
 from dcconvert.report.figures import sample_figure, token_map_figure
+from dcconvert.report.notes import state_note
 from dcconvert.sampling.samplers import Sampler
 from dcconvert.terminal import Stages
 

@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from dcconvert.api import machine
+from dcconvert.environment import machine
 from dcconvert.evaluate.comparison import Contest, Entrant, check_same_original, contest_rows, named_apart
 from dcconvert.evaluate.image_quality import Judge, Wanted
-from dcconvert.export.bundle import read_bundle, writable, write_whole
+from dcconvert.export.bundle import read_bundle
+from dcconvert.export.files import writable, write_whole
 from dcconvert.images.pixels import png_bytes
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcconvert.api import machine
+from dcconvert.environment import machine
 from dcconvert.evaluate.conversion_metrics import LATENCY_RUNS, Effort, Subject, measure
 from dcconvert.evaluate.measure_steps import compute_section
 from dcconvert.export.buckets import Ladder, ladder
-from dcconvert.export.bundle import GRAPH, MANIFEST, Bundle, read_json, write_json
+from dcconvert.export.bundle import GRAPH, Bundle
 from dcconvert.export.checks.parity import Check, check_runtime, require
+from dcconvert.export.files import MANIFEST, read_json, write_json
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.schedule import LEVELS, Schedule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,26 @@ from rich.markup import escape
 from torch import Tensor
 
 from dcconvert.commands.rewrite_bundle import FAILURES, old_figures, old_report, write_rescheduled
-from dcconvert.commands.sample import dit_config, run_planner
 from dcconvert.evaluate.detail_kinds import choose, measured, on_tokens
-from dcconvert.evaluate.measure_steps import ConvertedStep, Tick, compute_section
+from dcconvert.evaluate.measure_steps import Tick, compute_section
+from dcconvert.evaluate.stress_cases import BATCH, Cases, noised_run
 from dcconvert.evaluate.stress_metrics import Look, Outcome, judged, summary, worst_of
-from dcconvert.export.bundle import Bundle, new_folder, read_bundle, write_json
+from dcconvert.export.bundle import Bundle, read_bundle
+from dcconvert.export.files import new_folder, write_json
 from dcconvert.images.dataset import LabelledImages, read_images
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.report.conversion import without_nan
 from dcconvert.report.stress import FAILURES_FIGURE, failure_figure, stress_table
+from dcconvert.sampling.bundle_runs import dit_config, run_planner
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
+from dcconvert.sampling.steps import ConvertedStep
 from dcconvert.terminal import Stages
 
 START, EARLY, LATE = 0.7, 0.6, 0.2  # noise levels: where a case starts, and where the router is looked at
 SAMPLES = 256  # images of the original to choose from, where no data are given
 SAMPLE_STEPS, SAMPLE_SOLVER = 20, "unipc"
-BATCH = 16  # cases at a time
 
 
 @dataclass(frozen=True)
@@ -46,42 +48,6 @@ class Settings:
     seed: int
     threads: int
     command: str
-
-
-@dataclass(frozen=True)
-class Cases:
-    """Images with much detail, where each came from, and what the original makes of them.
-
-    `clean` and `noise` [n, C, H, W] are mixed at the first noise level of `part`, a run's tail; `wanted` [n, C, H, W]
-    are the original's final images from there. `detail` [n, h, w]: the response of each case's own kind in `wanted`,
-    summed over the cells of the token grid.
-    """
-
-    part: Sampler
-    clean: Tensor
-    labels: Tensor
-    noise: Tensor
-    seeds: list[int]
-    sources: list[int]
-    kinds: list[str]
-    wanted: Tensor
-    detail: Tensor
-
-    def __len__(self) -> int:
-        return len(self.clean)
-
-    def run(self, part: Sampler, new_step: Callable[[], Step], tick: Tick) -> Tensor:
-        """Final images [n, C, H, W] of a run that begins like `part`, each batch with a step function of its own."""
-        return noised_run(part, new_step, (self.clean, self.noise, self.labels), tick)
-
-
-def noised_run(part: Sampler, new_step: Callable[[], Step], given: tuple[Tensor, Tensor, Tensor], tick: Tick) -> Tensor:
-    """Images and noise [n, C, H, W] mixed at a run's first noise level and sampled from there, by labels [n]."""
-    found = []
-    for clean, noise, labels in zip(*(values.split(BATCH) for values in given), strict=True):
-        x = part.add_noise(clean, noise, torch.full((len(clean),), float(part.timesteps[0])))
-        found.append(part.run(new_step(), x, labels, on_step=lambda _: tick(f"{part.steps} steps")))
-    return torch.cat(found)
 
 
 def stress_bundle(settings: Settings, console: Console) -> dict[str, Any]:

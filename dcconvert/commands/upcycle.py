@@ -15,8 +15,9 @@ from rich.markup import escape
 
 from dcconvert.commands.convert import LIMITS
 from dcconvert.commands.rewrite_bundle import Rescheduled, old_report
-from dcconvert.export.bundle import MANIFEST, ONNX, new_folder, write_json, write_model
+from dcconvert.export.bundle import ONNX, write_model
 from dcconvert.export.checks.parity import IDENTITY, Check, check_batch_invariance, check_isolation, require
+from dcconvert.export.files import MANIFEST, new_folder, write_json
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.methods.fit import settle, starts
 from dcconvert.passes.runtime.model import DynamicModel

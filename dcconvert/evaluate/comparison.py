@@ -11,10 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dcconvert.commands.sample import dit_config, run_planner
 from dcconvert.evaluate.measure_steps import (
-    ConvertedStep,
-    Runtime,
     RunTimes,
     Tick,
     compute_section,
@@ -34,7 +31,9 @@ from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.run import Backend, Run
+from dcconvert.sampling.bundle_runs import dit_config, run_planner
 from dcconvert.sampling.samplers import TRAIN_STEPS, Guidance, Sampler, Step
+from dcconvert.sampling.steps import ConvertedStep, Runtime
 
 MEGABYTE = 1e6
 PHASES = 4  # moments at which a batch of runs begun one after the other is timed

@@ -8,15 +8,16 @@ from typing import Any
 
 from dcconvert.api import convert
 from dcconvert.evaluate.image_fidelity import Contestant, Fidelity, compare_images, original_contestant
-from dcconvert.evaluate.measure_steps import ConvertedStep, Runtime, compute_section, latency_section, memory_section
+from dcconvert.evaluate.measure_steps import compute_section, latency_section, memory_section
 from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.onnx.export import export_onnx, export_original
 from dcconvert.models.dit import DiT, DiTConfig
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
+from dcconvert.sampling.steps import ConvertedStep, Runtime
 from dcconvert.terminal import Stages
 
 LATENCY_RUNS = 9

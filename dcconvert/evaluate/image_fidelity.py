@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dcconvert.evaluate.measure_steps import ConvertedStep, Tick, silent
+from dcconvert.evaluate.measure_steps import Tick
 from dcconvert.images.pixels import is_latent, psnr_mean
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.run import Backend
 from dcconvert.sampling.samplers import Sampler, Step
+from dcconvert.sampling.steps import ConvertedStep, silent
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dcconvert.evaluate.comparison import Contest, Row
 from dcconvert.evaluate.feature_networks import HOW_TO_GET, NONE, Extractor, open_extractor
-from dcconvert.evaluate.measure_steps import ConvertedStep
 from dcconvert.evaluate.set_metrics import (
     NEIGHBOURS,
     Doubles,
@@ -25,12 +24,13 @@ from dcconvert.evaluate.set_metrics import (
     kernel_distance,
     precision_recall,
 )
-from dcconvert.export.bundle import write_whole
+from dcconvert.export.files import write_whole
 from dcconvert.images.dataset import read_images
 from dcconvert.images.pixels import decode_latents, is_latent, psnr, to_images
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.sampling.samplers import Guidance, Sampler, Step, initial_noise, labels_for
+from dcconvert.sampling.steps import ConvertedStep
 from dcconvert.terminal import Stages
 
 PAIRS = 256  # of the pair distance, which runs the network twice: enough for its mean

@@ -15,7 +15,7 @@ from dcconvert.evaluate.detail_kinds import on_tokens
 from dcconvert.images.pixels import decibels, psnr, squared_error
 
 if TYPE_CHECKING:
-    from dcconvert.commands.stress import Cases
+    from dcconvert.evaluate.stress_cases import Cases
 
 WORST = 6  # cases of each ratio in failures.json
 MEANS = ("psnr", "detail_psnr", "control_psnr", "control_detail_psnr")

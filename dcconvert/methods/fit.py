@@ -15,20 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcconvert.evaluate.measure_steps import ConvertedStep
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.ir.spec import ROUTER
 from dcconvert.passes.modules.patch_resize import enlarging, reducing
 from dcconvert.passes.modules.routers import OWN
 from dcconvert.passes.planning.latent_difference import ORDER, patch_spread, third_difference
 from dcconvert.passes.planning.patch_planner import scales_of
 from dcconvert.passes.planning.schedule import LEVELS, NATURAL, Schedule, nearest_levels
-from dcconvert.passes.rewrite.adapters import ROUTER
 from dcconvert.passes.rewrite.patch_sizes import NAME
 from dcconvert.passes.runtime.model import DynamicModel
-from dcconvert.passes.runtime.weight_sets import original_name
 from dcconvert.passes.serialise.graph_json import attributes
+from dcconvert.passes.trained.weight_sets import original_name
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
+from dcconvert.sampling.steps import ConvertedStep
 
 Model = TypeVar("Model", bound=DynamicModel)
 

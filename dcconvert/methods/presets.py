@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from dcconvert.models.dc_dit import Refined, RefinedDiT
 from dcconvert.models.dit import DiT
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.program import MODE_DEFAULTS, Options
+from dcconvert.passes.ir.options import MODE_DEFAULTS, Options
 from dcconvert.passes.modules.routers import OWN
 from dcconvert.passes.planning.latent_difference import THRESHOLD
 from dcconvert.passes.planning.schedule import CURVE, DIFFERENCE, NATURAL, Schedule

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcconvert.models.dit import Block, DiT, DiTConfig, LabelEmbedder, TimestepEmbedder, modulate, sincos_positions
-from dcconvert.passes.rewrite.adapters import as_image, as_tokens
+from dcconvert.passes.trained.adapters import as_image, as_tokens
 
 NARROW = 4  # the convolutions work on the width divided by this
 CONVOLUTIONS = 2  # residual blocks of encoder and decoder each

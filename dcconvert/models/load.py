@@ -6,15 +6,16 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dcconvert.api import dit_inputs
 from dcconvert.models.dit import DiT, DiTConfig
 from dcconvert.models.dit_checkpoint import load_dit
+from dcconvert.models.example_inputs import FLUX, Size, dit_call, dit_inputs, flux_call, pixart_call, sd3_call, sides
 from dcconvert.models.key_conversion import layout_of, original_model
 from dcconvert.models.key_tables import Layout, Tensors
 from dcconvert.models.tensor_files import PREDICTIONS, named_tensors, sha256
@@ -22,10 +23,7 @@ from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.ir.spec import EXAMPLE_BATCH
 
 MODEL_INDEX, CONFIG = "model_index.json", "config.json"
-FLUX = "FluxTransformer2DModel"  # its pipeline makes patches of 2 pixels; its own are tokens
 PART = "transformer"  # of a pipeline folder
-
-Size = int | tuple[int, int]  # of an image in latent pixels: its side, or its height and width
 
 
 @dataclass(frozen=True)
@@ -201,66 +199,6 @@ def hash_of(folder: Path) -> str:
 # Example calls, as the pipelines of these classes make them
 
 
-def sides(size: Size) -> tuple[int, int]:
-    return size if isinstance(size, tuple) else (size, size)
-
-
-def latents(config: Any, size: Size | None) -> Tensor:
-    return torch.randn(EXAMPLE_BATCH, config.in_channels, *sides(size or config.sample_size))
-
-
-def timesteps(scale: float = 1000.0) -> Tensor:
-    return torch.linspace(0.9, 0.4, EXAMPLE_BATCH) * scale
-
-
-def dit_call(config: Any, size: Size | None) -> dict[str, Any]:
-    classes = torch.arange(EXAMPLE_BATCH) % config.num_embeds_ada_norm
-    return {"hidden_states": latents(config, size), "timestep": timesteps().long(), "class_labels": classes}
-
-
-def pixart_call(config: Any, size: Size | None) -> dict[str, Any]:
-    """Texts of 120 tokens (PixArt-alpha) or 300 (PixArt-Sigma, whose positions are scaled for larger images)."""
-    count = 300 if not config.use_additional_conditions else 120
-    image = latents(config, size)
-    height, width = image.shape[2:]
-    pixels = torch.tensor([[height * 8.0, width * 8.0]]).expand(EXAMPLE_BATCH, 2)
-    extra = {"resolution": pixels, "aspect_ratio": torch.full((EXAMPLE_BATCH, 1), height / width)}
-    return {
-        "hidden_states": image,
-        "encoder_hidden_states": torch.randn(EXAMPLE_BATCH, count, config.caption_channels),
-        "timestep": timesteps().long(),
-        "added_cond_kwargs": extra if config.use_additional_conditions else dict.fromkeys(extra),
-        "encoder_attention_mask": torch.ones(EXAMPLE_BATCH, count),
-    }
-
-
-def sd3_call(config: Any, size: Size | None) -> dict[str, Any]:
-    """77 tokens of CLIP and 256 of T5."""
-    return {
-        "hidden_states": latents(config, size),
-        "encoder_hidden_states": torch.randn(EXAMPLE_BATCH, 333, config.joint_attention_dim),
-        "pooled_projections": torch.randn(EXAMPLE_BATCH, config.pooled_projection_dim),
-        "timestep": timesteps(),
-    }
-
-
-def flux_call(config: Any, size: Size | None) -> dict[str, Any]:
-    """512 tokens of T5; patches of 2 x 2 of a latent image of 128 x 128 (1024 pixels)."""
-    height, width = sides(size or 128)
-    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
-    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float()
-    guidance = {"guidance": torch.full((EXAMPLE_BATCH,), 3.5)} if config.guidance_embeds else {}
-    return {
-        "hidden_states": torch.randn(EXAMPLE_BATCH, rows.numel(), config.in_channels),
-        "encoder_hidden_states": torch.randn(EXAMPLE_BATCH, 512, config.joint_attention_dim),
-        "pooled_projections": torch.randn(EXAMPLE_BATCH, config.pooled_projection_dim),
-        "timestep": timesteps(1.0),
-        "img_ids": places,
-        "txt_ids": torch.zeros(512, 3),
-        **guidance,
-    }
-
-
 # The call of a class, and what its models predict
 CLASSES: dict[str, tuple[Callable[[Any, Size | None], dict[str, Any]], str]] = {
     "DiTTransformer2DModel": (dit_call, "eps"),
@@ -268,3 +206,14 @@ CLASSES: dict[str, tuple[Callable[[Any, Size | None], dict[str, Any]], str]] = {
     "SD3Transformer2DModel": (sd3_call, "flow"),
     FLUX: (flux_call, "flow"),
 }
+
+
+SHIPPED = "fashion_dit.safetensors"
+
+
+def shipped_model() -> Path:
+    """Path of the small trained DiT that comes with the package."""
+    path = Path(str(resources.files("dcconvert") / "assets" / SHIPPED))
+    if not path.is_file():
+        raise UsageError(f"this installation has no {SHIPPED}: install dcconvert from a wheel or a full checkout")
+    return path

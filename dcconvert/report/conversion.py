@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -317,12 +316,6 @@ def fact(value: Any) -> str:
     if isinstance(value, list):
         return " x ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def state_note(bytes_a_sample: int, batches: Sequence[int]) -> str:
-    """How much memory mode carry needs beside the model."""
-    sizes = ", ".join(f"{bytes_a_sample * batch / 1e6:,.1f} MB at batch {batch}" for batch in batches)
-    return f"State of a sampling run: {sizes}"
 
 
 def terminal_table(report: dict[str, Any]) -> Table:

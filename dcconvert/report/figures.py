@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dcconvert.evaluate.image_fidelity import Fidelity
-from dcconvert.export.bundle import write_whole
+from dcconvert.export.files import write_whole
 from dcconvert.images.pixels import (
     captioned_rows,
     decode_latents,

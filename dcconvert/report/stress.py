@@ -15,7 +15,7 @@ from dcconvert.images.pixels import captioned_rows, dim_dropped, grid_image, is_
 from dcconvert.report.html import Number, picture, section, table
 
 if TYPE_CHECKING:
-    from dcconvert.commands.stress import Cases
+    from dcconvert.evaluate.stress_cases import Cases
     from dcconvert.evaluate.stress_metrics import Outcome
 
 FAILURES_FIGURE = "failures"  # its name among the figures of a report

@@ -17,20 +17,19 @@ from torch import Tensor, nn
 
 from dcconvert.export.checks.parity import check_identity, require
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
+from dcconvert.passes.ir.spec import NEW_PATHS, ROUTER
 from dcconvert.passes.modules.routers import OWN
 from dcconvert.passes.planning.schedule import DIFFERENCE, NATURAL
 from dcconvert.passes.planning.step_planner import CARRY, StepPlanner
-from dcconvert.passes.rewrite.adapters import (
+from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.trained.adapters import (
     GATE,
-    NEW_PATHS,
-    ROUTER,
     show_features,
     with_dechunk_adapter,
     with_gate,
     with_router_adapter,
 )
-from dcconvert.passes.runtime.model import DynamicModel
-from dcconvert.passes.runtime.weight_sets import all_tensors, linear_weights, original_name, plainly_named, teacher_of
+from dcconvert.passes.trained.weight_sets import all_tensors, linear_weights, original_name, plainly_named, teacher_of
 from dcconvert.train.distributed import Team
 
 TRAINABLE = ("all", "lora", "router", "adapters")

@@ -21,8 +21,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dcconvert.commands.sample import dit_config, run_planner
-from dcconvert.evaluate.measure_steps import ConvertedStep
 from dcconvert.export.bundle import GRAPH, WEIGHTS, Bundle, read_bundle
 from dcconvert.images.dataset import LabelledImages, read_images
 from dcconvert.images.pixels import psnr_mean
@@ -31,8 +29,10 @@ from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import StoppedError, UsageError
 from dcconvert.passes.planning.step_planner import CARRY, StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
-from dcconvert.passes.runtime.weight_sets import trained_model
+from dcconvert.passes.trained.weight_sets import trained_model
+from dcconvert.sampling.bundle_runs import dit_config, run_planner
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
+from dcconvert.sampling.steps import ConvertedStep
 from dcconvert.terminal import Stages
 from dcconvert.train.distillation import (
     RATES,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dcconvert.passes.runtime.model import DynamicModel, TorchState
 from dcconvert.passes.runtime.run import Run
-from dcconvert.passes.runtime.weight_sets import plainly_named
+from dcconvert.passes.trained.weight_sets import plainly_named
 from dcconvert.sampling.samplers import Sampler
 from dcconvert.train.distillation import Distillation, Recipe
 from dcconvert.train.distributed import Team

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcconvert.export.bundle import write_whole
+from dcconvert.export.files import write_whole
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.layout import Bucket
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from dcconvert.export.onnx.lowerings import OPSET, PORTABLE, Lowerings
 from dcconvert.export.onnx.trt_attention_op import add_function
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.passes.ir.program import placeholders
+from dcconvert.passes.ir.graph_tools import placeholders
 from dcconvert.passes.ir.spec import EXAMPLE_BATCH, SCORES_NAME, ModelSpec, count_outputs
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan

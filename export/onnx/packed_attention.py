@@ -16,7 +16,7 @@ from dcconvert.export.engines.index import Device
 from dcconvert.export.onnx.mixed_precision import PASSING, known_types
 from dcconvert.export.onnx.trt_attention_op import INPUTS, PROBE_TOKENS, probe
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.program import placeholders
+from dcconvert.passes.ir.graph_tools import placeholders
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.runtime.model import DynamicModel
 

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from dcconvert.passes.ir.errors import UnsupportedModelError
-from dcconvert.passes.ir.program import Pass, PassResult, Program, remove_dead_code, where
+from dcconvert.passes.ir.graph_tools import remove_dead_code, where
+from dcconvert.passes.ir.pass_runner import Pass, PassResult
+from dcconvert.passes.ir.program import Program
 
 aten = torch.ops.aten
 

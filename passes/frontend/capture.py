@@ -15,7 +15,9 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
-from dcconvert.passes.ir.program import Options, Program, placeholders
+from dcconvert.passes.ir.graph_tools import placeholders
+from dcconvert.passes.ir.options import Options
+from dcconvert.passes.ir.program import Program
 from dcconvert.passes.planning.chunk_plan import PLAN_ARRAYS
 
 MAX_BATCH = 4096

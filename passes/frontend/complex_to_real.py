@@ -10,7 +10,9 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from dcconvert.passes.ir.errors import UnsupportedModelError
-from dcconvert.passes.ir.program import Pass, PassResult, Program, give_tensor, remove_dead_code, where
+from dcconvert.passes.ir.graph_tools import give_tensor, remove_dead_code, where
+from dcconvert.passes.ir.pass_runner import Pass, PassResult
+from dcconvert.passes.ir.program import Program
 
 aten = torch.ops.aten
 

@@ -13,7 +13,9 @@ from torch.fx import Node
 
 from dcconvert.passes.frontend.patchify import find_patchify, image_input
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
-from dcconvert.passes.ir.program import Pass, PassResult, Program, TokenStream, where
+from dcconvert.passes.ir.graph_tools import where
+from dcconvert.passes.ir.pass_runner import Pass, PassResult
+from dcconvert.passes.ir.program import Program, TokenStream
 
 aten = torch.ops.aten
 

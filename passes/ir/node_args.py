@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from dcconvert.passes.ir.errors import UnsupportedModelError
-from dcconvert.passes.ir.program import where
+from dcconvert.passes.ir.graph_tools import where
 
 
 def operand(node: Node, position: int = 0) -> Node:

@@ -11,8 +11,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.passes.ir.program import Program, placeholders
-from dcconvert.passes.planning.token_history import SLOTS
+from dcconvert.passes.ir.graph_tools import placeholders
+from dcconvert.passes.ir.program import Program
+
+ROUTER, DECHUNK = "router_adapter", "dechunk_adapter"  # the weights of adapters are called so
+# What a trunk has beside the original's weights, by which its tokens find back to the grid.
+NEW_PATHS = {"plain": DECHUNK, "sparse-dense": "recovery", "patch-sizes": "patch_sizes"}
 
 TIMESTEP_NAMES = ("t", "timestep", "timesteps")
 SCORES_NAME = "scores"
@@ -184,3 +188,6 @@ def find_inputs(program: Program, timestep: str | None) -> None:
 def count_outputs(graph_module: GraphModule) -> int:
     output = next(iter(reversed(graph_module.graph.nodes)))
     return len(output.args[0])
+
+
+SLOTS = 2  # the two last computed values of a token: enough for a straight line in time

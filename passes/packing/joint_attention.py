@@ -14,7 +14,8 @@ from dcconvert.passes.frontend.token_stream import same
 from dcconvert.passes.ir.node_args import integer, integers, nodes
 
 if TYPE_CHECKING:
-    from dcconvert.passes.packing.packer import Laid, Packer
+    from dcconvert.passes.packing.packer import Packer
+    from dcconvert.passes.packing.values import Laid
 
 aten = torch.ops.aten
 

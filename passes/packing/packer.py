@@ -17,8 +17,8 @@ Every op on it is written twice, once for each part.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,41 +28,12 @@ from torch.fx.node import map_arg
 from dcconvert.passes.frontend.token_stream import same
 from dcconvert.passes.ir import ops  # noqa: F401  (registers torch.ops.dcconvert)
 from dcconvert.passes.ir.errors import UnsupportedModelError
-from dcconvert.passes.ir.program import Program, where
+from dcconvert.passes.ir.graph_tools import where
+from dcconvert.passes.ir.program import Program
 from dcconvert.passes.packing.joint_attention import Joint, joins, positional, takes_apart
+from dcconvert.passes.packing.values import Laid, Layout, Rule
 
 aten = torch.ops.aten
-
-Layout = Literal["packed", "grid", "context"]
-
-
-@dataclass(frozen=True)
-class Laid:
-    """A rewritten trunk value: its node, which axes are batch and token, and how it is laid out.
-
-    For an op that returns several tensors the axes are those of each tensor.
-    """
-
-    node: Node
-    batch: int
-    token: int
-    layout: Layout = "packed"
-
-    def at(self, node: Node, batch: int | None = None, token: int | None = None) -> Laid:
-        """The same value after one more op; axes stay unless given."""
-        batch, token = (old if new is None else new for old, new in ((self.batch, batch), (self.token, token)))
-        return replace(self, node=node, batch=batch, token=token)
-
-
-RuleFunction = Callable[["Packer", Node, Layout], Laid]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one ATen op is written for packed tokens. `moves_only`: it can be written in either layout."""
-
-    apply: RuleFunction
-    moves_only: bool = False
 
 
 class Packer:

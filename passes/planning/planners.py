@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.planning.chunk_plan import Planner, Way
 from dcconvert.passes.planning.layout import TokenLayout
 from dcconvert.passes.planning.nearest_kept import Ints, Mask, Nearest

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.ir.spec import ModelSpec
 from dcconvert.passes.planning.carry_plan import CarryPlan, carry_plan
 from dcconvert.passes.planning.chunk_plan import Plan

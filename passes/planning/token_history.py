@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.ir.spec import SLOTS
 from dcconvert.passes.planning.nearest_kept import Ints, Mask
 
 Doubles = NDArray[np.float64]
 
-SLOTS = 2  # the two last computed values of a token: enough for a straight line in time
 
 # A line through two values is followed no further than this many times their distance: steep slopes between close
 # neighbours would run away (measured: benchmarks/carry_variants.py).

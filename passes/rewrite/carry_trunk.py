@@ -6,15 +6,15 @@ import torch
 from torch.fx import Node
 
 from dcconvert.passes.ir.errors import CheckFailedError
+from dcconvert.passes.ir.options import STATE_DTYPES
 from dcconvert.passes.ir.program import Program
+from dcconvert.passes.ir.spec import SLOTS
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules import find_rule
-from dcconvert.passes.planning.token_history import SLOTS
 from dcconvert.passes.rewrite.pack_trunk import PackTrunk, PlanInputs, add_plan_inputs, layout_inputs
 
 aten = torch.ops.aten
 
-STATE_DTYPES = {"model": None, "fp16": torch.float16, "fp32": torch.float32}
 UPDATE = "update"
 
 

@@ -9,8 +9,11 @@ from torch import nn
 from torch.fx import Node
 
 from dcconvert.passes.frontend.canonicalise import Normalise
+from dcconvert.passes.frontend.capture import capture
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.program import Pass, PassResult, Program, give_tensor, placeholders
+from dcconvert.passes.ir.graph_tools import give_tensor, placeholders
+from dcconvert.passes.ir.pass_runner import Pass, PassResult
+from dcconvert.passes.ir.program import Program
 from dcconvert.passes.modules.routers import OWN, make_router
 
 PREFIX = "router"
@@ -48,8 +51,6 @@ def inline(program: Program, module: nn.Module, sources: Sequence[Node], name: s
 
     The module's tensors appear in the program under `name`.
     """
-    from dcconvert.passes.frontend.capture import capture
-
     like = sources[0].meta["val"]
     values = [source.meta["val"] for source in sources]
     example = [torch.zeros(3, *map(int, v.shape[1:]), dtype=v.dtype, device=v.device) for v in values]

@@ -10,7 +10,9 @@ from torch.fx import Node
 
 from dcconvert.passes.frontend.token_stream import dependents
 from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
-from dcconvert.passes.ir.program import Pass, PassResult, Program, remove_dead_code, where
+from dcconvert.passes.ir.graph_tools import remove_dead_code, where
+from dcconvert.passes.ir.pass_runner import Pass, PassResult
+from dcconvert.passes.ir.program import Program
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules import find_rule
 from dcconvert.passes.planning.planners import make_planner

@@ -13,13 +13,15 @@ from torch.fx.node import map_arg
 
 from dcconvert.passes.frontend.token_stream import dependents, is_token_tensor
 from dcconvert.passes.ir.errors import UnsupportedModelError
+from dcconvert.passes.ir.graph_tools import remove_dead_code, where
 from dcconvert.passes.ir.node_args import integers, operand
-from dcconvert.passes.ir.program import Pass, PassResult, Program, remove_dead_code, where
+from dcconvert.passes.ir.pass_runner import Pass, PassResult
+from dcconvert.passes.ir.program import Program
+from dcconvert.passes.ir.spec import NEW_PATHS
 from dcconvert.passes.modules.patch_resize import PatchEmbedding, PatchOutput, PatchSkip, resized
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules import find_rule
 from dcconvert.passes.planning.patch_planner import scales_of
-from dcconvert.passes.rewrite.adapters import NEW_PATHS
 from dcconvert.passes.rewrite.insert_router import inline
 from dcconvert.passes.rewrite.pack_trunk import add_plan_inputs, chunk_inputs, drop_unused_inputs, trunk_nodes
 from dcconvert.passes.rewrite.split_route import ancestors

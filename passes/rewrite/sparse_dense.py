@@ -13,12 +13,14 @@ from torch.fx import Node
 
 from dcconvert.passes.frontend.token_stream import ATTENTION, dependents
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
+from dcconvert.passes.ir.graph_tools import give_tensor, remove_dead_code, where
 from dcconvert.passes.ir.node_args import operand
-from dcconvert.passes.ir.program import Pass, PassResult, Program, give_tensor, remove_dead_code, where
+from dcconvert.passes.ir.pass_runner import Pass, PassResult
+from dcconvert.passes.ir.program import Program
+from dcconvert.passes.ir.spec import NEW_PATHS
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules import find_rule
 from dcconvert.passes.packing.rules.attention import ARGUMENTS, scale_of
-from dcconvert.passes.rewrite.adapters import NEW_PATHS
 from dcconvert.passes.rewrite.pack_trunk import add_plan_inputs, chunk_inputs, drop_unused_inputs, trunk_nodes
 
 aten = torch.ops.aten

@@ -14,7 +14,9 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from dcconvert.passes.frontend.token_stream import is_token_tensor
-from dcconvert.passes.ir.program import Pass, PassResult, Program, remove_dead_code
+from dcconvert.passes.ir.graph_tools import remove_dead_code
+from dcconvert.passes.ir.pass_runner import Pass, PassResult
+from dcconvert.passes.ir.program import Program
 
 aten = torch.ops.aten
 

@@ -11,7 +11,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from dcconvert.passes.frontend.token_stream import same
 from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
-from dcconvert.passes.ir.program import Pass, PassResult, Program, placeholders, remove_dead_code, where
+from dcconvert.passes.ir.graph_tools import placeholders, remove_dead_code, where
+from dcconvert.passes.ir.pass_runner import Pass, PassResult
+from dcconvert.passes.ir.program import Program
 
 aten = torch.ops.aten
 

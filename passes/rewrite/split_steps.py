@@ -9,7 +9,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from dcconvert.passes.frontend.token_stream import ATTENTION
 from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
-from dcconvert.passes.ir.program import Pass, PassResult, Program, fake_result, placeholders, remove_dead_code
+from dcconvert.passes.ir.graph_tools import fake_result, placeholders, remove_dead_code
+from dcconvert.passes.ir.pass_runner import Pass, PassResult
+from dcconvert.passes.ir.program import Program
 
 aten = torch.ops.aten
 

@@ -13,7 +13,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.program import Options, PassRecord
+from dcconvert.passes.ir.options import Options
+from dcconvert.passes.ir.pass_runner import PassRecord
 from dcconvert.passes.ir.spec import ModelSpec
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan

@@ -23,7 +23,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from dcconvert.passes.ir import ops  # noqa: F401  (registers torch.ops.dcconvert)
 from dcconvert.passes.ir.errors import CheckFailedError, DcconvertError, UnsupportedModelError, UsageError
-from dcconvert.passes.ir.program import Options, PassRecord, owner_of
+from dcconvert.passes.ir.graph_tools import owner_of
+from dcconvert.passes.ir.options import Options
+from dcconvert.passes.ir.pass_runner import PassRecord
 from dcconvert.passes.ir.spec import ModelSpec
 from dcconvert.passes.option_checks import check_options
 from dcconvert.passes.planning.schedule import Schedule

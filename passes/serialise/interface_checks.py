@@ -8,7 +8,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.program import Options, placeholders
+from dcconvert.passes.ir.graph_tools import placeholders
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.planning.carry_plan import CARRY_ARRAYS
 from dcconvert.passes.planning.chunk_plan import PLAN_ARRAYS
 from dcconvert.passes.runtime.model import DynamicModel

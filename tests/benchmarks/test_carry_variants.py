@@ -9,10 +9,10 @@ import torch
 
 import dcconvert
 from benchmarks.carry_variants import TRIED, Variant, sample
-from dcconvert.evaluate.measure_steps import ConvertedStep
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.planning.schedule import AUTO, Schedule
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
+from dcconvert.sampling.steps import ConvertedStep
 from tests.dcconvert.harness import CONFIG, tiny_dit
 
 COUNT = 3

@@ -15,7 +15,7 @@ import torch
 import dcconvert
 from benchmarks import gpu, gpu_cases, gpu_table, tables
 from benchmarks.gpu_backend import TorchRuntime
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.rewrite.retarget import in_place
 from tests.passes.harness import dit_call
 

@@ -12,11 +12,11 @@ import pytest
 from dcconvert import api
 from dcconvert.api import Converted
 from dcconvert.commands import convert as job
-from dcconvert.commands.sample import run_planner
-from dcconvert.evaluate.measure_steps import Runtime
 from dcconvert.export.bundle import Bundle, read_bundle
-from dcconvert.passes.option_checks import MODES
+from dcconvert.passes.ir.options import MODES
 from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.sampling.bundle_runs import run_planner
+from dcconvert.sampling.steps import Runtime
 from tests.dcconvert.harness import Run, run_cli, write_checkpoint
 
 

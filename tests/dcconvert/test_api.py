@@ -11,9 +11,10 @@ from torch import nn
 
 import dcconvert
 from dcconvert import Converted, Options, UnsupportedModelError, UsageError, convert, load
-from dcconvert.api import dit_inputs, machine
+from dcconvert.environment import machine
 from dcconvert.export.bundle import read_bundle
 from dcconvert.export.runtimes.ort import OrtModel
+from dcconvert.models.example_inputs import dit_inputs
 from dcconvert.passes.planning.schedule import LEVELS, Schedule
 from tests.dcconvert.harness import CONFIG, TOKENS, contents, tiny_dit
 from tests.passes.harness import diffusers_call, first_tensor, relative

@@ -12,7 +12,7 @@ from torch import Tensor
 from dcconvert.export.onnx.export import export_denoise, export_route
 from dcconvert.export.runtimes.ort import OrtModel
 from dcconvert.models.dit import DiT, DiTConfig
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.schedule import Schedule

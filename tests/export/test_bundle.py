@@ -17,17 +17,8 @@ import torch
 
 from dcconvert.export import bundle
 from dcconvert.export.buckets import Ladder, ladder
-from dcconvert.export.bundle import (
-    FORMAT_VERSION,
-    GRAPH,
-    MANIFEST,
-    ONNX,
-    WEIGHTS,
-    new_folder,
-    read_bundle,
-    write_json,
-    write_model,
-)
+from dcconvert.export.bundle import FORMAT_VERSION, GRAPH, ONNX, WEIGHTS, read_bundle, write_model
+from dcconvert.export.files import MANIFEST, new_folder, write_json
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.runtime.model import DynamicModel
 from tests.export.harness import TOKENS, inputs

@@ -15,7 +15,10 @@ from torch.utils import _pytree as pytree
 from dcconvert.models.dit import DiT, DiTConfig
 from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.capture import capture
-from dcconvert.passes.ir.program import Options, Program, TokenStream, check_graph, placeholders
+from dcconvert.passes.ir.graph_tools import placeholders
+from dcconvert.passes.ir.options import Options
+from dcconvert.passes.ir.pass_runner import check_graph
+from dcconvert.passes.ir.program import Program, TokenStream
 from dcconvert.passes.planning.chunk_plan import Plan, Planner
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.rewrite.pack_trunk import PackTrunk

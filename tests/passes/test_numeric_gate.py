@@ -10,7 +10,9 @@ from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.capture import capture
 from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.program import Options, Pass, PassResult, Program, run_passes
+from dcconvert.passes.ir.options import Options
+from dcconvert.passes.ir.pass_runner import Pass, PassResult, run_passes
+from dcconvert.passes.ir.program import Program
 from dcconvert.passes.numeric_gate import HALF_PRECISION, NumericGate, outputs
 from dcconvert.passes.rewrite.carry_trunk import CarryTrunk
 from dcconvert.passes.rewrite.insert_router import InsertRouter

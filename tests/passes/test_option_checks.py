@@ -10,7 +10,7 @@ import torch
 
 from dcconvert.methods.presets import PRESETS, preset_options
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.option_checks import check_options
 from dcconvert.passes.pipeline import PIPELINES, pipeline_of, rewrite
 from dcconvert.passes.planning.schedule import DIFFERENCE, NATURAL, Schedule

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from dcconvert.passes.ir.errors import UnsupportedModelError
-from dcconvert.passes.ir.program import Options
-from dcconvert.passes.option_checks import MODES
+from dcconvert.passes.ir.options import MODES, Options
 from dcconvert.passes.pipeline import PIPELINES, rewrite
 from dcconvert.passes.planning.schedule import Schedule
 from tests.passes.harness import Block, TinyModel, pixart_call, tiny_inputs

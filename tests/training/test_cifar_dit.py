@@ -45,9 +45,7 @@ def test_both_forms_of_the_data_hold_the_same_images(tmp_path, binary, images):
     files = [jpeg(image) for image in images[:20]]
     offsets = np.cumsum([0, *map(len, files)])
     labels = (np.arange(20) % 10).astype(np.uint8)
-    np.savez(
-        tmp_path / "copies.npz", test_jpeg=np.concatenate(files), test_offsets=offsets, test_labels=labels
-    )
+    np.savez(tmp_path / "copies.npz", test_jpeg=np.concatenate(files), test_offsets=offsets, test_labels=labels)
     x, y = cifar_dit.load_split(tmp_path / "copies.npz", "test")
     wanted, classes = cifar_dit.load_split(binary, "test")
     assert x.dtype == torch.float32

@@ -11,8 +11,9 @@ from torch.fx import Node
 
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.packing.joint_attention import Joint
-from dcconvert.passes.packing.packer import Laid, Layout, Packer
-from dcconvert.passes.packing.rules import rule
+from dcconvert.passes.packing.packer import Packer
+from dcconvert.passes.packing.rules.registry import rule
+from dcconvert.passes.packing.values import Laid, Layout
 
 aten = torch.ops.aten
 

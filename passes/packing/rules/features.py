@@ -6,8 +6,9 @@ import torch
 from torch.fx import Node
 
 from dcconvert.passes.ir.node_args import integer, integers, nodes, operand
-from dcconvert.passes.packing.packer import Laid, Layout, Packer
-from dcconvert.passes.packing.rules import rule
+from dcconvert.passes.packing.packer import Packer
+from dcconvert.passes.packing.rules.registry import rule
+from dcconvert.passes.packing.values import Laid, Layout
 
 aten = torch.ops.aten
 

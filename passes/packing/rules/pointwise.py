@@ -8,8 +8,9 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from dcconvert.passes.frontend.canonicalise import CASTS
-from dcconvert.passes.packing.packer import Laid, Layout, Packer
-from dcconvert.passes.packing.rules import rule
+from dcconvert.passes.packing.packer import Packer
+from dcconvert.passes.packing.rules.registry import rule
+from dcconvert.passes.packing.values import Laid, Layout
 
 
 @rule(*CASTS)  # elementwise, but without the tag

@@ -13,13 +13,13 @@ import pytest
 import dcconvert
 from dcconvert.commands import rewrite_bundle as reschedule
 from dcconvert.commands.calibrate import Bench, Finalist, Settings, Task
-from dcconvert.commands.sample import run_planner
 from dcconvert.evaluate import conversion_metrics as measure
 from dcconvert.evaluate import measure_steps as evaluate
 from dcconvert.evaluate.schedule_search import Candidate, Trial
 from dcconvert.export.bundle import read_bundle
 from dcconvert.export.checks.parity import Check
 from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.sampling.bundle_runs import run_planner
 from dcconvert.sampling.samplers import Sampler
 from tests.dcconvert.harness import TOKENS, contents, refusal, run_cli
 

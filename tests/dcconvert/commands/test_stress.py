@@ -14,14 +14,17 @@ from rich.console import Console
 
 from dcconvert.commands import stress
 from dcconvert.commands.rewrite_bundle import Rescheduled, old_figures, old_report, write_rescheduled
-from dcconvert.commands.sample import run_planner
-from dcconvert.commands.stress import Cases, Settings, looked_at, make_cases, noised_run, original_step, run_at
+from dcconvert.commands.stress import Settings, looked_at, make_cases, original_step, run_at
+from dcconvert.evaluate import stress_cases
 from dcconvert.evaluate.detail_kinds import KINDS, on_tokens
-from dcconvert.evaluate.measure_steps import silent
+from dcconvert.evaluate.stress_cases import Cases, noised_run
 from dcconvert.evaluate.stress_metrics import judged
-from dcconvert.export.bundle import new_folder, read_bundle
+from dcconvert.export.bundle import read_bundle
+from dcconvert.export.files import new_folder
 from dcconvert.passes.ir.errors import UsageError
+from dcconvert.sampling.bundle_runs import run_planner
 from dcconvert.sampling.samplers import initial_noise, labels_for
+from dcconvert.sampling.steps import silent
 from dcconvert.terminal import Stages
 from tests.dcconvert.harness import TOKENS, contents, refusal, run_cli
 
@@ -328,7 +331,7 @@ def test_cases_do_not_depend_on_each_other(bundle, monkeypatch):
     cases, made = cases_of(bundle), planner_at(bundle, 3.0)
     with torch.no_grad():
         together = run_through(bundle, made, cases)
-        monkeypatch.setattr(stress, "BATCH", 2)
+        monkeypatch.setattr(stress_cases, "BATCH", 2)
         batches = run_through(bundle, made, cases)
         one = {f.name: getattr(cases, f.name)[:1] for f in fields(Cases) if f.name != "part"}
         alone = run_through(bundle, made, replace(cases, **one))

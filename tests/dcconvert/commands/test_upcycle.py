@@ -21,7 +21,7 @@ from dcconvert.export.bundle import read_bundle
 from dcconvert.export.checks.parity import IDENTITY
 from dcconvert.export.runtimes.ort import OrtModel
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.runtime.weight_sets import PREFIX
+from dcconvert.passes.trained.weight_sets import PREFIX
 from dcconvert.train.distillation import Recipe
 from dcconvert.train.loop import Training, validation_rounds
 from tests.dcconvert.harness import contents, run_cli, write_checkpoint

@@ -10,17 +10,7 @@ import pytest
 import torch
 
 from dcconvert.evaluate import measure_steps as evaluate
-from dcconvert.evaluate.measure_steps import (
-    ConvertedStep,
-    Runtime,
-    Shape,
-    Timed,
-    arrays_of,
-    compute_section,
-    latency_section,
-    memory_section,
-    timed_row,
-)
+from dcconvert.evaluate.measure_steps import Shape, Timed, compute_section, latency_section, memory_section, timed_row
 from dcconvert.export.checks import latency
 from dcconvert.export.checks.flops import converted_gmacs
 from dcconvert.passes.ir.errors import UsageError
@@ -29,6 +19,7 @@ from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.run import StageTimes
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
+from dcconvert.sampling.steps import ConvertedStep, Runtime, arrays_of
 from tests.dcconvert.harness import TOKENS
 
 TAUS = {"carry": Sampler("flow", 12).taus, "chunk": Sampler("flow", 4, "dpm++").taus}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcconvert.commands.stress import Cases
+from dcconvert.evaluate.stress_cases import Cases
 from dcconvert.evaluate.stress_metrics import (
     WORST,
     Look,

@@ -14,18 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dcconvert
-from dcconvert.evaluate.measure_steps import ConvertedStep
 from dcconvert.export.bundle import read_bundle
 from dcconvert.export.checks.parity import IDENTITY
 from dcconvert.export.runtimes.ort import OrtModel
 from dcconvert.methods import fit as settle
 from dcconvert.methods.presets import PRESETS, PRUNING, preset_options, preset_schedule
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
+from dcconvert.passes.ir.spec import NEW_PATHS
 from dcconvert.passes.planning.schedule import CURVE, DIFFERENCE, NATURAL, Schedule
-from dcconvert.passes.rewrite.adapters import NEW_PATHS
 from dcconvert.passes.runtime.run import Run
 from dcconvert.sampling.samplers import Sampler, initial_noise
+from dcconvert.sampling.steps import ConvertedStep
 from dcconvert.train.distillation import TAIL_DROPS, Recipe, StepDistillation
 from tests.dcconvert.harness import CONFIG, refusal, run_cli, tiny_dit
 

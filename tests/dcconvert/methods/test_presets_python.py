@@ -13,7 +13,7 @@ import dcconvert
 from dcconvert.methods import fit as settle
 from dcconvert.models.dit import DiT
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.planning.schedule import NATURAL
 from tests.dcconvert.harness import CONFIG, tiny_dit
 

@@ -17,15 +17,9 @@ from PIL import Image
 from rich.console import Console
 
 from dcconvert.images.pixels import png_bytes
-from dcconvert.report.conversion import (
-    page,
-    report_json,
-    state_note,
-    terminal_table,
-    without_nan,
-    write_report,
-)
+from dcconvert.report.conversion import page, report_json, terminal_table, without_nan, write_report
 from dcconvert.report.html import Markup, number, section, table
+from dcconvert.report.notes import state_note
 
 VOID = {"meta", "img", "br"}
 ORIGINAL, CARRY = {"mode": "original", "solver": "euler"}, {"mode": "carry", "solver": "euler"}

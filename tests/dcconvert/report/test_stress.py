@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dcconvert.commands.stress import Cases
+from dcconvert.evaluate.stress_cases import Cases
 from dcconvert.evaluate.stress_metrics import Look, Outcome, judged, summary, worst_of
 from dcconvert.images.pixels import CAPTION, GAP, TILE
 from dcconvert.report.conversion import without_nan

@@ -11,9 +11,9 @@ import torch
 
 import dcconvert
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.runtime.model import DynamicModel
-from dcconvert.passes.runtime.weight_sets import all_tensors
+from dcconvert.passes.trained.weight_sets import all_tensors
 from dcconvert.sampling.samplers import Sampler
 from dcconvert.train.distillation import Recipe, StepDistillation, pick_ratio, ratio_loss, spread_times, with_new_paths
 from dcconvert.train.run_distillation import RunDistillation

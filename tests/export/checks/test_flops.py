@@ -19,7 +19,7 @@ from dcconvert.export.checks.flops import (
     original_gmacs,
 )
 from dcconvert.models.dit import DiT, DiTConfig
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.runtime.model import DynamicModel

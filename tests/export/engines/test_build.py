@@ -16,7 +16,7 @@ from dcconvert.export.engines.index import INDEX, Built, Device, Index, read_ind
 from dcconvert.export.engines.worker import RTX
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.export.onnx.mixed_precision import in_precision
-from dcconvert.export.onnx.variants import FLAVOURS, write_flavour
+from dcconvert.export.variants import FLAVOURS, write_flavour
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.planning.layout import Bucket
 

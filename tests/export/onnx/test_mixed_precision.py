@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from dcconvert.export.checks.parity import relative_error
 from dcconvert.export.onnx.mixed_precision import half_products, in_precision
-from dcconvert.passes.ir.program import placeholders
+from dcconvert.passes.ir.graph_tools import placeholders
 from tests.export.harness import convert, inputs
 
 aten = torch.ops.aten

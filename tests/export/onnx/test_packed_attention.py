@@ -19,7 +19,7 @@ from dcconvert.export.onnx.lowerings import TENSORRT
 from dcconvert.export.onnx.packed_attention import attention_sizes, refusal, with_packed_attention
 from dcconvert.export.onnx.trt_attention_op import probe
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.schedule import Schedule

@@ -18,7 +18,7 @@ from dcconvert.export.onnx.export import export_onnx
 from dcconvert.export.runtimes.ort import CPU, CUDA, OrtModel
 from dcconvert.export.runtimes.ort_static import BoundStep, StaticModel
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.runtime.model import DynamicModel

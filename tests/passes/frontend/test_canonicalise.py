@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.capture import capture
 from dcconvert.passes.ir.errors import UnsupportedModelError
-from dcconvert.passes.ir.program import Program, placeholders, run_passes
+from dcconvert.passes.ir.graph_tools import placeholders
+from dcconvert.passes.ir.pass_runner import run_passes
+from dcconvert.passes.ir.program import Program
 from tests.passes.harness import count
 
 aten = torch.ops.aten

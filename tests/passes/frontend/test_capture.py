@@ -10,7 +10,8 @@ from torch.utils import _pytree as pytree
 
 from dcconvert.passes.frontend.capture import capture
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
-from dcconvert.passes.ir.program import Options, placeholders
+from dcconvert.passes.ir.graph_tools import placeholders
+from dcconvert.passes.ir.options import Options
 from tests.passes.harness import WIDTH, Block, TinyModel, count, pixart_call, tiny_inputs
 
 aten = torch.ops.aten

@@ -13,7 +13,8 @@ from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.capture import capture
 from dcconvert.passes.frontend.complex_to_real import RealNumbers
 from dcconvert.passes.ir.errors import UnsupportedModelError
-from dcconvert.passes.ir.program import Program, run_passes
+from dcconvert.passes.ir.pass_runner import run_passes
+from dcconvert.passes.ir.program import Program
 
 aten = torch.ops.aten
 

@@ -12,7 +12,10 @@ from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.capture import capture
 from dcconvert.passes.frontend.token_stream import FindTokenStream, find_cuts
 from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError, UsageError
-from dcconvert.passes.ir.program import Options, Program, module_path, run_passes
+from dcconvert.passes.ir.graph_tools import module_path
+from dcconvert.passes.ir.options import Options
+from dcconvert.passes.ir.pass_runner import run_passes
+from dcconvert.passes.ir.program import Program
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
 from tests.passes.harness import GRID, TOKENS, WIDTH, Block, TinyModel, diffusers_call, pixart_call, tiny_inputs

@@ -8,16 +8,9 @@ from torch import Tensor, nn
 
 from dcconvert.passes.frontend.capture import capture
 from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
-from dcconvert.passes.ir.program import (
-    Pass,
-    PassResult,
-    Program,
-    module_path,
-    placeholders,
-    readable,
-    run_passes,
-    where,
-)
+from dcconvert.passes.ir.graph_tools import module_path, placeholders, readable, where
+from dcconvert.passes.ir.pass_runner import Pass, PassResult, run_passes
+from dcconvert.passes.ir.program import Program
 
 aten = torch.ops.aten
 

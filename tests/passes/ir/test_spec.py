@@ -10,11 +10,11 @@ from torch import Tensor
 
 from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.program import Options, run_passes
-from dcconvert.passes.ir.spec import InputSpec, ModelSpec, StateSpec
+from dcconvert.passes.ir.options import Options
+from dcconvert.passes.ir.pass_runner import run_passes
+from dcconvert.passes.ir.spec import SLOTS, InputSpec, ModelSpec, StateSpec
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
-from dcconvert.passes.planning.token_history import SLOTS
 from tests.passes.carry_harness import carried
 from tests.passes.harness import BATCH, GRID, TOKENS, WIDTH, Block, TinyModel, tiny_inputs, tiny_program
 

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
+from dcconvert.passes.ir.spec import SLOTS
 from dcconvert.passes.planning.carry_plan import CARRY_ARRAYS, CarryPlan, carry_plan, full_carry_plan
 from dcconvert.passes.planning.chunk_plan import Planner
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.token_history import SLOTS, History
+from dcconvert.passes.planning.token_history import History
 from tests.passes.carry_harness import Memory, roomy
 from tests.passes.harness import random_keep
 

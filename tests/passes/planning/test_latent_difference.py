@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.latent_difference import ThirdDifference, largest_below, patch_spread, third_difference
 from dcconvert.passes.planning.schedule import DIFFERENCE, Schedule

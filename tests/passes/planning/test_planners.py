@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.modules.routers import MergeRouter, merge_cell
 from dcconvert.passes.planning.chunk_plan import Planner
 from dcconvert.passes.planning.patch_planner import PatchPlanner

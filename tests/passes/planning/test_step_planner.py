@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.modules.routers import BOTH_MODES, CARRY_ROUTERS
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.planning.token_history import REACH, SLOTS, History
+from dcconvert.passes.ir.spec import SLOTS
+from dcconvert.passes.planning.token_history import REACH, History
 from tests.passes.carry_harness import Memory
 
 EVERY = np.ones((1, 4), bool)

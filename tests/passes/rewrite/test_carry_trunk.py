@@ -15,10 +15,12 @@ from torch import Tensor
 
 from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError, UsageError
-from dcconvert.passes.ir.program import Options, Program, run_passes
+from dcconvert.passes.ir.options import Options
+from dcconvert.passes.ir.pass_runner import run_passes
+from dcconvert.passes.ir.program import Program
+from dcconvert.passes.ir.spec import SLOTS
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
-from dcconvert.passes.planning.token_history import SLOTS
 from dcconvert.passes.rewrite.carry_trunk import CarryTrunk
 from tests.passes.carry_harness import CALLS, TAUS, MaskedRun, SlowRun, at, carried, plain, roomy, slow_step, tiny_call
 from tests.passes.harness import (

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.program import Options, placeholders, run_passes
+from dcconvert.passes.ir.graph_tools import placeholders
+from dcconvert.passes.ir.options import Options
+from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.pipeline import captured, rewrite
 from dcconvert.passes.planning.carry_plan import full_carry_plan
 from dcconvert.passes.planning.schedule import Schedule

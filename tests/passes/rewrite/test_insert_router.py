@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dcconvert.passes.frontend.token_stream import FindTokenStream
-from dcconvert.passes.ir.program import Program, run_passes
+from dcconvert.passes.ir.pass_runner import run_passes
+from dcconvert.passes.ir.program import Program
 from dcconvert.passes.modules.routers import CARRY_ROUTERS, CHUNK_ROUTERS, make_router
 from dcconvert.passes.rewrite.insert_router import InsertRouter, inline
 from tests.passes.harness import BATCH, GRID, TOKENS, Block, TinyModel, tiny_inputs, tiny_program

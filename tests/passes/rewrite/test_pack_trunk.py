@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.program import PassResult, Program, run_passes
+from dcconvert.passes.ir.pass_runner import PassResult, run_passes
+from dcconvert.passes.ir.program import Program
 from dcconvert.passes.planning.chunk_plan import PLAN_ARRAYS, Planner
 from dcconvert.passes.rewrite.pack_trunk import PackTrunk
 from tests.passes.harness import (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dcconvert.export.checks.parity import check_identity
 from dcconvert.models.dit import DiT
 from dcconvert.passes.ir.errors import UnsupportedModelError
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.modules.patch_resize import PatchSkip, enlarging, noise_levels, reducing, spreading
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.rewrite.retarget import in_place, to_device

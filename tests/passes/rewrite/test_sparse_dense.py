@@ -13,7 +13,7 @@ from torch import Tensor
 from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
 from dcconvert.models.dit import modulate
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.pooled_planner import PooledPlanner
 from dcconvert.passes.planning.schedule import Schedule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dcconvert.passes.frontend.token_stream import FindTokenStream
-from dcconvert.passes.ir.program import run_passes
+from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.rewrite.split_projections import SplitProjections
 from tests.passes.harness import Block, TinyModel, count, tiny_inputs, tiny_program
 

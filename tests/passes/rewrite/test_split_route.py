@@ -11,7 +11,10 @@ from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.capture import capture
 from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.program import Options, Program, placeholders, run_passes
+from dcconvert.passes.ir.graph_tools import placeholders
+from dcconvert.passes.ir.options import Options
+from dcconvert.passes.ir.pass_runner import run_passes
+from dcconvert.passes.ir.program import Program
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.chunk_plan import Planner
 from dcconvert.passes.planning.schedule import Schedule

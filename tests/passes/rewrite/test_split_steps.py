@@ -14,7 +14,10 @@ from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.complex_to_real import RealNumbers
 from dcconvert.passes.frontend.token_stream import ATTENTION, FindTokenStream
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.program import Options, Program, placeholders, run_passes
+from dcconvert.passes.ir.graph_tools import placeholders
+from dcconvert.passes.ir.options import Options
+from dcconvert.passes.ir.pass_runner import run_passes
+from dcconvert.passes.ir.program import Program
 from dcconvert.passes.pipeline import captured
 from dcconvert.passes.rewrite.split_steps import SplitSteps
 from tests.passes.harness import dit_call, tiny_program

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.runtime.infer_runs import LIMIT, WARN_AFTER, moved

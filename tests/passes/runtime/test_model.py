@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.schedule import Schedule

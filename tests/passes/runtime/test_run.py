@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.layout import Bucket

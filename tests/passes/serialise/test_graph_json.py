@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
-from dcconvert.passes.ir.program import Options, placeholders
+from dcconvert.passes.ir.graph_tools import placeholders
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import CURVE, Schedule
 from dcconvert.passes.runtime.model import DynamicModel

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcconvert.passes.ir.errors import UnsupportedModelError
-from dcconvert.passes.packing.rules import RULES
+from dcconvert.passes.packing.rules.registry import RULES
 from tests.passes.harness import BATCH, TOKENS, WIDTH, check_trunk, pack, targets
 
 aten = torch.ops.aten

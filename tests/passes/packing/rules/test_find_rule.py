@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from dcconvert.passes.ir.errors import UnsupportedModelError
-from dcconvert.passes.ir.program import Options
-from dcconvert.passes.packing.rules import RULES, find_rule
+from dcconvert.passes.ir.options import Options
+from dcconvert.passes.packing.rules import find_rule
 from dcconvert.passes.packing.rules.pointwise import pointwise
+from dcconvert.passes.packing.rules.registry import RULES
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
 from tests.passes.harness import BATCH, TOKENS, WIDTH, Block, TinyModel, pack, tiny_inputs

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcconvert.passes.ir.errors import UnsupportedModelError
-from dcconvert.passes.packing.rules import RULES
+from dcconvert.passes.packing.rules.registry import RULES
 from dcconvert.passes.packing.rules.shapes import follow_axis
 from tests.passes.harness import BATCH, TOKENS, WIDTH, check_trunk, count, pack, targets
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from onnx import TensorProto
 
-from dcconvert.export.bundle import GRAPH, MANIFEST, Bundle, new_folder, write_json
+from dcconvert.export.bundle import GRAPH, Bundle
 from dcconvert.export.engines.build import axis_sizes, full_buckets, onnx_parts, read_graph
+from dcconvert.export.files import MANIFEST, new_folder, write_json
 from dcconvert.export.onnx.export import graph_names
-from dcconvert.export.runtimes.triton import CORRELATION, END, IDLE_SECONDS, OUTPUTS, START
+from dcconvert.export.triton.backend import CORRELATION, END, IDLE_SECONDS, OUTPUTS, START
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.spec import count_outputs
 from dcconvert.passes.planning.layout import Bucket
@@ -34,7 +35,7 @@ from pathlib import Path
 import triton_python_backend_utils
 
 from dcconvert.export.onnx.export import graph_names
-from dcconvert.export.runtimes.triton import Served
+from dcconvert.export.triton.backend import Served
 
 
 class TritonPythonModel:

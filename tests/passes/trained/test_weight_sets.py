@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.program import Options
+from dcconvert.passes.ir.options import Options
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
-from dcconvert.passes.rewrite.adapters import show_features
 from dcconvert.passes.runtime.model import DynamicModel
-from dcconvert.passes.runtime.weight_sets import (
+from dcconvert.passes.serialise.graph_json import model_from_dict, model_tensors, model_to_dict
+from dcconvert.passes.trained.adapters import show_features
+from dcconvert.passes.trained.weight_sets import (
     PREFIX,
     all_tensors,
     linear_weights,
@@ -21,7 +22,6 @@ from dcconvert.passes.runtime.weight_sets import (
     teacher_of,
     trained_model,
 )
-from dcconvert.passes.serialise.graph_json import model_from_dict, model_tensors, model_to_dict
 from tests.passes.harness import Block, TinyModel, relative, tiny_inputs
 
 torch.manual_seed(1)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dcconvert.export.buckets import Ladder
-from dcconvert.export.bundle import GRAPH, MANIFEST, read_json
+from dcconvert.export.bundle import GRAPH
+from dcconvert.export.files import MANIFEST, read_json
 from dcconvert.export.onnx.export import DISTANCE_NAME, output_names, state_output
 from dcconvert.passes.ir.errors import CheckFailedError, DcconvertError, UsageError
 from dcconvert.passes.ir.spec import SCORES_NAME

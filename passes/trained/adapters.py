@@ -19,15 +19,12 @@ from torch.fx import Graph, GraphModule, Node
 from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.capture import capture
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.program import give_tensor, placeholders
-from dcconvert.passes.ir.spec import ModelSpec
+from dcconvert.passes.ir.graph_tools import give_tensor, placeholders
+from dcconvert.passes.ir.spec import DECHUNK, NEW_PATHS, ROUTER, ModelSpec
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.serialise.graph_json import attributes
 
-ROUTER, DECHUNK = "router_adapter", "dechunk_adapter"
 GATE = "gate"
-# What a trunk has beside the original's weights, by which its tokens find back to the grid.
-NEW_PATHS = {"plain": DECHUNK, "sparse-dense": "recovery", "patch-sizes": "patch_sizes"}
 RANK = 4  # the width is divided by this inside an adapter, as in DC-DiT's router (arXiv 2603.06351)
 
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from dcconvert.export.onnx.mixed_precision import in_precision
-from dcconvert.export.onnx.variants import FLAVOURS, check_precision, write_flavour
+from dcconvert.export.variants import FLAVOURS, check_precision, write_flavour
 from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.planning.layout import Bucket
 

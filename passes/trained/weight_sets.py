@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dcconvert.passes.ir.errors import CheckFailedError
+from dcconvert.passes.ir.graph_tools import give_tensor
 from dcconvert.passes.ir.node_args import operand
-from dcconvert.passes.ir.program import give_tensor
-from dcconvert.passes.rewrite.adapters import DECHUNK, is_adapter
+from dcconvert.passes.ir.spec import DECHUNK
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.serialise.graph_json import attributes
+from dcconvert.passes.trained.adapters import is_adapter
 
 PREFIX = "trained."
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from dcconvert.export.buckets import ladder
-from dcconvert.export.bundle import GRAPH, MANIFEST, Bundle, write_json
+from dcconvert.export.bundle import GRAPH, Bundle
 from dcconvert.export.engines.build import read_graph
+from dcconvert.export.files import MANIFEST, write_json
 from dcconvert.export.runtimes.ort import OrtModel, make_session
-from dcconvert.export.runtimes.triton import IDLE_SECONDS
-from dcconvert.export.triton_repository import MARK, Word, export_triton, text, warm_up
+from dcconvert.export.triton.backend import IDLE_SECONDS
+from dcconvert.export.triton.repository import MARK, Word, export_triton, text, warm_up
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.serialise.graph_json import model_to_dict

@@ -1,0 +1,27 @@
+"""`dcconvert export-triton`: write a model repository for Triton."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from dcconvert.export.bundle import read_bundle
+from dcconvert.export.triton.repository import export_triton
+from dcconvert.passes.ir.errors import UsageError
+
+
+def triton_repository(folder: Path, out: Path, console: Console, *, name: str, device: str, force: bool) -> None:
+    """Write a Triton model repository of a bundle, and say what the server needs."""
+    if not name.replace("_", "").replace("-", "").isalnum():
+        raise UsageError(f"--name {name}: letters, digits, - and _ only, for it names folders")
+    source = export_triton(read_bundle(folder), out, name, device, force)
+    console.print(
+        escape(
+            f"Graphs: {source}\nThe server needs its onnxruntime and python backends, and dcconvert installed for the "
+            f"latter.\nStart it with: tritonserver --model-repository {out}"
+        ),
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,83 @@
+"""Runs of a bundle: its sampler, its planner, and the bundle opened in a runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from torch import Tensor
+
+from dcconvert.export.bundle import Bundle
+from dcconvert.export.runtimes.ort import OrtModel
+from dcconvert.export.runtimes.ort_static import StaticModel
+from dcconvert.export.runtimes.trt import open_engines
+from dcconvert.models.dit import DiTConfig
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.planning.schedule import DIFFERENCE
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.runtime.run import Backend
+from dcconvert.sampling.samplers import Sampler, Step
+from dcconvert.sampling.steps import Runtime
+
+
+def dit_config(bundle: Bundle) -> DiTConfig:
+    """The architecture a bundle was made from; UsageError for one made from another kind of module."""
+    try:
+        return DiTConfig(**bundle.manifest["config"])
+    except (KeyError, TypeError) as error:
+        raise UsageError(
+            f"{bundle.folder} was not made from a DiT checkpoint: use it from Python with dcconvert.load"
+        ) from error
+
+
+def run_planner(bundle: Bundle, steps: int | None, solver: str | None = None) -> tuple[Sampler, StepPlanner]:
+    """The sampler of a bundle and a planner whose schedule has its mean over exactly these steps.
+
+    UsageError for a bundle made from another kind of module than a DiT.
+    """
+    dit_config(bundle)
+    try:
+        facts = bundle.manifest["sampler"]
+        sampler = Sampler(str(facts["prediction"]), steps or int(facts["steps"]), solver or str(facts["solver"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{bundle.folder} does not say how to sample it: convert the checkpoint again") from error
+    model = bundle.model
+    if model.schedule.kind == DIFFERENCE and (sampler.steps, sampler.solver) != (facts["steps"], facts["solver"]):
+        raise UsageError(
+            f"{bundle.folder} chooses patch sizes by a threshold found for {facts['steps']} {facts['solver']} steps: "
+            f"convert again with --steps {sampler.steps} --solver {sampler.solver}"
+        )
+    return sampler, StepPlanner(model.spec, model.options, model.schedule.fitted(sampler.taus))
+
+
+def opened(
+    runtime: str, bundle: Bundle, planner: StepPlanner, scratch: Path | None
+) -> tuple[Backend, Step, int | None]:
+    """A bundle in a runtime, the original beside it, and the most samples it takes at once (None: any number).
+
+    With `scratch` the original is exported there for ONNX Runtime on the CPU, to run in the same runtime; beside GPU
+    runtimes it runs in torch.
+    """
+    model = bundle.model
+
+    def in_torch(*values: Tensor) -> Tensor:
+        return cast(Tensor, model.original_graph(*values)[0])
+
+    most = max(bundle.ladder.batches)
+    if runtime == "torch":
+        return model.with_schedule(planner.schedule), in_torch, None
+    if runtime == "trt":
+        engines = open_engines(bundle.folder, bundle.onnx, planner)
+        return engines, in_torch, max(engines.ladder.batches)
+    if runtime == "ort-cuda":
+        graphs = bundle.onnx / runtime
+        if not graphs.is_dir():
+            raise UsageError(
+                f"{bundle.folder} has no graphs for {runtime}: 'dcconvert build --target {runtime}' makes them"
+            )
+        return StaticModel(graphs, planner, bundle.ladder), in_torch, most
+    # No ladder: guidance doubles the batch, each step has its own shape.
+    if scratch is None:
+        return OrtModel(bundle.onnx, planner), in_torch, None
+    beside = Runtime.open(model, planner, None, bundle.onnx, scratch)
+    return beside.converted, beside.original_step, None

@@ -1,0 +1,74 @@
+"""Small tools for torch.fx graphs: finding, naming and printing nodes, and giving a module its tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+
+
+def readable(module: GraphModule) -> str:
+    """One line a node: name, shape, op, arguments, where it came from."""
+    lines = []
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        shape = tuple(value.shape) if isinstance(value, Tensor) else ""
+        args = ", ".join(map(str, node.args)) + "".join(f", {k}={v}" for k, v in node.kwargs.items())
+        lines.append(f"{node.name} {shape} = {node.op}[{node.target}]({args})  # {module_path(node)}")
+    return "\n".join(lines) + "\n"
+
+
+def remove_dead_code(graph: torch.fx.Graph) -> None:
+    """Drop calls whose results nothing uses (torch.fx itself keeps attention, for its dropout's sake)."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+
+
+def placeholders(graph: torch.fx.Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def fake_result(mode: FakeTensorMode, node: Node) -> Any:
+    """Run a node on the fake values of its arguments."""
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with enable_python_dispatcher(), mode, torch.no_grad():  # some ops take symbolic sizes no other way
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def owner_of(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds what a dotted path names, made where it is missing, and the path's last part."""
+    *parents, leaf = name.split(".")
+    for part in filter(None, parents):
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    return root, leaf
+
+
+def give_tensor(root: nn.Module, name: str, value: Tensor) -> None:
+    """Give a module a tensor under a dotted name, as the parameter or the buffer that it is."""
+    owner, leaf = owner_of(root, name)
+    if isinstance(value, nn.Parameter):
+        owner.register_parameter(leaf, value)
+    else:
+        owner.register_buffer(leaf, value)
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the module a node was captured from (for messages only)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((path for path, _ in reversed(list(stack.values()))), "")
+
+
+def where(node: Node) -> str:
+    """'aten.conv2d.default in blocks.0.attn (file.py:12)': how messages name a node."""
+    frames = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip().startswith("File ")]
+    line = ""
+    if frames:
+        parts = frames[-1].split(", ")
+        line = f" ({Path(parts[0].removeprefix('File ').strip(chr(34))).name}:{parts[1].removeprefix('line ')})"
+    return f"{node.target} in {module_path(node) or 'the model'}{line}"

@@ -1,0 +1,1 @@
+"""What training adds to a converted model: adapters, and weights beside those of the original."""
