@@ -54,7 +54,7 @@ def measure_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         rows = []
         for ratio in args.ratios:
             schedule = Schedule("falling", ratio, warm_up=AUTO).fitted(taus)
-            planner = StepPlanner(model.spec, model.options, schedule)
+            planner = StepPlanner(model.spec, model.method, schedule)
             compute = compute_section(model, planner, taus)
             rungs = ladder((args.batch,), planner.run_counts(taus), model.spec.tokens)
             runtime = Runtime.open(model, planner, rungs, folder, folder, args.threads)

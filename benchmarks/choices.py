@@ -10,7 +10,7 @@ GMACs of the whole run. The rows named `original` are the control: fewer steps o
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,12 +22,12 @@ from dcconvert.api import Converted
 from dcconvert.evaluate.measure_steps import compute_section
 from dcconvert.images.pixels import psnr_mean
 from dcconvert.models.load import shipped_model
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep
 
-BASE = Options(mode="chunk", router="predictability")
+BASE = method_of("chunk", router="predictability")
 ONE_AT_A_TIME: tuple[dict[str, Any], ...] = (
     {},
     {"router": "cosine"},
@@ -76,11 +76,11 @@ def main() -> None:
             row = measure(dit, change, args, sampler, reference, noise, labels)
             rows.append(row)
             print(f"{row['name']:60s} {row['psnr']:6.2f} dB, one step {row['one_step_error']:.3f}", flush=True)
-    print(f"Results: {write_result('choices', {'model': shipped_model().name, **vars(args), **asdict(BASE)}, rows)}")
+    print(f"Results: {write_result('choices', {'model': shipped_model().name, **vars(args), **BASE.as_dict()}, rows)}")
 
 
 def planner_of(model: Converted, sampler: Sampler) -> StepPlanner:
-    return StepPlanner(model.spec, model.options, model.schedule.fitted(sampler.taus))
+    return StepPlanner(model.spec, model.method, model.schedule.fitted(sampler.taus))
 
 
 def measure(
@@ -95,7 +95,7 @@ def measure(
     """One row: the defaults with one change."""
     chosen = dict(change)
     ratio, schedule = chosen.pop("ratio", args.ratio), chosen.pop("schedule", "constant")
-    model = dcconvert.convert(dit, ratio, schedule=schedule, options=Options(**{**asdict(BASE), **chosen}))
+    model = dcconvert.convert(dit, ratio, schedule=schedule, options=replace(BASE, **chosen))
     planner = planner_of(model, sampler)
     errors: list[float] = []
 

@@ -29,10 +29,10 @@ from dcconvert.export.checks.parity import (
     keeps_original,
 )
 from dcconvert.export.onnx.export import export_onnx
-from dcconvert.methods.presets import preset_options
 from dcconvert.models.dit import DiT, DiTConfig
 from dcconvert.passes.ir.errors import DcconvertError
-from dcconvert.passes.ir.options import MODES, Options
+from dcconvert.passes.methods import MODES, method_of
+from dcconvert.passes.methods.method import Method
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.schedule import Schedule
@@ -278,11 +278,11 @@ def made(family: Family) -> Call:
     return module.eval(), args, kwargs
 
 
-def options_of(mode: str) -> Options:
+def options_of(mode: str) -> Method:
     """A mode, or a preset that rewrites the blocks in its own way."""
     if mode in MODES:
-        return Options(mode=mode)
-    return preset_options(mode, 2, {"head_blocks": 0, "tail_blocks": 0})
+        return method_of(mode)
+    return method_of(mode, 2, head_blocks=0, tail_blocks=0)
 
 
 def converted(family: Family, mode: str) -> DynamicModel:

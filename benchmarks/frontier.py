@@ -127,7 +127,7 @@ class Bench:
 
     def row(self, sampler: Sampler, schedule: Schedule | None, reference: Tensor) -> dict[str, Any]:
         """One way of sampling; a schedule of None is the original."""
-        planner = StepPlanner(self.model.spec, self.model.options, schedule or Schedule("constant", 1))
+        planner = StepPlanner(self.model.spec, self.model.method, schedule or Schedule("constant", 1))
         compute = compute_section(self.model, planner, sampler.taus)
         name = f"original, {sampler.solver}, {sampler.steps} steps"
         new_step: Callable[[], Step] = lambda: self.original_step  # noqa: E731

@@ -16,8 +16,8 @@ from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.complex_to_real import RealNumbers
 from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.graph_tools import placeholders
-from dcconvert.passes.ir.options import Options
 from dcconvert.passes.ir.pass_runner import run_passes
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import captured, copy_graph
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan
@@ -156,7 +156,7 @@ class Steps:
 
     @classmethod
     def of(cls, dit: DiT) -> Steps:
-        program = captured(dit, dit_inputs(dit, 3), {}, Options(mode="carry"))
+        program = captured(dit, dit_inputs(dit, 3), {}, method_of("carry"))
         run_passes(program, (Normalise(), RealNumbers(), FindTokenStream()))
         original = copy_graph(program)
         run_passes(program, (SplitSteps(),))

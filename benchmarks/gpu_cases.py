@@ -18,14 +18,14 @@ from dcconvert.export.checks.flops import converted_bytes, converted_gmacs, coun
 from dcconvert.export.checks.latency import interleaved, spread
 from dcconvert.models.dit import DiT
 from dcconvert.models.example_inputs import dit_inputs
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.planning.chunk_plan import Planner
 from dcconvert.passes.rewrite.retarget import in_place
 
 FORMS = {
-    "carry": Options(mode="carry"),
-    "chunk": Options(mode="chunk"),
-    "chunk, varlen": Options(mode="chunk", packing="varlen"),
+    "carry": method_of("carry"),
+    "chunk": method_of("chunk"),
+    "chunk, varlen": method_of("chunk", packing="varlen"),
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative error of the whole output in the Euclidean norm, against the original in the same precision when everything

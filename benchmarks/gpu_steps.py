@@ -34,14 +34,14 @@ def ceilings(device: torch.device, runs: int) -> dict[str, Any]:
     """What the device reaches at best: bytes moved by a large copy, and products of large bf16 matrices."""
     large = device.type == "cuda"
     block = torch.empty((1 << 30) if large else (1 << 22), dtype=torch.uint8, device=device)
-    other, side = torch.empty_like(block), 8192 if large else 128
+    other, side = torch.empty_like(block), 8192 if large else 512
     a, b = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
     calls: dict[str, Callable[[], Any]] = {"copy": lambda: other.copy_(block), "matmul": lambda: a @ b}
     times = interleaved({name: synchronised(call, device) for name, call in calls.items()}, runs, warm_up=3)
     seconds = {name: float(np.median(found)) for name, found in times.items()}
     return {
-        "gb_per_s": round(2 * block.numel() / seconds["copy"] / 1e9, 1),
-        "tflops_bf16": round(2 * side**3 / seconds["matmul"] / 1e12, 1),
+        "gb_per_s": round(2 * block.numel() / seconds["copy"] / 1e9, 3),
+        "tflops_bf16": round(2 * side**3 / seconds["matmul"] / 1e12, 4),
     }
 
 

@@ -64,7 +64,7 @@ def main() -> None:
             for steps, ratio, warm_up in RUNS:
                 sampler = Sampler(prediction, steps)
                 schedule = Schedule("constant", ratio, warm_up=warm_up).fitted(sampler.taus)
-                planner = runtime.converted.planner = StepPlanner(model.spec, model.options, schedule)
+                planner = runtime.converted.planner = StepPlanner(model.spec, model.method, schedule)
                 full_steps = round(steps / compute_section(model, planner, sampler.taus)["ratio"], 2)
                 for groups, choice in ((1, "separate"), (2, "shared")):
                     images = draw(sampler, ConvertedStep(model, runtime.converted, groups))

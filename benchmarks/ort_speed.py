@@ -25,7 +25,7 @@ from dcconvert.export.checks.latency import interleaved, spread
 from dcconvert.export.checks.parity import as_array
 from dcconvert.export.onnx.export import export_onnx, export_original
 from dcconvert.export.runtimes.ort import CPU, OrtModel, make_session, pick
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
 
 def measure_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     dit = random_dit(size, args.patch, args.pixels)
-    options = Options(mode="chunk", head_blocks=args.head_blocks, tail_blocks=args.tail_blocks)
+    options = method_of("chunk", head_blocks=args.head_blocks, tail_blocks=args.tail_blocks)
     model = dcconvert.convert(dit, 4, options=options)
     tokens, batch = model.spec.tokens, args.batch
     cases = {f"{ratio:g}x": np.full(batch, round(tokens / ratio)) for ratio in args.ratios}

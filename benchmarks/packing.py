@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ from dcconvert.export.checks.parity import as_array
 from dcconvert.export.onnx.export import export_onnx, export_original
 from dcconvert.export.runtimes.ort import CPU, OrtModel, make_session, pick
 from dcconvert.models.load import shipped_model
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
+from dcconvert.passes.methods.chunk import Chunk
 from dcconvert.passes.planning.bin_packing import PACKERS, Packer, efficiency, nnlshp, spfhp
-from dcconvert.passes.planning.chunk_plan import Planner
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 
@@ -89,7 +90,7 @@ def measured(batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every algorithm on batches of the shipped model, and the step latency of shared rows against one a row."""
     dit = dcconvert.load_checkpoint(shipped_model())
     models = {
-        packing: dcconvert.convert(dit, 4, options=Options(mode="chunk", router="predictability", packing=packing))
+        packing: dcconvert.convert(dit, 4, options=method_of("chunk", router="predictability", packing=packing))
         for packing in ("rows", "bins")
     }
     model = models["rows"]
@@ -133,7 +134,9 @@ def packed(
     }
     form = {"one a row": "rows", "SPFHP": "bins"}.get(label)
     if form:
-        planner = Planner(model.spec.grid, model.options.members, model.options.neighbours, form)
+        method = model.method
+        assert isinstance(method, Chunk)
+        planner = replace(method, packing=form).planner(model.spec.grid)
         scores = np.random.default_rng(0).random((len(counts), model.spec.tokens), np.float32)
         plan = timed(lambda: planner.plan(planner.select(scores, counts)))
         step = float(np.median(times[form]))
@@ -151,9 +154,9 @@ def packed(
 def planning(mode: str, router: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     """One row: how long the plan takes in a run of the shipped model at 4x, with one sample a row."""
     dit = dcconvert.load_checkpoint(shipped_model())
-    model = dcconvert.convert(dit, 4, steps=STEPS, options=Options(mode=mode, router=router))
+    model = dcconvert.convert(dit, 4, steps=STEPS, options=method_of(mode, router=router))
     taus = 1 - np.arange(STEPS) / STEPS
-    planner = StepPlanner(model.spec, model.options, model.schedule.fitted(taus))
+    planner = StepPlanner(model.spec, model.method, model.schedule.fitted(taus))
     feed = {key: as_array(value) for key, value in model.spec.example(batch).items()}
     with tempfile.TemporaryDirectory() as tmp:
         export_onnx(model, Path(tmp))

@@ -19,9 +19,10 @@ import torch
 from benchmarks.common import write_result
 from dcconvert.api import convert_call
 from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
-from dcconvert.methods.presets import WARM_END, preset_options
 from dcconvert.models.dit import DiT, DiTConfig
 from dcconvert.models.example_inputs import dit_inputs
+from dcconvert.passes.methods import method_of
+from dcconvert.passes.methods.sparsedit import WARM_END
 from dcconvert.passes.planning.pooled_planner import PooledPlanner
 from dcconvert.passes.planning.schedule import CURVE, Schedule
 
@@ -40,9 +41,9 @@ def measured(size: int, most: int, fewest: int, published: float, config: DiTCon
     knots = ((0.0, 1 - low), (WARM_END, 1 - low), (1.0, 1 - high))
     taus = 1 - (np.arange(STEPS) + 0.5) / STEPS
     ratio = 1 / float(np.mean(np.interp(taus, *np.transpose(knots))))
-    options = preset_options("sparsedit", ratio, {"fewest": 1 - high})
+    method = method_of("sparsedit", fewest=1 - high)
     converted = convert_call(
-        model, ratio, example_inputs=dit_inputs(model, 2), schedule=Schedule(CURVE, ratio, knots=knots), options=options
+        model, ratio, example_inputs=dit_inputs(model, 2), schedule=Schedule(CURVE, ratio, knots=knots), options=method
     )
     tokens = converted.spec.tokens
     planner = converted.step_planner.planner

@@ -22,7 +22,7 @@ from dcconvert.models.dit import DiT, DiTConfig
 from dcconvert.models.dit_checkpoint import load_checkpoint
 from dcconvert.models.load import load_model
 from dcconvert.passes.ir.errors import CheckFailedError, DcconvertError, UnsupportedModelError, UsageError
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of as Options
 
 __version__ = "0.1.0"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -18,21 +18,21 @@ from dcconvert.environment import machine
 from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.bundle import FORMAT_VERSION, ONNX, read_bundle, write_model
 from dcconvert.export.files import MANIFEST, new_folder, write_json
-from dcconvert.methods.presets import as_rewritten, preset_options, preset_schedule
 from dcconvert.models.dc_dit import RefinedDiT
 from dcconvert.models.diffusers_wrapper import DropIn, is_diffusers
-from dcconvert.models.dit import DiT, DiTConfig
+from dcconvert.models.dit import DiT
 from dcconvert.models.dit_checkpoint import LoadedDiT, LoadedRefined
 from dcconvert.models.example_inputs import dit_inputs
+from dcconvert.models.own_architecture import as_rewritten
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.options import MODE_DEFAULTS, Options
 from dcconvert.passes.ir.spec import EXAMPLE_BATCH
-from dcconvert.passes.option_checks import check_options
+from dcconvert.passes.methods import method_of
+from dcconvert.passes.methods.method import Method
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import AUTO, LEVELS, Schedule, parse_ratio
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
-from dcconvert.passes.trained.adapters import with_router_adapter
+from dcconvert.sampling.fitting import fitted
 from dcconvert.sampling.samplers import Sampler
 
 DEFAULT_BATCHES = (1, 8)
@@ -49,7 +49,7 @@ class Converted(DynamicModel):
 
     @classmethod
     def of(cls, model: DynamicModel, facts: dict[str, Any]) -> Converted:
-        parts = (model.route_graph, model.denoise_graph, model.original_graph, model.spec, model.options)
+        parts = (model.route_graph, model.denoise_graph, model.original_graph, model.spec, model.method)
         made = cls(*parts, model.schedule, model.records, model.prepare_graph)
         made.facts = facts
         return made
@@ -61,7 +61,7 @@ class Converted(DynamicModel):
         """Buckets for batch sizes and a sampling run at evenly spaced noise levels, of the steps it was made for."""
         steps = int(self.facts.get("steps", DEFAULT_STEPS))
         taus = 1 - np.arange(steps) / steps
-        planner = StepPlanner(self.spec, self.options, self.schedule.fitted(taus))
+        planner = StepPlanner(self.spec, self.method, self.schedule.fitted(taus))
         counts = planner.ladder_counts(taus)
         return ladder(batches, counts, self.spec.tokens, max(LEVELS, len(self.schedule.levels)) - 1)
 
@@ -144,7 +144,7 @@ def convert_call(
     warm_up: int = AUTO,
     refresh: int = 0,
     buckets: int = LEVELS,
-    options: Options | None = None,
+    options: Method | None = None,
     preset: str | None = None,
     refine_grid: bool = False,
     timestep: str | None = None,
@@ -163,8 +163,8 @@ def convert_call(
         steps: sampling steps of a run, over which the ratio is meant.
         warm_up, refresh: mode carry: how many first steps, and every how many steps after them, compute everything.
         buckets: most numbers of kept tokens that a run uses, each of them a static shape of the exported model.
-        options: mode, head and tail blocks, router, seed.
-        preset: a published method, one of `dcconvert.methods.presets.PRESETS`, in the place of schedule and options.
+        options: a method with its options, made by `dcconvert.Options`.
+        preset: a method by its name, one of `dcconvert.passes.methods.METHODS`, in the place of schedule and options.
         refine_grid: preset dc-dit on a DiT: its blocks on tokens of one pixel, as `dcconvert.models.dc_dit` has them;
             needs training.
         timestep: the input that holds the timestep, where its name does not tell.
@@ -182,18 +182,17 @@ def convert_call(
     """
     args: Sequence[Any] = () if isinstance(example_inputs, Mapping) else example_inputs
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
-    options, spending = chosen(
+    method, spending = chosen(
         ratio, schedule=schedule, steps=steps, warm_up=warm_up, refresh=refresh, options=options, preset=preset
     )
     info = getattr(module, "checkpoint_info", None)
-    if prediction or (info and not options.prediction):
-        options = replace(options, prediction=prediction or str(getattr(info, "prediction", "")))
-    rewritten, original, router, options = as_rewritten(module, options, refine_grid)
+    predicts = prediction or method.predicts or str(getattr(info, "prediction", ""))
+    rewritten, original, router, method = as_rewritten(module, method.with_prediction(predicts), refine_grid)
     model = rewrite(
         rewritten,
         args,
         kwargs,
-        options,
+        method,
         spending,
         timestep=timestep,
         timestep_scale=timestep_scale,
@@ -204,19 +203,11 @@ def convert_call(
     )
     if model.spec.timestep is not None:
         check_scale(model.flat_inputs(tuple(args), kwargs)[model.spec.timestep], timestep_scale)
-    if options.preset == "dc-dit" and router is None:
-        model = with_router_adapter(model, options.seed)
+    model = method.finished(model)
     model = model.with_schedule(model.step_planner.levelled(1 - np.arange(steps) / steps, buckets))
     if fit and info:
-        model = fitted(model, Sampler(options.prediction, steps), info.config)
+        model = fitted(model, Sampler(predicts, steps), info.config)
     return Converted.of(model, {"steps": steps, **sampling_facts(module, steps)})
-
-
-def fitted(model: DynamicModel, sampler: Sampler, config: DiTConfig) -> DynamicModel:
-    """The model whose steps find as many tokens as the ratio says; itself where nothing is found."""
-    from dcconvert.methods.fit import settle, starts  # needs onnxscript
-
-    return settle(model, sampler, *starts(config)) if model.schedule.found else model
 
 
 def chosen(
@@ -226,28 +217,28 @@ def chosen(
     steps: int = DEFAULT_STEPS,
     warm_up: int = AUTO,
     refresh: int = 0,
-    options: Options | None = None,
+    options: Method | None = None,
     preset: str | None = None,
     **_: Any,
-) -> tuple[Options, Schedule]:
-    """Options and schedule that arguments of `convert_call` stand for; UsageError for those that cannot be."""
+) -> tuple[Method, Schedule]:
+    """Method and schedule that arguments of `convert_call` stand for; UsageError for those that cannot be."""
+    wanted = parse_ratio(ratio)
     if preset is not None:
         if options is not None or schedule is not None:
             raise UsageError(f"preset '{preset}' chooses schedule and options: leave them out, or the preset")
-        options, schedule = preset_options(preset, parse_ratio(ratio)), preset_schedule(preset, parse_ratio(ratio))
-    options = options or Options()
-    check_options(options)
+        options = method_of(preset, wanted)
+    method = options or method_of()
     if isinstance(schedule, Schedule):
         spending = schedule
     else:
-        spending = Schedule(schedule or MODE_DEFAULTS[options.mode][2], parse_ratio(ratio))
-    if options.mode == "chunk" and (warm_up > 0 or refresh):
-        raise UsageError("warm-up and refresh steps are of mode carry: mode chunk remembers nothing")
-    if options.mode == "carry":
-        if warm_up == 0:
-            raise UsageError("mode carry needs at least one warm-up step: before it there is nothing to carry over")
-        spending = replace(spending, warm_up=warm_up, refresh=refresh).fitted(1 - np.arange(steps) / steps)
-    return options, spending
+        spending = Schedule(schedule, wanted) if schedule else method.policy(wanted)
+    if not method.stateful:
+        if warm_up > 0 or refresh:
+            raise UsageError("warm-up and refresh steps are of mode carry: mode chunk remembers nothing")
+        return method, spending
+    if warm_up == 0:
+        raise UsageError("mode carry needs at least one warm-up step: before it there is nothing to carry over")
+    return method, replace(spending, warm_up=warm_up, refresh=refresh).fitted(1 - np.arange(steps) / steps)
 
 
 def check_scale(times: Tensor, timestep_scale: float) -> None:
@@ -285,7 +276,8 @@ def manifest(model: DynamicModel, rungs: Ladder, **more: Any) -> dict[str, Any]:
         "conversion": {
             "ratio": model.schedule.ratio,
             "schedule": model.schedule.kind,
-            **asdict(model.options),
+            "mode": model.method.mode,
+            **model.method.as_dict(),
             "passes": [record.as_dict() for record in model.records],
         },
         "grid": list(model.spec.grid),

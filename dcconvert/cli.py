@@ -14,17 +14,29 @@ from rich.console import Console
 from rich.markup import escape
 
 from dcconvert import __version__
-from dcconvert.methods.presets import PRESETS, preset_options, preset_schedule
 from dcconvert.models.load import parse_size, shipped_model
 from dcconvert.passes.ir.errors import DcconvertError, UsageError
-from dcconvert.passes.ir.options import MODE_DEFAULTS, MODES, STATE_DTYPES, Options
-from dcconvert.passes.modules.routers import ROUTERS
+from dcconvert.passes.ir.spec import STATE_DTYPES
+from dcconvert.passes.methods import METHODS, MODES, PRESETS, find, method_of
+from dcconvert.passes.methods.method import Method
+from dcconvert.passes.modules.routers import CARRY_ROUTERS
 from dcconvert.passes.planning.schedule import AUTO, KINDS, LEVELS, parse_ratio
 from dcconvert.sampling.samplers import SOLVERS, Guidance
-from dcconvert.train.distillation import RATES, TRAINABLE, Recipe
+from dcconvert.train.distillation import TRAINABLE, Recipe
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-DEFAULTS, RECIPE = Options(), Recipe()
+DEFAULTS, RECIPE = method_of(), Recipe()
+
+
+def both(default: Callable[[type[Method]], Any]) -> str:
+    """A default of both modes, for the help."""
+    return ", ".join(f"{mode}: {default(METHODS[mode])}" for mode in MODES)
+
+
+DEFAULT_BLOCKS = both(lambda method: method.blocks)
+DEFAULT_ROUTERS = both(lambda method: method.routers[0])
+DEFAULT_SCHEDULES = both(lambda method: method.schedule)
+DEFAULT_RATES = both(lambda method: f"{method.learning_rate:g}")
 INSPECT_RATIO = 4.0  # where a command takes none and a preset asks
 
 
@@ -68,14 +80,26 @@ def rewriting_options(command: Any) -> Any:
             type=click.Choice(list(PRESETS)),
             help="A published method, in mode chunk: DC-DiT, SparseDiT, DDiT, or token merging as a control.",
         ),
-        click.option("--head-blocks", type=click.IntRange(0), help=f"Blocks before the trunk [{both(0)}]."),
-        click.option("--tail-blocks", type=click.IntRange(0), help=f"Blocks after the trunk [{both(0)}]."),
-        click.option("--router", type=click.Choice(ROUTERS), help=f"Which tokens are kept [{both(1)}]."),
+        click.option(
+            "--head-blocks",
+            type=click.IntRange(0),
+            help=f"Blocks before the trunk [{DEFAULT_BLOCKS}].",
+        ),
+        click.option(
+            "--tail-blocks",
+            type=click.IntRange(0),
+            help=f"Blocks after the trunk [{DEFAULT_BLOCKS}].",
+        ),
+        click.option(
+            "--router",
+            type=click.Choice(CARRY_ROUTERS),
+            help=f"Which tokens are kept [{DEFAULT_ROUTERS}].",
+        ),
         click.option(
             "--state",
             "state_dtype",
             type=click.Choice(list(STATE_DTYPES)),
-            help=f"Precision of what mode carry remembers [{DEFAULTS.state_dtype}].",
+            help=f"Precision of what mode carry remembers [{DEFAULTS.remembered_as}].",
         ),
         click.option("--seed", default=DEFAULTS.seed, show_default=True, help="Seed of router and sampling."),
         click.option("--dump-graphs", type=click.Path(path_type=Path), help="Folder for the graph after each pass."),
@@ -84,27 +108,23 @@ def rewriting_options(command: Any) -> Any:
     return command
 
 
-def both(which: int) -> str:
-    """A default of both modes, for the help."""
-    return ", ".join(f"{mode}: {defaults[which]}" for mode, defaults in MODE_DEFAULTS.items())
-
-
-def rates() -> str:
-    """Default learning rates, for the help."""
-    return ", ".join(f"{mode}: {rate:g}" for mode, rate in RATES.items())
-
-
 def command_line() -> str:
     """The words this run was started with, as `main` was given them."""
     return str(click.get_current_context().find_root().obj)
 
 
-def pick_options(values: dict[str, Any], ratio: float) -> Options:
-    """The rewriting options out of a command's parameters (taken out of `values`), at a ratio."""
-    names = ("mode", "head_blocks", "tail_blocks", "router", "state_dtype", "seed")
+def pick_method(values: dict[str, Any], ratio: float) -> Method:
+    """The method out of a command's parameters (taken out of `values`), at a ratio; UsageError for what it has not."""
+    names = ("head_blocks", "tail_blocks", "router", "state_dtype", "seed")
     given = {name: value for name in names if (value := values.pop(name)) is not None}
-    preset = values.pop("preset")
-    return preset_options(preset, ratio, given) if preset else Options(**given)
+    mode, preset = values.pop("mode"), values.pop("preset")
+    name = preset or mode or DEFAULTS.name
+    if mode is not None and find(name).mode != mode:
+        raise UsageError(f"preset {name} has mode {find(name).mode}: leave --mode out, or the preset")
+    for option, flag in (("state_dtype", "--state"),):
+        if option in given and option not in find(name).option_names():
+            raise UsageError(f"method {name} has no state whose precision could be chosen: leave {flag} out")
+    return method_of(name, ratio, **given)
 
 
 @click.group(context_settings=CONTEXT)
@@ -123,7 +143,7 @@ def commands() -> None:
 @click.option(
     "--schedule",
     type=click.Choice(KINDS),
-    help=f"Kept tokens from noise to image: as many, more, or fewer [{both(2)}].",
+    help=f"Kept tokens from noise to image: as many, more, or fewer [{DEFAULT_SCHEDULES}].",
 )
 @click.option(
     "--batch", "batches", multiple=True, type=click.IntRange(1), help="Batch size to export for; repeatable [1, 8]."
@@ -157,18 +177,18 @@ def convert(model: Path, out: Path | None, **values: Any) -> None:
 
     set_threads(values["threads"])
     head, tail = values["head_blocks"], values["tail_blocks"]
-    options = pick_options(values, values["ratio"])
+    method = pick_method(values, values["ratio"])
     if values["refine_grid"] and (head is not None or tail is not None):
         raise UsageError("--refine-grid runs all blocks on the kept tokens: leave out --head-blocks and --tail-blocks")
-    if options.preset:
+    if method.name in PRESETS:
         if values["schedule"]:
-            raise UsageError(f"--schedule {values['schedule']}: preset {options.preset} has its own; leave one out")
-        values["schedule"] = preset_schedule(options.preset, values["ratio"])
+            raise UsageError(f"--schedule {values['schedule']}: preset {method.name} has its own; leave one out")
+        values["schedule"] = method.policy(values["ratio"])
     target = out or Path(f"{model.stem}-dc{values['ratio']:g}x")
     values["warm_up"] = AUTO if values["warm_up"] is None else values["warm_up"]
     values["batches"] = values["batches"] or (1, 8)
     values["measure"] = not values.pop("no_measure")
-    settings = Settings(model, target, options=options, command=command_line(), **values)
+    settings = Settings(model, target, method=method, command=command_line(), **values)
     console = Console(stderr=True)
     report = run_job(settings, Stages(console))
     Console().print(terminal_table(report))
@@ -183,7 +203,7 @@ def inspect(model: Path, **values: Any) -> None:
     """Say what was recognised in a checkpoint, where it can be cut, and what would be rewritten."""
     from dcconvert.commands.inspect import inspect_checkpoint
 
-    inspect_checkpoint(model, pick_options(values, INSPECT_RATIO), Console(), **values)
+    inspect_checkpoint(model, pick_method(values, INSPECT_RATIO), Console(), **values)
 
 
 @commands.command()
@@ -291,7 +311,7 @@ def calibrate(bundle: Path, **values: Any) -> None:
 )
 @click.option("--samples", default=RECIPE.samples, show_default=True, type=click.IntRange(1), help="Seen in training.")
 @click.option("--batch", default=RECIPE.batch, show_default=True, type=click.IntRange(2))
-@click.option("--lr", type=click.FloatRange(0, min_open=True), help=f"Learning rate [{rates()}].")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help=f"Learning rate [{DEFAULT_RATES}].")
 @click.option("--rank", default=RECIPE.rank, show_default=True, type=click.IntRange(1), help="Of lora.")
 @click.option("--ratios", multiple=True, type=RATIO, help="Trained for; repeatable [that of the bundle].")
 @click.option("--feature-weight", default=RECIPE.feature_weight, show_default=True, type=click.FloatRange(0))

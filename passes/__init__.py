@@ -2,8 +2,8 @@
 
 Nothing here knows about ONNX, files or commands, and no pass knows the name of a class or a module.
 
-- `pipeline`: the passes of each mode as one tuple, and `rewrite`, which runs them.
-- `option_checks`, `numeric_gate`: what is refused before a pipeline starts, and the check after every exact pass.
+- `methods`: one file a method: its options, its passes, how many tokens its steps keep.
+- `pipeline`, `numeric_gate`: running the passes of a method, and the check after every exact pass.
 - `ir`: the `Program` that the passes work on, and the contract that every pass keeps.
 - `frontend`: from a module to a program whose token stream is known.
 - `rewrite`: the passes that change the graph.

@@ -10,7 +10,6 @@ from torch import Tensor
 from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.planning.carry_plan import full_carry_plan
-from dcconvert.passes.planning.planners import make_planner
 
 FULL_PRECISION = 1e-5  # relative L2 error allowed in fp32 and wider
 HALF_PRECISION = 2e-2
@@ -32,7 +31,7 @@ class NumericGate:
             if not (isinstance(want, Tensor) and want.is_floating_point()):
                 continue
             tolerance = FULL_PRECISION if want.dtype in (torch.float32, torch.float64) else HALF_PRECISION
-            if program.state and program.options.state_dtype == "fp16":
+            if any(node.meta["val"].dtype == torch.float16 for node in program.state.values()):
                 tolerance = HALF_PRECISION
             error = float((got - want).double().norm() / want.double().norm().clamp_min(1e-12))
             if not error <= tolerance:
@@ -52,12 +51,12 @@ def full_plan(program: Program) -> list[Tensor]:
     """The plan inputs the graph has, keeping everything, and empty states."""
     if not program.plan_inputs:
         return []
-    stream, options = program.found_stream(), program.options
+    stream = program.found_stream()
     batch = int(next(v.shape[0] for v in program.example if isinstance(v, Tensor) and v.ndim))
     if program.state:
         arrays = full_carry_plan(batch, stream.tokens).arrays()
     else:
-        arrays = make_planner(stream.grid, options).full_plan(batch).arrays()
+        arrays = program.chosen().planner(stream.grid).full_plan(batch).arrays()
     dtypes = {name: node.meta["val"].dtype for name, node in program.plan_inputs.items()}
     plan = [torch.from_numpy(arrays[name]).to(program.device, dtype) for name, dtype in dtypes.items()]
     states = [node.meta["val"] for node in program.state.values()]

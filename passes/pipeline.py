@@ -1,4 +1,4 @@
-"""The pipelines: which passes turn a captured DiT into a dynamic-chunking one, in order, for each mode."""
+"""Running the pipeline of a method: from a module to a converted model."""
 
 from __future__ import annotations
 
@@ -14,80 +14,26 @@ from torch.fx import Graph, GraphModule
 from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.capture import capture, opened
 from dcconvert.passes.frontend.complex_to_real import RealNumbers
-from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.options import Options
-from dcconvert.passes.ir.pass_runner import Pass, run_passes
+from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.ir.spec import ModelSpec, find_inputs
+from dcconvert.passes.methods.method import Method
 from dcconvert.passes.numeric_gate import NumericGate
-from dcconvert.passes.option_checks import check_options
 from dcconvert.passes.planning.schedule import Schedule
-from dcconvert.passes.rewrite.carry_trunk import CarryTrunk
-from dcconvert.passes.rewrite.hoist_constants import HoistConstants
-from dcconvert.passes.rewrite.insert_router import InsertRouter
-from dcconvert.passes.rewrite.pack_trunk import PackTrunk
-from dcconvert.passes.rewrite.patch_sizes import PatchSizes
-from dcconvert.passes.rewrite.sparse_dense import SparseDense
-from dcconvert.passes.rewrite.split_projections import SplitProjections
-from dcconvert.passes.rewrite.split_route import SplitRoute
 from dcconvert.passes.runtime.model import DynamicModel
-
-PIPELINES: dict[str, tuple[Pass, ...]] = {
-    "carry": (
-        Normalise(),  #       one spelling for each op
-        RealNumbers(),  #     no complex ones
-        FindTokenStream(),  # patchify, cut points, blocks, trunk
-        InsertRouter(),  #    h -> scores
-        CarryTrunk(),  #      h -> kept tokens -> packed trunk -> state -> h'
-        SplitRoute(),  #      route | plan on the host | denoise
-        HoistConstants(),  #  what stays the same over a run, out of denoise
-    ),
-    "chunk": (
-        Normalise(),
-        RealNumbers(),
-        FindTokenStream(),
-        InsertRouter(),
-        PackTrunk(),  #       h -> chunk -> packed trunk -> dechunk -> h'
-        SplitRoute(),
-    ),
-    "sparse-dense": (
-        Normalise(),
-        RealNumbers(),
-        FindTokenStream(),
-        SplitProjections(),  # queries, keys and values apart
-        InsertRouter(),
-        SparseDense(),  #        pooled grids in groups of blocks
-        SplitRoute(),
-    ),
-    "patch-sizes": (
-        Normalise(),
-        RealNumbers(),
-        FindTokenStream(),
-        InsertRouter(),
-        PatchSizes(),  #         embeddings of every size -> one of them, packed -> pixels of that size
-        SplitRoute(),
-    ),
-}
-
-
-def pipeline_of(options: Options) -> tuple[Pass, ...]:
-    """The passes for these options; UsageError if they do not go together."""
-    check_options(options)
-    return PIPELINES[options.mode if options.trunk == "plain" else options.trunk]
 
 
 def captured(
     module: nn.Module | ExportedProgram,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
-    options: Options,
+    method: Method,
     timestep: str | None = None,
     grid: tuple[int, int] | None = None,
 ) -> Program:
-    """Capture `module` on the example inputs, ready for the pipeline of the mode; errors as `rewrite`."""
-    pipeline_of(options)  # for what it refuses
-    program = opened(module, options) if isinstance(module, ExportedProgram) else capture(module, args, kwargs, options)
+    """Capture `module` on the example inputs, ready for the pipeline of the method; errors as `rewrite`."""
+    program = opened(module, method) if isinstance(module, ExportedProgram) else capture(module, args, kwargs, method)
     program.grid = grid
     find_inputs(program, timestep)
     return program
@@ -97,7 +43,7 @@ def rewrite(
     module: nn.Module | ExportedProgram,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
-    options: Options,
+    method: Method,
     schedule: Schedule,
     *,
     timestep: str | None = None,
@@ -115,10 +61,10 @@ def rewrite(
     is compared with. `dump`: folder for the graph after each pass. Raises the errors of `capture` and of the passes;
     the module is put in eval mode and not changed otherwise.
     """
-    program = captured(module, args, kwargs, options, timestep, grid)
+    program = captured(module, args, kwargs, method, timestep, grid)
     program.router, program.timestep_scale = router, timestep_scale
-    beside = copy_graph(program if original is None else captured(original, args, kwargs, options, timestep))
-    records = run_passes(program, pipeline_of(options), dump, NumericGate(program))
+    beside = copy_graph(program if original is None else captured(original, args, kwargs, method, timestep))
+    records = run_passes(program, method.pipeline(), dump, NumericGate(program))
     for tidy in (Normalise(), RealNumbers()):
         tidy.call(replace(program, graph_module=beside))
     beside.recompile()
@@ -126,7 +72,7 @@ def rewrite(
         raise CheckFailedError("the pipeline ended without route and denoise graphs; this is a bug of dcconvert")
     spec = ModelSpec.of(program)
     schedule.check(spec.tokens)
-    return DynamicModel(program.route, program.denoise, beside, spec, options, schedule, records, program.prepare)
+    return DynamicModel(program.route, program.denoise, beside, spec, method, schedule, records, program.prepare)
 
 
 def copy_graph(program: Program) -> GraphModule:

@@ -23,13 +23,13 @@ ORDER = (
     "passes.planning",
     "passes.frontend",
     "passes.modules",
-    "passes.option_checks",
     "passes.packing",
     "passes.packing.rules",
     "passes.rewrite",
     "passes.runtime",
-    "passes.serialise",
     "passes.trained",
+    "passes.methods",
+    "passes.serialise",
     "passes.numeric_gate",
     "passes.pipeline",
     "export.files",
@@ -46,7 +46,6 @@ ORDER = (
     "models",
     "images",
     "sampling",
-    "methods",
     "api",
     "evaluate",
     "train",
@@ -71,7 +70,6 @@ LATE = {
         "dcconvert.commands",  # each command imports what only it needs
         "dcconvert.evaluate.image_quality",
         "dcconvert.export.onnx",  # needs onnxscript
-        "dcconvert.methods.fit",  # needs onnxscript
         "dcconvert.report.conversion",
         "dcconvert.terminal",
         "dcconvert.train.loop",

@@ -72,7 +72,7 @@ class Task:
     def read(cls, settings: Settings) -> Task:
         """UsageError for a bundle that cannot be calibrated, or a budget that leaves nothing to search."""
         bundle = read_bundle(settings.folder)
-        mode = bundle.model.options.mode
+        mode = bundle.model.method.mode
         if mode != CARRY:
             raise UsageError(
                 f"{bundle.folder} is in mode {mode}: calibrate is for mode {CARRY}; convert the checkpoint again "
@@ -146,7 +146,7 @@ class Bench:
 
     def converted(self, schedule: Schedule) -> Callable[[], Step]:
         """Step functions of the converted model under a fitted schedule, until another one is asked for."""
-        self.runtime.converted.planner = StepPlanner(self.model.spec, self.model.options, schedule)
+        self.runtime.converted.planner = StepPlanner(self.model.spec, self.model.method, schedule)
         return lambda: ConvertedStep(self.model, self.runtime.converted)
 
     def original(self) -> Step:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,15 @@ from dcconvert.export.checks.parity import (
 )
 from dcconvert.export.files import MANIFEST, new_folder, write_json
 from dcconvert.export.onnx.export import export_onnx
-from dcconvert.methods import fit as settle
-from dcconvert.methods.presets import find
 from dcconvert.models.example_inputs import Size
 from dcconvert.models.load import Source, open_source
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods.method import Method
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.report.conversion import write_report
 from dcconvert.report.figures import sample_figure, token_map_figure
 from dcconvert.report.notes import state_note
+from dcconvert.sampling.fitting import fitted
 from dcconvert.sampling.samplers import Sampler
 from dcconvert.terminal import Stages
 
@@ -45,12 +44,6 @@ ASSUMED = (
     "The checkpoint does not say what it predicts; noise (eps) was assumed, as in DiT. For a flow model, such as SiT, "
     "samples and fidelity are meaningless: convert again with --prediction flow."
 )
-LIMITS = {
-    "chunk": "Mode chunk drops tokens without training: its images are worse than those of the original with fewer "
-    "steps at equal compute. It is the starting point for upcycling, not a finished model.",
-    "carry": "Mode carry needs the steps of one image in order: a run keeps a state for every sample, and a sampler "
-    "that goes back to more noise has to start another run.",
-}
 UNSETTLED = (
     "How many tokens a step keeps is found at every step, and without a sampler it was not fitted to the ratio: look "
     "at what a run really keeps."
@@ -69,7 +62,7 @@ class Settings:
     warm_up: int
     refresh: int
     buckets: int
-    options: Options
+    method: Method
     batches: tuple[int, ...]
     steps: int
     solver: str
@@ -94,7 +87,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
     with new_folder(settings.out, settings.force) as work:
         with stages.stage("read checkpoint"):
             source = open_source(settings.checkpoint, settings.heads, settings.image_size, settings.prediction)
-        options = replace(settings.options, prediction=source.prediction)
+        method = settings.method.with_prediction(source.prediction)
         with stages.stage("rewrite"):
             model = convert(
                 source.module,
@@ -104,7 +97,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
                 steps=settings.steps,
                 warm_up=settings.warm_up,
                 refresh=settings.refresh,
-                options=options,
+                options=method,
                 refine_grid=settings.refine_grid,
                 timestep_scale=source.timestep_scale,
                 grid=source.grid,
@@ -116,8 +109,8 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
         model = model.with_schedule(model.step_planner.levelled(taus, settings.buckets))
         if model.schedule.found and source.config is not None:
             with stages.stage("fit to the ratio on runs of the model") as tick:
-                model = settle.settle(model, sampler, *settle.starts(source.config), tick)
-        planner = StepPlanner(model.spec, model.options, model.schedule.fitted(taus))
+                model = fitted(model, sampler, source.config, tick)
+        planner = StepPlanner(model.spec, model.method, model.schedule.fitted(taus))
         counts = planner.ladder_counts(taus)
         rungs = ladder(settings.batches, counts, model.spec.tokens, settings.buckets - 1)
         report = describe(settings, source, model, planner, rungs)
@@ -155,11 +148,8 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
 
 def limits_of(source: Source, model: Converted) -> list[str]:
     """What a user has to know about a conversion before its figures."""
-    options = model.options
     found = [ASSUMED] if source.assumed else []
-    found.append(LIMITS[options.mode])
-    if options.preset:
-        found.append(find(options.preset).limit)
+    found += model.method.limits
     if model.schedule.found and source.config is None:
         found.append(UNSETTLED)
     return found
@@ -190,7 +180,7 @@ def describe(
     settings: Settings, source: Source, model: Converted, planner: StepPlanner, rungs: Ladder
 ) -> dict[str, Any]:
     """The parts of the report that need no measurement."""
-    spec, options = model.spec, model.options
+    spec, method = model.spec, model.method
     return {
         "command": settings.command,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -204,16 +194,16 @@ def describe(
         },
         "conversion": {
             "ratio": model.schedule.ratio,
-            "mode": options.mode,
+            "mode": method.mode,
             "schedule": model.schedule.kind,
             "warm_up_steps": planner.schedule.dense_first,
             "refresh_every": planner.schedule.refresh,
             "sampler": f"{settings.solver}, {settings.steps} steps",
-            "router": options.router,
-            "head_blocks": options.head_blocks,
-            "tail_blocks": options.tail_blocks,
-            "packing": options.packing,
-            "seed": options.seed,
+            "router": method.router,
+            "head_blocks": method.head_blocks,
+            "tail_blocks": method.tail_blocks,
+            "packing": method.row_packing,
+            "seed": method.seed,
             "kept_tokens_mean": spec.tokens * model.schedule.expected,
             **state_facts(model, max(settings.batches)),
             "passes": [record.as_dict() for record in model.records],
@@ -237,7 +227,7 @@ def measured_figures(
         images=settings.images,
         reference_steps=settings.reference_steps,
         threads=settings.threads,
-        seed=settings.options.seed,
+        seed=settings.method.seed,
         image_budget_s=IMAGE_BUDGET_S,
     )
     scratch = Path(tempfile.mkdtemp(prefix=".original-", dir=work))  # on the disk that was chosen for large files

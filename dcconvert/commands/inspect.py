@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +9,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dcconvert.methods.presets import as_rewritten
 from dcconvert.models.load import open_source
+from dcconvert.models.own_architecture import as_rewritten
 from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.errors import DcconvertError
 from dcconvert.passes.ir.graph_tools import module_path
-from dcconvert.passes.ir.options import Options
 from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.ir.spec import StateSpec
-from dcconvert.passes.pipeline import captured, pipeline_of
+from dcconvert.passes.methods.method import Method
+from dcconvert.passes.pipeline import captured
 from dcconvert.report.notes import state_note
 
 
-def inspect_checkpoint(
-    path: Path, options: Options, console: Console, *, dump_graphs: Path | None, **read: Any
-) -> None:
+def inspect_checkpoint(path: Path, method: Method, console: Console, *, dump_graphs: Path | None, **read: Any) -> None:
     """Print what was recognised, the cut points and what the passes would do, or why they would not."""
     source = open_source(path, **read)
     table = Table(title=f"{path.name}: {source.kind}", show_header=False, title_justify="left")
@@ -36,15 +33,14 @@ def inspect_checkpoint(
     table.add_row("sha256", source.sha256)
     console.print(table)
     args, kwargs = ((), source.example) if isinstance(source.example, dict) else (source.example, None)
-    program = captured(source.module, args, kwargs, options, grid=source.grid)
+    program = captured(source.module, args, kwargs, method, grid=source.grid)
     run_passes(program, (Normalise(), FindTokenStream()))
     print_cuts(program, console)
     try:
-        options = replace(options, prediction=source.prediction)
-        module, _, router, options = as_rewritten(source.module, options)
-        program = captured(module, args, kwargs, options, grid=source.grid)
+        module, _, router, method = as_rewritten(source.module, method.with_prediction(source.prediction))
+        program = captured(module, args, kwargs, method, grid=source.grid)
         program.router, program.timestep_scale = router, source.timestep_scale
-        records = run_passes(program, pipeline_of(options), dump_graphs)
+        records = run_passes(program, method.pipeline(), dump_graphs)
     except DcconvertError as error:
         console.print(f"[bold red]would not convert:[/bold red] {escape(str(error))}", highlight=False)
         raise

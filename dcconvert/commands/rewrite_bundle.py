@@ -85,7 +85,7 @@ class Rescheduled:
         knots = ", ".join(f"{min(1, kept):.3g} at noise level {tau:g}" for tau, kept in schedule.knots)
         facts = {
             "ratio": schedule.ratio,
-            "mode": self.model.options.mode,
+            "mode": self.model.method.mode,
             "schedule": f"{schedule.kind}: {knots}" if knots else schedule.kind,
             "warm_up_steps": schedule.dense_first,
             "refresh_every": schedule.refresh,

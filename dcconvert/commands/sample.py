@@ -49,10 +49,10 @@ def sample_bundle(
     stages = Stages(Console(stderr=True))
     images: dict[str, Tensor] = {}
 
-    model, options = bundle.model, bundle.model.options
+    model = bundle.model
     groups = 1 if separate_halves else guidance.halves
     lite = None if guidance.ratio is None else planner.at_ratio(guidance.ratio, sampler.taus)
-    name = f"{options.mode}, {model.schedule.ratio:g}x"
+    name = f"{model.method.mode}, {model.schedule.ratio:g}x"
     if model.spec.states:
         console.print(state_note(model.spec.state_bytes, (count * guidance.halves,)), highlight=False)
     with tempfile.TemporaryDirectory(prefix="dcconvert-") as scratch:

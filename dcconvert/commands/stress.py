@@ -58,10 +58,10 @@ def stress_bundle(settings: Settings, console: Console) -> dict[str, Any]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     bundle = read_bundle(settings.folder)
-    if bundle.model.options.trunk != "plain" or bundle.model.schedule.found:
+    if not bundle.model.method.drops_tokens or bundle.model.schedule.found:
         raise UsageError(
-            f"{bundle.folder} was made with preset {bundle.model.options.preset}: stress is for bundles whose router "
-            "and schedule say which tokens are dropped (modes carry and chunk, preset tome)"
+            f"{bundle.folder} was made with method {bundle.model.method.name}: stress is for bundles whose router "
+            "and schedule say which tokens are dropped (methods carry, chunk and tome)"
         )
     sampler, planner = run_planner(bundle, None)
     stages = Stages(Console(stderr=True))

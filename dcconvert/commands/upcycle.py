@@ -13,15 +13,15 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from dcconvert.commands.convert import LIMITS
 from dcconvert.commands.rewrite_bundle import Rescheduled, old_report
 from dcconvert.export.bundle import ONNX, write_model
 from dcconvert.export.checks.parity import IDENTITY, Check, check_batch_invariance, check_isolation, require
 from dcconvert.export.files import MANIFEST, new_folder, write_json
 from dcconvert.export.onnx.export import export_onnx
-from dcconvert.methods.fit import settle, starts
+from dcconvert.passes.methods.chunk import WHAT_CHUNK_NEEDS
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.report.conversion import without_nan, write_report
+from dcconvert.sampling.fitting import fitted
 from dcconvert.terminal import Stages
 from dcconvert.train.distributed import Team
 from dcconvert.train.loop import Settings, Task, Training, training_data
@@ -75,7 +75,7 @@ def store(task: Task, model: DynamicModel, found: dict[str, Any], stages: Stages
     model = model.with_schedule(task.planner.schedule)
     if model.schedule.found:
         with stages.stage("see what its runs keep") as tick:
-            model = settle(model, task.sampler, *starts(task.config), tick)
+            model = fitted(model, task.sampler, task.config, tick)
     with new_folder(settings.out, force=settings.in_place) as work:
         bundle = replace(before, folder=work, model=model)
         with stages.stage("export ONNX"):
@@ -130,5 +130,5 @@ def without_stale(report: dict[str, Any], checks: Sequence[Check]) -> dict[str, 
     names = {IDENTITY, *(check.name for check in checks)}
     kept = [check for check in report.get("checks", []) if check["name"] not in names]
     left = {name: value for name, value in report.items() if name != "calibration"}
-    limits = [text for text in report.get("limits", []) if text != LIMITS["chunk"]]
+    limits = [text for text in report.get("limits", []) if text != WHAT_CHUNK_NEEDS]
     return {**left, "checks": [*(check.as_dict() for check in checks), *kept], "limits": limits}

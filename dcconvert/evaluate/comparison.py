@@ -71,12 +71,12 @@ class Entrant:
         if guidance.ratio is not None:
             lite = planner.at_ratio(guidance.ratio, sampler.taus)
         planner = planner if ratio is None else planner.at_ratio(ratio, sampler.taus)
-        name = f"{bundle.model.options.mode} {planner.schedule.ratio:g}x, {sampler.steps} steps"
+        name = f"{bundle.model.method.mode} {planner.schedule.ratio:g}x, {sampler.steps} steps"
         return cls(name, bundle, sampler, planner, guidance, lite)
 
     @property
     def mode(self) -> str:
-        return self.bundle.model.options.mode
+        return self.bundle.model.method.mode
 
     @property
     def halves(self) -> list[np.ndarray]:

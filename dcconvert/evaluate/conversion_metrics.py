@@ -13,7 +13,7 @@ from dcconvert.export.buckets import Ladder, ladder
 from dcconvert.export.onnx.export import export_onnx, export_original
 from dcconvert.models.dit import DiT, DiTConfig
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
@@ -70,7 +70,7 @@ def measure(subject: Subject, effort: Effort, scratch: Path, report: dict[str, A
         report.setdefault("limits", []).append(reason)
         return None
     others = []
-    if subject.original is not None and subject.model.options.mode == "carry":
+    if subject.original is not None and subject.model.method.stateful:
         with stages.stage("convert in mode chunk, to compare") as tick:
             try:
                 others.append(chunk_contestant(subject, effort, scratch, tick))
@@ -112,12 +112,12 @@ def image_fidelity(
         return original_contestant(runtime.original_step, made, compute["original_gmacs"], per_image)
 
     converted = Contestant(
-        f"{subject.model.options.mode} {subject.planner.schedule.ratio:g}x, {steps} steps",
+        f"{subject.model.method.mode} {subject.planner.schedule.ratio:g}x, {steps} steps",
         sampler,
         lambda: ConvertedStep(subject.model, runtime.converted),
         compute["run_gmacs"]["converted"],
         row["converted_ms"]["median"] / row["batch"] * steps,
-        subject.model.options.mode,
+        subject.model.method.mode,
     )
     at_latency = max(1, round(steps / row["speedup"]))
     at_compute = max(1, round(steps / compute["ratio"]))
@@ -147,10 +147,10 @@ def chunk_contestant(subject: Subject, effort: Effort, scratch: Path, tick: Any)
     """The same checkpoint at the same ratio in mode chunk, exported and timed for the comparison."""
     assert subject.original is not None
     sampler = subject.sampler
-    options = Options(mode="chunk", seed=subject.model.options.seed)
+    method = method_of("chunk", seed=subject.model.method.seed)
     ratio = subject.planner.schedule.ratio
-    model = convert(subject.original, ratio, schedule="constant", options=options)
-    planner = StepPlanner(model.spec, options, model.schedule.fitted(sampler.taus))
+    model = convert(subject.original, ratio, schedule="constant", options=method)
+    planner = StepPlanner(model.spec, method, model.schedule.fitted(sampler.taus))
     rungs = ladder((effort.batch,), planner.ladder_counts(sampler.taus), model.spec.tokens)
     export_onnx(model, scratch / "chunk")
     compute = compute_section(model, planner, sampler.taus)

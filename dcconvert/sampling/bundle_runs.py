@@ -13,7 +13,6 @@ from dcconvert.export.runtimes.ort_static import StaticModel
 from dcconvert.export.runtimes.trt import open_engines
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.planning.schedule import DIFFERENCE
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.run import Backend
 from dcconvert.sampling.samplers import Sampler, Step
@@ -42,12 +41,16 @@ def run_planner(bundle: Bundle, steps: int | None, solver: str | None = None) ->
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{bundle.folder} does not say how to sample it: convert the checkpoint again") from error
     model = bundle.model
-    if model.schedule.kind == DIFFERENCE and (sampler.steps, sampler.solver) != (facts["steps"], facts["solver"]):
+    if (
+        model.method.fixed_steps
+        and model.schedule.found
+        and (sampler.steps, sampler.solver) != (facts["steps"], facts["solver"])
+    ):
         raise UsageError(
             f"{bundle.folder} chooses patch sizes by a threshold found for {facts['steps']} {facts['solver']} steps: "
             f"convert again with --steps {sampler.steps} --solver {sampler.solver}"
         )
-    return sampler, StepPlanner(model.spec, model.options, model.schedule.fitted(sampler.taus))
+    return sampler, StepPlanner(model.spec, model.method, model.schedule.fitted(sampler.taus))
 
 
 def opened(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from dcconvert.export.checks.parity import check_identity, require
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.passes.ir.spec import NEW_PATHS, ROUTER
+from dcconvert.passes.ir.spec import DECHUNK, ROUTER
 from dcconvert.passes.modules.routers import OWN
-from dcconvert.passes.planning.schedule import DIFFERENCE, NATURAL
-from dcconvert.passes.planning.step_planner import CARRY, StepPlanner
+from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.trained.adapters import (
     GATE,
@@ -33,9 +32,6 @@ from dcconvert.passes.trained.weight_sets import all_tensors, linear_weights, or
 from dcconvert.train.distributed import Team
 
 TRAINABLE = ("all", "lora", "router", "adapters")
-RATES = {"chunk": 3e-4, "carry": 3e-5}  # learning rates, where none is given
-EMBEDDERS = ("refined.t_embedder.", "refined.y_embedder.")
-TAIL_DROPS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # what DC-DiT trains for, one a step
 RATIO_GROUP = 16  # samples whose tokens are counted together, as in DC-DiT
 
 
@@ -51,7 +47,7 @@ class Recipe:
     train: tuple[str, ...] = ("all",)
     samples: int = 10_000
     batch: int = 32
-    lr: float = RATES["chunk"]  # 0 in the settings of a command: that of the bundle's mode
+    lr: float = 3e-4  # 0 in the settings of a command: that of the bundle's method
     warm_up: float = 0.05  # fraction of the steps
     rank: int = 32
     feature_weight: float = 0.5
@@ -80,20 +76,20 @@ class Recipe:
 def with_new_paths(model: DynamicModel, recipe: Recipe) -> DynamicModel:
     """The model with what the recipe trains beside its own weights; UsageError where a mode has no place for it."""
     added = [name for name in ("router", "adapters") if name in recipe.train]
-    if added and model.options.mode == CARRY:
+    if added and model.method.stateful:
         raise UsageError(
             f"cannot train '{added[0]}' in mode carry: its router looks at a run's history; train all or lora"
         )
     if "router" in added:
-        if model.options.router == OWN:
+        if model.method.router == OWN:
             return model  # it is one of the model's own weights, and learns with all of them
-        if model.options.trunk != "plain" or model.options.router == "merge":
+        if not model.method.learns_router:
             raise UsageError(
-                f"cannot train 'router': the {model.options.preset or model.options.trunk} trunk has none that could "
-                "learn; train all, lora or adapters"
+                f"cannot train 'router': method {model.method.name} has none that could learn; train all, lora or "
+                "adapters"
             )
         model = with_router_adapter(model, recipe.seed)
-    if "adapters" in added and model.options.trunk == "plain":
+    if "adapters" in added and model.method.new_weights == DECHUNK:
         model = with_dechunk_adapter(model, recipe.seed)
     return model
 
@@ -108,12 +104,11 @@ class Weights(nn.Module):
     def __init__(self, model: DynamicModel, train: Sequence[str], rank: int, generator: torch.Generator) -> None:
         super().__init__()
         present = {n: v for n, v in all_tensors(model).items() if isinstance(v, nn.Parameter)}
-        router = "router" if model.options.router == OWN else ROUTER
-        paths = {"router": router, "adapters": NEW_PATHS[model.options.trunk]}
+        router = "router" if model.method.router == OWN else ROUTER
+        paths = {"router": router, "adapters": model.method.new_weights}
         new = tuple(f"{path}." for name, path in paths.items() if name in train)
         whole = set(present) if "all" in train else {name for name in present if original_name(name).startswith(new)}
-        # DC-DiT's recipe for a refined grid leaves the embedders of time and class alone.
-        frozen = EMBEDDERS if model.options.refined else ()
+        frozen = model.method.frozen
         self.whole = sorted(n for n in whole if present[n].is_floating_point() and not n.startswith(frozen))
         self.low = sorted(n for n in linear_weights(model) if not n.startswith(frozen)) if "lora" in train else []
         if not self.names:
@@ -157,9 +152,7 @@ class Distillation:
         self.weights = Weights(model, recipe.train, recipe.rank, generator)
         self.average = [part.detach().clone() for part in self.weights.parts]
         self.optimiser = torch.optim.AdamW(self.weights.parameters(), lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.99))
-        schedule = model.schedule
-        budgets = [schedule.ratio / (1 - drop) for drop in TAIL_DROPS] if schedule.kind == NATURAL else [schedule.ratio]
-        ratios = recipe.ratios or tuple(budgets)
+        ratios = recipe.ratios or model.method.training_ratios(model.schedule)
         self.planners = [unrounded(model.step_planner.at_ratio(ratio, taus)) for ratio in ratios]
         known = {name for name, _ in self.student.named_parameters(remove_duplicate=False)}
         self.paths = {
@@ -230,9 +223,7 @@ class Distillation:
 
 def unrounded(planner: StepPlanner) -> StepPlanner:
     """A planner that keeps as many tokens as its router finds, where they are rounded up to the shapes of a bundle."""
-    if planner.schedule.kind != NATURAL:
-        return planner
-    return StepPlanner(planner.spec, planner.options, replace(planner.schedule, levels=()))
+    return StepPlanner(planner.spec, planner.method, planner.method.unrounded(planner.schedule))
 
 
 def read_as(path: str) -> str:
@@ -261,7 +252,7 @@ class Passes(nn.Module):
         if counts is None:
             plan: Any = self.model.step_planner.full_plan(len(scores))
         else:
-            if planner is not None and planner.schedule.kind == NATURAL:
+            if planner is not None and planner.schedule.found and not planner.watches:
                 counts = planner.found_counts(host, None)
             plan = self.model.step_planner.plan(host, counts)
         if GATE in self.model.spec.denoise_inputs:
@@ -282,7 +273,7 @@ class StepDistillation(Distillation):
     """
 
     def __init__(self, model: DynamicModel, recipe: Recipe, taus: np.ndarray, team: Team | None = None) -> None:
-        self.inside = model.options.trunk == "plain" and model.options.dechunk != "values"
+        self.inside = model.method.original_trunk and not model.method.by_values
         student = plainly_named(with_gate(model) if "router" in recipe.train else model)
         if self.inside:
             teacher = teacher_of(model)
@@ -310,12 +301,8 @@ class StepDistillation(Distillation):
     def counts(self, batch: dict[str, Tensor], planner: StepPlanner) -> np.ndarray:
         """What each sample of a batch is to keep; of a natural threshold what is expected."""
         size = len(next(iter(batch.values())))
-        if planner.schedule.kind == DIFFERENCE:
-            sizes = np.array(planner.sizes)
-            return sizes[(self.round + np.arange(size)) % len(sizes)]
-        if planner.schedule.kind == NATURAL:
-            return np.full(size, max(1, round(planner.spec.tokens / planner.schedule.base)))
-        return planner.counts(planner.taus(batch, size))
+        given = planner.method.training_counts(planner, size, self.round)
+        return given if given is not None else planner.counts(planner.taus(batch, size))
 
     def train(self, batch: dict[str, Tensor], planner: StepPlanner) -> dict[str, float]:
         """One round on the model's inputs by name; losses, gradient norm. CheckFailedError if it is not finite."""

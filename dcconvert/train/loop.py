@@ -24,7 +24,6 @@ from torch import Tensor
 from dcconvert.export.bundle import GRAPH, WEIGHTS, Bundle, read_bundle
 from dcconvert.images.dataset import LabelledImages, read_images
 from dcconvert.images.pixels import psnr_mean
-from dcconvert.methods.presets import find
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import StoppedError, UsageError
 from dcconvert.passes.planning.step_planner import CARRY, StepPlanner
@@ -35,7 +34,6 @@ from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep
 from dcconvert.terminal import Stages
 from dcconvert.train.distillation import (
-    RATES,
     Distillation,
     Recipe,
     StepDistillation,
@@ -95,14 +93,13 @@ class Task:
     def read(cls, settings: Settings) -> Task:
         """UsageError for a bundle that cannot be trained, or a place that cannot be written to."""
         bundle = read_bundle(settings.folder)
-        mode = bundle.model.options.mode
+        mode = bundle.model.method.mode
         if mode == CARRY and settings.data is not None:
             raise UsageError(f"{bundle.folder} is in mode {mode}, which learns on its own runs: leave out --data")
         if not settings.in_place and settings.out.exists():
             raise UsageError(f"{settings.out} exists already: choose another folder with -o")
-        options, recipe = bundle.model.options, settings.recipe
-        usual = find(options.preset).train if options.preset else ("all",)
-        recipe = replace(recipe, lr=recipe.lr or RATES[mode], train=recipe.train or usual)
+        method, recipe = bundle.model.method, settings.recipe
+        recipe = replace(recipe, lr=recipe.lr or method.learning_rate, train=recipe.train or method.trains)
         settings = replace(settings, recipe=recipe, data=settings.data or (RUNS if mode == CARRY else TEACHER))
         sampler, planner = run_planner(bundle, None)
         for ratio in recipe.ratios:

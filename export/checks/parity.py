@@ -71,7 +71,7 @@ def largest(errors: Iterable[float]) -> float:
 
 def keeps_original(model: DynamicModel) -> bool:
     """Whether a model with everything kept has to be the original."""
-    return model.options.trunk != "sparse-dense" and not model.options.refined
+    return model.method.keeps_original
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def check_identity(model: DynamicModel, inputs: dict[str, Any]) -> Check:
 
 def allowed(model: DynamicModel, tolerance: float) -> float:
     """A tolerance of fp32, or the one of values that pass through a state in half precision."""
-    return max(tolerance, HALF_STATE_TOLERANCE) if model.options.state_dtype == "fp16" else tolerance
+    return max(tolerance, HALF_STATE_TOLERANCE) if model.method.remembered_as == "fp16" else tolerance
 
 
 def second_step(model: DynamicModel, inputs: dict[str, Any]) -> tuple[np.ndarray, dict[str, Tensor], TorchState | None]:

@@ -58,7 +58,7 @@ def export_onnx(model: DynamicModel, folder: Path, lowerings: Lowerings = PORTAB
 
     UsageError for a model that has no form in ONNX.
     """
-    if model.options.packing == "varlen":
+    if model.method.row_packing == "varlen":
         raise UsageError("packing varlen is for torch only: convert with packing rows to export ONNX")
     folder.mkdir(parents=True, exist_ok=True)
     inputs = model.spec.example(EXAMPLE_BATCH)
@@ -110,7 +110,7 @@ def export_denoise(
     given = {**inputs, **model.prepare(inputs), **live, **arrays, **state}
     args = tuple(given[name] for name in model.spec.denoise_inputs)
     axes = []
-    one_row = model.options.packing == "rows"
+    one_row = model.method.row_packing == "rows"
     for name, plain in zip(model.spec.denoise_inputs, batch_axes(model, model.spec.denoise_inputs), strict=True):
         named = ("", "batch") if name in state else PLAN_AXES.get(name, plain)
         axes.append(tuple("batch" if axis == "rows" and one_row else axis for axis in named))

@@ -83,7 +83,7 @@ def in_precision(model: DynamicModel, precision: str, batch: int = 2) -> Dynamic
         changed(model.denoise_graph, spec.denoise_inputs),
         changed(model.original_graph, spec.inputs),
         spec,
-        model.options,
+        model.method,
         model.schedule,
         model.records,
         prepare,

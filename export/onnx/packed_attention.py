@@ -30,9 +30,9 @@ def with_packed_attention(model: DynamicModel) -> DynamicModel:
 
     UsageError for one whose attention needs rows: mode carry, packing by bins, cross-attention.
     """
-    if model.options.mode != "chunk" or model.options.packing != "rows":
+    if model.method.stateful or model.method.row_packing != "rows":
         raise UsageError(
-            f"mode {model.options.mode} with packing {model.options.packing} has no packed attention: use masks"
+            f"mode {model.method.mode} with packing {model.method.row_packing} has no packed attention: use masks"
         )
     graph = packed_graph(model.denoise_graph)
     denoise = GraphModule(model.denoise_graph, graph, model.denoise_graph._get_name())
@@ -42,7 +42,7 @@ def with_packed_attention(model: DynamicModel) -> DynamicModel:
         denoise,
         model.original_graph,
         spec,
-        model.options,
+        model.method,
         model.schedule,
         model.records,
         model.prepare_graph,

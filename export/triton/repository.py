@@ -57,10 +57,10 @@ def export_triton(bundle: Bundle, target: Path, name: str, device: str = "gpu", 
     On a GPU the graphs in fp16 are taken if the bundle has them; returns the folder the graphs come from. UsageError
     if the target cannot be written or is no repository of this kind.
     """
-    if bundle.model.schedule.found or bundle.model.options.router == "merge":
+    if not bundle.model.method.plain_plan:
         raise UsageError(
-            f"{bundle.folder} was made with preset {bundle.model.options.preset}, whose plan needs more than a "
-            "schedule and scores: Triton repositories are written for the modes carry and chunk and preset sparsedit"
+            f"{bundle.folder} was made with method {bundle.model.method.name}, whose plan needs more than a "
+            "schedule and scores: Triton repositories are written for the methods carry, chunk and sparsedit"
         )
     source = bundle.onnx / "ort-cuda"
     source = source if device == "gpu" and source.is_dir() else bundle.onnx

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,11 @@ from torch.utils import _pytree as pytree
 
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.ir.graph_tools import placeholders
-from dcconvert.passes.ir.options import Options
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.planning.chunk_plan import PLAN_ARRAYS
+
+if TYPE_CHECKING:
+    from dcconvert.passes.methods.method import Method
 
 MAX_BATCH = 4096
 
@@ -30,7 +32,7 @@ def capture(
     module: nn.Module,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
-    options: Options | None = None,
+    method: Method | None = None,
 ) -> Program:
     """Export `module` in training IR (linear, layer_norm and attention stay whole) with a dynamic batch.
 
@@ -38,7 +40,7 @@ def capture(
         module: any module that `torch.export` accepts; it is put in eval mode.
         args, kwargs: example inputs of one call. Every tensor whose first axis equals the batch size (the
             first axis of the first tensor, at least 2) is dynamic along it.
-        options: carried along in the Program.
+        method: carried along in the Program.
 
     Raises:
         UsageError: the example inputs hold no batch of at least two.
@@ -69,10 +71,10 @@ def capture(
     except Exception as error:  # torch.export raises many unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(f"torch.export cannot capture {type(module).__name__}: {reason}") from error
-    return program_of(exported, (tuple(args), kwargs), options)
+    return program_of(exported, (tuple(args), kwargs), method)
 
 
-def opened(exported: ExportedProgram, options: Options | None = None) -> Program:
+def opened(exported: ExportedProgram, method: Method | None = None) -> Program:
     """The Program of a model that was exported already, with a batch axis of any size, and with its example inputs.
 
     UsageError for one without example inputs or with a batch of fixed size.
@@ -87,10 +89,10 @@ def opened(exported: ExportedProgram, options: Options | None = None) -> Program
         )
     if any(writes_in_place(node) for node in exported.graph.nodes):
         exported = exported.run_decompositions({})
-    return program_of(exported, example, options)
+    return program_of(exported, example, method)
 
 
-def program_of(exported: ExportedProgram, example: Any, options: Options | None) -> Program:
+def program_of(exported: ExportedProgram, example: Any, method: Method | None) -> Program:
     """An exported program as a plain graph with flat inputs and outputs."""
     root = exported.module()
     root.graph.set_codegen(CodeGen())  # flat inputs and outputs from here on
@@ -105,7 +107,7 @@ def program_of(exported: ExportedProgram, example: Any, options: Options | None)
         batch=first.meta["val"].shape[0],
         in_spec=pytree.treespec_dumps(exported.call_spec.in_spec),
         out_spec=pytree.treespec_dumps(exported.call_spec.out_spec),
-        options=options or Options(),
+        method=method,
         example=tuple(pytree.tree_leaves(example)),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
+
+from dcconvert.passes.ir.errors import UnsupportedModelError
 
 
 def readable(module: GraphModule) -> str:
@@ -72,3 +75,13 @@ def where(node: Node) -> str:
         parts = frames[-1].split(", ")
         line = f" ({Path(parts[0].removeprefix('File ').strip(chr(34))).name}:{parts[1].removeprefix('line ')})"
     return f"{node.target} in {module_path(node) or 'the model'}{line}"
+
+
+def attributes(graph_module: GraphModule) -> dict[str, Tensor]:
+    """The tensors that a graph's `get_attr` nodes read, by name."""
+    found: dict[str, Any] = {}
+    for path in (node.target for node in graph_module.graph.nodes if node.op == "get_attr"):
+        found[path] = reduce(getattr, path.split("."), graph_module)
+        if not isinstance(found[path], Tensor):
+            raise UnsupportedModelError(f"the graph reads {path}, which is no tensor and cannot be written to a bundle")
+    return found

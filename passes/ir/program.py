@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 
 from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.ir.graph_tools import fake_result, placeholders
-from dcconvert.passes.ir.options import Options
+
+if TYPE_CHECKING:
+    from dcconvert.passes.methods.method import Method
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Program:
     batch: torch.SymInt
     in_spec: str
     out_spec: str
-    options: Options
+    method: Method | None  # None only for a module that is captured to be copied into another program
     example: tuple[Any, ...] = ()  # the flat inputs it was captured on
     stream: TokenStream | None = None
     trunk: tuple[Node, Node] | None = None  # trunk input and trunk output in the graph
@@ -80,6 +82,11 @@ class Program:
     def device(self) -> torch.device:
         """Where the example inputs are."""
         return next((v.device for v in self.example if isinstance(v, Tensor)), torch.device("cpu"))
+
+    def chosen(self) -> Method:
+        if self.method is None:
+            raise CheckFailedError("this program was captured for no method; this is a bug of dcconvert")
+        return self.method
 
     def found_stream(self) -> TokenStream:
         if self.stream is None:

@@ -14,9 +14,11 @@ from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.ir.graph_tools import placeholders
 from dcconvert.passes.ir.program import Program
 
+SLOTS = 2  # the two last computed values of a token: enough for a straight line in time
+STATE_DTYPES = {"model": None, "fp16": torch.float16, "fp32": torch.float32}  # of what mode carry remembers
 ROUTER, DECHUNK = "router_adapter", "dechunk_adapter"  # the weights of adapters are called so
-# What a trunk has beside the original's weights, by which its tokens find back to the grid.
-NEW_PATHS = {"plain": DECHUNK, "sparse-dense": "recovery", "patch-sizes": "patch_sizes"}
+# The weights that a trunk has beside the original's, by which its tokens find back to the grid, are called so.
+NEW_PATHS = (DECHUNK, "recovery", "patch_sizes")
 
 TIMESTEP_NAMES = ("t", "timestep", "timesteps")
 SCORES_NAME = "scores"
@@ -178,7 +180,7 @@ def find_inputs(program: Program, timestep: str | None) -> None:
     elif timestep not in program.inputs:
         found = ", ".join(program.inputs)
         raise UsageError(f"the model has no input '{timestep}' to take the timestep from; it has {found}")
-    if timestep is None and program.options.mode == "carry":
+    if timestep is None and program.chosen().stateful:
         raise UsageError(
             "mode carry needs to know which input is the timestep: name it with timestep=..., or use mode chunk"
         )
@@ -188,6 +190,3 @@ def find_inputs(program: Program, timestep: str | None) -> None:
 def count_outputs(graph_module: GraphModule) -> int:
     output = next(iter(reversed(graph_module.graph.nodes)))
     return len(output.args[0])
-
-
-SLOTS = 2  # the two last computed values of a token: enough for a straight line in time

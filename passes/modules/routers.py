@@ -123,21 +123,19 @@ def random_priorities(grid: tuple[int, int], seed: int) -> Tensor:
     return (torch.randperm(count, generator=torch.Generator().manual_seed(seed)) + 0.5) / count
 
 
-def make_router(name: str, grid: tuple[int, int], seed: int, fewest: float = 0.25) -> nn.Module:
-    """The router called `name` (one of ROUTERS) for an H x W grid; `fewest`: the smallest fraction a step keeps."""
+def make_router(name: str, grid: tuple[int, int], seed: int) -> nn.Module:
+    """The router called `name`, one of CARRY_ROUTERS, for an H x W grid."""
     return {
         "predictability": lambda: PredictabilityRouter(grid),
         "cosine": lambda: CosineRouter(grid),
         "pool": lambda: FixedRouter(even_priorities(grid)),
         "random": lambda: FixedRouter(random_priorities(grid, seed)),
-        "merge": lambda: MergeRouter(grid, merge_cell(fewest)),
         "age": lambda: FixedRouter(even_priorities(grid)),
         "drift": lambda: FixedRouter(even_priorities(grid)),
     }[name]()
 
 
-BOTH_MODES = ("predictability", "cosine", "pool", "random")
-CHUNK_ROUTERS = (*BOTH_MODES, "merge")  # the last says more than a score
-CARRY_ROUTERS = ("drift", "age", *BOTH_MODES)  # the first two look at a token's history
-ROUTERS = (*CARRY_ROUTERS, "merge")
+PLAIN_ROUTERS = ("pool", "predictability", "cosine", "random")
+CARRY_ROUTERS = ("drift", "age", *PLAIN_ROUTERS)  # the first two look at a token's history
+
 OWN = "own"  # that of a model which has one

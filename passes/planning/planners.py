@@ -5,31 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dcconvert.passes.ir.options import Options
 from dcconvert.passes.planning.chunk_plan import Planner, Way
 from dcconvert.passes.planning.layout import TokenLayout
 from dcconvert.passes.planning.nearest_kept import Ints, Mask, Nearest
-from dcconvert.passes.planning.patch_planner import PatchPlanner
-from dcconvert.passes.planning.pooled_planner import PooledPlanner
 
-DECHUNKS = ("gaussian", "smoothed", "values")
-SMOOTHED_NEIGHBOURS = 9  # of a grid with every second token kept, what lies within a Gaussian of one cell
-VALUE_NEIGHBOURS = 25  # within 2.8 cells: each one left out has less than 2 % of the weight of a token itself
 CERTAIN = 1e-4  # DC-DiT keeps p this far from 0 and 1
-
-
-def make_planner(grid: tuple[int, int], options: Options) -> Planner:
-    """The planner of a model with these options."""
-    if options.trunk == "sparse-dense":
-        return PooledPlanner(grid, options.fewest, options.packing)
-    if options.trunk == "patch-sizes":
-        return PatchPlanner(grid, options.packing)
-    if options.router == "merge":
-        return MergePlanner(grid, members=options.members, neighbours=1, packing=options.packing, coverage=False)
-    if options.dechunk != "gaussian":
-        neighbours = VALUE_NEIGHBOURS if options.dechunk == "values" else SMOOTHED_NEIGHBOURS
-        return SmoothedPlanner(grid, members=1, neighbours=neighbours, packing=options.packing, coverage=False)
-    return Planner(grid, options.members, options.neighbours, options.packing, options.coverage)
 
 
 class MergePlanner(Planner):

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.passes.ir.options import Options
 from dcconvert.passes.ir.spec import ModelSpec
 from dcconvert.passes.planning.carry_plan import CarryPlan, carry_plan
 from dcconvert.passes.planning.chunk_plan import Plan
-from dcconvert.passes.planning.latent_difference import largest_below
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.nearest_kept import Mask
-from dcconvert.passes.planning.patch_planner import PatchPlanner, scales_of
-from dcconvert.passes.planning.planners import SmoothedPlanner, make_planner
+from dcconvert.passes.planning.patch_planner import scales_of
 from dcconvert.passes.planning.pooled_planner import SizedPlanner
 from dcconvert.passes.planning.schedule import DIFFERENCE, LEVELS, NATURAL, Schedule
 from dcconvert.passes.planning.token_history import Doubles, History
+
+if TYPE_CHECKING:
+    from dcconvert.passes.methods.method import Method
 
 CARRY = "carry"
 
@@ -29,21 +29,19 @@ CARRY = "carry"
 class StepPlanner:
     """The schedule says how many tokens a step keeps, router and history which, the plan where they go."""
 
-    def __init__(self, spec: ModelSpec, options: Options, schedule: Schedule) -> None:
+    def __init__(self, spec: ModelSpec, method: Method, schedule: Schedule) -> None:
         self.spec = spec
-        self.options = options
+        self.method = method
         schedule.check(spec.tokens)
         self.schedule = schedule
-        self.planner = make_planner(spec.grid, options)
+        self.planner = method.planner(spec.grid)
         self.check()
 
     def check(self) -> None:
         """UsageError for a schedule that this model cannot have."""
         kind, levels = self.schedule.kind, self.schedule.levels
-        wanted = {NATURAL: SmoothedPlanner, DIFFERENCE: PatchPlanner}.get(kind)
-        if wanted is not None and not isinstance(self.planner, wanted):
-            preset = "dc-dit" if kind == NATURAL else "ddit"
-            raise UsageError(f"schedule '{kind}' is for models converted with preset {preset}")
+        if self.schedule.found and kind not in self.method.schedules:
+            raise UsageError(f"schedule '{kind}' is for models converted with another method than {self.method.name}")
         most = levels[-1] if levels else self.spec.tokens
         bounded = most == self.spec.tokens if kind == NATURAL else most <= self.spec.tokens  # else it would cut off
         if levels and (not bounded or (self.sizes and not {*levels} <= {*self.sizes})):
@@ -62,11 +60,11 @@ class StepPlanner:
         UsageError for a ratio that such a run cannot have.
         """
         if self.schedule.found and ratio != self.schedule.ratio:
-            return StepPlanner(self.spec, self.options, self.schedule.dropping(ratio))
+            return StepPlanner(self.spec, self.method, self.schedule.dropping(ratio))
         other = replace(self.schedule, ratio=ratio, mean=0.0).fitted(taus)
         if other.ratio != self.schedule.ratio:
-            other = StepPlanner(self.spec, self.options, other).levelled(taus, LEVELS)
-        return StepPlanner(self.spec, self.options, other)
+            other = StepPlanner(self.spec, self.method, other).levelled(taus, LEVELS)
+        return StepPlanner(self.spec, self.method, other)
 
     def levelled(self, taus: np.ndarray, most: int) -> Schedule:
         """The schedule with at most `most` numbers of kept tokens, all of them such as the model can keep."""
@@ -91,7 +89,7 @@ class StepPlanner:
 
     @property
     def carries(self) -> bool:
-        return self.options.mode == CARRY
+        return self.method.stateful
 
     def taus(self, inputs: dict[str, Any], batch: int) -> Doubles:
         """Noise levels [B] of a step's inputs; 0.5 where the schedule is the same at all of them.
@@ -122,16 +120,7 @@ class StepPlanner:
 
     def found_counts(self, scores: np.ndarray, spread: np.ndarray | None) -> np.ndarray:
         """Kept tokens of each sample where a step finds them: from scores [B, N], or from `ThirdDifference.spread`."""
-        if spread is not None:
-            sizes = np.array(sorted(self.sizes, reverse=True))  # the smallest patches first
-            return sizes[largest_below(spread, self.schedule.threshold)]
-        check_finite(scores)
-        assert isinstance(self.planner, SmoothedPlanner)
-        natural = self.planner.natural(scores, self.schedule.dropped)
-        levels = np.array(self.schedule.levels or [self.spec.tokens])
-        if not self.schedule.levels:
-            return natural
-        return levels[np.minimum(np.searchsorted(levels, natural), len(levels) - 1)]
+        return self.method.found_counts(self, scores, spread)
 
     def ladder_counts(self, taus: np.ndarray) -> np.ndarray:
         """The numbers of kept tokens that a run needs shapes for."""
@@ -163,7 +152,7 @@ class StepPlanner:
         `adjust` may change the urgency [B, N] of the tokens before the choice is made.
         """
         check_finite(scores)
-        urgency = self.urgency(history, scores, counts, taus)
+        urgency = self.method.urgency(history, scores, counts, taus)
         return carry_plan(history, most_urgent(adjust(urgency) if adjust else urgency, counts), taus, bucket)
 
     def of_mask(self, keep: Mask, bucket: Bucket | None = None) -> Plan | CarryPlan:
@@ -175,26 +164,6 @@ class StepPlanner:
     def full_plan(self, batch: int, bucket: Bucket | None = None) -> Plan | CarryPlan:
         """The plan that keeps everything, for a step that nothing came before."""
         return self.of_mask(np.ones((batch, self.spec.tokens), bool), bucket)
-
-    def urgency(self, history: History, scores: np.ndarray, counts: np.ndarray, taus: Doubles) -> Doubles:
-        """How much each token needs computing [B, N]: noise levels since it was, times what the router says.
-
-        `drift` takes the square root of the speed at which the token's update moved, `age` takes nothing more; ties go
-        by the scores, which of these two cover the grid evenly. Any other router's scores are the factor themselves. A
-        token that waited `guard` times as long as taking turns would have it wait comes before all others.
-        """
-        elapsed = history.elapsed(taus)
-        router = self.options.router
-        if router == "drift":
-            factor = np.sqrt(history.drift())
-        else:
-            factor = np.ones_like(elapsed) if router == "age" else scores.astype(np.float64)
-        level = elapsed * (factor + 1e-6)
-        starving = history.age * counts[:, None] >= self.options.guard * self.spec.tokens
-        return level + TIE * scores + np.where(starving, 1e6 * (1 + history.age), 0.0)
-
-
-TIE = 1e-6  # weight of the scores between tokens of equal urgency
 
 
 def most_urgent(urgency: np.ndarray, counts: np.ndarray) -> Mask:

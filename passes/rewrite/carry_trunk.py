@@ -6,9 +6,8 @@ import torch
 from torch.fx import Node
 
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.options import STATE_DTYPES
 from dcconvert.passes.ir.program import Program
-from dcconvert.passes.ir.spec import SLOTS
+from dcconvert.passes.ir.spec import SLOTS, STATE_DTYPES
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules import find_rule
 from dcconvert.passes.rewrite.pack_trunk import PackTrunk, PlanInputs, add_plan_inputs, layout_inputs
@@ -66,7 +65,7 @@ class Memory:
         """Packed values [G, C, L, E] of the kept tokens -> those of all tokens [B, C, N, E]."""
         program, value = self.program, values.meta["val"]
         _, channels, _, width = value.shape
-        dtype = STATE_DTYPES[program.options.state_dtype] or value.dtype
+        dtype = STATE_DTYPES[program.chosen().remembered_as] or value.dtype
         shape = (SLOTS, program.batch, int(channels), program.found_stream().tokens, int(width))
         state = program.state[name] = program.placeholder(name, shape, dtype)
         if dtype != value.dtype:

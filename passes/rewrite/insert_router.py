@@ -14,7 +14,7 @@ from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.graph_tools import give_tensor, placeholders
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
 from dcconvert.passes.ir.program import Program
-from dcconvert.passes.modules.routers import OWN, make_router
+from dcconvert.passes.modules.routers import OWN
 
 PREFIX = "router"
 
@@ -29,10 +29,10 @@ class InsertRouter(Pass):
     exact = True
 
     def call(self, program: Program) -> PassResult:
-        stream, (start, _), options = program.found_stream(), program.found_trunk(), program.options
+        stream, (start, _), method = program.found_stream(), program.found_trunk(), program.chosen()
         router = program.router
-        if options.router != OWN:
-            router = make_router(options.router, stream.grid, options.seed, options.fewest)
+        if method.router != OWN:
+            router = method.router_module(stream.grid)
         elif router is None:
             raise UsageError("router 'own' is for models that have one (DC-DiT): choose another")
         name = f"dcconvert_{PREFIX}" if hasattr(program.graph_module, PREFIX) else PREFIX
@@ -43,7 +43,7 @@ class InsertRouter(Pass):
         program.graph.erase_node(anchor)
         output = next(iter(reversed(program.graph.nodes)))
         output.args = ((program.scores, *output.args[0]),)
-        return PassResult(1, (f"router {program.options.router} on {start.name}",))
+        return PassResult(1, (f"router {method.router} on {start.name}",))
 
 
 def inline(program: Program, module: nn.Module, sources: Sequence[Node], name: str) -> Node:

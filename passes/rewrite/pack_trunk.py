@@ -15,11 +15,9 @@ from dcconvert.passes.ir.pass_runner import Pass, PassResult
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules import find_rule
-from dcconvert.passes.planning.planners import make_planner
 
 aten = torch.ops.aten
 
-VALUES = "values"  # a dechunk
 
 # Hints for the symbolic sizes: distinct, above one, and no size a model is likely to have.
 HINT_TILES, HINT_TILE, HINT_ROWS, HINT_SLOTS, HINT_SEGMENTS = 61, 67, 53, 59, 71
@@ -31,7 +29,7 @@ class PackTrunk(Pass):
     1. The plan's index tensors become graph inputs.
     2. `chunk` packs the trunk's input h [B, N, D] into u [G, L, D].
     3. Every trunk node that depends on h is written again by its op's packing rule, giving v [G, L, D].
-    4. `dechunk` adds the update v - u to h near the tokens it was computed for; with option `values`, for models of
+    4. `dechunk` adds the update v - u to h near the tokens it was computed for; for models of
        DC-DiT's own architecture, it gives v itself, after the norm that closes the trunk.
     """
 
@@ -39,7 +37,7 @@ class PackTrunk(Pass):
 
     def call(self, program: Program) -> PassResult:
         start, end = program.found_trunk()
-        if program.options.dechunk == VALUES:
+        if program.chosen().by_values:
             end = closing_norm(end)
         contexts = program.found_stream().contexts.get(end, ())
         nodes = trunk_nodes(program, start, (end, *contexts))
@@ -53,7 +51,7 @@ class PackTrunk(Pass):
             for node in nodes:
                 packer.visit(node)
             update = packer.get(end, "packed").node
-            if program.options.dechunk != VALUES:
+            if not program.chosen().by_values:
                 update = packer.emit(aten.sub.Tensor, update, packed)
             result = self.leave(packer, start, update)
         program.graph.erase_node(marker)
@@ -68,7 +66,7 @@ class PackTrunk(Pass):
     def prepare(self, program: Program) -> Packer:
         """The packer of this trunk, the plan's inputs declared."""
         add_plan_inputs(program, chunk_inputs(program))
-        return Packer(program, find_rule, program.found_stream().tokens, program.options.packing)
+        return Packer(program, find_rule, program.found_stream().tokens, program.chosen().row_packing)
 
     def enter(self, packer: Packer, start: Node) -> Node:
         """The trunk's input [B, N, D] packed [G, L, D]."""
@@ -77,7 +75,7 @@ class PackTrunk(Pass):
 
     def leave(self, packer: Packer, start: Node, update: Node) -> Node:
         """The trunk's output [B, N, D] from its packed update [G, L, D], or packed values."""
-        if packer.program.options.dechunk == VALUES:
+        if packer.program.chosen().by_values:
             start = packer.emit(aten.zeros_like.default, start)
         fill = (packer.plan_input("fill_index"), packer.plan_input("fill_weight"))
         return packer.emit(torch.ops.dcconvert.dechunk.default, start, update, *fill)
@@ -124,9 +122,8 @@ def add_plan_inputs(program: Program, inputs: PlanInputs) -> None:
 
 def layout_inputs(program: Program) -> PlanInputs:
     """The inputs that say how kept tokens are laid out; names and shapes are those of both modes' plans."""
-    options = program.options
     tiles, tile, slots = (program.new_size(hint) for hint in (HINT_TILES, HINT_TILE, HINT_SLOTS))
-    rows = program.new_size(HINT_ROWS) if options.packing == "bins" else program.batch  # one sample a row
+    rows = program.new_size(HINT_ROWS) if program.chosen().row_packing == "bins" else program.batch  # one sample a row
     return {
         "sample_ids": ((tiles,), torch.int64),
         "packed_index": ((tiles, tile), torch.int64),
@@ -137,7 +134,7 @@ def layout_inputs(program: Program) -> PlanInputs:
 def chunk_inputs(program: Program) -> PlanInputs:
     """Inputs as `dcconvert.passes.planning.chunk_plan.Plan` makes them."""
     stream, batch = program.found_stream(), program.batch
-    planner = make_planner(stream.grid, program.options)
+    planner = program.chosen().planner(stream.grid)
     laid = layout_inputs(program)
     (tiles, tile), (rows, slots) = laid["packed_index"][0], laid["grid_index"][0]
     index, weight = torch.int64, program.found_trunk()[0].meta["val"].dtype

@@ -17,7 +17,6 @@ from dcconvert.passes.ir.graph_tools import remove_dead_code, where
 from dcconvert.passes.ir.node_args import integers, operand
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
 from dcconvert.passes.ir.program import Program
-from dcconvert.passes.ir.spec import NEW_PATHS
 from dcconvert.passes.modules.patch_resize import PatchEmbedding, PatchOutput, PatchSkip, resized
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules import find_rule
@@ -28,7 +27,7 @@ from dcconvert.passes.rewrite.split_route import ancestors
 
 aten = torch.ops.aten
 
-NAME = NEW_PATHS["patch-sizes"]
+NAME = "patch_sizes"
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class PatchSizes(Pass):
         body = trunk_nodes(program, start, (end,))
         outside = [user for user in end.users if user not in body]
         add_plan_inputs(program, chunk_inputs(program))
-        packer = PatchPacker(program, find_rule, stream.tokens, program.options.packing)
+        packer = PatchPacker(program, find_rule, stream.tokens, program.chosen().row_packing)
         with program.graph.inserting_after(end):
             marker = program.graph.call_function(aten.alias.default, (end,))
         with program.graph.inserting_before(marker):
@@ -106,9 +105,10 @@ class PatchSizes(Pass):
         fill = packer.plan_input("fill_index")
         taken = packer.emit(torch.ops.dcconvert.regroup.default, rows, packer.emit(aten.select.int, fill, 2, 0))
         image, time = (input_of(program, name) for name in (program.image, program.timestep))
-        if not program.options.prediction or time is None or image is None:
+        predicts = program.chosen().predicts
+        if not predicts or time is None or image is None:
             return taken
-        stream, known = program.found_stream(), (program.options.prediction, image.meta["val"].shape[1])
+        stream, known = program.found_stream(), (predicts, image.meta["val"].shape[1])
         skip = PatchSkip(stream.grid, pixels.order, pixels.patch, scales, *known, program.timestep_scale)
         details = inline(program, skip, (image, time), f"{NAME}.skip")
         which = packer.emit(aten.select.int, fill, 2, 1)

@@ -17,7 +17,6 @@ from dcconvert.passes.ir.graph_tools import give_tensor, remove_dead_code, where
 from dcconvert.passes.ir.node_args import operand
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
 from dcconvert.passes.ir.program import Program
-from dcconvert.passes.ir.spec import NEW_PATHS
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules import find_rule
 from dcconvert.passes.packing.rules.attention import ARGUMENTS, scale_of
@@ -25,7 +24,7 @@ from dcconvert.passes.rewrite.pack_trunk import add_plan_inputs, chunk_inputs, d
 
 aten = torch.ops.aten
 
-RECOVERY = NEW_PATHS["sparse-dense"]  # new weights are called recovery.<group>.sparse and recovery.<group>.dense
+RECOVERY = "recovery"  # new weights are called recovery.<group>.sparse and recovery.<group>.dense
 GROUP_BLOCKS = 4  # the fewest of a group: generation, one sparse, recovery, dense
 GROUPS = 4
 
@@ -71,31 +70,31 @@ class SparseDense(Pass):
     """
 
     def call(self, program: Program) -> PassResult:
-        stream, options = program.found_stream(), program.options
+        stream, method = program.found_stream(), program.chosen()
         if any(stream.contexts.get(node) for node in stream.boundaries):
             raise UnsupportedModelError(
                 "sparse-dense blocks have no rule for tokens beside the grid (joint attention with text): use the "
                 "plain trunk"
             )
-        groups = arrange(stream.depth, options.head_blocks, options.tail_blocks)
+        groups = arrange(stream.depth, method.head_blocks, method.tail_blocks)
         bodies = [
             trunk_nodes(program, start, (end,))
             for start, end in zip(stream.boundaries, stream.boundaries[1:], strict=False)
         ]
         add_plan_inputs(program, chunk_inputs(program))
-        for number in range(options.head_blocks):
+        for number in range(method.head_blocks):
             pool_values(program, bodies[number])
         for number, group in enumerate(groups):
             rewrite_group(program, number, group, bodies)
         remove_dead_code(program.graph)
         drop_unused_inputs(program)
         sizes = ", ".join(str(len(group.sparse) + 3) for group in groups)
-        return PassResult(len(groups), (f"{options.head_blocks} pooling blocks, groups of {sizes} blocks",))
+        return PassResult(len(groups), (f"{method.head_blocks} pooling blocks, groups of {sizes} blocks",))
 
 
 def rewrite_group(program: Program, number: int, group: Group, bodies: Sequence[list[Node]]) -> None:
     boundaries, width = program.found_stream().boundaries, program.found_stream().width
-    packer = Packer(program, find_rule, program.found_stream().tokens, program.options.packing)
+    packer = Packer(program, find_rule, program.found_stream().tokens, program.chosen().row_packing)
     dense = boundaries[group.generation]
     packer.whole_keys = True
     for block in (group.generation, *group.sparse):
@@ -154,7 +153,7 @@ def pool_values(program: Program, body: Sequence[Node]) -> None:
             raise UnsupportedModelError(f"{where(node)}: its values are no linear function of tokens")
         source = operand(layer)
         needed = [n for n in dependents(program, [source]) if n in path and n is not source]
-        packer = MeanPacker(program, find_rule, program.found_stream().tokens, program.options.packing)
+        packer = MeanPacker(program, find_rule, program.found_stream().tokens, program.chosen().row_packing)
         with program.graph.inserting_before(node):
             packer.start(source, packer.emit(aten.mean.dim, source, [1], True))
             for step in needed:

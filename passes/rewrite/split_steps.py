@@ -41,7 +41,8 @@ class SplitSteps(Pass):
         program.full = full_graph(program)
         program.skip = skip_graph(program, self.updates)
         left, whole = (sum(n.target is ATTENTION for n in g.graph.nodes) for g in (program.skip, program.full))
-        if left and not (program.options.head_blocks or program.options.tail_blocks):
+        method = program.chosen()
+        if left and not (method.head_blocks or method.tail_blocks):
             raise UnsupportedModelError(
                 f"{left} of {whole} attention ops do not go through the tokens' update: a step that skips the trunk "
                 "would compute them all the same"

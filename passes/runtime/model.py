@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.options import Options
 from dcconvert.passes.ir.pass_runner import PassRecord
 from dcconvert.passes.ir.spec import ModelSpec
 from dcconvert.passes.planning.carry_plan import CarryPlan
@@ -23,6 +22,9 @@ from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.rewrite.retarget import retype, retyped_spec, to_device
 from dcconvert.passes.runtime.infer_runs import FollowedRun
 from dcconvert.passes.runtime.run import Run
+
+if TYPE_CHECKING:
+    from dcconvert.passes.methods.method import Method
 
 
 class TorchState:
@@ -54,7 +56,7 @@ class DynamicModel(nn.Module):
         denoise: GraphModule,
         original: GraphModule,
         spec: ModelSpec,
-        options: Options,
+        method: Method,
         schedule: Schedule,
         records: Sequence[PassRecord] = (),
         prepare: GraphModule | None = None,
@@ -65,9 +67,9 @@ class DynamicModel(nn.Module):
         self.original_graph = original
         self.prepare_graph = prepare
         self.spec = spec
-        self.options = options
+        self.method = method
         self.records = list(records)
-        self.step_planner = StepPlanner(spec, options, schedule)
+        self.step_planner = StepPlanner(spec, method, schedule)
         self.target = place_of(self)
         self.followed = FollowedRun(self)
 
@@ -77,7 +79,7 @@ class DynamicModel(nn.Module):
 
     def with_schedule(self, schedule: Schedule) -> DynamicModel:
         """The same weights and graphs under another schedule."""
-        parts = (self.route_graph, self.denoise_graph, self.original_graph, self.spec, self.options)
+        parts = (self.route_graph, self.denoise_graph, self.original_graph, self.spec, self.method)
         return DynamicModel(*parts, schedule, self.records, self.prepare_graph)
 
     def flat_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +171,7 @@ class DynamicModel(nn.Module):
     def retype(self, old: torch.dtype, new: torch.dtype) -> None:
         """Let graphs and spec follow weights that were cast from `old` to `new`."""
         self.spec = retyped_spec(self.spec, old, new)
-        self.step_planner = StepPlanner(self.spec, self.options, self.schedule)
+        self.step_planner = StepPlanner(self.spec, self.method, self.schedule)
         batch, place = 2, place_of(self)
         inputs = {n: v.to(place.device) if isinstance(v, Tensor) else v for n, v in self.spec.example(batch).items()}
 
@@ -225,15 +227,15 @@ class DynamicModel(nn.Module):
 
     def summary(self) -> str:
         """A few lines: tokens, blocks, ratio, router, and how often each pass fired."""
-        spec, options, schedule = self.spec, self.options, self.schedule
+        spec, method, schedule = self.spec, self.method, self.schedule
         kept = f"{spec.tokens * schedule.expected:.0f} kept on average ({schedule.ratio:g}x)"
         if schedule.found and not schedule.mean:
             kept = f"asked for {schedule.ratio:g}x; what steps find was fitted to no runs: look at what they keep"
         lines = [
             f"{spec.grid[0]}x{spec.grid[1]} = {spec.tokens} tokens, {kept}",
-            f"{spec.depth} blocks: {options.head_blocks} head, "
-            f"{spec.depth - options.head_blocks - options.tail_blocks} trunk, {options.tail_blocks} tail",
-            f"mode {options.mode}, router {options.router}, schedule {schedule.kind}",
+            f"{spec.depth} blocks: {method.head_blocks} head, "
+            f"{spec.depth - method.head_blocks - method.tail_blocks} trunk, {method.tail_blocks} tail",
+            f"method {method.name}, router {method.router}, schedule {schedule.kind}",
         ]
         lines += [inspect.cleandoc(f"{r.name}: {r.matches} matches {'; '.join(r.notes)}") for r in self.records]
         return "\n".join(lines)

@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import reduce
 from typing import Any, TypeVar, get_type_hints
 
 import torch
@@ -23,11 +22,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from dcconvert.passes.ir import ops  # noqa: F401  (registers torch.ops.dcconvert)
 from dcconvert.passes.ir.errors import CheckFailedError, DcconvertError, UnsupportedModelError, UsageError
-from dcconvert.passes.ir.graph_tools import owner_of
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.ir.graph_tools import attributes, owner_of
 from dcconvert.passes.ir.pass_runner import PassRecord
 from dcconvert.passes.ir.spec import ModelSpec
-from dcconvert.passes.option_checks import check_options
+from dcconvert.passes.methods import method_from_dict
+from dcconvert.passes.methods.method import Method
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
@@ -78,7 +77,7 @@ def model_to_dict(model: DynamicModel) -> dict[str, Any]:
     return {
         "version": VERSION,
         "spec": spec,
-        "options": asdict(model.options),
+        "method": model.method.as_dict(),
         "schedule": asdict(model.schedule),
         "passes": [record.as_dict() for record in model.records],
         "graphs": {name: graph_to_dict(graph) for name, graph in named_graphs(model).items()},
@@ -91,12 +90,12 @@ def model_from_dict(data: Any, tensors: Mapping[str, Tensor]) -> DynamicModel:
     Raises UsageError for data that is damaged, of another version, or asks for anything outside the lists above.
     """
     with damage_is_a_usage_error():
-        spec, options, schedule = read_facts(data)
+        spec, method, schedule = read_facts(data)
         records = [plainly(PassRecord(**{**r, "notes": tuple(map(str, r["notes"]))})) for r in data["passes"]]
         pool = dict(tensors)
         route, denoise, original = (read_graph(data["graphs"][name], pool) for name in GRAPHS)
         prepare = read_graph(data["graphs"][PREPARE], pool) if spec.constants else None
-        model = DynamicModel(route, denoise, original, spec, options, schedule, records, prepare)
+        model = DynamicModel(route, denoise, original, spec, method, schedule, records, prepare)
         check_seams(model, named_graphs(model))
         return model
 
@@ -107,12 +106,12 @@ def planner_from_dict(data: Any) -> StepPlanner:
         return StepPlanner(*read_facts(data))
 
 
-def read_facts(data: Any) -> tuple[ModelSpec, Options, Schedule]:
+def read_facts(data: Any) -> tuple[ModelSpec, Method, Schedule]:
     check_version(data)
-    spec, options, schedule = read_spec(data["spec"]), plainly(Options(**data["options"])), data["schedule"]
+    spec, schedule = read_spec(data["spec"]), data["schedule"]
     try:
-        check_options(options)
-        return spec, options, StepPlanner(spec, options, plainly(Schedule(**schedule))).schedule
+        method = plainly(method_from_dict(data["method"] if "method" in data else data["options"]))
+        return spec, method, StepPlanner(spec, method, plainly(Schedule(**schedule))).schedule
     except UsageError as error:
         raise damaged(f"has options or a schedule that cannot be ({error})") from error
 
@@ -290,16 +289,6 @@ def attach(root: nn.Module, target: Any, pool: dict[str, Tensor], parameter: Any
     if not isinstance(tensor, nn.Parameter) or tensor.requires_grad:
         tensor = pool[target] = nn.Parameter(tensor.detach(), requires_grad=False)
     owner.register_parameter(leaf, tensor)
-
-
-def attributes(graph_module: GraphModule) -> dict[str, Tensor]:
-    """The tensors that a graph's `get_attr` nodes read, by name."""
-    found: dict[str, Any] = {}
-    for path in (node.target for node in graph_module.graph.nodes if node.op == "get_attr"):
-        found[path] = reduce(getattr, path.split("."), graph_module)
-        if not isinstance(found[path], Tensor):
-            raise UnsupportedModelError(f"the graph reads {path}, which is no tensor and cannot be written to a bundle")
-    return found
 
 
 def encode(value: Any) -> Any:

@@ -9,14 +9,14 @@ from torch.utils import _pytree as pytree
 
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.graph_tools import placeholders
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.ir.spec import DECHUNK, NEW_PATHS
+from dcconvert.passes.methods.method import Method
 from dcconvert.passes.planning.carry_plan import CARRY_ARRAYS
 from dcconvert.passes.planning.chunk_plan import PLAN_ARRAYS
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.serialise.treespec import shown
 
 PREPARE = "prepare"
-OWN_WEIGHTS = {"sparse-dense": "recovery", "patch-sizes": "patch_sizes"}  # of trunks that have some
 MATCHING = "router.destinations"  # which MergeRouter has
 
 
@@ -38,22 +38,22 @@ def check_seams(model: DynamicModel, graphs: Mapping[str, GraphModule]) -> None:
     unknown = {*spec.route_inputs, *spec.prepare_inputs, spec.timestep or spec.image, spec.image} - {*spec.inputs}
     arrays = {*CARRY_ARRAYS, *(state.name for state in spec.states)} if spec.states else {*PLAN_ARRAYS}
     unknown |= {*spec.denoise_inputs} - {*spec.inputs, *spec.live, *spec.constants, *arrays}
-    if bool(spec.states) != (model.options.mode == "carry"):
-        raise damaged(f"has {len(spec.states)} states in mode {shown(model.options.mode)}")
+    if bool(spec.states) != model.method.stateful:
+        raise damaged(f"has {len(spec.states)} states with method {model.method.name}")
     if unknown or pytree.treespec_loads(spec.in_spec).num_leaves != len(spec.inputs):
         raise damaged(f"asks for other inputs than its in_spec holds ({shown(sorted(unknown))})")
-    check_kind(model.options, graphs)
+    check_kind(model.method, graphs)
 
 
-def check_kind(options: Options, graphs: Mapping[str, GraphModule]) -> None:
+def check_kind(method: Method, graphs: Mapping[str, GraphModule]) -> None:
     """A trunk and a router of another kind would take the plan for something else, and say nothing."""
     read = {str(node.target).split(".")[0] for node in graphs["denoise"].graph.nodes if node.op == "get_attr"}
-    for trunk, weights in OWN_WEIGHTS.items():
-        if (options.trunk == trunk) != (weights in read):
-            raise damaged(f"has the trunk {shown(options.trunk)}, which is not that of its graphs")
+    for weights in NEW_PATHS:
+        if (method.new_weights == weights) != (weights in read) and weights != DECHUNK:  # which training adds
+            raise damaged(f"has the method {method.name}, which is not that of its graphs")
     matches = any(str(node.target).endswith(MATCHING) for node in graphs["route"].graph.nodes)
-    if (options.router == "merge") != matches:
-        raise damaged(f"has the router {shown(options.router)}, which is not that of its graphs")
+    if (method.router == "merge") != matches:
+        raise damaged(f"has the router {shown(method.router)}, which is not that of its graphs")
 
 
 def damaged(fault: str) -> UsageError:

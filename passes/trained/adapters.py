@@ -19,10 +19,9 @@ from torch.fx import Graph, GraphModule, Node
 from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.capture import capture
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.graph_tools import give_tensor, placeholders
+from dcconvert.passes.ir.graph_tools import attributes, give_tensor, placeholders
 from dcconvert.passes.ir.spec import DECHUNK, NEW_PATHS, ROUTER, ModelSpec
 from dcconvert.passes.runtime.model import DynamicModel
-from dcconvert.passes.serialise.graph_json import attributes
 
 GATE = "gate"
 RANK = 4  # the width is divided by this inside an adapter, as in DC-DiT's router (arXiv 2603.06351)
@@ -91,7 +90,7 @@ def as_tokens(image: Tensor) -> Tensor:
 
 def is_adapter(name: str) -> bool:
     """Whether a tensor of a model is none of the original: of an adapter, or of a trunk with weights of its own."""
-    return name.split(".")[0] in (ROUTER, *NEW_PATHS.values())
+    return name.split(".")[0] in (ROUTER, *NEW_PATHS)
 
 
 def has_adapter(model: DynamicModel, name: str) -> bool:
@@ -189,7 +188,7 @@ def with_graphs(
     for graph in (route, denoise):
         graph.graph.lint()
         graph.recompile()
-    parts = (model.options, model.schedule, model.records, model.prepare_graph)
+    parts = (model.method, model.schedule, model.records, model.prepare_graph)
     return DynamicModel(route, denoise, model.original_graph, spec or model.spec, *parts)
 
 

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.graph_tools import give_tensor
+from dcconvert.passes.ir.graph_tools import attributes, give_tensor
 from dcconvert.passes.ir.node_args import operand
 from dcconvert.passes.ir.spec import DECHUNK
 from dcconvert.passes.runtime.model import DynamicModel
-from dcconvert.passes.serialise.graph_json import attributes
 from dcconvert.passes.trained.adapters import is_adapter
 
 PREFIX = "trained."
@@ -48,7 +47,7 @@ def rebuilt(model: DynamicModel, tensors: Mapping[str, tuple[str, Tensor]]) -> D
     """The model with other tensors in route and denoise, by their present names; the original stays as it is."""
     route, denoise = (with_tensors(graph, tensors) for graph in (model.route_graph, model.denoise_graph))
     prepare = None if model.prepare_graph is None else with_tensors(model.prepare_graph, tensors)
-    parts = (route, denoise, model.original_graph, model.spec, model.options, model.schedule, model.records)
+    parts = (route, denoise, model.original_graph, model.spec, model.method, model.schedule, model.records)
     return DynamicModel(*parts, prepare)
 
 

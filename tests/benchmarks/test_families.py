@@ -11,7 +11,7 @@ import pytest
 from benchmarks import families
 from benchmarks.families import BATCH, FAMILIES, STRUCTURAL, checks, converted, measured
 from dcconvert.export.checks.parity import check_identity, check_isolation
-from dcconvert.passes.ir.options import MODES
+from dcconvert.passes.methods import MODES
 
 REFUSED = {
     "latte": "torch.export cannot capture LatteTransformer3DModel",

@@ -15,7 +15,7 @@ import torch
 import dcconvert
 from benchmarks import gpu, gpu_cases, gpu_table, tables
 from benchmarks.gpu_backend import TorchRuntime
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.rewrite.retarget import in_place
 from tests.passes.harness import dit_call
 
@@ -227,7 +227,7 @@ def test_the_bound_is_the_slower_of_operations_and_bytes():
 @pytest.mark.parametrize("mode", ["carry", "chunk"])
 def test_a_step_of_the_backend_is_the_models(mode):
     dit, (x, t, y), _ = dit_call()
-    model = dcconvert.convert(dit, 2, options=Options(mode=mode), steps=3)
+    model = dcconvert.convert(dit, 2, options=method_of(mode), steps=3)
     assert isinstance(model, dcconvert.Converted)
     runs = [backend.start(3) for backend in (model, TorchRuntime(model, "eager"))]
     with torch.no_grad():
@@ -242,7 +242,7 @@ def test_a_step_of_the_backend_is_the_models(mode):
 @pytest.mark.parametrize("mode", ["carry", "chunk"])
 def test_captured_and_compiled_steps_on_a_gpu(runtime, mode):
     dit, inputs, _ = dit_call()
-    model = dcconvert.convert(dit, 2, options=Options(mode=mode, router="pool"), steps=3)
+    model = dcconvert.convert(dit, 2, options=method_of(mode, router="pool"), steps=3)
     assert isinstance(model, dcconvert.Converted)
     if mode == "carry":
         in_place(model.denoise_graph)

@@ -13,7 +13,7 @@ from dcconvert import api
 from dcconvert.api import Converted
 from dcconvert.commands import convert as job
 from dcconvert.export.bundle import Bundle, read_bundle
-from dcconvert.passes.ir.options import MODES
+from dcconvert.passes.methods import MODES
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.sampling.bundle_runs import run_planner
 from dcconvert.sampling.steps import Runtime

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 import dcconvert
-from dcconvert import Converted, Options, UnsupportedModelError, UsageError, convert, load
+from dcconvert import Converted, UnsupportedModelError, UsageError, convert, load
 from dcconvert.environment import machine
 from dcconvert.export.bundle import read_bundle
 from dcconvert.export.runtimes.ort import OrtModel
 from dcconvert.models.example_inputs import dit_inputs
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.planning.schedule import LEVELS, Schedule
 from tests.dcconvert.harness import CONFIG, TOKENS, contents, tiny_dit
 from tests.passes.harness import diffusers_call, first_tensor, relative
@@ -131,9 +132,8 @@ def test_ratios_that_cannot_be(ratio):
     ("options", "words"),
     [
         ({"schedule": "sideways"}, "unknown schedule 'sideways'"),
-        ({"options": Options(head_blocks=2, tail_blocks=1)}, "block"),
-        ({"options": Options(head_blocks=-2)}, "block"),
-        ({"options": Options(router="crystal ball")}, "router"),
+        ({"options": method_of(head_blocks=2, tail_blocks=1)}, "block"),
+        ({"preset": "crystal ball"}, "unknown method"),
         ({"timestep": "when"}, "when"),
     ],
 )
@@ -151,7 +151,7 @@ def test_timesteps_of_another_scale_than_was_said():
 
 def test_a_module_without_tokens():
     with pytest.raises(UnsupportedModelError) as error:
-        convert(nn.Linear(4, 4), example_inputs=(torch.randn(3, 4),), options=Options(mode="chunk"))
+        convert(nn.Linear(4, 4), example_inputs=(torch.randn(3, 4),), options=method_of("chunk"))
     assert "\n" not in str(error.value)
 
 
@@ -187,7 +187,7 @@ def test_a_bundle_gives_what_the_model_gave(saved, by_name, from_diffusers):
     torch.testing.assert_close(model(**inputs).sample, from_diffusers(**inputs).sample, rtol=0, atol=0)
     found, wanted = model.original(**inputs), from_diffusers.original(**inputs)
     torch.testing.assert_close(found.sample, wanted.sample, rtol=0, atol=0)
-    assert model.options == from_diffusers.options
+    assert model.method == from_diffusers.options
     assert model.schedule == from_diffusers.schedule
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dcconvert.export.onnx.export import export_denoise, export_route
 from dcconvert.export.runtimes.ort import OrtModel
 from dcconvert.models.dit import DiT, DiTConfig
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.schedule import Schedule
@@ -43,7 +43,7 @@ def convert(mode: str = "chunk", **options: Any) -> DynamicModel:
     """Two tokens in one kept; weights so small that rounding in float32 stays small too."""
     torch.manual_seed(0)
     dit = randomise(DiT(CONFIG), std=0.08)
-    return rewrite(dit, tuple(inputs().values()), {}, Options(mode=mode, **options), Schedule("constant", 2))
+    return rewrite(dit, tuple(inputs().values()), {}, method_of(mode, **options), Schedule("constant", 2))
 
 
 class OneStep:
@@ -69,7 +69,7 @@ def export(model: DynamicModel, folder: Path) -> Path:
     given = inputs()
     with torch.no_grad():
         scores, live = model.route(given)
-    rows = BATCH if model.options.packing == "rows" else BATCH + 1
+    rows = BATCH if model.method.row_packing == "rows" else BATCH + 1
     bucket = Bucket(BATCH, tokens=35, rows=rows, row_tokens=9, tile=5)
     keep = model.step_planner.planner.select(scores.numpy(), np.full(BATCH, 8))
     plan = model.step_planner.of_mask(keep, bucket)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.carry_plan import CarryPlan, carry_plan
 from dcconvert.passes.planning.layout import Bucket
@@ -53,7 +53,7 @@ def carried(name: str, **options: Any) -> tuple[DynamicModel, Call]:
     torch.manual_seed(0)
     call = CALLS[name]()
     scale = 1.0 if name == "tiny" else 1000.0
-    return rewrite(*call, Options(**options), Schedule("constant", 2), timestep_scale=scale), call
+    return rewrite(*call, method_of(**options), Schedule("constant", 2), timestep_scale=scale), call
 
 
 def at(model: DynamicModel, call: Call, tau: float | Sequence[float], seed: int = 0) -> Call:

@@ -16,9 +16,9 @@ from dcconvert.models.dit import DiT, DiTConfig
 from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.capture import capture
 from dcconvert.passes.ir.graph_tools import placeholders
-from dcconvert.passes.ir.options import Options
 from dcconvert.passes.ir.pass_runner import check_graph
 from dcconvert.passes.ir.program import Program, TokenStream
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.planning.chunk_plan import Plan, Planner
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.rewrite.pack_trunk import PackTrunk
@@ -169,7 +169,7 @@ def tiny_inputs(batch: int = BATCH) -> tuple[Tensor, Tensor]:
 def tiny_program(module: nn.Module | None = None, **options: Any) -> Program:
     """A captured and normalised TinyModel (three plain blocks unless a module is given)."""
     program = capture(
-        module or TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, Options(**{"mode": "chunk", **options})
+        module or TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, method_of(**{"mode": "chunk", **options})
     )
     Normalise().call(program)
     return program
@@ -220,7 +220,7 @@ class Body(nn.Module):
 
 def trunk_program(body: Callable[..., Tensor], h: Tensor, outside: tuple[Tensor, ...], packing: str) -> Program:
     """The program whose whole graph is the trunk `body(h, *outside)`, captured and ready for PackTrunk."""
-    program = capture(Body(body), (h, outside), {}, Options(mode="chunk", packing=packing, members=2, neighbours=2))
+    program = capture(Body(body), (h, outside), {}, method_of("chunk", packing=packing, members=2, neighbours=2))
     Normalise().call(program)
     start = placeholders(program.graph)[0]
     (end,) = next(iter(reversed(program.graph.nodes))).args[0]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.chunk_plan import Planner
 from dcconvert.passes.planning.layout import Bucket
@@ -52,7 +52,7 @@ def converted(name: str, packing: str) -> tuple[DynamicModel, Call]:
     """One conversion for all tests and examples; weights and inputs are random but fixed."""
     torch.manual_seed(0)
     call = MODELS[name]()
-    return rewrite(*call, Options(mode="chunk", packing=packing), ALL), call
+    return rewrite(*call, method_of("chunk", packing=packing), ALL), call
 
 
 def plain(call: Call) -> torch.Tensor:
@@ -101,13 +101,13 @@ def test_in_another_sample_order_and_batch(name, packing):
 @pytest.mark.parametrize(("head", "tail"), [(0, 0), (2, 0), (0, 2)])
 def test_with_other_head_and_tail_blocks(head, tail):
     call = dit_call()
-    model = rewrite(*call, Options(mode="chunk", head_blocks=head, tail_blocks=tail), ALL)
+    model = rewrite(*call, method_of("chunk", head_blocks=head, tail_blocks=tail), ALL)
     assert relative(first_tensor(model(*call[1])), plain(call)) < TOLERANCE
 
 
 def test_pixart_in_bins_is_refused():
     with pytest.raises(UsageError, match="one sample a row: use --packing rows"):
-        rewrite(*pixart_call(), Options(mode="chunk", packing="bins"), ALL)
+        rewrite(*pixart_call(), method_of("chunk", packing="bins"), ALL)
 
 
 @pytest.mark.parametrize("pixels", [256, 512])
@@ -117,7 +117,7 @@ def test_the_real_size(pixels):
     torch.nn.init.normal_(call[0].pos_embed)  # type: ignore[arg-type]
     for parameter in call[0].parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    model = rewrite(*call, Options(mode="chunk"), ALL)
+    model = rewrite(*call, method_of("chunk"), ALL)
     planner = model.step_planner.planner
     wanted = plain(call)
     keep = np.ones((2, model.spec.tokens), dtype=bool)

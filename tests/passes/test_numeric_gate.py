@@ -10,9 +10,9 @@ from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.capture import capture
 from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.options import Options
 from dcconvert.passes.ir.pass_runner import Pass, PassResult, run_passes
 from dcconvert.passes.ir.program import Program
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.numeric_gate import HALF_PRECISION, NumericGate, outputs
 from dcconvert.passes.rewrite.carry_trunk import CarryTrunk
 from dcconvert.passes.rewrite.insert_router import InsertRouter
@@ -24,7 +24,7 @@ def captured(**options: str) -> Program:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     inputs = (torch.randn(3, 1, 8, 8), torch.rand(3) * 1000, torch.tensor([0, 1, 2]))
-    return capture(model, inputs, {}, Options(**{"mode": "chunk", **options}))  # type: ignore[arg-type]
+    return capture(model, inputs, {}, method_of(**{"mode": "chunk", **options}))  # type: ignore[arg-type]
 
 
 class Double(Pass):

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from dcconvert.passes.ir.errors import UnsupportedModelError
-from dcconvert.passes.ir.options import MODES, Options
-from dcconvert.passes.pipeline import PIPELINES, rewrite
+from dcconvert.passes.methods import MODES, method_of
+from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
 from tests.passes.harness import Block, TinyModel, pixart_call, tiny_inputs
 
@@ -18,36 +18,41 @@ HALF = Schedule("constant", 2)
 def test_order():
     before, after = ["Normalise", "RealNumbers", "FindTokenStream", "InsertRouter"], ["SplitRoute"]
     assert MODES == ("carry", "chunk")
-    assert [p.name for p in PIPELINES["chunk"]] == [*before, "PackTrunk", *after]
-    assert [p.name for p in PIPELINES["carry"]] == [*before, "CarryTrunk", *after, "HoistConstants"]
+    assert [p.name for p in method_of("chunk").pipeline()] == [*before, "PackTrunk", *after]
+    assert [p.name for p in method_of("carry").pipeline()] == [*before, "CarryTrunk", *after, "HoistConstants"]
 
 
 def test_defaults_of_each_mode():
-    assert (Options().mode, Options().head_blocks, Options().tail_blocks, Options().router) == ("carry", 0, 0, "drift")
-    chunk = Options(mode="chunk")
+    assert (method_of().mode, method_of().head_blocks, method_of().tail_blocks, method_of().router) == (
+        "carry",
+        0,
+        0,
+        "drift",
+    )
+    chunk = method_of("chunk")
     assert (chunk.head_blocks, chunk.tail_blocks, chunk.router) == (1, 1, "pool")
-    given = Options(mode="chunk", head_blocks=0, router="pool")
+    given = method_of("chunk", head_blocks=0, router="pool")
     assert (given.head_blocks, given.tail_blocks, given.router) == (0, 1, "pool")
 
 
 def test_carry_is_logged_and_dumped_and_its_last_pass_may_find_nothing(tmp_path):
-    model = rewrite(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, Options(), HALF, dump=tmp_path / "tiny")
-    assert [record.name for record in model.records] == [p.name for p in PIPELINES["carry"]]
+    model = rewrite(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, method_of(), HALF, dump=tmp_path / "tiny")
+    assert [record.name for record in model.records] == [p.name for p in method_of("carry").pipeline()]
     assert [r.name for r in model.records if r.matches == 0] == ["RealNumbers", "HoistConstants"]
     assert model.prepare_graph is None
     assert "dcconvert.remember" in (tmp_path / "tiny" / "06_HoistConstants.denoise.txt").read_text()
-    model = rewrite(*pixart_call(), Options(), HALF, dump=tmp_path / "pixart")
+    model = rewrite(*pixart_call(), method_of(), HALF, dump=tmp_path / "pixart")
     assert [r.name for r in model.records if r.matches == 0] == ["RealNumbers"]
     assert model.prepare_graph is not None
     assert "aten.linear" in (tmp_path / "pixart" / "06_HoistConstants.prepare.txt").read_text()
 
 
 def test_every_pass_fires_and_is_logged_and_dumped(tmp_path):
-    model = rewrite(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, Options(mode="chunk"), HALF, dump=tmp_path)
-    assert [record.name for record in model.records] == [p.name for p in PIPELINES["chunk"]]
+    model = rewrite(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, method_of("chunk"), HALF, dump=tmp_path)
+    assert [record.name for record in model.records] == [p.name for p in method_of("chunk").pipeline()]
     assert [r.name for r in model.records if r.matches == 0] == ["RealNumbers"]
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names[:5] == [f"{i:02d}_{p.name}.graph.txt" for i, p in enumerate(PIPELINES["chunk"][:5])]
+    assert names[:5] == [f"{i:02d}_{p.name}.graph.txt" for i, p in enumerate(method_of("chunk").pipeline()[:5])]
     assert names[5:] == ["05_SplitRoute.denoise.txt", "05_SplitRoute.route.txt"]
     assert "dcconvert.chunk" in (tmp_path / "05_SplitRoute.denoise.txt").read_text()
 
@@ -61,7 +66,7 @@ def test_the_module_is_not_changed(mode):
     before = {name: value.clone() for name, value in module.state_dict().items()}
     wanted = module(*inputs)
     for _ in range(2):
-        rewrite(module, inputs, {}, Options(mode=mode), HALF)
+        rewrite(module, inputs, {}, method_of(mode), HALF)
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
     torch.testing.assert_close(module(*inputs), wanted, rtol=0, atol=0)
 
@@ -70,7 +75,7 @@ def test_the_module_is_not_changed(mode):
 def test_weights_are_shared_with_the_module(mode):
     """Scale: a converted model must not hold its weights twice."""
     module = TinyModel(Block() for _ in range(3))
-    model = rewrite(module, tiny_inputs(), {}, Options(mode=mode), HALF)
+    model = rewrite(module, tiny_inputs(), {}, method_of(mode), HALF)
     own = {parameter.data_ptr() for parameter in module.parameters()}
     assert {parameter.data_ptr() for parameter in model.parameters()} == own
 
@@ -86,4 +91,4 @@ def test_a_model_that_is_no_transformer_is_unsupported(mode):
             return self.layers(x)
 
     with pytest.raises(UnsupportedModelError, match="0 attention ops"):
-        rewrite(Convolutional(), tiny_inputs(), {}, Options(mode=mode), HALF)
+        rewrite(Convolutional(), tiny_inputs(), {}, method_of(mode), HALF)

@@ -13,13 +13,12 @@ from PIL import Image
 
 import dcconvert
 from dcconvert.commands import convert as job
-from dcconvert.commands.convert import LIMITS
 from dcconvert.commands.rewrite_bundle import most_buckets
 from dcconvert.export.bundle import read_bundle
 from dcconvert.export.runtimes.ort import OrtModel, OrtState
 from dcconvert.images.pixels import to_images
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.pipeline import PIPELINES
+from dcconvert.passes.methods import METHODS, method_of
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
 from tests.dcconvert.harness import CONFIG, TOKENS, contents, refusal, run_cli, write_checkpoint
 
@@ -35,7 +34,7 @@ def test_the_bundle_is_complete(each_job, mode):
     }
     assert not [path for path in each_job.folder.parent.iterdir() if path.name.startswith(".")]
     graphs = [path.name for path in (each_job.folder.parent / "graphs").glob("*.txt")]
-    assert {name.split(".")[0].split("_")[1] for name in graphs} == {part.name for part in PIPELINES[mode]}
+    assert {name.split(".")[0].split("_")[1] for name in graphs} == {part.name for part in method_of(mode).pipeline()}
 
 
 def test_the_stages_are_told_in_order(each_job, mode):
@@ -54,7 +53,7 @@ def test_the_manifest_says_what_was_done(each_job, mode):
     assert manifest["command"].startswith("dcconvert tiny.safetensors --ratio 4x")
     conversion = manifest["conversion"]
     assert (conversion["mode"], conversion["schedule"], conversion["ratio"]) == (mode, "falling", 4)
-    assert [item["name"] for item in conversion["passes"]] == [part.name for part in PIPELINES[mode]]
+    assert [item["name"] for item in conversion["passes"]] == [part.name for part in method_of(mode).pipeline()]
     assert manifest["config"] == CONFIG.as_dict()
     wanted = {"prediction": "flow", "steps": STEPS[mode], "solver": SOLVER[mode]}
     assert {name: manifest["sampler"][name] for name in wanted} == wanted
@@ -66,7 +65,7 @@ def test_the_report_says_how_it_was_made(each_job, mode):
     conversion = report["conversion"]
     assert (conversion["mode"], conversion["router"]) == (mode, {"carry": "drift", "chunk": "pool"}[mode])
     assert conversion["sampler"] == f"{SOLVER[mode]}, {STEPS[mode]} steps"
-    assert report["limits"] == [LIMITS[mode]]
+    assert report["limits"] == [*METHODS[mode].limits]
     page = (each_job.folder / "report.html").read_text()
     assert "http" not in page.replace("http-equiv", "")
     for title in ("Checks", "Latency", "Compute", "Fidelity", "Memory", "Buckets", "Passes", "Limits"):
@@ -281,7 +280,7 @@ def test_a_state_in_half_precision_is_half_as_large(half, main_job):
     assert conversion["state_dtype"] == "float16"
     assert conversion["state_mb_a_sample"] == pytest.approx(whole["state_mb_a_sample"] / 2)
     bundle = read_bundle(half)
-    assert bundle.model.options.state_dtype == "fp16"
+    assert bundle.model.method.remembered_as == "fp16"
     run = OrtModel(bundle.onnx, bundle.model.step_planner, bundle.ladder, threads=1).start(2)
     assert isinstance(run.state, OrtState)
     assert {value.numpy().dtype for value in run.state.values.values()} == {np.dtype(np.float16)}
@@ -299,9 +298,9 @@ def test_a_bundle_is_sampled_as_it_was_converted(half, tmp_path):
     [
         (("--mode", "chunk", "--warm-up", 1), "warm-up and refresh steps are of mode carry"),
         (("--mode", "chunk", "--refresh", 5), "warm-up and refresh steps are of mode carry"),
-        (("--mode", "chunk", "--state", "fp16"), "mode chunk has no state"),
-        (("--mode", "chunk", "--router", "drift"), "mode chunk has no router 'drift': choose one of"),
-        (("--mode", "chunk", "--router", "age"), "mode chunk has no router 'age': choose one of"),
+        (("--mode", "chunk", "--state", "fp16"), "method chunk has no state"),
+        (("--mode", "chunk", "--router", "drift"), "method chunk has no router 'drift': choose one of"),
+        (("--mode", "chunk", "--router", "age"), "method chunk has no router 'age': choose one of"),
         (("--warm-up", 0), "0 is not in the range x>=1"),
         (("--warm-up", 6), "6 steps that keep everything, of 20, leave nothing for the others at 4x"),
         (("--refresh", 2), "steps that keep everything, of 20, leave nothing for the others at 4x"),

@@ -259,9 +259,9 @@ def test_attention_memory_is_that_of_its_arrays(bundle):
     found = original_attention(model, example)
     assert (found.peak, found.total) == (layer(TOKENS, TOKENS), 3 * layer(TOKENS, TOKENS))
     found = converted_attention(model, example, np.full(3, 16), None)
-    keys = TOKENS if model.options.mode == "carry" else 16
+    keys = TOKENS if model.method.mode == "carry" else 16
     assert found.peak <= layer(TOKENS, TOKENS)
-    outside = model.options.head_blocks + model.options.tail_blocks
+    outside = model.method.head_blocks + model.method.tail_blocks
     assert found.total == outside * layer(TOKENS, TOKENS) + (3 - outside) * layer(16, keys)
     nothing = attention_memory(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
     assert (nothing.peak, nothing.total) == (0, 0)

@@ -34,7 +34,7 @@ def taus(mode):
 @pytest.fixture
 def everything(bundle, original_onnx):
     """A runtime that keeps all tokens: the original, in the end."""
-    planner = StepPlanner(bundle.model.spec, bundle.model.options, Schedule("constant", 1))
+    planner = StepPlanner(bundle.model.spec, bundle.model.method, Schedule("constant", 1))
     return Runtime.open(bundle.model, planner, bundle.ladder, bundle.onnx, original_onnx.parent, threads=1)
 
 
@@ -127,7 +127,7 @@ def test_guidance_agrees_in_torch_and_onnx_runtime(groups, bundle, runtime, taus
     np.testing.assert_array_equal(keeps[0], keeps[1])
     assert keeps[0][0].shape == (4, TOKENS)
     shared = [bool((keep[:2] == keep[2:]).all()) for keep in keeps[0]]
-    assert all(shared) == (groups == 2 or bundle.model.options.router == "pool")  # which keeps the same everywhere
+    assert all(shared) == (groups == 2 or bundle.model.method.router == "pool")  # which keeps the same everywhere
 
 
 def test_arrays_go_by_the_names_of_the_model(bundle):

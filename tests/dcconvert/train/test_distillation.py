@@ -11,7 +11,7 @@ import torch
 
 import dcconvert
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.trained.weight_sets import all_tensors
 from dcconvert.sampling.samplers import Sampler
@@ -25,7 +25,7 @@ RECIPE = Recipe(samples=80, batch=8, lr=1e-3, rank=4)
 
 @pytest.fixture(scope="module")
 def model() -> DynamicModel:
-    return dcconvert.convert(tiny_dit(), 4, options=Options(mode="chunk")).requires_grad_(False)
+    return dcconvert.convert(tiny_dit(), 4, options=method_of("chunk")).requires_grad_(False)
 
 
 def batch(seed: int, size: int = 8) -> dict[str, torch.Tensor]:
@@ -139,7 +139,7 @@ def test_gradients_are_clipped(clip, model, monkeypatch):
 def test_learned_variances_are_not_trained():
     """Of a model that predicts noise and variances, samplers here use the noise: the loss is that of the noise."""
     config = replace(CONFIG, learn_sigma=True)
-    variances = dcconvert.convert(tiny_dit(config), 4, options=Options(mode="chunk")).requires_grad_(False)
+    variances = dcconvert.convert(tiny_dit(config), 4, options=method_of("chunk")).requires_grad_(False)
     made = StepDistillation(variances, replace(RECIPE, feature_weight=0.0), TAUS)
     grads: list[torch.Tensor] = []
     place = made.weights.whole.index("final_layer.linear.weight")

@@ -19,7 +19,7 @@ from dcconvert.export.checks.flops import (
     original_gmacs,
 )
 from dcconvert.models.dit import DiT, DiTConfig
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.runtime.model import DynamicModel
@@ -68,7 +68,7 @@ def test_published_sizes(name):
 def small() -> DynamicModel:
     """DiT-S/2 at 4x."""
     config = PUBLISHED["S/2"][0]
-    return rewrite(DiT(config), args(config, 3), {}, Options(mode="chunk"), Schedule("constant", 4))
+    return rewrite(DiT(config), args(config, 3), {}, method_of("chunk"), Schedule("constant", 4))
 
 
 @pytest.fixture(scope="module")

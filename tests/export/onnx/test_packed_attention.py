@@ -19,7 +19,7 @@ from dcconvert.export.onnx.lowerings import TENSORRT
 from dcconvert.export.onnx.packed_attention import attention_sizes, refusal, with_packed_attention
 from dcconvert.export.onnx.trt_attention_op import probe
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.schedule import Schedule
@@ -97,7 +97,7 @@ def test_what_needs_rows_is_refused(options):
 
 def test_cross_attention_needs_rows():
     module, args, kwargs = pixart_call()
-    model = rewrite(module, args, kwargs, Options(mode="chunk"), Schedule("constant", 2))
+    model = rewrite(module, args, kwargs, method_of("chunk"), Schedule("constant", 2))
     with pytest.raises(UsageError, match=r"because of aten\.scaled_dot_product_attention"):
         with_packed_attention(model)
 

@@ -58,7 +58,7 @@ class Loaded:
 
 def loaded(model: DynamicModel, onnx: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Loaded:
     """Export a bundle and load the Python model as a server does."""
-    folder = folder / model.options.mode
+    folder = folder / model.method.mode
     source = folder / "bundle"
     source.mkdir(parents=True)
     (source / "onnx").symlink_to(onnx)

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from dcconvert.passes.frontend.capture import capture
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.ir.graph_tools import placeholders
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from tests.passes.harness import WIDTH, Block, TinyModel, count, pixart_call, tiny_inputs
 
 aten = torch.ops.aten
@@ -59,9 +59,9 @@ def test_ops_stay_whole():
 
 def test_structured_specs_and_options_survive():
     module, args, kwargs = pixart_call()
-    options = Options(head_blocks=0)
+    options = method_of(head_blocks=0)
     program = capture(module, args, kwargs, options)
-    assert program.options is options
+    assert program.method is options
     flat, spec = pytree.tree_flatten((args, kwargs))
     assert pytree.treespec_loads(program.in_spec) == spec
     assert len(placeholders(program.graph)) == len(flat)

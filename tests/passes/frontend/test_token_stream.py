@@ -13,9 +13,9 @@ from dcconvert.passes.frontend.capture import capture
 from dcconvert.passes.frontend.token_stream import FindTokenStream, find_cuts
 from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError, UsageError
 from dcconvert.passes.ir.graph_tools import module_path
-from dcconvert.passes.ir.options import Options
 from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.program import Program
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
 from tests.passes.harness import GRID, TOKENS, WIDTH, Block, TinyModel, diffusers_call, pixart_call, tiny_inputs
@@ -91,7 +91,7 @@ def test_odd_blocks_at_the_ends_are_no_part_of_the_repetition():
 
 @pytest.mark.parametrize("make", [diffusers_call, pixart_call])
 def test_diffusers_models(make):
-    program = capture(*make())
+    program = capture(*make(), method_of())  # type: ignore[call-arg]
     run_passes(program, (Normalise(), FindTokenStream()))
     stream = program.found_stream()
     assert (stream.grid, stream.width, stream.depth) == ((4, 4), 32, 3)
@@ -102,7 +102,7 @@ def test_diffusers_models(make):
 )
 def test_blocks_of_models_with_other_tokens(name, depth, beside):
     """First blocks, where text enters, and last ones, which it leaves, count; so do double and single streams."""
-    program = capture(*made(FAMILIES[name]))
+    program = capture(*made(FAMILIES[name]), method_of())
     run_passes(program, (Normalise(), FindTokenStream()))
     stream = program.found_stream()
     assert (stream.depth, stream.width) == (depth, 32)
@@ -112,13 +112,13 @@ def test_blocks_of_models_with_other_tokens(name, depth, beside):
 
 
 def test_video_lies_frame_below_frame():
-    program = capture(*made(FAMILIES["wan"]))
+    program = capture(*made(FAMILIES["wan"]), method_of())
     run_passes(program, (Normalise(), FindTokenStream()))
     assert program.found_stream().grid == (3 * 4, 4)
 
 
 def test_the_grid_of_a_linear_patchify_may_be_given():
-    program = capture(*made(FAMILIES["flux"]))
+    program = capture(*made(FAMILIES["flux"]), method_of())
     program.grid = (2, 8)
     run_passes(program, (Normalise(), FindTokenStream()))
     assert program.found_stream().grid == (2, 8)
@@ -128,7 +128,7 @@ def test_the_grid_of_a_linear_patchify_may_be_given():
 
 
 def test_long_skips_are_named():
-    program = capture(*made(FAMILIES["hunyuan-dit"]))
+    program = capture(*made(FAMILIES["hunyuan-dit"]), method_of())
     with pytest.raises(UnsupportedModelError, match=r"longest alive is .* in blocks\.0 .*, until .* in blocks\.3"):
         run_passes(program, (Normalise(), FindTokenStream()))
 
@@ -166,7 +166,7 @@ def test_a_value_that_stays_alive_leaves_no_cut():
 @pytest.mark.parametrize("mode", ["carry", "chunk"])
 def test_a_value_that_passes_by_all_blocks_is_no_part_of_the_stream(mode):
     module, inputs = LongSkip(3), tiny_inputs()
-    model = rewrite(module, inputs, {}, Options(mode=mode), Schedule("constant", 2))
+    model = rewrite(module, inputs, {}, method_of(mode), Schedule("constant", 2))
     assert model.spec.depth == 3
     with torch.no_grad():
         scores, live = model.route(dict(zip(model.spec.inputs, inputs, strict=True)))
@@ -222,12 +222,12 @@ def test_too_many_head_and_tail_blocks_are_a_usage_error(head, tail):
 
 
 def test_negative_head_blocks_are_a_usage_error():
-    with pytest.raises(UsageError, match="must not be negative"):
+    with pytest.raises(UsageError, match="cannot be negative"):
         found(head_blocks=-2)  # -1 stands for the default
 
 
 def test_asking_before_the_pass_ran_is_an_error():
-    program = capture(TinyModel([Block()]), tiny_inputs(), {}, Options())
+    program = capture(TinyModel([Block()]), tiny_inputs(), {}, method_of())
     for ask in (program.found_stream, program.found_trunk):
         with pytest.raises(CheckFailedError, match="before FindTokenStream"):
             ask()

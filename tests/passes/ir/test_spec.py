@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.options import Options
 from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.spec import SLOTS, InputSpec, ModelSpec, StateSpec
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
 from tests.passes.carry_harness import carried
@@ -30,7 +30,7 @@ class Mixed(TinyModel):
 def spec() -> ModelSpec:
     torch.manual_seed(0)
     inputs = (*tiny_inputs(), torch.tensor([1, 2, 3]), torch.randn(5), 2.0)
-    return rewrite(Mixed(Block() for _ in range(3)), inputs, {}, Options(mode="chunk"), Schedule("constant", 2)).spec
+    return rewrite(Mixed(Block() for _ in range(3)), inputs, {}, method_of("chunk"), Schedule("constant", 2)).spec
 
 
 def test_inputs_with_shape_type_and_value(spec):
@@ -79,9 +79,7 @@ def test_all_that_passes_from_route_to_denoise_has_a_batch_axis():
                 x = block(x, t.unsqueeze(1) * scale)
             return self.final(x * scale)
 
-    model = rewrite(
-        Scaled(Block() for _ in range(3)), tiny_inputs(), {}, Options(mode="chunk"), Schedule("constant", 2)
-    )
+    model = rewrite(Scaled(Block() for _ in range(3)), tiny_inputs(), {}, method_of("chunk"), Schedule("constant", 2))
     with torch.no_grad():
         _, live = model.route(model.flat_inputs(tiny_inputs(BATCH + 1), {}))
     assert [tuple(value.shape) for value in live.values()] == [(BATCH + 1, *s) for s in model.spec.live_shapes]

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from dcconvert.passes.modules.routers import (
     CARRY_ROUTERS,
-    ROUTERS,
     CosineRouter,
+    MergeRouter,
     PredictabilityRouter,
     even_priorities,
     make_router,
@@ -75,9 +75,10 @@ def test_scores_are_finite_and_between_zero_and_one(name):
         assert ((p >= 0) & (p <= 1)).all()
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", [*CARRY_ROUTERS, "merge"])
 def test_a_sample_is_scored_alone(name):
-    router, h = make_router(name, (4, 4), seed=0), torch.randn(3, 16, 8)
+    router = MergeRouter((4, 4), 2) if name == "merge" else make_router(name, (4, 4), seed=0)
+    h = torch.randn(3, 16, 8)
     torch.testing.assert_close(router(h)[1:2], router(h[1:2]))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.latent_difference import ThirdDifference, largest_below, patch_spread, third_difference
 from dcconvert.passes.planning.schedule import DIFFERENCE, Schedule
@@ -59,7 +59,7 @@ def test_the_first_three_steps_of_a_sample_tell_nothing():
 
 @pytest.fixture(scope="module")
 def model():
-    options = Options(mode="chunk", trunk="patch-sizes", router="pool", head_blocks=0, tail_blocks=0)
+    options = method_of("ddit")
     made = rewrite(*dit_call(image_size=16), options, Schedule(DIFFERENCE, 4, threshold=0.01))
     assert isinstance(made.step_planner.sizes, tuple)
     return made

@@ -9,25 +9,25 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.modules.routers import MergeRouter, merge_cell
 from dcconvert.passes.planning.chunk_plan import Planner
 from dcconvert.passes.planning.patch_planner import PatchPlanner
-from dcconvert.passes.planning.planners import MergePlanner, SmoothedPlanner, make_planner
+from dcconvert.passes.planning.planners import MergePlanner, SmoothedPlanner
 from dcconvert.passes.planning.pooled_planner import PooledPlanner
 
 GRIDS = [(1, 5), (2, 2), (4, 4), (3, 6), (8, 8)]
 
 
 def test_which_planner():
-    def kind(**options):
-        return type(make_planner((4, 4), Options(mode="chunk", **options)))
-
-    assert kind() is Planner
-    assert kind(router="merge") is MergePlanner
-    assert kind(dechunk="smoothed") is SmoothedPlanner
-    assert kind(trunk="sparse-dense") is PooledPlanner
-    assert kind(trunk="patch-sizes") is PatchPlanner
+    wanted = {
+        "chunk": Planner,
+        "tome": MergePlanner,
+        "dc-dit": SmoothedPlanner,
+        "sparsedit": PooledPlanner,
+        "ddit": PatchPlanner,
+    }
+    assert {name: type(method_of(name).planner((4, 4))) for name in wanted} == wanted
 
 
 # Token merging
@@ -122,7 +122,7 @@ def test_smoothing_is_that_of_the_paper(grid, seed, data):
     tokens = grid[0] * grid[1]
     count = data.draw(st.integers(min(2, tokens), min(tokens, 9)))  # all kept ones are among the neighbours
     scores = rng.uniform(0.01, 0.99, (2, tokens)).astype(np.float32)
-    planner = make_planner(grid, Options(mode="chunk", dechunk="smoothed"))
+    planner = method_of("dc-dit").planner(grid)
     plan = planner(scores, [count, count])
     for sample in range(2):
         keep, p = plan.keep[sample], scores[sample].astype(np.float64)
@@ -138,7 +138,7 @@ def test_smoothing_is_that_of_the_paper(grid, seed, data):
 
 
 def test_everything_kept_with_certainty_is_left_alone():
-    planner = make_planner((4, 4), Options(mode="chunk", dechunk="smoothed"))
+    planner = method_of("dc-dit").planner((4, 4))
     plan = planner.full_plan(2)
     assert (plan.fill_index[..., 0] == np.arange(32).reshape(2, 16)).all()
     np.testing.assert_array_equal(plan.fill_weight[..., 0], 1)
@@ -167,7 +167,7 @@ def test_natural_threshold_and_tail_dropping():
 
 def test_smoothing_reaches_as_far_as_torchs_filter():
     """One kept token in a row of equal ones: its update spreads with Gaussian weights."""
-    planner = make_planner((1, 9), Options(mode="chunk", dechunk="smoothed"))
+    planner = method_of("dc-dit").planner((1, 9))
     scores = np.full((1, 9), 0.5)
     plan = planner(scores, [9])
     update = F.one_hot(torch.tensor(4), 9).double().numpy()

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.passes.ir.options import Options
-from dcconvert.passes.modules.routers import BOTH_MODES, CARRY_ROUTERS
+from dcconvert.passes.methods import method_of
+from dcconvert.passes.modules.routers import CARRY_ROUTERS, PLAIN_ROUTERS
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan
 from dcconvert.passes.planning.schedule import Schedule
@@ -26,7 +26,7 @@ SCORES = np.linspace(1, 0.1, TOKENS)[None]  # as a router gives: distinct, from 
 
 
 def planner(schedule: Schedule = HALF, **options: object) -> StepPlanner:
-    return StepPlanner(carried("tiny")[0].spec, Options(**options), schedule)  # type: ignore[arg-type]
+    return StepPlanner(carried("tiny")[0].spec, method_of(**options), schedule)  # type: ignore[arg-type]
 
 
 def history_of(*steps: tuple[float, list[int]], batch: int = 1) -> History:
@@ -39,7 +39,7 @@ def history_of(*steps: tuple[float, list[int]], batch: int = 1) -> History:
 
 
 def chosen(given: StepPlanner, history: History, tau: float, count: int, scores: np.ndarray = SCORES) -> list[int]:
-    urgency = given.urgency(history, scores, np.array([count]), np.array([tau]))
+    urgency = given.method.urgency(history, scores, np.array([count]), np.array([tau]))
     return np.flatnonzero(most_urgent(urgency, np.array([count]))[0]).tolist()
 
 
@@ -67,23 +67,23 @@ def test_drift_is_elapsed_noise_times_the_root_of_the_speed():
     gaps = np.array([0.2] * 4 + [0.4] * 4)
     elapsed = np.array([0.3] * 4 + [0.1] * 4)
     level = elapsed * np.sqrt(history.distance[0] / gaps)
-    found = planner(router="drift").urgency(history, SCORES, np.array([4]), np.array([0.5]))
+    found = planner(router="drift").method.urgency(history, SCORES, np.array([4]), np.array([0.5]))
     np.testing.assert_allclose(found[0], level, atol=1e-5)
     assert chosen(planner(router="drift"), history, 0.5, 3) == sorted(np.argsort(-level)[:3].tolist())
 
 
 def test_drift_of_tokens_computed_once_is_one():
     history = history_of((1.0, []))
-    found = planner().urgency(history, np.zeros((1, TOKENS)), np.array([4]), np.array([0.75]))
+    found = planner().method.urgency(history, np.zeros((1, TOKENS)), np.array([4]), np.array([0.75]))
     np.testing.assert_allclose(found, 0.25, rtol=1e-5)
 
 
-@pytest.mark.parametrize("router", BOTH_MODES)
+@pytest.mark.parametrize("router", PLAIN_ROUTERS)
 def test_other_routers_multiply_elapsed_noise_by_their_scores(router):
     history = history_of((1.0, []), (0.8, [0, 1, 2, 3]))
     scores = np.random.default_rng(1).random((1, TOKENS))
     wanted = np.array([0.2] * 4 + [0.4] * 4) * scores[0]
-    found = planner(router=router).urgency(history, scores, np.array([4]), np.array([0.6]))
+    found = planner(router=router).method.urgency(history, scores, np.array([4]), np.array([0.6]))
     np.testing.assert_allclose(found[0], wanted, atol=1e-5)
     assert chosen(planner(router=router), history, 0.6, 3, scores) == sorted(np.argsort(-wanted)[:3].tolist())
 

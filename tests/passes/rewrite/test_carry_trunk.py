@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError, UsageError
-from dcconvert.passes.ir.options import Options
 from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.ir.spec import SLOTS
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.rewrite.carry_trunk import CarryTrunk
@@ -239,7 +239,7 @@ def test_a_state_in_another_precision_than_the_model():
     outer.inner = module
     x, t = tiny_inputs()
     for dtype, wanted in (("model", torch.float64), ("fp32", torch.float32), ("fp16", torch.float16)):
-        model = rewrite(outer, (x, t), {}, Options(state_dtype=dtype), FULL, timestep_scale=1.0)
+        model = rewrite(outer, (x, t), {}, method_of(state_dtype=dtype), FULL, timestep_scale=1.0)
         assert {state.torch_dtype for state in model.spec.states} == {wanted}
         assert model(x, t).dtype == torch.float64
 
@@ -318,7 +318,7 @@ def test_the_result_says_how_often_it_fired():
 )
 def test_options_that_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
-        rewrite(*tiny_call(), Options(**options), FULL)
+        rewrite(*tiny_call(), method_of(**options), FULL)
 
 
 class Nameless(TinyModel):
@@ -329,10 +329,10 @@ class Nameless(TinyModel):
 def test_a_model_whose_timestep_is_unknown_is_refused():
     call: Call = Nameless(Block() for _ in range(3)), tiny_inputs(), {}
     with pytest.raises(UsageError, match=r"needs to know which input is the timestep: name it with timestep=\.\.\."):
-        rewrite(*call, Options(), FULL)
-    assert rewrite(*call, Options(), FULL, timestep="sigma").spec.timestep == "sigma"
+        rewrite(*call, method_of(), FULL)
+    assert rewrite(*call, method_of(), FULL, timestep="sigma").spec.timestep == "sigma"
     with pytest.raises(UsageError, match="no input 'time' to take the timestep from; it has x, sigma"):
-        rewrite(*call, Options(), FULL, timestep="time")
+        rewrite(*call, method_of(), FULL, timestep="time")
 
 
 class KeysElsewhere(Block):
@@ -350,4 +350,4 @@ class KeysElsewhere(Block):
 
 def test_keys_laid_out_otherwise_are_refused():
     with pytest.raises(UnsupportedModelError, match=r"keys and values must be laid out \[B, H, N, d\]"):
-        rewrite(TinyModel(KeysElsewhere() for _ in range(3)), tiny_inputs(), {}, Options(), FULL)
+        rewrite(TinyModel(KeysElsewhere() for _ in range(3)), tiny_inputs(), {}, method_of(), FULL)

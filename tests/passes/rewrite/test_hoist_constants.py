@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.ir.graph_tools import placeholders
-from dcconvert.passes.ir.options import Options
 from dcconvert.passes.ir.pass_runner import run_passes
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import captured, rewrite
 from dcconvert.passes.planning.carry_plan import full_carry_plan
 from dcconvert.passes.planning.schedule import Schedule
@@ -43,7 +43,7 @@ class Texted(TinyModel):
 def texted() -> tuple[DynamicModel, tuple[Any, ...]]:
     torch.manual_seed(0)
     inputs = (*tiny_inputs(), torch.randn(BATCH, 5))
-    return rewrite(Texted(), inputs, {}, Options(), FULL, timestep_scale=1.0), inputs
+    return rewrite(Texted(), inputs, {}, method_of(), FULL, timestep_scale=1.0), inputs
 
 
 def test_costly_constants_come_from_prepare(texted):
@@ -100,7 +100,7 @@ def test_a_model_with_classes_has_nothing_to_prepare(name):
 
 def test_it_needs_the_split_before_it():
     torch.manual_seed(0)
-    program = captured(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, Options())
+    program = captured(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, method_of())
     with pytest.raises(CheckFailedError, match="HoistConstants needs SplitRoute before it"):
         run_passes(program, (HoistConstants(),))
 
@@ -118,7 +118,7 @@ def test_the_batch_size_of_constants_is_their_own():
             return self.final(x) * wide.mean(1).view(-1, 1, 1)
 
     inputs = (*tiny_inputs(), torch.randn(BATCH, 5))
-    model = rewrite(Reshaped(), inputs, {}, Options(), FULL, timestep_scale=1.0)
+    model = rewrite(Reshaped(), inputs, {}, method_of(), FULL, timestep_scale=1.0)
     assert model.spec.prepare_inputs == ("text",)
     for batch in (1, 2, BATCH + 1):
         given = (*tiny_inputs(batch), torch.randn(batch, 5))

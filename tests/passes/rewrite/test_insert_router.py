@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.program import Program
-from dcconvert.passes.modules.routers import CARRY_ROUTERS, CHUNK_ROUTERS, make_router
+from dcconvert.passes.methods import method_of
+from dcconvert.passes.modules.routers import CARRY_ROUTERS, PLAIN_ROUTERS
 from dcconvert.passes.rewrite.insert_router import InsertRouter, inline
 from tests.passes.harness import BATCH, GRID, TOKENS, Block, TinyModel, tiny_inputs, tiny_program
 
@@ -23,7 +24,7 @@ def with_router(name: str, module: nn.Module | None = None, mode: str = "chunk")
 def hidden_state(module: TinyModel, x: Tensor, t: Tensor, mode: str = "chunk") -> Tensor:
     """What the trunk's input is, computed by the original: the stream before the first block, or after it."""
     seen: list[Tensor] = []
-    take = {"chunk": lambda block, args, result: result, "carry": lambda block, args, result: args[0]}[mode]
+    take = (lambda block, args, result: args[0]) if mode == "carry" else lambda block, args, result: result
     hook = module.blocks[0].register_forward_hook(lambda *call: seen.append(take(*call)))
     module(x, t)
     hook.remove()
@@ -31,14 +32,15 @@ def hidden_state(module: TinyModel, x: Tensor, t: Tensor, mode: str = "chunk") -
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [*((name, "chunk") for name in CHUNK_ROUTERS), *((name, "carry") for name in CARRY_ROUTERS)]
+    ("name", "mode"),
+    [("merge", "tome"), *((name, "chunk") for name in PLAIN_ROUTERS), *((name, "carry") for name in CARRY_ROUTERS)],
 )
 def test_scores_are_the_routers_and_come_first(name, mode):
     module, inputs = TinyModel(Block() for _ in range(3)), tiny_inputs(5)
     program = with_router(name, module, mode)
     with torch.no_grad():
         scores, output = program.graph_module(*inputs)
-        wanted = make_router(name, GRID, 3)(hidden_state(module, *inputs, mode))
+        wanted = method_of(mode, router=name, seed=3).router_module(GRID)(hidden_state(module, *inputs, mode))
         torch.testing.assert_close(output, module(*inputs), rtol=0, atol=0)
     torch.testing.assert_close(scores, wanted)
     assert program.scores is not None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dcconvert.export.checks.parity import check_identity
 from dcconvert.models.dit import DiT
 from dcconvert.passes.ir.errors import UnsupportedModelError
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.modules.patch_resize import PatchSkip, enlarging, noise_levels, reducing, spreading
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
@@ -25,11 +25,8 @@ from tests.passes.harness import WIDTH, Block, TinyModel, diffusers_call, dit_ca
 
 
 def with_sizes(call, prediction: str = ""):
-    options = Options(
-        mode="chunk", trunk="patch-sizes", router="pool", head_blocks=0, tail_blocks=0, prediction=prediction
-    )
     module, args, kwargs = call
-    return rewrite(module, args, kwargs, options, Schedule("constant", 4))
+    return rewrite(module, args, kwargs, method_of("ddit", prediction=prediction), Schedule("constant", 4))
 
 
 def in_patches(model, inputs, scales) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.rewrite.retarget import in_place, to_device
@@ -34,7 +34,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 
 def converted(dit: nn.Module, **options: Any) -> DynamicModel:
     """A quarter of 64 tokens is kept after the first step of a run."""
-    chosen, place = Options(**options), next(dit.parameters())
+    chosen, place = method_of(**options), next(dit.parameters())
     spending = Schedule("constant", 4, warm_up=int(chosen.mode == "carry"))
     x, t, y = inputs()
     return rewrite(dit, (x.to(place), t.to(place.device), y.to(place.device)), {}, chosen, spending)

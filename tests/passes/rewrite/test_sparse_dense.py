@@ -13,21 +13,21 @@ from torch import Tensor
 from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
 from dcconvert.models.dit import modulate
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.ir.graph_tools import attributes
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.pooled_planner import PooledPlanner
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.rewrite.sparse_dense import Group, arrange
-from dcconvert.passes.serialise.graph_json import attributes
 from tests.passes.harness import diffusers_call, dit_call, pixart_call, relative
 
 GRID = 8
 
 
 def sparse(call, **options):
-    chosen = {"mode": "chunk", "trunk": "sparse-dense", "router": "pool", "fewest": 0.1, **options}
+    chosen = {"mode": "sparsedit", "fewest": 0.1, "head_blocks": 1, "tail_blocks": 1, **options}
     module, args, kwargs = call
-    return rewrite(module, args, kwargs, Options(**chosen), Schedule("constant", 4))
+    return rewrite(module, args, kwargs, method_of(**chosen), Schedule("constant", 4))
 
 
 def attend(block, x: Tensor, q: Tensor, kv: Tensor, c: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from dcconvert.passes.frontend.capture import capture
 from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.ir.graph_tools import placeholders
-from dcconvert.passes.ir.options import Options
 from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.program import Program
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.chunk_plan import Planner
 from dcconvert.passes.planning.schedule import Schedule
@@ -179,9 +179,7 @@ def test_an_early_value_that_is_an_output_and_nothing_else():
 
 def test_values_without_a_batch_axis_are_computed_again():
     """One timestep for the whole batch: its embedding is made in both halves, and only h passes."""
-    program = capture(
-        TinyModel(Block() for _ in range(3)), (tiny_inputs()[0], torch.rand(1)), {}, Options(mode="chunk")
-    )
+    program = capture(TinyModel(Block() for _ in range(3)), (tiny_inputs()[0], torch.rand(1)), {}, method_of("chunk"))
     run_passes(program, (Normalise(), FindTokenStream(), InsertRouter(), PackTrunk(), SplitRoute()))
     live = [name for name in inputs_of(program.denoise) if name not in program.plan_inputs]
     assert live == ["h", "t"]
@@ -199,9 +197,9 @@ def test_it_needs_router_and_trunk_before_it():
 def test_no_input_stays_for_its_size_alone():
     """The batch size is read off one input: TensorRT leaves out an input of which nothing else is needed."""
     module, args, kwargs = made(FAMILIES["sd3"])
-    model = rewrite(module, args, kwargs, Options(mode="carry"), Schedule("constant", 2))
+    model = rewrite(module, args, kwargs, method_of("carry"), Schedule("constant", 2))
     assert "pooled_projections" in model.spec.prepare_inputs
     assert "pooled_projections" not in model.spec.denoise_inputs
     module, args, kwargs = made(FAMILIES["cogview3"])
-    model = rewrite(module, args, kwargs, Options(mode="carry"), Schedule("constant", 2))
+    model = rewrite(module, args, kwargs, method_of("carry"), Schedule("constant", 2))
     assert "original_size" not in model.spec.route_inputs

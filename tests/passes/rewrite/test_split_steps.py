@@ -15,9 +15,9 @@ from dcconvert.passes.frontend.complex_to_real import RealNumbers
 from dcconvert.passes.frontend.token_stream import ATTENTION, FindTokenStream
 from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.ir.graph_tools import placeholders
-from dcconvert.passes.ir.options import Options
 from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.program import Program
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import captured
 from dcconvert.passes.rewrite.split_steps import SplitSteps
 from tests.passes.harness import dit_call, tiny_program
@@ -42,7 +42,7 @@ def split(program: Program, updates: int = 3) -> Split:
 
 def split_dit(**options: int) -> tuple[Split, tuple[torch.Tensor, ...]]:
     dit, args, kwargs = dit_call()
-    return split(captured(dit, args, kwargs, Options(mode="carry", **options))), args  # type: ignore[arg-type]
+    return split(captured(dit, args, kwargs, method_of("carry", **options))), args
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -100,7 +100,7 @@ def test_it_needs_the_token_stream():
 @pytest.mark.parametrize("family", ["diffusers-dit", "pixart", "flux"])
 def test_other_families_split_too(family):
     module, args, kwargs = made(FAMILIES[family])
-    program = split(captured(module, args, kwargs, Options(mode="carry")))
+    program = split(captured(module, args, kwargs, method_of("carry")))
     with torch.no_grad():
         [wanted] = program.original(*program.example)
         found, update = program.full(*program.example)

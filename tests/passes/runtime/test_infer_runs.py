@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.runtime.infer_runs import LIMIT, WARN_AFTER, moved
@@ -190,7 +190,7 @@ def test_a_value_for_the_whole_batch_that_changed_starts_all():
         def forward(self, x: Tensor, t: Tensor, gain: Tensor) -> Tensor:
             return self.inner(x, t) * gain
 
-    gained = rewrite(Gained(), (*inputs, torch.ones(4, 8).mean(0)), {}, Options(), HALF, timestep_scale=1.0)
+    gained = rewrite(Gained(), (*inputs, torch.ones(4, 8).mean(0)), {}, method_of(), HALF, timestep_scale=1.0)
     for tau, gain, wanted in ((0.9, 1.0, 1), (0.8, 1.0, 2), (0.7, 2.0, 1), (0.6, 2.0, 2)):
         gained(x, torch.full((BATCH,), tau), torch.full((8,), gain))
         assert steps(gained) == [wanted] * BATCH
@@ -279,7 +279,7 @@ def test_runs_beside_the_calls_do_not_disturb_them():
 
 def test_calls_in_mode_chunk_are_never_followed():
     torch.manual_seed(0)
-    model = rewrite(*tiny_call(), Options(mode="chunk"), HALF, timestep_scale=1.0)
+    model = rewrite(*tiny_call(), method_of("chunk"), HALF, timestep_scale=1.0)
     x, _ = tiny_inputs()
     first = model(x, torch.full((BATCH,), 0.5))
     model(x, torch.full((BATCH,), 0.7))

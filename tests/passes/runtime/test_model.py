@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.schedule import Schedule
@@ -37,14 +37,14 @@ def keyworded_call(batch: int = BATCH) -> tuple[tuple[Tensor], dict[str, object]
 def tiny() -> tuple[nn.Module, DynamicModel]:
     torch.manual_seed(0)
     module = TinyModel(Block() for _ in range(3))
-    return module, rewrite(module, tiny_inputs(), {}, Options(mode="chunk"), HALF, timestep_scale=1.0)
+    return module, rewrite(module, tiny_inputs(), {}, method_of("chunk"), HALF, timestep_scale=1.0)
 
 
 @pytest.fixture(scope="module")
 def keyworded() -> tuple[nn.Module, DynamicModel]:
     torch.manual_seed(0)
     module = Keyworded(Block() for _ in range(3))
-    return module, rewrite(module, *keyworded_call(), Options(mode="chunk"), ALL, timestep_scale=1.0)
+    return module, rewrite(module, *keyworded_call(), method_of("chunk"), ALL, timestep_scale=1.0)
 
 
 def test_call_returns_what_the_original_returns(keyworded):
@@ -60,7 +60,7 @@ def test_call_returns_what_the_original_returns(keyworded):
 def test_a_ready_made_output_class_comes_back_as_itself():
     module, args, kwargs = diffusers_call()
     kwargs["return_dict"] = True
-    model = rewrite(module, args, kwargs, Options(mode="chunk"), ALL)
+    model = rewrite(module, args, kwargs, method_of("chunk"), ALL)
     found = model(*args, **kwargs)
     assert type(found).__name__ == "Transformer2DModelOutput"
     assert relative(found.sample, module(*args, **kwargs).sample) < 1e-5
@@ -101,9 +101,9 @@ def test_the_timestep_is_found_by_name_or_given(tiny, keyworded):
     assert tiny[1].spec.timestep == "t"
     assert keyworded[1].spec.timestep == "timestep"
     module, inputs = tiny[0], tiny_inputs()
-    assert rewrite(module, inputs, {}, Options(mode="chunk"), HALF, timestep="x").spec.timestep == "x"
+    assert rewrite(module, inputs, {}, method_of("chunk"), HALF, timestep="x").spec.timestep == "x"
     with pytest.raises(UsageError, match="no input 'sigma' to take the timestep from; it has x, t"):
-        rewrite(module, inputs, {}, Options(mode="chunk"), HALF, timestep="sigma")
+        rewrite(module, inputs, {}, method_of("chunk"), HALF, timestep="sigma")
 
 
 def test_a_schedule_that_follows_the_timestep(tiny):
@@ -124,7 +124,7 @@ def test_a_schedule_without_a_timestep_is_a_usage_error():
         def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
             return super().forward(x, sigma)
 
-    model = rewrite(Nameless(Block() for _ in range(3)), tiny_inputs(), {}, Options(mode="chunk"), HALF)
+    model = rewrite(Nameless(Block() for _ in range(3)), tiny_inputs(), {}, method_of("chunk"), HALF)
     assert model.spec.timestep is None
     model(*tiny_inputs())
     with pytest.raises(UsageError, match=r"schedule 'rising' needs the timestep.*timestep=\.\.\."):
@@ -144,7 +144,7 @@ def test_a_ratio_beyond_the_tokens_is_a_usage_error(tiny):
     module, model = tiny
     for make in (
         lambda: model.with_schedule(Schedule("constant", 9)),
-        lambda: rewrite(module, tiny_inputs(), {}, Options(mode="chunk"), Schedule("constant", 9)),
+        lambda: rewrite(module, tiny_inputs(), {}, method_of("chunk"), Schedule("constant", 9)),
     ):
         with pytest.raises(UsageError, match="8x"):
             make()
@@ -175,7 +175,7 @@ def test_a_bucket_gives_the_same_result(tiny):
 
 def test_gradients_reach_every_parameter_but_none_through_the_plan():
     module = TinyModel(Block() for _ in range(3))
-    model = rewrite(module, tiny_inputs(), {}, Options(mode="chunk"), HALF)
+    model = rewrite(module, tiny_inputs(), {}, method_of("chunk"), HALF)
     model(*tiny_inputs()).square().mean().backward()
     missing = [name for name, parameter in module.named_parameters() if parameter.grad is None]
     assert not missing
@@ -193,7 +193,7 @@ def test_an_input_with_a_name_that_the_conversion_uses_too(name):
     )
     module = scope["Named"](Block() for _ in range(3))  # type: ignore[operator]
     inputs = (*tiny_inputs(), torch.randn(BATCH, 8))
-    model = rewrite(module, inputs, {}, Options(mode="chunk"), ALL)
+    model = rewrite(module, inputs, {}, method_of("chunk"), ALL)
     assert relative(model(*inputs), module(*inputs)) < 1e-5
 
 
@@ -214,7 +214,7 @@ def test_half_precision():
             return inner.final(x)
 
     x, t = tiny_inputs()
-    model = rewrite(Cast(), (x.bfloat16(), t), {}, Options(mode="chunk"), HALF)
+    model = rewrite(Cast(), (x.bfloat16(), t), {}, method_of("chunk"), HALF)
     assert model(x.bfloat16(), t).dtype == torch.bfloat16
 
 

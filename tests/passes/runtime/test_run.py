@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.layout import Bucket
@@ -162,7 +162,7 @@ def test_times_and_plan_of_the_last_step():
 def test_steps_of_mode_chunk_know_nothing_of_each_other():
     torch.manual_seed(0)
     call = tiny_call()
-    model = rewrite(*call, Options(mode="chunk"), HALF, timestep_scale=1.0)
+    model = rewrite(*call, method_of("chunk"), HALF, timestep_scale=1.0)
     run = model.start(BATCH)
     for number, tau in enumerate((0.3, 0.9, 0.3)):
         now = at(model, call, tau, number)

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule
 
 from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import placeholders
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import CURVE, Schedule
 from dcconvert.passes.runtime.model import DynamicModel
@@ -60,7 +60,7 @@ def assert_same(found: Any, wanted: Any) -> None:
 @pytest.mark.parametrize(("name", "packing"), CASES)
 def test_a_model_runs_bit_for_bit_after_files(name, packing, tmp_path):
     module, args, kwargs = CALLS[name]()
-    model = rewrite(module, args, kwargs, Options(mode="chunk", packing=packing), HALF)
+    model = rewrite(module, args, kwargs, method_of("chunk", packing=packing), HALF)
     back = through_files(model, tmp_path)
     with torch.no_grad():
         assert_same(back(*args, **kwargs), model(*args, **kwargs))
@@ -73,9 +73,9 @@ def test_a_carry_model_runs_bit_for_bit_after_files(name, dtype, tmp_path):
     """Every step of a run, and calls that follow each other."""
     module, args, kwargs = CALLS[name]()
     schedule = Schedule("falling", 2, warm_up=1, refresh=3).fitted(TAUS)
-    model = rewrite(module, args, kwargs, Options(state_dtype=dtype), schedule)
+    model = rewrite(module, args, kwargs, method_of(state_dtype=dtype), schedule)
     back = through_files(model, tmp_path)
-    assert (back.spec, back.options, back.schedule) == (model.spec, model.options, schedule)
+    assert (back.spec, back.method, back.schedule) == (model.spec, model.method, schedule)
     runs = back.start(BATCH), model.start(BATCH)
     with torch.no_grad():
         for number, tau in enumerate(TAUS):
@@ -96,7 +96,7 @@ def test_the_knots_of_a_curve_come_back(tmp_path):
 @pytest.fixture(scope="module")
 def tiny() -> DynamicModel:
     torch.manual_seed(0)
-    options = Options(mode="chunk", router="cosine", seed=3)
+    options = method_of("chunk", router="cosine", seed=3)
     schedule = Schedule("rising", 2, centre=0.25)
     return rewrite(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, options, schedule, timestep_scale=1.0)
 
@@ -114,7 +114,7 @@ def tensors(tiny) -> dict[str, Tensor]:
 
 def test_the_facts_come_back(tiny, data, tensors):
     back = model_from_dict(data, tensors)
-    assert (back.spec, back.options, back.schedule) == (tiny.spec, tiny.options, tiny.schedule)
+    assert (back.spec, back.method, back.schedule) == (tiny.spec, tiny.method, tiny.schedule)
     assert back.records == tiny.records
     assert back.summary() == tiny.summary()
     assert through_json(model_to_dict(back)) == through_json(model_to_dict(tiny))
@@ -172,7 +172,7 @@ def reading(**tensors: Tensor) -> GraphModule:
 
 
 def holding(tiny: DynamicModel, route: GraphModule, denoise: GraphModule) -> DynamicModel:
-    return DynamicModel(route, denoise, reading(), tiny.spec, tiny.options, HALF)
+    return DynamicModel(route, denoise, reading(), tiny.spec, tiny.method, HALF)
 
 
 def test_tied_and_strided_tensors_fit_into_safetensors(tiny, tmp_path):
@@ -195,7 +195,7 @@ def test_a_model_with_tied_weights_runs_bit_for_bit_after_files(tmp_path):
     blocks = [Block() for _ in range(3)]
     blocks[2].qkv.weight = blocks[0].qkv.weight  # head and tail: on both sides of the split
     blocks[1].mlp = blocks[0].mlp
-    model = rewrite(TinyModel(blocks), tiny_inputs(), {}, Options(mode="chunk"), HALF)
+    model = rewrite(TinyModel(blocks), tiny_inputs(), {}, method_of("chunk"), HALF)
     back = through_files(model, tmp_path)
     model.requires_grad_(False)  # as those from files: torch may choose another kernel for weights in training
     inputs = tiny_inputs()
@@ -205,7 +205,7 @@ def test_a_model_with_tied_weights_runs_bit_for_bit_after_files(tmp_path):
 
 
 def test_tensors_after_a_change_of_dtype():
-    model = rewrite(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, Options(mode="chunk"), HALF).double()
+    model = rewrite(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, method_of("chunk"), HALF).double()
     found = model_tensors(model)  # every graph has its own copy of a buffer by now
     assert {t.dtype for t in found.values() if t.is_floating_point()} == {torch.float64}
     model_from_dict(through_json(model_to_dict(model)), found)
@@ -338,7 +338,7 @@ class Defaulting(TinyModel):
 
 
 def test_a_structure_that_could_not_be_read_is_not_written():
-    model = rewrite(Defaulting(Block() for _ in range(3)), tiny_inputs(), {}, Options(mode="chunk"), HALF)
+    model = rewrite(Defaulting(Block() for _ in range(3)), tiny_inputs(), {}, method_of("chunk"), HALF)
     with pytest.raises(UnsupportedModelError, match="out_spec cannot be written"):
         model_to_dict(model)
 
@@ -346,7 +346,7 @@ def test_a_structure_that_could_not_be_read_is_not_written():
 def test_ready_made_output_classes_come_back():
     module, args, kwargs = diffusers_call()
     kwargs["return_dict"] = True
-    model = rewrite(module, args, kwargs, Options(mode="chunk"), HALF)
+    model = rewrite(module, args, kwargs, method_of("chunk"), HALF)
     back = model_from_dict(through_json(model_to_dict(model)), model_tensors(model))
     with torch.no_grad():
         found = back(*args, **kwargs)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.runtime.model import DynamicModel
@@ -34,7 +34,7 @@ from tests.passes.harness import Block, TinyModel, tiny_inputs
 def tiny() -> DynamicModel:
     torch.manual_seed(0)
     module = TinyModel(Block() for _ in range(3))
-    return rewrite(module, tiny_inputs(), {}, Options(mode="chunk"), Schedule("constant", 2), timestep_scale=1.0)
+    return rewrite(module, tiny_inputs(), {}, method_of("chunk"), Schedule("constant", 2), timestep_scale=1.0)
 
 
 @pytest.fixture
@@ -276,9 +276,9 @@ FACTS: dict[str, tuple[Any, Any]] = {
     "in_spec null": (at("spec", "in_spec"), None),
     "in_spec of one": (at("spec", "in_spec"), pytree.treespec_dumps(pytree.tree_flatten(1)[1])),
     "out_spec of two": (at("spec", "out_spec"), pytree.treespec_dumps(pytree.tree_flatten((1, 2))[1])),
-    "option": (at("options", "more"), 1),
-    "option type": (at("options", "seed"), "0"),
-    "packing": (at("options", "packing"), "none"),
+    "option": (at("method", "more"), 1),
+    "option type": (at("method", "seed"), "0"),
+    "packing": (at("method", "packing"), "none"),
     "schedule kind": (at("schedule", "kind"), "x"),
     "schedule ratio": (at("schedule", "ratio"), 0.5),
     "schedule ratio for the grid": (at("schedule", "ratio"), 1000),
@@ -313,9 +313,9 @@ CARRY_FACTS: dict[str, tuple[Any, Any]] = {
     "constants": (at("spec", "constants"), ["constant_0"]),
     "prepare inputs": (at("spec", "prepare_inputs"), ["y"]),
     "denoise input": (at("spec", "denoise_inputs", 0), "y"),
-    "mode": (at("options", "mode"), "chunk"),
-    "mode type": (at("options", "mode"), None),
-    "guard": (at("options", "guard"), "3"),
+    "mode": (at("method", "method"), "chunk"),
+    "mode type": (at("method", "method"), None),
+    "guard": (at("method", "guard"), "3"),
     "warm-up": (at("schedule", "warm_up"), -5),
     "refresh": (at("schedule", "refresh"), "2"),
     "knots": (at("schedule", "knots"), [[0.5, 0.5]]),

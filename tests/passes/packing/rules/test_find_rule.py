@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dcconvert.passes.ir.errors import UnsupportedModelError
-from dcconvert.passes.ir.options import Options
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.packing.rules import find_rule
 from dcconvert.passes.packing.rules.pointwise import pointwise
 from dcconvert.passes.packing.rules.registry import RULES
@@ -67,7 +67,7 @@ class CentredBlock(Block):
 def test_the_refusal_names_op_module_source_line_and_remedy():
     model = TinyModel(CentredBlock() for _ in range(3))
     with pytest.raises(UnsupportedModelError) as refused:
-        rewrite(model, tiny_inputs(), {}, Options(mode="chunk"), Schedule("constant", 2))
+        rewrite(model, tiny_inputs(), {}, method_of("chunk"), Schedule("constant", 2))
     message = str(refused.value)
     assert "aten.cumsum.default in blocks.1.centred (test_find_rule.py:" in message
     assert "--head-blocks" in message

@@ -10,24 +10,23 @@ import torch
 from safetensors.torch import save_file
 
 import dcconvert
-from dcconvert.methods import fit as settle
 from dcconvert.models.dit import DiT
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.options import Options
 from dcconvert.passes.planning.schedule import NATURAL
+from dcconvert.sampling import fitting
 from tests.dcconvert.harness import CONFIG, tiny_dit
 
 
 def test_a_module_from_python():
     model = dcconvert.convert(DiT(CONFIG), 4, preset="dc-dit")
-    assert (model.options.preset, model.schedule.kind) == ("dc-dit", NATURAL)
+    assert (model.method.name, model.schedule.kind) == ("dc-dit", NATURAL)
     x, t, y = torch.randn(2, 1, 16, 16), torch.tensor([300.0, 700.0]), torch.tensor([0, 1])
     assert model(x, t, y).shape == (2, 1, 16, 16)
     assert "asked for 4x; what steps find was fitted to no runs" in model.summary()
 
 
 def test_a_model_from_a_checkpoint_is_fitted_from_python_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(settle, "IMAGES", 8)  # the same work, sooner done
+    monkeypatch.setattr(fitting, "IMAGES", 8)  # the same work, sooner done
     path = tmp_path / "dit.safetensors"
     entry = {"config": CONFIG.as_dict(), "prediction": "flow"}
     save_file(tiny_dit().state_dict(), path, metadata={"dcconvert": json.dumps(entry)})
@@ -36,7 +35,7 @@ def test_a_model_from_a_checkpoint_is_fitted_from_python_too(tmp_path, monkeypat
     assert 0.2 < model.schedule.mean < 0.3
     assert f"{64 * model.schedule.mean:.0f} kept on average (4x)" in model.summary()
     assert not dcconvert.convert(dit, 4, preset="dc-dit", steps=4, fit=False).schedule.mean
-    assert dcconvert.convert(dit, 2, preset="ddit", steps=8).options.prediction == "flow"
+    assert dcconvert.convert(dit, 2, preset="ddit", steps=8).method.predicts == "flow"
 
 
 def test_what_a_module_predicts_is_said_beside_the_preset():
@@ -52,9 +51,9 @@ def test_what_a_module_predicts_is_said_beside_the_preset():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"preset": "typo"}, "unknown preset 'typo'"),
+        ({"preset": "typo"}, "unknown method 'typo'"),
         ({"preset": "dc-dit", "refine_grid": True}, "refine_grid makes a DC-DiT of a DiT"),
-        ({"options": Options(mode="chunk", router="drift")}, "mode chunk has no router 'drift'"),
+        ({"preset": "carry", "warm_up": 0}, "at least one warm-up step"),
         ({"ratio": 0.5}, "is not a number of at least 1"),
     ],
 )

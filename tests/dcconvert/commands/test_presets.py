@@ -13,20 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import dcconvert
 from dcconvert.export.bundle import read_bundle
 from dcconvert.export.checks.parity import IDENTITY
 from dcconvert.export.runtimes.ort import OrtModel
-from dcconvert.methods import fit as settle
-from dcconvert.methods.presets import PRESETS, PRUNING, preset_options, preset_schedule
-from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.options import Options
 from dcconvert.passes.ir.spec import NEW_PATHS
-from dcconvert.passes.planning.schedule import CURVE, DIFFERENCE, NATURAL, Schedule
+from dcconvert.passes.methods import METHODS, PRESETS
+from dcconvert.passes.methods.dc_dit import TAIL_DROPS
 from dcconvert.passes.runtime.run import Run
+from dcconvert.sampling import fitting
 from dcconvert.sampling.samplers import Sampler, initial_noise
 from dcconvert.sampling.steps import ConvertedStep
-from dcconvert.train.distillation import TAIL_DROPS, Recipe, StepDistillation
+from dcconvert.train.distillation import Recipe, StepDistillation
 from tests.dcconvert.harness import CONFIG, refusal, run_cli, tiny_dit
 
 DEEP = replace(CONFIG, depth=6)
@@ -40,65 +37,12 @@ TRAIN = {"dc-dit": ("all", "router"), "sparsedit": ("all",), "ddit": ("lora", "a
 def few_images() -> Iterator[None]:
     """Presets are fitted on fewer runs than users have: it is the same work, sooner done."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settle, "IMAGES", 8)
+        patch.setattr(fitting, "IMAGES", 8)
         yield
 
 
 SHORT = ("--samples", 24, "--batch", 8, "--teacher-samples", 8, "--images", 2, "--lr", "1e-3", "--reference-steps", 9)
 every_preset = pytest.mark.parametrize("preset", PRESETS)
-
-
-def test_options_of_each():
-    dc = preset_options("dc-dit", 4)
-    assert (dc.mode, dc.router, dc.dechunk, dc.members, dc.preset) == (
-        "chunk",
-        "predictability",
-        "smoothed",
-        1,
-        "dc-dit",
-    )
-    sparse = preset_options("sparsedit", 4)
-    assert (sparse.trunk, sparse.head_blocks, sparse.tail_blocks) == ("sparse-dense", 2, 2)
-    sizes = preset_options("ddit", 4)
-    assert (sizes.trunk, sizes.head_blocks, sizes.tail_blocks) == ("patch-sizes", 0, 0)
-    merging = preset_options("tome", 5, {"head_blocks": 2})
-    assert (merging.router, round(merging.fewest, 6), merging.head_blocks) == ("merge", 0.2, 2)
-
-
-def test_schedules_of_each():
-    assert preset_schedule("dc-dit", 4) == Schedule(NATURAL, 4, base=4)
-    assert preset_schedule("ddit", 4) == Schedule(DIFFERENCE, 4, threshold=0.001)
-    assert preset_schedule("tome", 4) == Schedule("constant", 4)
-    assert preset_schedule("sparsedit", 4).kind == CURVE
-    for name in PRESETS:
-        assert preset_schedule(name, 1) == Schedule("constant", 1)
-
-
-@pytest.mark.parametrize(("low", "high"), PRUNING)
-def test_sparsedit_gives_the_published_rates_at_their_mean(low, high):
-    """r(t) is r_min up to T/4 and (4T-4t)/(3T) r_min + (4t-T)/(3T) r_max from there on."""
-    mean = 1 - (low / 4 + 3 / 4 * (low + high) / 2)
-    schedule = preset_schedule("sparsedit", 1 / mean)
-    for t in (0.0, 0.1, 0.25, 0.4, 0.75, 1.0):
-        rate = low if t < 0.25 else (4 - 4 * t) / 3 * low + (4 * t - 1) / 3 * high
-        assert 1 - float(schedule.fraction(t)) == pytest.approx(rate, abs=1e-3)
-
-
-def test_wrong_presets():
-    with pytest.raises(UsageError, match="unknown preset 'dit': choose one of dc-dit, sparsedit, ddit, tome"):
-        preset_options("dit", 4)
-    with pytest.raises(UsageError, match="preset tome has router merge: leave --router out"):
-        preset_options("tome", 4, {"router": "pool"})
-    with pytest.raises(UsageError, match="preset ddit has mode chunk"):
-        preset_options("ddit", 4, {"mode": "carry"})
-    with pytest.raises(UsageError, match="chooses schedule and options"):
-        dcconvert.convert(tiny_dit(), 4, preset="tome", options=Options())
-    with pytest.raises(UsageError, match="would need more of them"):
-        Schedule(NATURAL, 2, base=4)
-    with pytest.raises(UsageError, match="mode carry has only the plain trunk"):
-        dcconvert.convert(tiny_dit(), 4, options=Options(trunk="patch-sizes"))
-    with pytest.raises(UsageError, match="trunk 'odd'"):
-        dcconvert.convert(tiny_dit(), 4, options=Options(mode="chunk", trunk="odd"))
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +76,8 @@ def bundles(checkpoints) -> dict[str, Path]:
 @every_preset
 def test_the_main_job(bundles, preset):
     manifest, report = (json.loads((bundles[preset] / name).read_text()) for name in ("manifest.json", "report.json"))
-    assert manifest["conversion"]["preset"] == preset
-    assert any(PRESETS[preset].limit == text for text in report["limits"])
+    assert manifest["conversion"]["method"] == preset
+    assert {*METHODS[preset].limits} <= {*report["limits"]}
     names = {check["name"] for check in report["checks"]}
     assert (IDENTITY in names) == (preset != "sparsedit")
     assert report["compute"]["ratio"] > 1.1
@@ -182,7 +126,7 @@ def test_training(bundles, preset, tmp_path):
     before, after = (load_file(str(folder / "model.safetensors")) for folder in (bundles[preset], tmp_path / "out"))
     assert set(before) <= set(after)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert all(name.startswith((*NEW_PATHS.values(), "router")) for name in moved), moved
+    assert all(name.startswith((*NEW_PATHS, "router")) for name in moved), moved
     assert any(name.startswith("trained.blocks") for name in after)
     own = {
         "sparsedit": "recovery.0.sparse",
@@ -193,7 +137,7 @@ def test_training(bundles, preset, tmp_path):
         assert own[preset] in moved
     bundle = read_bundle(tmp_path / "out")
     assert tuple(bundle.manifest["upcycling"]["train"]) == TRAIN[preset]
-    assert bundle.model.options.preset == preset
+    assert bundle.model.method.name == preset
     assert bundle.model.schedule.found == (preset in ("dc-dit", "ddit"))
 
 
@@ -226,9 +170,9 @@ def test_evaluation_and_samples(bundles, preset, tmp_path):
 
 
 def test_merged_and_structural_presets_have_no_router_to_train(bundles, tmp_path):
-    for preset, named in (("tome", "tome"), ("sparsedit", "sparsedit")):
+    for preset in ("tome", "sparsedit"):
         message = refusal(2, "upcycle", bundles[preset], "-o", tmp_path / "out", "--train", "router")
-        assert f"cannot train 'router': the {named} trunk" in message
+        assert f"cannot train 'router': method {preset} has none that could learn" in message
 
 
 def test_inspect_and_wrong_use(checkpoint, tmp_path):
@@ -288,10 +232,10 @@ def test_ratios_beyond_the_coarsest_grid(bundles, tmp_path):
 def test_commands_that_a_preset_has_no_use_for(bundles, tmp_path):
     for preset in ("dc-dit", "ddit", "tome"):
         message = refusal(2, "export-triton", bundles[preset], "-o", tmp_path / "out")
-        assert f"was made with preset {preset}, whose plan needs more" in message
+        assert f"was made with method {preset}, whose plan needs more" in message
     for preset in ("dc-dit", "ddit", "sparsedit"):
         message = refusal(2, "stress", bundles[preset])
-        assert f"was made with preset {preset}: stress is for bundles" in message
+        assert f"was made with method {preset}: stress is for bundles" in message
     for preset in PRESETS:
         assert "calibrate is for mode carry" in refusal(2, "calibrate", bundles[preset])
     assert not (tmp_path / "out").exists()
@@ -308,10 +252,10 @@ def test_what_is_expected_is_what_runs_keep(bundles, preset):
     """Of the images that it was fitted on exactly, of others about; the cost is that of the steps that are expected."""
     bundle = read_bundle(bundles[preset])
     model, sampler = bundle.model, Sampler("flow", 8)
-    for seed, tolerance in ((settle.SEED, 1e-6), (0, 0.15)):
+    for seed, tolerance in ((fitting.SEED, 1e-6), (0, 0.15)):
         step = ConvertedStep(model, model)
         with torch.inference_mode():
-            sampler.run(step, initial_noise(seed, settle.IMAGES, 1, 16), torch.arange(settle.IMAGES) % 4)
+            sampler.run(step, initial_noise(seed, fitting.IMAGES, 1, 16), torch.arange(fitting.IMAGES) % 4)
         kept = np.mean(step.kept) / 64
         assert model.schedule.expected == pytest.approx(kept, abs=tolerance)
     counts = model.step_planner.run_counts(sampler.taus)
@@ -327,8 +271,8 @@ def tokens_of_runs(model, schedule):
     model = model.with_schedule(schedule)
     step = ConvertedStep(model, model)
     with torch.inference_mode():
-        noise = initial_noise(settle.SEED, settle.IMAGES, 1, 16)
-        Sampler("flow", 8).run(step, noise, torch.arange(settle.IMAGES) % 4)
+        noise = initial_noise(fitting.SEED, fitting.IMAGES, 1, 16)
+        Sampler("flow", 8).run(step, noise, torch.arange(fitting.IMAGES) % 4)
     return np.stack(step.kept)
 
 

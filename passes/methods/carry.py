@@ -1,0 +1,85 @@
+"""Method `carry`: tokens that a step does not compute keep what they were last computed as, on a straight line."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.ir.pass_runner import Pass
+from dcconvert.passes.ir.spec import STATE_DTYPES
+from dcconvert.passes.methods.method import FRONTEND, Method
+from dcconvert.passes.modules.routers import CARRY_ROUTERS
+from dcconvert.passes.planning.chunk_plan import Planner
+from dcconvert.passes.planning.token_history import Doubles, History
+from dcconvert.passes.rewrite.carry_trunk import CarryTrunk
+from dcconvert.passes.rewrite.hoist_constants import HoistConstants
+from dcconvert.passes.rewrite.insert_router import InsertRouter
+from dcconvert.passes.rewrite.split_route import SplitRoute
+
+TIE = 1e-6  # weight of the scores between tokens of equal urgency
+
+
+@dataclass(frozen=True)
+class Carry(Method):
+    """No training needed. `guard`: a token that was not computed for this many times the round-robin interval is
+    computed next. `state_dtype`: the precision of what is remembered, one of STATE_DTYPES."""
+
+    guard: float = 3.0
+    state_dtype: str = "model"
+
+    name: ClassVar[str] = "carry"
+    mode: ClassVar[str] = "carry"
+    title: ClassVar[str] = "tokens that a step does not compute are carried over from earlier steps; no training"
+    limits: ClassVar[tuple[str, ...]] = (
+        "Mode carry needs the steps of one image in order: a run keeps a state for every sample, and a sampler that "
+        "goes back to more noise has to start another run.",
+    )
+    blocks: ClassVar[int] = 0
+    routers: ClassVar[tuple[str, ...]] = CARRY_ROUTERS
+    schedule: ClassVar[str] = "falling"
+    learning_rate: ClassVar[float] = 3e-5
+    learns_router: ClassVar[bool] = False
+
+    def check(self) -> None:
+        super().check()
+        if self.state_dtype not in STATE_DTYPES:
+            raise UsageError(f"unknown state dtype '{self.state_dtype}': choose one of {', '.join(STATE_DTYPES)}")
+        if not 0 < self.guard < math.inf:
+            raise UsageError(f"guard {self.guard:g} is out of range: give a number above 0")
+
+    @property
+    def remembered_as(self) -> str:
+        return self.state_dtype
+
+    def pipeline(self) -> tuple[Pass, ...]:
+        return (
+            *FRONTEND,
+            InsertRouter(),  #    h -> scores
+            CarryTrunk(),  #      h -> kept tokens -> packed trunk -> state -> h'
+            SplitRoute(),  #      route | plan on the host | denoise
+            HoistConstants(),  #  what stays the same over a run, out of denoise
+        )
+
+    def planner(self, grid: tuple[int, int]) -> Planner:
+        return Planner(grid, members=1, neighbours=1)
+
+    def urgency(self, history: History, scores: np.ndarray, counts: np.ndarray, taus: Doubles) -> Doubles:
+        """How much each token needs computing [B, N]: noise levels since it was, times what the router says.
+
+        `drift` takes the square root of the speed at which the token's update moved, `age` takes nothing more; ties go
+        by the scores, which of these two cover the grid evenly. Any other router's scores are the factor themselves. A
+        token that waited `guard` times as long as taking turns would have it wait comes before all others.
+        """
+        elapsed = history.elapsed(taus)
+        router = self.router
+        if router == "drift":
+            factor = np.sqrt(history.drift())
+        else:
+            factor = np.ones_like(elapsed) if router == "age" else scores.astype(np.float64)
+        level = elapsed * (factor + 1e-6)
+        starving = history.age * counts[:, None] >= self.guard * scores.shape[1]
+        return level + TIE * scores + np.where(starving, 1e6 * (1 + history.age), 0.0)

@@ -1,0 +1,194 @@
+"""What a method is: how a model is rewritten, how many tokens its steps keep, and what a user has to know of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Self, TypeVar
+
+import numpy as np
+from torch import nn
+
+from dcconvert.passes.frontend.canonicalise import Normalise
+from dcconvert.passes.frontend.complex_to_real import RealNumbers
+from dcconvert.passes.frontend.token_stream import FindTokenStream
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.ir.pass_runner import Pass
+from dcconvert.passes.ir.spec import DECHUNK
+from dcconvert.passes.modules.routers import make_router
+from dcconvert.passes.planning.chunk_plan import Planner
+from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.planning.token_history import Doubles, History
+from dcconvert.passes.runtime.model import DynamicModel
+
+Model = TypeVar("Model", bound=DynamicModel)
+
+FRONTEND: tuple[Pass, ...] = (
+    Normalise(),  #       one spelling for each op
+    RealNumbers(),  #     no complex ones
+    FindTokenStream(),  # patchify, cut points, blocks, trunk
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to spend fewer tokens. A subclass is a method, its fields are its options, and an instance is a choice.
+
+    Everything that differs between methods is asked of this class; nothing else in the project looks at a method's
+    name. A new method is one file in `passes/methods`, a line in its registry, and a test (docs/adding_a_method.md).
+
+    `head_blocks` and `tail_blocks` compute all tokens before and after the trunk (-1: the method's default).
+    `router` scores the tokens ("": the first of `routers`). `seed` is that of random routers and new weights.
+    UsageError for options that are out of range.
+    """
+
+    head_blocks: int = -1
+    tail_blocks: int = -1
+    router: str = ""
+    seed: int = 0
+
+    # What it is.
+    name: ClassVar[str]
+    mode: ClassVar[str] = "chunk"  # "carry" if its steps remember earlier ones, else "chunk"
+    title: ClassVar[str] = ""  # with the paper, for the help
+    limits: ClassVar[tuple[str, ...]] = ()  # what a report says before its figures
+
+    # How a model is rewritten.
+    blocks: ClassVar[int] = 1  # head and tail blocks by default
+    routers: ClassVar[tuple[str, ...]] = ()
+    new_weights: ClassVar[str] = DECHUNK  # how the weights are called that its trunk has beside the original's
+
+    # How many tokens its steps keep.
+    schedule: ClassVar[str] = "constant"
+    schedules: ClassVar[tuple[str, ...]] = ()  # kinds of schedule that only this method has
+    watches: ClassVar[bool] = False  # whether a run has to keep its last latents
+    fixed_steps: ClassVar[bool] = False  # whether what was fitted holds for one sampler only
+
+    # What can be done with it.
+    drops_tokens: ClassVar[bool] = True  # steps compute some tokens of the grid, and which ones can be shown
+    plain_plan: ClassVar[bool] = True  # a plan needs nothing but a schedule and scores [B, N]
+    original_trunk: ClassVar[bool] = True  # the trunk gives what the original's gives if everything is kept
+
+    # How it is trained.
+    trains: ClassVar[tuple[str, ...]] = ("all",)
+    learning_rate: ClassVar[float] = 3e-4
+    learns_router: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("head_blocks", "tail_blocks"):
+            if getattr(self, name) == -1:
+                object.__setattr__(self, name, self.blocks)
+        object.__setattr__(self, "router", self.router or self.routers[0])
+        self.check()
+
+    def check(self) -> None:
+        """UsageError for options that are out of range or do not go together."""
+        if min(self.head_blocks, self.tail_blocks) < 0:
+            raise UsageError(
+                f"head blocks ({self.head_blocks}) and tail blocks ({self.tail_blocks}) cannot be negative"
+            )
+        if self.router not in self.routers:
+            raise UsageError(
+                f"method {self.name} has no router '{self.router}': choose one of {', '.join(self.routers)}"
+            )
+
+    @classmethod
+    def for_ratio(cls, ratio: float, **given: Any) -> Self:
+        """The method with the options that were given, and those that the ratio decides."""
+        return cls(**given)
+
+    def with_prediction(self, prediction: str) -> Self:
+        """The same for a model that predicts `eps` or `flow` ("": not known), where that matters."""
+        return self
+
+    # What passes ask.
+
+    @property
+    def row_packing(self) -> str:
+        """How kept tokens are laid out in rows for attention: `rows`, `bins` or `varlen`."""
+        return "rows"
+
+    @property
+    def by_values(self) -> bool:
+        """Whether dechunk gives the trunk's values, and does not add its update."""
+        return False
+
+    @property
+    def remembered_as(self) -> str:
+        """The precision of what a run remembers, one of STATE_DTYPES."""
+        return "model"
+
+    @property
+    def predicts(self) -> str:
+        """What the model predicts: `eps`, `flow`, or "" where it is not known or does not matter."""
+        return ""
+
+    @property
+    def stateful(self) -> bool:
+        """Whether a run's samples remember something."""
+        return self.mode == "carry"
+
+    @property
+    def keeps_original(self) -> bool:
+        """Whether the model is the original when every token is kept."""
+        return True
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """How the names of those weights begin that training leaves alone."""
+        return ()
+
+    def pipeline(self) -> tuple[Pass, ...]:
+        """The passes, in order."""
+        raise NotImplementedError
+
+    def router_module(self, grid: tuple[int, int]) -> nn.Module:
+        """The module that scores the tokens of an H x W grid."""
+        return make_router(self.router, grid, self.seed)
+
+    def planner(self, grid: tuple[int, int]) -> Planner:
+        """What lays out the kept tokens of an H x W grid."""
+        raise NotImplementedError
+
+    @classmethod
+    def policy(cls, ratio: float) -> Schedule:
+        """How many tokens each step keeps, unless the user chooses a schedule; 1/ratio of them on average."""
+        return Schedule(cls.schedule, ratio)
+
+    def found_counts(self, planner: StepPlanner, scores: np.ndarray, spread: np.ndarray | None) -> np.ndarray:
+        """Kept tokens of each sample where a step finds them, from scores [B, N] or from `ThirdDifference.spread`."""
+        raise NotImplementedError
+
+    def urgency(self, history: History, scores: np.ndarray, counts: np.ndarray, taus: Doubles) -> Doubles:
+        """How much each token needs computing [B, N], of a method whose samples remember something."""
+        raise NotImplementedError
+
+    def finished(self, model: Model) -> Model:
+        """The rewritten model with what the method adds to it."""
+        return model
+
+    def fitted(self, model: Model, runs: Any) -> Model:
+        """The model fitted to its ratio on sampling runs (`methods.runs.Runs`), where steps find their numbers."""
+        return model
+
+    # How it is trained.
+
+    def training_ratios(self, schedule: Schedule) -> tuple[float, ...]:
+        """The ratios that are trained for, one drawn at every step, unless the user names some."""
+        return (schedule.ratio,)
+
+    def training_counts(self, planner: StepPlanner, size: int, number: int) -> np.ndarray | None:
+        """Kept tokens of the samples of a training batch, the `number`-th; None: as the schedule says."""
+        return None
+
+    def unrounded(self, schedule: Schedule) -> Schedule:
+        """The schedule without the rounding that static shapes need."""
+        return schedule
+
+    def as_dict(self) -> dict[str, Any]:
+        """Name and options, as a bundle stores them."""
+        return {"method": self.name, **asdict(self)}
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls))

@@ -1,0 +1,188 @@
+"""The registry of methods: options, their checks, and bundles that name a method, of this format and of the last."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.methods import METHODS, MODES, PRESETS, method_from_dict, method_of
+from dcconvert.passes.pipeline import rewrite
+from dcconvert.passes.planning.schedule import DIFFERENCE, NATURAL, Schedule
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.serialise.graph_json import model_from_dict, model_tensors, model_to_dict
+from tests.passes.harness import dit_call
+
+
+def test_every_method_is_described():
+    assert (MODES, PRESETS) == (("carry", "chunk"), ("dc-dit", "sparsedit", "ddit", "tome"))
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert method.title
+        assert method.limits
+        made = method_of(name)
+        assert made.router == method.routers[0]
+        assert made.head_blocks == made.tail_blocks == method.blocks
+        assert method_of(name, 4).policy(4).ratio == 4
+        assert method.policy(1) == Schedule(method.schedule, 1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_comes_back_from_what_a_bundle_stores(name):
+    made = method_of(name, 5, seed=3)
+    assert method_from_dict(made.as_dict()) == made
+
+
+OLD = {  # the one set of options of format 2, as bundles hold it
+    "mode": "chunk",
+    "head_blocks": 1,
+    "tail_blocks": 1,
+    "router": "pool",
+    "guard": 3.0,
+    "state_dtype": "model",
+    "packing": "rows",
+    "members": 4,
+    "neighbours": 4,
+    "coverage": True,
+    "trunk": "plain",
+    "dechunk": "gaussian",
+    "fewest": 0.25,
+    "prediction": "",
+    "refined": False,
+    "preset": "",
+    "seed": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({}, method_of("chunk")),
+        ({"packing": "bins", "members": 2}, method_of("chunk", packing="bins", members=2)),
+        (
+            {"mode": "carry", "router": "age", "state_dtype": "fp16", "head_blocks": 0, "tail_blocks": 0},
+            method_of(router="age", state_dtype="fp16"),
+        ),
+        ({"router": "predictability", "dechunk": "smoothed", "members": 1}, method_of("dc-dit", head_blocks=1)),
+        (
+            {"router": "own", "dechunk": "values", "refined": True, "head_blocks": 0, "tail_blocks": 0},
+            method_of("dc-dit", router="own", refined=True, head_blocks=0, tail_blocks=0),
+        ),
+        ({"trunk": "sparse-dense", "fewest": 0.1}, method_of("sparsedit", fewest=0.1, head_blocks=1, tail_blocks=1)),
+        (
+            {"trunk": "patch-sizes", "prediction": "flow", "head_blocks": 0, "tail_blocks": 0},
+            method_of("ddit", prediction="flow"),
+        ),
+        ({"router": "merge", "members": 8, "fewest": 0.5}, method_of("tome", fewest=0.5)),
+    ],
+)
+def test_options_of_format_2(change, wanted):
+    assert method_from_dict({**OLD, **change}) == wanted
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "choices"),
+    [
+        ("chunk", "norm", "pool, predictability, cosine, random"),
+        ("chunk", "drift", "pool, predictability, cosine, random"),
+        ("carry", "norm", "drift, age, pool, predictability, cosine, random"),
+        ("tome", "pool", "merge"),
+    ],
+)
+def test_routers_of_another_method(mode, name, choices):
+    with pytest.raises(UsageError, match=f"method {mode} has no router '{name}': choose one of {choices}$"):
+        method_of(mode, router=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("both", {}, "unknown method 'both': choose one of carry, chunk, dc-dit, sparsedit, ddit, tome"),
+        (
+            "chunk",
+            {"guard": 2.0},
+            "method chunk has no option 'guard': it has head_blocks, tail_blocks, router, seed, mem",
+        ),
+        ("chunk", {"packing": "tight"}, "unknown packing 'tight': choose one of rows, bins, varlen"),
+        ("chunk", {"members": 0}, "must be at least 1"),
+        ("chunk", {"neighbours": 0}, "must be at least 1"),
+        ("chunk", {"head_blocks": -2}, "cannot be negative"),
+        ("carry", {"guard": -1.0}, "guard -1 is out of range"),
+        ("carry", {"guard": math.nan}, "guard nan is out of range"),
+        ("carry", {"state_dtype": "fp8"}, "unknown state dtype 'fp8': choose one of model, fp16, fp32"),
+        ("ddit", {"prediction": "v"}, "unknown prediction 'v'"),
+        ("ddit", {"head_blocks": 1}, "all blocks run in the patch size of the step"),
+        ("sparsedit", {"fewest": 0.0}, "fewest 0 is out of range"),
+        ("sparsedit", {"fewest": math.nan}, "fewest nan is out of range"),
+        ("tome", {"members": 0}, "members 0 must be at least 1"),
+        ("tome", {"fewest": 2.0}, "fewest 2 above 0 and at most 1"),
+    ],
+)
+def test_what_is_refused(name, options, message):
+    with pytest.raises(UsageError, match=message):
+        method_of(name, **options)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {
+        name: rewrite(*dit_call(image_size=16, depth=8), method_of(name, 4), Schedule("constant", 4))
+        for name in PRESETS
+    }
+
+
+@pytest.mark.parametrize(
+    ("preset", "schedule", "message"),
+    [
+        (
+            "tome",
+            Schedule(NATURAL, 4, base=4),
+            "schedule 'natural' is for models converted with another method than tome",
+        ),
+        ("sparsedit", Schedule(DIFFERENCE, 4, threshold=1), "schedule 'difference' is for .* than sparsedit"),
+        ("ddit", Schedule(NATURAL, 4, base=4), "schedule 'natural' is for"),
+        ("dc-dit", Schedule(NATURAL, 4, base=4, levels=(65, 1000)), "a sample of this model can keep at most 64"),
+        ("dc-dit", Schedule(NATURAL, 4, base=4, levels=(17,)), "a sample of this model can keep at most 64"),
+        ("ddit", Schedule(DIFFERENCE, 4, threshold=1, levels=(5, 64)), "a sample of this model can keep 4, 16, 64"),
+        ("sparsedit", Schedule("constant", 32), r"has \d+ of 64 tokens, which is .*: ask for less than 32x"),
+    ],
+)
+def test_schedules_of_another_model(models, preset, schedule, message):
+    model = models[preset]
+    with pytest.raises(UsageError, match=message):
+        StepPlanner(model.spec, model.method, schedule)
+
+
+@pytest.mark.parametrize(
+    ("preset", "part", "name", "value"),
+    [
+        ("dc-dit", "method", "method", "deep"),
+        ("dc-dit", "method", "method", "ddit"),
+        ("dc-dit", "method", "method", "carry"),
+        ("dc-dit", "method", "seed", "a"),
+        ("dc-dit", "method", "guard", 3),
+        ("dc-dit", "schedule", "levels", "ab"),
+        ("dc-dit", "schedule", "levels", [65, 1000]),
+        ("dc-dit", "schedule", "kind", "difference"),
+        ("ddit", "method", "prediction", "v"),
+        ("ddit", "schedule", "threshold", "a"),
+        ("sparsedit", "method", "fewest", -1.0),
+        ("tome", "method", "router", "pool"),
+        ("tome", "schedule", "kind", "natural"),
+    ],
+)
+def test_a_file_with_them_is_damaged(models, preset, part, name, value):
+    """One line for a graph file that says another thing than its graphs do; none of these may load."""
+    facts = model_to_dict(models[preset])
+    facts[part][name] = value
+    with pytest.raises(UsageError, match="damaged or tampered with"):
+        model_from_dict(facts, model_tensors(models[preset]))
+
+
+def test_untouched_files_load(models):
+    for model in models.values():
+        back = model_from_dict(model_to_dict(model), model_tensors(model))
+        assert (back.method, back.schedule) == (model.method, model.schedule)
+        assert not any(torch.is_tensor(value) for value in vars(back.method).values())
