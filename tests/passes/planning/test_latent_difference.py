@@ -41,6 +41,7 @@ def test_the_largest_patch_below_the_threshold():
     spread = np.array([[1, 2, 3], [0.1, 0.2, 3], [0.1, 3, 0.2], [0.1, 0.2, 0.3], [np.inf] * 3])
     assert largest_below(spread, 0.5).tolist() == [0, 1, 2, 2, 0]
     assert largest_below(spread, 0.0).tolist() == [0] * 5
+    assert largest_below(spread, 0.2).tolist() == [0] * 5  # below it, not at it: only 0.1 is, the smallest
 
 
 def test_the_first_three_steps_of_a_sample_tell_nothing():
