@@ -191,14 +191,15 @@ class TwoLayerValues(nn.Module):
     def forward(self, x: Tensor, c: Tensor, source: Tensor | None = None) -> Tensor:
         source = x if source is None else source
         q, k, v = (y.unflatten(2, (2, 6)).transpose(1, 2) for y in (self.q(x), self.k(source), self.values(source)))
-        found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        found = F.scaled_dot_product_attention(q, k, v, scale=1.5).transpose(1, 2).flatten(2)
         return x + self.proj(found) * c.unsqueeze(1)
 
     def pooling(self, x: Tensor, c: Tensor) -> Tensor:
         return x + self.proj(self.values(x).mean(1, keepdim=True)) * c.unsqueeze(1)
 
 
-def test_the_mean_is_that_of_values_whatever_makes_them():
+def test_values_of_two_layers_and_a_scale_of_attention():
+    """All three kinds of attention keep the scale, and a pooling block takes the mean of what the last layer reads."""
     module, (x, t) = TinyModel(TwoLayerValues() for _ in range(5)), tiny_inputs()
     model = sparse((module, (x, t), {}), head_blocks=1, tail_blocks=0)
     inputs = model.flat_inputs((x, t), {})
