@@ -13,9 +13,22 @@ from torch import Tensor, nn
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.ir.options import Options
 from dcconvert.passes.pipeline import rewrite
+from dcconvert.passes.planning.chunk_plan import Planner
 from dcconvert.passes.planning.schedule import Schedule
 from tests.passes.carry_harness import MaskedRun
-from tests.passes.harness import BATCH, TOKENS, WIDTH, TinyModel, check_trunk, count, pack, relative, tiny_inputs
+from tests.passes.harness import (
+    BATCH,
+    GRID,
+    TOKENS,
+    WIDTH,
+    TinyModel,
+    check_trunk,
+    count,
+    pack,
+    relative,
+    run_packed,
+    tiny_inputs,
+)
 
 aten = torch.ops.aten
 ops = torch.ops.dcconvert
@@ -102,6 +115,18 @@ def test_rotary_positions_of_both(text_at):
 
     outside = (torch.randn(TOKENS, 6), torch.randn(BATCH, TEXT, WIDTH), torch.randn(TEXT, 6))
     check_trunk(body, *outside, token_axis=0)
+
+
+def test_one_table_for_either_order():
+    """The text comes first in one layer and last in the next: the places of the grid's tokens are others."""
+
+    def body(h: Tensor, angle: Tensor, text: Tensor) -> Tensor:
+        h = h + attend(torch.cat([text, h], 1), lambda x: x * angle)[:, TEXT:]
+        return h + attend(torch.cat([h, text], 1), lambda x: x * angle)[:, :TOKENS]
+
+    given = torch.randn(BATCH, TOKENS, WIDTH), torch.randn(TOKENS + TEXT, 6), torch.randn(BATCH, TEXT, WIDTH)
+    found = run_packed(pack(body, *given), Planner(GRID, 2, 2).full_plan(BATCH), *given)
+    torch.testing.assert_close(found, body(*given), rtol=1e-5, atol=1e-5)
 
 
 def outer(h: Tensor, text: Tensor) -> Tensor:
