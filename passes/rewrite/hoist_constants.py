@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from dcconvert.passes.frontend.capture import has_batch_axis
 from dcconvert.passes.frontend.token_stream import same
 from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.ir.graph_tools import placeholders, remove_dead_code
@@ -25,7 +26,8 @@ class HoistConstants(Pass):
     1. A value is constant over a run if it depends on model inputs, and on none but those.
     2. Constant values with a batch axis that something else uses, and that took a matrix product to make, become the
        outputs of `prepare` and inputs `constant_0`, ... of `denoise`.
-    3. A model with nothing of that kind (classes instead of text) gets no third graph.
+    3. A model with nothing of that kind (classes instead of text) gets no third graph; nor does one whose constants
+       are there once for all samples, because then no input of `prepare` says how many samples there are.
     """
 
     optional = True
@@ -39,7 +41,7 @@ class HoistConstants(Pass):
         graph = program.denoise.graph
         constant = constant_nodes(program, graph)
         chosen = [node for node in graph.nodes if node in constant and worth_keeping(program, node, constant)]
-        if not chosen:
+        if not any(is_batched_input(node) for node in ancestors(chosen) & constant):
             return PassResult(0, ("nothing costly is the same at every step",))
         program.prepare = build_prepare(program, chosen)
         last = placeholders(graph)[-1]
@@ -84,6 +86,11 @@ def worth_keeping(program: Program, node: Node, constant: set[Node]) -> bool:
     return any(source.target in COSTLY for source in ancestors([node]) & constant)
 
 
+def is_batched_input(node: Node) -> bool:
+    """Whether a node is an input that is there for each sample: `prepare` reads the batch size off such a one."""
+    return node.op == "placeholder" and has_batch_axis(node)
+
+
 def build_prepare(program: Program, chosen: list[Node]) -> GraphModule:
     graph = Graph()
     copied: dict[Node, Node] = {}
@@ -97,7 +104,7 @@ def build_prepare(program: Program, chosen: list[Node]) -> GraphModule:
             copied[node].meta["val"] = program.batch
             continue
         copied[node] = graph.node_copy(node, copied.__getitem__)
-        if node.op == "placeholder" and batched is None and same(node.meta["val"].shape[0], program.batch):
+        if batched is None and is_batched_input(node):
             batched = copied[node]
     graph.output(tuple(copied[node] for node in chosen))
     return finish(program, graph, "Prepare")

@@ -118,6 +118,7 @@ def test_fits_counts_whole_tiles():
     assert bucket.fits([8])  # the last repeated: three tiles
     assert not bucket.fits([1, 9])  # the last repeated: five tiles
     assert Bucket(2, 24, 2, 16, 8).fits([16, 8])
+    assert not Bucket(3, 16, 3, 8, 8).fits([1])  # the last repeated: three tiles, not one and two tokens
 
 
 @given(st.integers(1, 9), st.lists(st.integers(1, 16), min_size=1, max_size=4), st.integers(0, 3), st.integers(1, 12))

@@ -13,6 +13,7 @@ import pytest
 
 import dcconvert
 from dcconvert.passes.methods import METHODS, method_of
+from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.serialise.graph_json import model_from_dict, model_tensors, model_to_dict
 from tests.passes.harness import dit_call
 
@@ -50,6 +51,7 @@ def test_its_own_tests_pass(example, name):
 
 def test_its_model_can_be_stored_and_its_options_are_checked(example):
     model = dcconvert.convert(dit_call()[0], 4, options=method_of("scatter", neighbours=2))
+    assert isinstance(model, DynamicModel)
     back = model_from_dict(model_to_dict(model), model_tensors(model))
     assert back.method == model.method == method_of("scatter", neighbours=2)
     with pytest.raises(dcconvert.UsageError, match="neighbours 0 must be at least 1"):

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
-from tests.passes.harness import BATCH, TOKENS, WIDTH, check_trunk, count, pack
+from dcconvert.passes.methods import method_of
+from dcconvert.passes.pipeline import rewrite
+from dcconvert.passes.planning.chunk_plan import Planner
+from dcconvert.passes.planning.schedule import Schedule
+from tests.passes.carry_harness import MaskedRun
+from tests.passes.harness import (
+    BATCH,
+    GRID,
+    TOKENS,
+    WIDTH,
+    Call,
+    TinyModel,
+    check_trunk,
+    count,
+    pack,
+    relative,
+    run_packed,
+    tiny_inputs,
+)
 
 aten = torch.ops.aten
 ops = torch.ops.dcconvert
@@ -59,7 +78,12 @@ def joined_by_heads(h: Tensor, text: Tensor) -> Tensor:
     return out[:, :, : h.shape[1]].transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("body", [text_first, text_last, one_stream, joined_by_heads])
+def scaled(h: Tensor, text: Tensor) -> Tensor:
+    both = heads(torch.cat([text, h], 1))
+    return F.scaled_dot_product_attention(both, both * 2, both, scale=1.5).transpose(1, 2).flatten(2)[:, TEXT:]
+
+
+@pytest.mark.parametrize("body", [text_first, text_last, one_stream, joined_by_heads, scaled])
 @pytest.mark.parametrize("packing", ["rows", "varlen"])
 def test_joint_attention(body, packing):
     program = check_trunk(body, torch.randn(BATCH, TEXT, WIDTH), packing=packing)
@@ -92,6 +116,18 @@ def test_rotary_positions_of_both(text_at):
 
     outside = (torch.randn(TOKENS, 6), torch.randn(BATCH, TEXT, WIDTH), torch.randn(TEXT, 6))
     check_trunk(body, *outside, token_axis=0)
+
+
+def test_one_table_for_either_order():
+    """The text comes first in one layer and last in the next: the places of the grid's tokens are others."""
+
+    def body(h: Tensor, angle: Tensor, text: Tensor) -> Tensor:
+        h = h + attend(torch.cat([text, h], 1), lambda x: x * angle)[:, TEXT:]
+        return h + attend(torch.cat([h, text], 1), lambda x: x * angle)[:, :TOKENS]
+
+    given = torch.randn(BATCH, TOKENS, WIDTH), torch.randn(TOKENS + TEXT, 6), torch.randn(BATCH, TEXT, WIDTH)
+    found = run_packed(pack(body, *given), Planner(GRID, 2, 2).full_plan(BATCH), *given)
+    torch.testing.assert_close(found, body(*given), rtol=1e-5, atol=1e-5)
 
 
 def outer(h: Tensor, text: Tensor) -> Tensor:
@@ -149,3 +185,55 @@ def test_queries_without_the_others_are_refused():
 def test_shared_rows_are_refused():
     with pytest.raises(UsageError, match="joint attention, which needs one sample a row"):
         pack(text_first, H, torch.zeros(BATCH, TEXT, WIDTH), packing="bins")
+
+
+class JointBlock(nn.Module):
+    """Image and text attend to each other, with a scale of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, h: Tensor, text: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (heads(part) for part in self.qkv(torch.cat([text, h], 1)).chunk(3, dim=2))
+        out = self.proj(F.scaled_dot_product_attention(q, k, v, scale=1.5).transpose(1, 2).flatten(2))
+        return h + out[:, TEXT:] * c.unsqueeze(1), text + torch.tanh(out[:, :TEXT])
+
+
+class JointModel(TinyModel):
+    def __init__(self) -> None:
+        super().__init__(JointBlock() for _ in range(4))
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
+        c = torch.sin(t.unsqueeze(1) * torch.arange(WIDTH))
+        x = self.patchify(x).flatten(2).transpose(1, 2) + self.positions
+        for block in self.blocks:
+            x, text = block(x, text, c)
+        return self.final(x)
+
+
+def joint_call() -> Call:
+    return JointModel(), (*tiny_inputs(), torch.randn(BATCH, TEXT, WIDTH)), {}
+
+
+def test_blocks_behind_the_trunk_get_the_text_that_left_it():
+    """And not that of a trunk which was left as it was: every attention is there once."""
+    call = joint_call()
+    options = method_of("chunk", head_blocks=1, tail_blocks=1)
+    model = rewrite(*call, options, Schedule("constant", 2), timestep_scale=1.0)
+    assert model.spec.depth == 4
+    assert count(model.denoise_graph, ops.row_attention.default) == 2
+    left = sum(
+        count(graph, aten.scaled_dot_product_attention.default) for graph in (model.route_graph, model.denoise_graph)
+    )
+    assert left == 2
+
+
+def test_steps_of_mode_carry_keep_the_scale():
+    call = joint_call()
+    model = rewrite(*call, method_of(), Schedule("constant", 2), timestep_scale=1.0)
+    run = MaskedRun(model)
+    for tau in (0.9, 0.6):
+        now: Call = call[0], (call[1][0], torch.full((BATCH,), tau), call[1][2]), {}
+        with torch.no_grad():
+            assert relative(run.step(now, np.ones((BATCH, TOKENS), bool)), now[0](*now[1])) < 1e-5

@@ -392,3 +392,11 @@ def test_the_same_scores_give_the_plan_they_gave_lately():
     again = planner(scores, [3, 5])
     assert again is not first  # forgotten by now
     assert all(np.array_equal(a, b) for a, b in zip(again.arrays().values(), first.arrays().values(), strict=True))
+
+
+def test_another_bucket_is_another_plan():
+    planner, scores = Planner((4, 4)), np.random.default_rng(0).random((2, 16))
+    for bucket in (None, Bucket(2, 12, 2, 6, 6), Bucket(2, 16, 2, 8, 8)):
+        found, wanted = planner(scores, [5, 6], bucket), Planner((4, 4))(scores, [5, 6], bucket)
+        for name, array in wanted.arrays().items():
+            np.testing.assert_array_equal(found.arrays()[name], array, name)

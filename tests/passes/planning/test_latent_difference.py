@@ -15,6 +15,7 @@ from dcconvert.passes.planning.latent_difference import ThirdDifference, largest
 from dcconvert.passes.planning.schedule import DIFFERENCE, Schedule
 from dcconvert.passes.runtime.run import Run
 from tests.passes.harness import dit_call
+from tests.passes.runtime.test_run import Counting
 
 
 def test_third_difference_of_polynomials():
@@ -41,6 +42,7 @@ def test_the_largest_patch_below_the_threshold():
     spread = np.array([[1, 2, 3], [0.1, 0.2, 3], [0.1, 3, 0.2], [0.1, 0.2, 0.3], [np.inf] * 3])
     assert largest_below(spread, 0.5).tolist() == [0, 1, 2, 2, 0]
     assert largest_below(spread, 0.0).tolist() == [0] * 5
+    assert largest_below(spread, 0.2).tolist() == [0] * 5  # below it, not at it: only 0.1 is, the smallest
 
 
 def test_the_first_three_steps_of_a_sample_tell_nothing():
@@ -89,6 +91,17 @@ def test_guidance_halves_choose_alike_and_a_restart_forgets(model):
     run.restart([0])
     run.step(values(model, 1.0, torch.ones(2, 4, 16, 16)))
     assert run.kept.tolist() == [64, 64]
+
+
+def test_each_group_finds_its_numbers_by_its_own_planner(model):
+    """In a batch that is filled up as well: the copies are of the last group."""
+    fine, coarse = (
+        model.with_schedule(replace(model.schedule, threshold=threshold)).step_planner for threshold in (0.0, 1e9)
+    )
+    run = Run(Counting(model, 6), 4)
+    for step in range(5):
+        run.step(values(model, 1 - step / 10, torch.randn(4, 4, 16, 16)), planners=(fine, coarse))
+    assert run.kept.tolist() == [64, 64, 4, 4]
 
 
 def test_calls_of_the_model_follow_each_other(model):

@@ -15,7 +15,7 @@ from dcconvert.passes.methods import method_of
 from dcconvert.passes.modules.routers import CARRY_ROUTERS, PLAIN_ROUTERS
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import NATURAL, Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner, most_urgent
 from dcconvert.passes.planning.token_history import History
 from tests.passes.carry_harness import carried, roomy
@@ -119,12 +119,41 @@ def test_a_starving_token_is_computed_however_still_it_is(count):
         assert waits(guard, count) == guard * TOKENS / count
 
 
-def test_of_several_starving_tokens_the_oldest_goes_first():
-    history = history_of((1.0, []), (0.9, [4, 5, 6, 7]), (0.8, [3, *range(4, 8)]), *[(0.7, [4, 5, 6, 7])] * 6)
-    history.distance = np.ones((1, TOKENS))
-    history.distance[0, :3] = 0
-    assert chosen(planner(guard=1.0), history, 0.5, 3) == [0, 1, 2]
-    assert chosen(planner(guard=1.0), history, 0.5, 4) == [0, 1, 2, 3]
+def computed(router: str, guard: float, count: int, steps: int) -> list[list[int]]:
+    """The tokens that each step of a run computes; tokens 0 to 3 are still and score lowest, the others race."""
+    given, history = planner(router=router, guard=guard), history_of((1.0, []), (0.99, list(range(TOKENS))))
+    scores, found = np.array([[1e-6, 2e-6, 3e-6, 4e-6, 0.7, 0.8, 0.9, 1.0]]), []
+    for step in range(steps):
+        history.distance = np.where(np.arange(TOKENS) < 4, 0.0, 1.0)[None]
+        plan = given.carry(history, scores, np.array([count]), np.array([0.98 - step * 0.9 / steps]))
+        found.append(np.flatnonzero(plan.keep[0]).tolist())
+    return found
+
+
+@pytest.mark.parametrize("router", ["drift", *PLAIN_ROUTERS])
+@pytest.mark.parametrize(("guard", "count"), [(1.5, 2), (2, 4), (3, 1)])
+def test_every_token_is_computed_again_in_time(router, guard, count):
+    """None waits longer than the guard allows, and the turns of those that starve with it, however low they score."""
+    found = computed(router, guard, count, 60)
+    allowed = int(np.ceil(guard * TOKENS / count)) + TOKENS // count
+    for token in range(TOKENS):
+        last = [-1, *(step for step, kept in enumerate(found) if token in kept), len(found)]
+        assert max(np.diff(last)) <= allowed, token
+
+
+@pytest.mark.parametrize("router", CARRY_ROUTERS)
+def test_of_several_starving_tokens_the_one_that_waited_longest_goes_first(router):
+    """In the order of their ages, one after the other, though younger ones moved faster and score higher."""
+    given, rest = planner(router=router, guard=1.0), [4, 5, 6, 7]
+    looks = [[0, 1, 2, *rest], [0, 2, *rest], [2, *rest], *[rest] * TOKENS]  # at one noise level: 3 is left out first
+    history = history_of((1.0, []), (0.9, list(range(TOKENS))), *[(0.9, kept) for kept in looks])
+    better = np.array([2, 1, 3, 0, 4, 4, 4, 4])  # the younger
+    order = []
+    for step in range(4):
+        history.distance = 10.0 ** better[None]
+        plan = given.carry(history, 0.1 + 0.2 * better[None], np.array([1]), np.array([0.8 - step * 0.001]))
+        order += np.flatnonzero(plan.keep[0]).tolist()
+    assert order == [3, 1, 0, 2]
 
 
 @given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from([2, 5, 1000]))
@@ -227,6 +256,12 @@ def test_counts_of_a_run_and_the_first_step_of_carry():
     assert planner().run_counts(taus).tolist() == [8, 4, 4, 4, 4]
     assert planner(mode="chunk").run_counts(taus).tolist() == [4] * 5
     assert planner(Schedule("constant", 2, warm_up=2)).run_counts(taus).tolist() == [8, 8, 4, 4, 4]
+
+
+def test_counts_that_a_step_finds_become_the_next_level_up_and_a_level_itself_stays():
+    given = planner(Schedule(NATURAL, 2, base=2, levels=(3, 5, 8)), mode="chunk", dechunk="smoothed")
+    scores = np.where(np.arange(TOKENS) <= np.arange(7)[:, None], 0.9, 0.1)  # 2 to 8 chosen: the last token always is
+    assert given.found_counts(scores, None).tolist() == [3, 3, 5, 5, 8, 8, 8]
 
 
 def test_a_ratio_beyond_the_tokens_is_refused_at_once():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -82,6 +83,18 @@ def test_whatever_came_before_a_step_that_keeps_everything_is_the_original(name,
         found = run.step(now, keep, roomy(keep) if padded else None)
         for sample in np.flatnonzero(keep.all(1)):
             assert relative(found[sample], plain(now)[sample]) < TOLERANCE
+
+
+def test_a_scale_of_attention_is_kept():
+    class Scaled(Block):
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            q, k, v = (y.unflatten(2, (2, 6)).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=2))
+            out = F.scaled_dot_product_attention(q, k, v, scale=1.5).transpose(1, 2).flatten(2)
+            return x + self.proj(out) * c.unsqueeze(1)
+
+    call: Call = TinyModel(Scaled() for _ in range(3)), tiny_inputs(), {}
+    model = rewrite(*call, method_of(), FULL, timestep_scale=1.0)
+    assert relative(MaskedRun(model).step(call, all_of(TOKENS)), plain(call)) < TOLERANCE
 
 
 # Some kept

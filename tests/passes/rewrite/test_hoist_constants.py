@@ -126,3 +126,35 @@ def test_the_batch_size_of_constants_is_their_own():
             found = model.with_schedule(FULL)(*given)
             assert found.shape == (batch, TOKENS, 8)
             assert relative(found, model.original(*given)) < 1e-5
+
+
+@pytest.mark.parametrize("gain", [torch.tensor(0.5), torch.rand(5)], ids=["a number", "a row"])
+def test_constants_of_inputs_with_and_without_samples(gain):
+    """What is there once for the whole batch comes first: the batch size is not read off it."""
+
+    class Gained(Texted):
+        def forward(self, x: Tensor, t: Tensor, gain: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x, t, (gain * text).reshape(x.shape[0] * 5, 1).reshape(x.shape[0], 5))
+
+    inputs = (*tiny_inputs(), gain, torch.randn(BATCH, 5))
+    model = rewrite(Gained(), inputs, {}, method_of(), FULL, timestep_scale=1.0)
+    assert model.spec.prepare_inputs == ("gain", "text")
+    for batch in (1, BATCH + 1):
+        given = (*tiny_inputs(batch), torch.rand_like(gain), torch.randn(batch, 5))
+        with torch.no_grad():
+            assert relative(model.with_schedule(FULL)(*given), model.original(*given)) < 1e-5
+
+
+def test_one_text_for_all_samples_is_not_hoisted():
+    """Nothing that `prepare` would read says how many samples there are."""
+
+    class Shared(Texted):
+        def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x, t, text.expand(x.shape[0], 5))
+
+    model = rewrite(Shared(), (*tiny_inputs(), torch.randn(1, 5)), {}, method_of(), FULL, timestep_scale=1.0)
+    assert model.prepare_graph is None
+    for batch in (1, BATCH + 1):
+        given = (*tiny_inputs(batch), torch.randn(1, 5))
+        with torch.no_grad():
+            assert relative(model.with_schedule(FULL)(*given), model.original(*given)) < 1e-5

@@ -21,7 +21,17 @@ from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.patch_planner import PatchPlanner, cells_of
 from dcconvert.passes.planning.schedule import Schedule
-from tests.passes.harness import WIDTH, Block, TinyModel, diffusers_call, dit_call, pixart_call, relative, tiny_inputs
+from tests.passes.harness import (
+    WIDTH,
+    Block,
+    Call,
+    TinyModel,
+    diffusers_call,
+    dit_call,
+    pixart_call,
+    relative,
+    tiny_inputs,
+)
 
 
 def with_sizes(call, prediction: str = ""):
@@ -182,6 +192,30 @@ def test_a_grid_that_is_no_square():
     model = with_sizes((Image(Block() for _ in range(3)), tiny_inputs(), {}))
     assert model.step_planner.patches == (2, 4)
     assert check_identity(model, model.spec.example(3)).value < 1e-5
+
+
+@pytest.mark.parametrize("timestep_scale", [1.0, 1000.0])
+def test_the_skip_goes_by_the_timesteps_of_the_model(timestep_scale):
+    """Of a flow it adds what the patches lose of the input, by one over the noise level."""
+
+    def made(prediction: str):
+        options = method_of("ddit", prediction=prediction)
+        return rewrite(*call, options, Schedule("constant", 4), timestep_scale=timestep_scale)
+
+    levels = torch.tensor([0.25, 0.5, 1.0])
+    call: Call = Image(Block() for _ in range(3)), (tiny_inputs()[0], levels * timestep_scale), {}
+    plain, skipping = (
+        in_patches(made(kind), dict(zip(("x", "t"), call[1], strict=True)), [2] * 3) for kind in ("", "flow")
+    )
+    lost = (torch.eye(16) - enlarging(2, 2) @ reducing(2, 2)).float()
+    wanted = image_of(patches(call[1][0], 4) @ lost.T, 4) / levels.view(-1, 1, 1, 1)
+    torch.testing.assert_close(skipping - plain, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "flow"])
+def test_the_skip_is_finite_at_both_ends_of_a_run(prediction):
+    skip = PatchSkip((4, 4), torch.arange(4), 2, (1, 2), prediction, 1)
+    assert skip(torch.randn(2, 1, 8, 8), torch.tensor([0.0, 1000.0])).isfinite().all()
 
 
 def refused(call, match):

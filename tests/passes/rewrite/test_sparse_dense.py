@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
 from dcconvert.models.dit import modulate
@@ -19,7 +19,7 @@ from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.pooled_planner import PooledPlanner
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.rewrite.sparse_dense import Group, arrange
-from tests.passes.harness import diffusers_call, dit_call, pixart_call, relative
+from tests.passes.harness import WIDTH, TinyModel, diffusers_call, dit_call, pixart_call, relative, tiny_inputs
 
 GRID = 8
 
@@ -176,6 +176,44 @@ def test_other_layouts_of_attention(call):
     assert relative(mixed[0], even[0]) < 1e-5
     assert relative(mixed[1], even[1]) > 1e-3
     assert relative(even, original) > 1e-3
+
+
+class TwoLayerValues(nn.Module):
+    """A block whose values are no linear function of its tokens, but one of what their last layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.first, self.second, self.proj = (nn.Linear(WIDTH, WIDTH) for _ in range(5))
+
+    def values(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(3 * self.first(x)))
+
+    def forward(self, x: Tensor, c: Tensor, source: Tensor | None = None) -> Tensor:
+        source = x if source is None else source
+        q, k, v = (y.unflatten(2, (2, 6)).transpose(1, 2) for y in (self.q(x), self.k(source), self.values(source)))
+        found = F.scaled_dot_product_attention(q, k, v, scale=1.5).transpose(1, 2).flatten(2)
+        return x + self.proj(found) * c.unsqueeze(1)
+
+    def pooling(self, x: Tensor, c: Tensor) -> Tensor:
+        return x + self.proj(self.values(x).mean(1, keepdim=True)) * c.unsqueeze(1)
+
+
+def test_values_of_two_layers_and_a_scale_of_attention():
+    """All three kinds of attention keep the scale, and a pooling block takes the mean of what the last layer reads."""
+    module, (x, t) = TinyModel(TwoLayerValues() for _ in range(5)), tiny_inputs()
+    model = sparse((module, (x, t), {}), head_blocks=1, tail_blocks=0)
+    inputs = model.flat_inputs((x, t), {})
+    first, *group, recovering, dense = (cast(TwoLayerValues, block) for block in module.blocks)
+    with torch.no_grad():
+        scores, live = model.route(inputs)
+        found = model.denoise(inputs, live, model.step_planner.plan(scores.numpy(), np.full(3, 8)))[0]
+        c = torch.sin(t.unsqueeze(1) * torch.arange(WIDTH))
+        tokens = first.pooling(module.patchify(x).flatten(2).transpose(1, 2) + module.positions, c)
+        few = tokens
+        for block in group:
+            few = block(few, c)
+        wanted = module.final(dense(recovering(tokens, c, few), c))
+    assert relative(found, wanted) < 1e-5
 
 
 def test_text_among_the_tokens_is_refused():

@@ -7,20 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.fx import GraphModule
 
 from benchmarks.families import FAMILIES, made
 from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.complex_to_real import RealNumbers
 from dcconvert.passes.frontend.token_stream import ATTENTION, FindTokenStream
-from dcconvert.passes.ir.errors import CheckFailedError
+from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import placeholders
 from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import captured
 from dcconvert.passes.rewrite.split_steps import SplitSteps
-from tests.passes.harness import dit_call, tiny_program
+from tests.passes.harness import TOKENS, WIDTH, Block, TinyModel, dit_call, tiny_inputs, tiny_program
 
 
 @dataclass
@@ -81,15 +83,53 @@ def test_a_skip_step_holds_no_attention_and_no_weights_of_the_trunk():
     assert added == ["weights", "update_0", "update_1", "update_2"]
 
 
-def test_head_and_tail_blocks_are_computed_at_every_step():
-    program, inputs = split_dit(head_blocks=1, tail_blocks=1)
-    assert len([node for node in program.skip.graph.nodes if node.target is ATTENTION]) == 2
+@pytest.mark.parametrize(("head", "tail"), [(1, 1), (1, 0), (0, 2)])
+def test_head_and_tail_blocks_are_computed_at_every_step(head, tail):
+    program, inputs = split_dit(head_blocks=head, tail_blocks=tail)
+    assert len([node for node in program.skip.graph.nodes if node.target is ATTENTION]) == head + tail
     with torch.no_grad():
         [wanted] = program.original(*inputs)
         _, update = program.full(*inputs)
         weights = torch.tensor([[1.0], [0], [0]]).expand(3, 3)
         zero = torch.zeros_like(update)
         torch.testing.assert_close(program.skip(*inputs, weights, update, zero, zero)[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_that_are_an_output_too_are_those_of_a_skip_step():
+    class WithTokens(TinyModel):
+        def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            c = torch.sin(t.unsqueeze(1) * torch.arange(WIDTH))
+            x = self.patchify(x).flatten(2).transpose(1, 2) + self.positions
+            for block in self.blocks:
+                x = block(x, c)
+            return self.final(x), x
+
+    module = WithTokens(Block() for _ in range(3))
+    program, inputs = split(tiny_program(module, mode="carry"), updates=1), tiny_inputs()
+    with torch.no_grad():
+        pixels, tokens, update = program.full(*inputs)
+        torch.testing.assert_close((pixels, tokens), module(*inputs))
+        pixels, moved = program.skip(*inputs, torch.full((1, len(update)), 3.0), update)
+        torch.testing.assert_close(moved, tokens + 2 * update, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pixels, module.final(moved))
+
+
+def test_attention_beside_the_trunk_is_refused_unless_some_was_asked_for():
+    class Pooled(TinyModel):
+        """What gives the pixels is modulated by an attention of its own."""
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            own = torch.sin(t.view(-1, 1, 1, 1) * torch.arange(TOKENS * 8).view(1, TOKENS, 8))
+            return super().forward(x, t) * F.scaled_dot_product_attention(own, own, own).squeeze(1)
+
+    def parts(**options: int) -> Split:
+        return split(tiny_program(Pooled(Block() for _ in range(3)), mode="carry", **options))
+
+    with pytest.raises(UnsupportedModelError, match="1 of 4 attention ops do not go through the tokens' update"):
+        parts()
+    for blocks in ({"head_blocks": 1}, {"tail_blocks": 1}):
+        left = [node for node in parts(**blocks).skip.graph.nodes if node.target is ATTENTION]
+        assert len(left) == 2
 
 
 def test_it_needs_the_token_stream():

@@ -371,12 +371,20 @@ def test_groups_compute_the_same_tokens():
 
 
 def test_groups_choose_by_the_mean_of_their_urgencies():
-    run = Run(Counting(carried("tiny")[0], 5), 4, groups=2)
-    urgency = np.arange(5 * TOKENS, dtype=float).reshape(5, TOKENS) ** 2
-    found = run._shared(urgency)
-    np.testing.assert_allclose(found[[0, 2]], (urgency[[0]] + urgency[[2]]).repeat(2, 0) / 2)
-    np.testing.assert_allclose(found[[1, 3]], (urgency[[1]] + urgency[[3]]).repeat(2, 0) / 2)
-    np.testing.assert_allclose(found[4], urgency[4])
+    """After two steps of everything urgency goes with the root of the distance; the copy that fills up has its own."""
+    model, call = carried("tiny")
+    x, t = (value[[0, 1, 2, 0]] for value in at(model, call, 0.9)[1])
+    run = Run(Counting(model, 5), 4, groups=2)
+    for tau in (0.9, 0.8):
+        run.step({"x": x, "t": torch.full_like(t, tau)}, np.full(4, TOKENS))
+    assert run.history is not None
+    first, second = np.arange(1.0, 9.0), np.array([9.0, 1, 1, 1, 9, 1, 1, 1])
+    run.history.distance = np.square([first, second, second, first, second])
+    run.step({"x": x, "t": torch.full_like(t, 0.7)}, np.full(4, 3))
+    assert run.last_plan is not None
+    kept = [np.flatnonzero(keep).tolist() for keep in run.last_plan.keep]
+    assert kept[:4] == [[0, 4, 7]] * 4  # means: 5, 1.5, 2, 2.5, 7, 3.5, 4, 4.5
+    assert {0, 4} < {*kept[4]}
 
 
 @pytest.mark.parametrize(("sample", "left"), [(1, [3, 0, 3, 0]), (2, [0, 3, 0, 3])])

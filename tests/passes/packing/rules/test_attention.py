@@ -54,8 +54,16 @@ def test_self_attention_stays_within_each_sample(packing, op, separator):
     assert count(program.graph_module, aten.scaled_dot_product_attention.default) == 0
 
 
-def test_a_scale_of_its_own_is_kept():
-    check_trunk(lambda h: self_attention(h, scale=1.0))
+@pytest.mark.parametrize("packing", ["rows", "bins", "varlen"])
+def test_a_scale_of_its_own_is_kept(packing):
+    check_trunk(lambda h: self_attention(h, scale=1.0), packing=packing)
+
+
+def test_cross_attention_keeps_its_scale():
+    def body(h: Tensor, text: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(heads(h), heads(text), heads(text), scale=1.0).transpose(1, 2).flatten(2)
+
+    check_trunk(body, torch.randn(BATCH, KEYS, WIDTH))
 
 
 def test_queries_and_keys_normalised_by_head():

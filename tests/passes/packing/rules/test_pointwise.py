@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcconvert.passes.ir.errors import UnsupportedModelError
-from tests.passes.harness import BATCH, TOKENS, WIDTH, check_trunk, count, pack, targets
+from dcconvert.passes.planning.chunk_plan import Planner
+from tests.passes.harness import BATCH, GRID, TOKENS, WIDTH, check_trunk, count, pack, run_packed, targets
 
 aten = torch.ops.aten
 
@@ -102,3 +103,16 @@ def test_operands_on_different_axes_are_refused():
 def test_broadcast_to_a_higher_rank_is_refused():
     with pytest.raises(UnsupportedModelError, match=r"aten\.mul\.Tensor .*higher rank"):
         pack(lambda h, w: (h * w)[0], H, torch.randn(2, 1, 1, 1))
+
+
+def test_a_table_whose_axes_are_all_as_long_as_the_tokens_is_read_along_theirs():
+    """Before heads and tokens change places and behind it, as many heads as tokens."""
+
+    def body(h: Tensor, table: Tensor) -> Tensor:
+        heads = h.unflatten(2, (TOKENS, 2)) * table  # [B, N, H, 2]
+        return (heads.transpose(1, 2) * table).transpose(1, 2).flatten(2)
+
+    h, table = torch.randn(BATCH, TOKENS, 2 * TOKENS), torch.randn(TOKENS, TOKENS, 2)
+    program = pack(body, h, table)
+    found = run_packed(program, Planner(GRID, 2, 2).full_plan(BATCH), h, table)
+    torch.testing.assert_close(found, body(h, table))
