@@ -51,6 +51,7 @@ ORDER = (
     "evaluate",
     "train",
     "report",
+    "options",
     "commands",
     "cli",
 )
