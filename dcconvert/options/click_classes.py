@@ -86,9 +86,9 @@ class Commands(click.Group):
             raise UsageError(f"no command or file is called '{word}': did you mean 'dcconvert {near[0]}'?")
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Names of commands; where none fits, files for the default command."""
+        """Names of commands and options; where none fits, files for the default command."""
         found = super().shell_complete(ctx, incomplete)
-        return found or [CompletionItem(incomplete, type="file")]
+        return found or [CompletionItem(incomplete, type="file")] * (not incomplete.startswith("-"))
 
 
 def option(*names: str, **attrs: Any) -> Callable[[str], Any]:

@@ -16,7 +16,7 @@ build_options = options(
             default="trt",
             type=click.Choice(["trt", "ort-cuda"]),
             aliases=["--target"],
-            help="trt: TensorRT engines; ort-cuda: fp16 graphs for ONNX Runtime on CUDA.",
+            help="Build TensorRT engines (trt), or fp16 graphs for ONNX Runtime on CUDA (ort-cuda).",
         ),
     ),
     section(
