@@ -29,12 +29,7 @@ convert_options = options(
     method_options,
     section(
         "How much to compute",
-        option(
-            "--ratio",
-            required=True,
-            type=RATIO,
-            help=RATIO_HELP,
-        ),
+        option("--ratio", required=True, type=RATIO, help=RATIO_HELP),
         option(
             "--schedule",
             type=click.Choice(KINDS),
@@ -121,12 +116,7 @@ inspect_options = options(
 demo_options = options(
     section(
         "How much to compute",
-        option(
-            "--ratio",
-            default="4x",
-            type=RATIO,
-            help=RATIO_HELP,
-        ),
+        option("--ratio", default="4x", type=RATIO, help=RATIO_HELP),
     ),
     section("Output", out("Folder for the bundle.", default="demo"), force("demo")),
 )
