@@ -50,6 +50,7 @@ ORDER = (
     "evaluate",
     "train",
     "report",
+    "options",
     "commands",
     "cli",
 )

@@ -102,7 +102,7 @@ def refuse_others(settings: Settings) -> None:
     for item in fields(settings):
         if getattr(settings, item.name) != getattr(usual, item.name):
             option = item.name.replace("_", "-")
-            raise UsageError(f"--{option} is for --target trt: {settings.target} is a set of graphs in fp16")
+            raise UsageError(f"--{option} applies only to --runtime trt: {settings.target} is a set of fp16 graphs")
 
 
 def build_engines(

@@ -76,7 +76,7 @@ def opened(
         graphs = bundle.onnx / runtime
         if not graphs.is_dir():
             raise UsageError(
-                f"{bundle.folder} has no graphs for {runtime}: 'dcconvert build --target {runtime}' makes them"
+                f"{bundle.folder} has no graphs for {runtime}: 'dcconvert build --runtime {runtime}' makes them"
             )
         return StaticModel(graphs, planner, bundle.ladder), in_torch, most
     # No ladder: guidance doubles the batch, each step has its own shape.

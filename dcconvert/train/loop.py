@@ -107,7 +107,7 @@ class Task:
         if recipe.ratios and not any(math.isclose(ratio, planner.schedule.ratio) for ratio in recipe.ratios):
             raise UsageError(
                 f"{bundle.folder} runs at {planner.schedule.ratio:g}x, which is not among the ratios to train for: "
-                f"add --ratios {planner.schedule.ratio:g}x"
+                f"add --ratio {planner.schedule.ratio:g}x"
             )
         bundle = replace(bundle, model=with_new_paths(bundle.model, recipe))
         return cls(settings, bundle, dit_config(bundle), sampler, planner)

@@ -256,7 +256,7 @@ def test_engines_of_no_use_any_more_go(copied, instant):
 
 
 def test_graphs_for_cuda(copied):
-    run = run_cli("build", copied, "--target", "ort-cuda")
+    run = run_cli("build", copied, "--runtime", "ort-cuda")
     assert run.code == 0, run.err
     assert (copied / "onnx" / "ort-cuda" / "denoise.onnx").is_file()
     assert not (copied / "engines").exists()
@@ -266,8 +266,8 @@ def test_graphs_for_cuda(copied):
     "words", [("--precision", "bf16"), ("--dry-run",), ("--attention", "packed"), ("--ranges",), ("--per-bucket",)]
 )
 def test_options_of_engines_are_refused_for_graphs(copied, words):
-    said = refusal(2, "build", copied, "--target", "ort-cuda", *words)
-    assert f"{words[0]} is for --target trt" in said
+    said = refusal(2, "build", copied, "--runtime", "ort-cuda", *words)
+    assert f"{words[0]} applies only to --runtime trt" in said
 
 
 def test_without_a_backend_it_is_one_line(copied, monkeypatch):

@@ -251,7 +251,7 @@ def test_an_unfinished_run_knows_its_bundle(bundle, monkeypatch):
         (("--train", "everything"), "'everything' is not one of"),
         (("--batch", 1), "1 is not in the range"),
         (("--lr", 0), "0.0 is not in the range"),
-        (("--ratios", "2x"), "runs at 4x, which is not among the ratios to train for: add --ratios 4x"),
+        (("--ratio", "2x"), "runs at 4x, which is not among the ratios to train for: add --ratio 4x"),
         (("--seed", 10**15), "is not in the range"),
         (("--ratios", "100x"), "100x leaves less than one of the 64 tokens"),
     ],
