@@ -1,4 +1,4 @@
-"""Build the wheel and check that it holds the linked packages, the assets, and nothing beside `dcconvert`."""
+"""Build the wheel and check that it holds the linked packages, assets and templates, and nothing beside `dcconvert`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ REQUIRED = [
     "dcconvert/passes/__init__.py",
     "dcconvert/export/__init__.py",
 ]
+DATA = ["dcconvert/assets", "dcconvert/report/templates"]  # folders of files that are no Python
 
 
 def build(folder: Path) -> list[str]:
@@ -32,8 +33,9 @@ def main() -> None:
     """Exit with one line for everything missing or superfluous."""
     with tempfile.TemporaryDirectory() as folder:
         names = build(Path(folder))
-    assets = [f"dcconvert/assets/{file.name}" for file in (ROOT / "dcconvert" / "assets").glob("*") if file.is_file()]
-    missing = [name for name in REQUIRED + assets if name not in names]
+    files = [file for folder in DATA for file in (ROOT / folder).glob("*") if file.is_file()]
+    data = [file.relative_to(ROOT).as_posix() for file in files]
+    missing = [name for name in REQUIRED + data if name not in names]
     strangers = [name for name in names if not name.startswith(("dcconvert/", "dcconvert-"))]
     if missing or strangers:
         sys.exit(f"wheel: missing {missing}, not expected {strangers}")

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from dcconvert.commands.rewrite_bundle import Rescheduled, old_figures, old_report, write_rescheduled
@@ -28,7 +27,7 @@ from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import CARRY, StepPlanner
-from dcconvert.report.conversion import CALIBRATION_COLUMNS, calibration_rows
+from dcconvert.report.calibration import Calibration
 from dcconvert.sampling.bundle_runs import dit_config, run_planner
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep, Runtime, silent
@@ -204,7 +203,7 @@ def calibrate_bundle(settings: Settings, console: Console) -> None:
             bench = Bench(task, Path(scratch))
         best, found = calibrate(task, bench, stages)
         store(task, best, found, work, Path(scratch), stages)
-    console.print(result_table(found))
+    console.print(Calibration.from_json(found).for_terminal())
     if best is None:
         console.print("No candidate beat the present schedule on the search images: it stays.", highlight=False)
     places = f"Bundle: {settings.folder}\nReport: {settings.folder / 'report.html'}"
@@ -351,14 +350,3 @@ def store(task: Task, best: Finalist | None, found: dict[str, Any], work: Path, 
     figures = figures if again is None else again
     manifest = {**made.manifest(bundle.manifest), "calibration": found}
     write_rescheduled(bundle, made.model, manifest, {**report, "calibration": found}, figures, work)
-
-
-def result_table(found: dict[str, Any]) -> Table:
-    """What was found, for the terminal."""
-    title = f"calibrated at the compute of {found['budget']:g} full steps, PSNR of {found['images']} images"
-    table = Table(title=title, title_justify="left")
-    for place, column in enumerate(CALIBRATION_COLUMNS):
-        table.add_column(column, justify="right" if place > 1 else "left")
-    for row in calibration_rows(found):
-        table.add_row(*row)
-    return table

@@ -232,9 +232,11 @@ def measured_figures(
     )
     scratch = Path(tempfile.mkdtemp(prefix=".original-", dir=work))  # on the disk that was chosen for large files
     try:
-        result = measure(subject, effort, scratch, report, stages)
+        measured = measure(subject, effort, scratch, report["compute"], stages)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    report |= measured.added_to(report)
+    result = measured.fidelity
     return {} if result is None else {"samples": sample_figure(result), "token_maps": token_map_figure(result)}
 
 

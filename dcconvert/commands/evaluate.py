@@ -20,7 +20,7 @@ from dcconvert.images.pixels import png_bytes
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.report.conversion import report_json
-from dcconvert.report.evaluation import evaluation_page, terminal_tables
+from dcconvert.report.evaluation import EvaluationReport, evaluation_page
 from dcconvert.report.figures import comparison
 from dcconvert.sampling.samplers import Guidance
 from dcconvert.terminal import Stages
@@ -89,7 +89,7 @@ def evaluate_bundles(settings: Settings, console: Console) -> dict[str, Any]:
             report["images"] = judge.judge(rows, contest, stages)
     report["runtime"] = contest.original.name
     report["rows"] = [row.as_dict(batch) for row in rows]
-    for table in terminal_tables(report):
+    for table in EvaluationReport.from_json(report).for_terminal():
         console.print(table)
     write_results(settings, report, judge, console)
     return report

@@ -127,7 +127,9 @@ class Rescheduled:
         for stale in ("latency", "memory", "fidelity"):
             report.pop(stale, None)
         subject = Subject(self.model, self.planner, self.ladder, bundle.onnx, self.sampler, config)
-        result = measure(subject, effort, scratch, report, stages)
+        measured = measure(subject, effort, scratch, report["compute"], stages)
+        report |= measured.added_to(report)
+        result = measured.fidelity
         report["limits"] = list(dict.fromkeys(report.get("limits", [])))
         return {} if result is None else {"samples": sample_figure(result), "token_maps": token_map_figure(result)}
 

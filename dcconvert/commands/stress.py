@@ -26,7 +26,7 @@ from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.report.conversion import without_nan
-from dcconvert.report.stress import FAILURES_FIGURE, failure_figure, stress_table
+from dcconvert.report.stress import FAILURES_FIGURE, Stress, failure_figure
 from dcconvert.sampling.bundle_runs import dit_config, run_planner
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep
@@ -94,7 +94,7 @@ def stress_bundle(settings: Settings, console: Console) -> dict[str, Any]:
         }
     )
     store(bundle, found, worst, failure_figure(worst, cases, outcomes))
-    console.print(stress_table(found))
+    console.print(Stress.from_json(found).for_terminal())
     for line in (*left_out, f"Cases: {settings.folder / FAILURES}", f"Report: {settings.folder / 'report.html'}"):
         console.print(escape(line), highlight=False, soft_wrap=True)
     return found

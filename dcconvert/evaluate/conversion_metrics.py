@@ -1,4 +1,4 @@
-"""Measure a converted model and fill the report: latency, memory, final images; for `convert` and for `evaluate`."""
+"""Measure a converted model for its report: latency, memory, final images."""
 
 from __future__ import annotations
 
@@ -54,32 +54,49 @@ class Effort:
     image_budget_s: float | None = None
 
 
-def measure(subject: Subject, effort: Effort, scratch: Path, report: dict[str, Any], stages: Stages) -> Fidelity | None:
-    """Fill in latency, memory and fidelity of `report`; `scratch` is a folder for the original's ONNX file."""
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a converted model, as sections of report.json; `limits` say what was left out and why."""
+
+    latency: list[dict[str, Any]]
+    memory: list[dict[str, Any]]
+    limits: list[str]
+    fidelity: Fidelity | None = None
+
+    def added_to(self, report: dict[str, Any]) -> dict[str, Any]:
+        """A report with these sections in it."""
+        found = {**report, "latency": self.latency, "memory": self.memory}
+        if self.limits:
+            found["limits"] = [*report.get("limits", []), *self.limits]
+        return found if self.fidelity is None else {**found, "fidelity": self.fidelity.section()}
+
+
+def measure(subject: Subject, effort: Effort, scratch: Path, compute: dict[str, Any], stages: Stages) -> Measured:
+    """Latency, memory and fidelity; `compute` is that section of the report.
+
+    `scratch` is a folder for the original's ONNX file.
+    """
     with stages.stage("export original"):
         export_original(subject.model, scratch / "original.onnx", subject.model.spec.example(3))
     parts = (subject.model, subject.planner, subject.ladder, subject.onnx, scratch, effort.threads)
     runtime = Runtime.open(*parts)
-    compute = report["compute"]
     with stages.stage("measure latency") as tick:
-        report["latency"] = latency_section(runtime, compute, effort.batch, effort.runs, tick=tick)
+        latency = latency_section(runtime, compute, effort.batch, effort.runs, tick=tick)
     with stages.stage("measure memory"):
         original = scratch / "original.onnx"
-        report["memory"] = memory_section(runtime, compute, subject.onnx, original, effort.batch)
-    if reason := no_images(subject, effort, report["latency"][0]):
-        report.setdefault("limits", []).append(reason)
-        return None
-    others = []
+        memory = memory_section(runtime, compute, subject.onnx, original, effort.batch)
+    if reason := no_images(subject, effort, latency[0]):
+        return Measured(latency, memory, [reason])
+    others, limits = [], []
     if subject.original is not None and subject.model.method.stateful:
         with stages.stage("convert in mode chunk, to compare") as tick:
             try:
                 others.append(chunk_contestant(subject, effort, scratch, tick))
             except (UsageError, UnsupportedModelError) as error:
-                report.setdefault("limits", []).append(f"Mode chunk was not compared: {error}")
+                limits.append(f"Mode chunk was not compared: {error}")
     with stages.stage("compare images") as tick:
-        result = image_fidelity(subject, effort, runtime, report, others, tick)
-    report["fidelity"] = result.section()
-    return result
+        fidelity = image_fidelity(subject, effort, runtime, compute, latency[0], others, tick)
+    return Measured(latency, memory, limits, fidelity)
 
 
 def no_images(subject: Subject, effort: Effort, latency: dict[str, Any]) -> str:
@@ -99,10 +116,19 @@ def no_images(subject: Subject, effort: Effort, latency: dict[str, Any]) -> str:
 
 
 def image_fidelity(
-    subject: Subject, effort: Effort, runtime: Runtime, report: dict[str, Any], others: list[Contestant], tick: Any
+    subject: Subject,
+    effort: Effort,
+    runtime: Runtime,
+    compute: dict[str, Any],
+    row: dict[str, Any],
+    others: list[Contestant],
+    tick: Any,
 ) -> Fidelity:
-    """The converted model beside the original: the same steps, and fewer steps at equal latency and equal compute."""
-    config, sampler, compute, row = subject.config, subject.sampler, report["compute"], report["latency"][0]
+    """The converted model beside the original: the same steps, and fewer steps at equal latency and equal compute.
+
+    `row`: the first one of the latency section.
+    """
+    config, sampler = subject.config, subject.sampler
     assert config is not None
     per_image = row["original_ms"]["median"] / row["batch"]
     steps = sampler.steps

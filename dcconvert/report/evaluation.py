@@ -2,163 +2,237 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from rich import box
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Table as TerminalTable
 
 from dcconvert.report import plots
-from dcconvert.report.conversion import CAPTIONS, limits_section, origin_section
-from dcconvert.report.html import Number, document, picture, section, table
-
-# A column: heading, key of the row (it is left out where no row has it), and how a row is shown there.
-Column = tuple[str, str, Callable[[dict[str, Any]], str]]
-
-
-def plain(key: str, form: str) -> Callable[[dict[str, Any]], str]:
-    return lambda row: "" if row.get(key) is None else f"{row[key]:{form}}"
+from dcconvert.report.conversion import CAPTIONS
+from dcconvert.report.html import render
+from dcconvert.report.reading import Record
+from dcconvert.report.sections import Origin, Picture, Spread
+from dcconvert.report.tables import Column, R, Table, shown, words
 
 
-def spread_of(key: str) -> Callable[[dict[str, Any]], str]:
+@dataclass(frozen=True)
+class Distances(Record):
+    """How far images are from real ones; None where it was not measured."""
+
+    frechet: float | None = None
+    kernel: float | None = None
+    kernel_error: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+
+
+@dataclass(frozen=True)
+class Quality(Distances):
+    """What images are worth; None where it was not measured. `psnr_error` and the like: standard errors."""
+
+    name: str = ""
+    psnr: float | None = None
+    psnr_error: float | None = None
+    pair_distance: float | None = None
+    pair_distance_error: float | None = None
+    inception_score: float | None = None
+
+
+@dataclass(frozen=True)
+class Row(Quality):
+    """One way of making images: the original with so many steps, or a bundle."""
+
+    mode: str = "original"
+    control: str = ""
+    solver: str = ""
+    steps: int = 0
+    gmacs: float | None = None
+    step_ms: Spread | None = None
+    latency_ms: float | None = None
+    images_per_second: float | None = None
+    peak_mb: float | None = None
+    attention_step_mb: float | None = None
+    state_mb: float | None = None
+
+
+@dataclass(frozen=True)
+class Execution(Record):
+    """One way of running a batch of images that are at different steps of their runs."""
+
+    name: str
+    form: str
+    computed_tokens: float
+    waste: float
+    step_ms: Spread
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Images(Record):
+    """What the images were measured with."""
+
+    count: int
+    reference: str
+    network: str | None = None
+    real_count: int | None = None
+    floor: Distances | None = None  # of real images that were held out
+
+
+def spread_of(times: Spread | None) -> str:
     """Median and 90th percentile."""
-    return lambda row: f"{row[key]['median']:.4g} ({row[key]['p90']:.4g})"
+    return "" if times is None else f"{shown(times.median, '.4g')} ({shown(times.p90, '.4g')})"
 
 
-def with_error(key: str, error: str, form: str) -> Callable[[dict[str, Any]], str]:
-    return lambda row: "" if row.get(key) is None else f"{row[key]:{form}} ± {row[error]:{form}}"
+def with_error(value: float | None, error: float | None, form: str, scale: float = 1) -> str:
+    if value is None:
+        return ""
+    return f"{scale * value:{form}}" + ("" if error is None else f" ± {scale * error:{form}}")
 
 
-COST: tuple[Column, ...] = (
-    ("same", "control", lambda row: str(row["control"])),
-    ("GMACs", "gmacs", plain("gmacs", ".4g")),
-    ("step, ms (p90)", "step_ms", spread_of("step_ms")),
-    ("images/s", "images_per_second", plain("images_per_second", ".3g")),
-    ("peak MB", "peak_mb", plain("peak_mb", ".0f")),
-    ("attn MB", "attention_step_mb", plain("attention_step_mb", ".4g")),
-    ("state MB", "state_mb", lambda row: f"{row['state_mb']:.3g}" if row["state_mb"] else ""),
+def optional(value: float | None, form: str, unit: str = "") -> str:
+    return shown(value, form, unit, missing="")
+
+
+COST: tuple[Column[Row], ...] = (
+    words("", lambda row: row.name),
+    words("same", lambda row: row.control),
+    Column("GMACs", lambda row: optional(row.gmacs, ".4g")),
+    Column("step, ms (p90)", lambda row: spread_of(row.step_ms)),
+    Column("images/s", lambda row: optional(row.images_per_second, ".3g")),
+    Column("peak MB", lambda row: optional(row.peak_mb, ".0f")),
+    Column("attn MB", lambda row: optional(row.attention_step_mb, ".4g")),
+    Column("state MB", lambda row: optional(row.state_mb or None, ".3g")),
 )
-QUALITY: tuple[Column, ...] = (
-    ("PSNR, dB", "psnr", with_error("psnr", "psnr_error", ".2f")),
-    ("pair distance", "pair_distance", with_error("pair_distance", "pair_distance_error", ".3f")),
-    ("FD", "frechet", plain("frechet", ".2f")),
-    ("KID x1000", "kernel", lambda row: f"{1e3 * row['kernel']:.2f} ± {1e3 * row['kernel_error']:.2f}"),
-    ("IS", "inception_score", plain("inception_score", ".3f")),
-    ("precision", "precision", plain("precision", ".2f")),
-    ("recall", "recall", plain("recall", ".2f")),
+QUALITY: tuple[Column[Quality], ...] = (
+    words("", lambda row: row.name),
+    Column("PSNR, dB", lambda row: with_error(row.psnr, row.psnr_error, ".2f")),
+    Column("pair distance", lambda row: with_error(row.pair_distance, row.pair_distance_error, ".3f")),
+    Column("FD", lambda row: optional(row.frechet, ".2f")),
+    Column("KID x1000", lambda row: with_error(row.kernel, row.kernel_error, ".2f", 1e3)),
+    Column("IS", lambda row: optional(row.inception_score, ".3f")),
+    Column("precision", lambda row: optional(row.precision, ".2f")),
+    Column("recall", lambda row: optional(row.recall, ".2f")),
 )
-EXECUTION: tuple[Column, ...] = (
-    ("computed as", "form", lambda row: str(row["form"])),
-    ("tokens", "computed_tokens", plain("computed_tokens", ",.0f")),
-    ("waste", "waste", plain("waste", ".1%")),
-    ("step, ms (p90)", "step_ms", spread_of("step_ms")),
-    ("speed-up", "speedup", lambda row: f"{row['speedup']:.2f}x"),
+EXECUTION: tuple[Column[Execution], ...] = (
+    words("", lambda row: row.name),
+    words("computed as", lambda row: row.form),
+    Column("tokens", lambda row: f"{row.computed_tokens:,.0f}"),
+    Column("waste", lambda row: f"{row.waste:.1%}"),
+    Column("step, ms (p90)", lambda row: spread_of(row.step_ms)),
+    Column("speed-up", lambda row: f"{row.speedup:.2f}x"),
 )
+PLOTTED = (("psnr", "PSNR, dB"), ("pair_distance", "pair distance"), ("kernel", "KID"), ("frechet", "FD"))
 
 
-WORDS = ("control", "form")  # columns that hold no numbers
+@dataclass(frozen=True)
+class EvaluationReport(Record):
+    """All that the page and the terminal show of an evaluation."""
+
+    bundles: dict[str, str]
+    batch: int
+    guidance: float
+    rows: tuple[Row, ...]
+    execution: tuple[Execution, ...]
+    runtime: str
+    limits: tuple[str, ...] = ()
+    lite_cfg: float | None = None
+    images: Images | None = None
+    origin: Origin = field(default_factory=Origin)
+    samples: tuple[Picture, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Any, figures: Mapping[str, bytes] | None = None) -> Self:
+        """`data`: the figures as `--json` writes them. `figures`: PNG data by name."""
+        pictures = tuple(Picture(png, CAPTIONS.get(name, name)) for name, png in (figures or {}).items())
+        return replace(super().from_json(data), origin=Origin.of(data), samples=pictures)
+
+    @property
+    def title(self) -> str:
+        return "dcconvert evaluate: " + ", ".join(dict.fromkeys(self.bundles.values()))
+
+    @property
+    def cost_title(self) -> str:
+        half = "" if self.lite_cfg is None else f", the unconditional half at {self.lite_cfg:g}x"
+        guidance = "no guidance" if self.guidance == 1 else f"guidance {self.guidance:g}{half}"
+        return f"Cost of a run: {self.runtime}, batch {self.batch}, {guidance}"
+
+    @property
+    def quality_title(self) -> str:
+        images = self.images
+        assert images is not None
+        parts = [f"{images.count} images, PSNR and pair distance to {images.reference}"]
+        parts += [] if images.network is None else [f"network {images.network}"]
+        parts += [] if images.real_count is None else [f"{images.real_count} real images"]
+        return f"Quality: {', '.join(parts)}"
+
+    @property
+    def execution_title(self) -> str:
+        return f"A batch of {self.batch} images at different steps of their runs, timed in turns with the original"
+
+    @property
+    def judged(self) -> list[Row]:
+        """The rows whose images were measured."""
+        return [row for row in self.rows if row.psnr is not None]
+
+    @property
+    def cost_table(self) -> Table:
+        return filled(COST, self.rows)
+
+    @property
+    def quality_table(self) -> Table:
+        """The rows that were judged, and real images as the floor where there are any."""
+        rows: list[Quality] = list(self.judged)
+        if self.images and self.images.floor:
+            rows.append(Quality(name=f"{self.images.count} real images, held out", **vars(self.images.floor)))
+        return filled(QUALITY, rows)
+
+    @property
+    def execution_table(self) -> Table:
+        return filled(EXECUTION, self.execution)
+
+    @property
+    def bundle_table(self) -> Table:
+        return Table(("", "folder"), (False, False), tuple(self.bundles.items()))
+
+    @property
+    def plots(self) -> dict[str, bytes]:
+        """Every measure that all judged rows have, against what they cost, by its name."""
+        rows = [vars(row) for row in self.judged]
+        known = [(key, label) for key, label in PLOTTED if rows and all(row[key] is not None for row in rows)]
+        return {label: plots.quality_over_cost(rows, key, label) for key, label in known}
+
+    def for_terminal(self) -> list[TerminalTable | str]:
+        """What the command prints: cost, quality, ways of running, and what was not measured."""
+        several = len(set(self.bundles.values())) > 1
+        parts: list[TerminalTable | str] = []
+        if several:
+            parts += [f"{name}: {escape(folder)}" for name, folder in self.bundles.items()]
+        parts.append(terminal(self.cost_table, self.cost_title))
+        if self.quality_table:
+            parts.append(terminal(self.quality_table, self.quality_title))
+        parts.append(terminal(self.execution_table, self.execution_title))
+        return [*parts, *self.limits]
 
 
-def present(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> list[Column]:
-    return [column for column in columns if any(row.get(column[1]) for row in rows)]
+def filled(columns: Sequence[Column[R]], rows: Sequence[R]) -> Table:
+    """The table without the columns that are empty in every row."""
+    first, *others = columns
+    return Table.of([first, *(column for column in others if any(column.cell(row) for row in rows))], rows)
 
 
-def cells(row: dict[str, Any], columns: Sequence[Column]) -> list[str]:
-    return ["" if row.get(key) is None else show(row) for _, key, show in columns]
-
-
-def quality_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that were judged, and real images as the floor where there are any."""
-    rows = [row for row in report["rows"] if "psnr" in row]
-    images = report.get("images", {})
-    floor = [{"name": f"{images['count']} real images, held out", **images["floor"]}] if "floor" in images else []
-    return [*rows, *floor]
-
-
-def cost_title(report: dict[str, Any]) -> str:
-    half = "" if report["lite_cfg"] is None else f", the unconditional half at {report['lite_cfg']:g}x"
-    guidance = "no guidance" if report["guidance"] == 1 else f"guidance {report['guidance']:g}{half}"
-    return f"Cost of a run: {report['runtime']}, batch {report['batch']}, {guidance}"
-
-
-def quality_title(report: dict[str, Any]) -> str:
-    images = report["images"]
-    parts = [f"{images['count']} images, PSNR and pair distance to {images['reference']}"]
-    parts += [f"network {images['network']}"] if "network" in images else []
-    parts += [f"{images['real_count']} real images"] if "real_count" in images else []
-    return f"Quality: {', '.join(parts)}"
-
-
-def execution_title(report: dict[str, Any]) -> str:
-    return f"A batch of {report['batch']} images at different steps of their runs, the original's step in turns with it"
-
-
-def terminal_tables(report: dict[str, Any]) -> list[Any]:
-    """What the command prints: cost, quality, ways of running, and what was not measured."""
-    bundles = report["bundles"] if len(set(report["bundles"].values())) > 1 else {}
-    parts: list[Any] = [f"{name}: {escape(folder)}" for name, folder in bundles.items()]
-    parts.append(rich_table(cost_title(report), COST, report["rows"]))
-    if rows := quality_rows(report):
-        parts.append(rich_table(quality_title(report), QUALITY, rows))
-    parts.append(rich_table(execution_title(report), EXECUTION, report["execution"]))
-    return [*parts, *report["limits"]]
-
-
-def rich_table(title: str, columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> Table:
-    shown = present(columns, rows)
-    result = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0))
-    result.add_column("", min_width=18)
-    for heading, key, _ in shown:
-        result.add_column(heading, justify="left" if key in WORDS else "right")
-    last = ""
-    for row in rows:
-        name = str(row["name"])
-        result.add_row("" if name == last else name, *cells(row, shown))
-        last = name
+def terminal(table: Table, title: str) -> TerminalTable:
+    """A name that several rows share is printed once."""
+    names = [row[0] for row in table.rows]
+    again = [number and name == names[number - 1] for number, name in enumerate(names)]
+    rows = tuple(("", *row[1:]) if same else row for same, row in zip(again, table.rows, strict=True))
+    result = replace(table, rows=rows).for_terminal(title, box=box.SIMPLE, padding=(0, 0))
+    result.columns[0].min_width = 18
     return result
 
 
-def evaluation_page(report: dict[str, Any], figures: dict[str, bytes]) -> str:
+def evaluation_page(report: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
     """One self-contained HTML page."""
-    title = "dcconvert evaluate: " + ", ".join(dict.fromkeys(report["bundles"].values()))
-    rows, judged = report["rows"], quality_rows(report)
-    sections = [
-        section("Quality", *quality_parts(report, judged)) if judged else "",
-        section(
-            "Bundles",
-            table(["", "folder"], report["bundles"].items()) if len(report["bundles"]) > 1 else "",
-        ),
-        section("Cost", f"<p>{html.escape(cost_title(report))}.</p>", html_table(COST, rows)),
-        section(
-            "Ways of running a mixed batch",
-            f"<p>{html.escape(execution_title(report))}.</p>",
-            html_table(EXECUTION, report["execution"]),
-        ),
-        section("Samples", *(picture(data, CAPTIONS.get(name, name), True) for name, data in figures.items())),
-        limits_section(report),
-        origin_section(report),
-    ]
-    return document(title, sections)
-
-
-def quality_parts(report: dict[str, Any], judged: Sequence[dict[str, Any]]) -> list[str]:
-    rows = [row for row in report["rows"] if row.get("psnr") is not None]
-    note = f"<p>{html.escape(quality_title(report))}. The original with fewer steps is what anybody can have.</p>"
-    measures = [("psnr", "PSNR, dB"), ("pair_distance", "pair distance"), ("kernel", "KID"), ("frechet", "FD")]
-    drawn = [
-        picture(plots.quality_over_cost(rows, key, label), f"{label} against compute and against measured latency.")
-        for key, label in measures
-        if rows and all(row.get(key) is not None for row in rows)
-    ]
-    return [note, html_table(QUALITY, judged), *drawn]
-
-
-def html_table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> str:
-    shown = present(columns, rows)
-    kinds = [str if key in WORDS else Number for _, key, _ in shown]
-    lines = [
-        [str(row["name"]), *(kind(text) for kind, text in zip(kinds, cells(row, shown), strict=True))] for row in rows
-    ]
-    return table(["", *(heading for heading, _, _ in shown)], lines)
+    return render("evaluation.html.j2", report=EvaluationReport.from_json(report, figures))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from dcconvert.report.calibration import Calibration, KeptStep
+    from dcconvert.report.sections import LatencyRow, Spread, StepCost, StepError, TrainingPoint
 
 # Okabe and Ito's palette, told apart by colour-blind readers; markers and dashes say the same without colour.
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#666666"
@@ -15,24 +20,24 @@ WIDTH = 7.0  # inches
 NOISE_LEVEL = "noise level (1 = noise, 0 = clean)"
 
 
-def velocity_error(curve: Sequence[dict[str, float]]) -> bytes:
+def velocity_error(curve: Sequence[StepError]) -> bytes:
     """Relative error of one step over the noise level."""
     figure, (axes,) = new_figure(2.6)
-    axes.plot([e["tau"] for e in curve], [e["error"] for e in curve], marker=".", color=BLUE)
+    axes.plot([point.tau for point in curve], numbers(point.error for point in curve), marker=".", color=BLUE)
     axes.set(xlabel=NOISE_LEVEL, ylabel="relative error of one step")
     axes.set_ylim(bottom=0)
     axes.invert_xaxis()
     return png(figure)
 
 
-def spending(steps: Sequence[dict[str, float]], tokens: int | None, gmacs: float | None) -> bytes:
+def spending(steps: Sequence[StepCost], tokens: int | None, gmacs: float | None) -> bytes:
     """Kept tokens and GMACs of every step of a run, below those of the original."""
     figure, panels = new_figure(4.0, 2)
-    taus = [step["tau"] for step in steps]
+    taus = [step.tau for step in steps]
     for axes, name, label, original in zip(
-        panels, ("kept", "gmacs"), ("kept tokens", "GMACs a step"), (tokens, gmacs), strict=True
+        panels, ("kept", "gmacs"), ("kept tokens", "GMACs per step"), (tokens, gmacs), strict=True
     ):
-        axes.plot(taus, [step[name] for step in steps], marker=".", color=BLUE, label="converted")
+        axes.plot(taus, [getattr(step, name) for step in steps], marker=".", color=BLUE, label="converted")
         if original:
             axes.axhline(original, color=GREY, linestyle="--", label="original")
         axes.set_ylabel(label)
@@ -43,28 +48,28 @@ def spending(steps: Sequence[dict[str, float]], tokens: int | None, gmacs: float
     return png(figure)
 
 
-def upcycling_curve(log: Sequence[dict[str, Any]]) -> bytes:
+def upcycling_curve(log: Sequence[TrainingPoint]) -> bytes:
     """Fidelity and training loss over the samples that were seen."""
     figure, (above, below) = new_figure(4.0, 2)
-    above.plot([row["samples"] for row in log], [row["psnr"] for row in log], marker="o", color=BLUE)
+    above.plot([row.samples for row in log], numbers(row.psnr for row in log), marker="o", color=BLUE)
     above.set_ylabel("PSNR, dB")
-    known = [row for row in log if row["output"] is not None]
-    below.plot([row["samples"] for row in known], [row["output"] for row in known], marker="o", color=ORANGE)
+    known = [row for row in log if row.output is not None]
+    below.plot([row.samples for row in known], numbers(row.output for row in known), marker="o", color=ORANGE)
     below.set(xlabel="training samples", ylabel="relative squared error\nof one step")
     below.set_ylim(bottom=0)
     return png(figure)
 
 
-def quality_over_cost(rows: Sequence[dict[str, Any]], key: str = "psnr", label: str = "PSNR, dB") -> bytes:
+def quality_over_cost(rows: Sequence[Mapping[str, Any]], key: str = "psnr", label: str = "PSNR, dB") -> bytes:
     """Quality against compute and latency: the control (original, fewer steps) as curves, converted as points."""
-    costs = [("gmacs", "GMACs an image (whole run)"), ("latency_ms", "ms an image (whole run)")]
+    costs = [("gmacs", "GMACs per image (whole run)"), ("latency_ms", "ms per image (whole run)")]
     costs = [cost for cost in costs if all(row[cost[0]] is not None for row in rows)]
     figure, panels = new_figure(2.9 * len(costs), len(costs), shared=False)
     controls = [row for row in rows if row["mode"] == "original"]
     for axes, (cost, cost_label) in zip(panels, costs, strict=True):
         for number, solver in enumerate(dict.fromkeys(row["solver"] for row in controls)):
             control = sorted((row for row in controls if row["solver"] == solver), key=lambda row: row[cost])
-            name = "original with so many steps (control)" + (f", {solver}" if number else "")
+            name = "original, labelled with its steps (control)" + (f", {solver}" if number else "")
             places = [row[cost] for row in control], [row[key] for row in control]
             axes.plot(*places, "o--", color=(ORANGE, GREY)[number % 2], label=name)
             for row in control:
@@ -83,7 +88,7 @@ def annotate(axes: Axes, place: tuple[float, float], text: str, offset: tuple[in
     axes.annotate(text, place, offset, textcoords="offset points", fontsize=8, va="top")
 
 
-def frontier(rows: Sequence[dict[str, Any]]) -> bytes:
+def frontier(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Fidelity against compute and against latency: the original with fewer steps, and the upper edge of `carry`.
 
     Rows as `benchmarks.frontier` writes them; one colour a solver, dashes for the original.
@@ -91,7 +96,7 @@ def frontier(rows: Sequence[dict[str, Any]]) -> bytes:
     figure, panels = new_figure(7.0, 2, shared=False)
     colours = dict(zip(dict.fromkeys(row["solver"] for row in rows), (BLUE, ORANGE, GREY), strict=False))
     for axes, key, label in zip(
-        panels, ("gmacs", "latency_ms"), ("GMACs an image", "ms an image, ONNX Runtime CPU"), strict=True
+        panels, ("gmacs", "latency_ms"), ("GMACs per image", "ms per image, ONNX Runtime CPU"), strict=True
     ):
         for solver, colour in colours.items():
             for mode, style in (("original", "o--"), ("carry", "s-")):
@@ -113,13 +118,13 @@ def upper_edge(points: Sequence[tuple[float, float]]) -> list[tuple[float, float
     return edge
 
 
-def kept_curves(curves: dict[str, Sequence[dict[str, float]]]) -> bytes:
+def kept_curves(curves: Mapping[str, Sequence[KeptStep]]) -> bytes:
     """Kept fraction at every step of a run, before calibration and, where that changed anything, after it."""
     figure, (axes,) = new_figure(3.0)
     for name, style, colour in (("before", "o--", GREY), ("after", "s-", BLUE)):
         if points := curves.get(name):
             label = f"{name}, {len(points)} steps"
-            taus, kept = zip(*((point["tau"], point["kept"]) for point in points), strict=True)
+            taus, kept = zip(*((point.tau, point.kept) for point in points), strict=True)
             axes.plot(taus, kept, style, color=colour, label=label, markersize=4)
     axes.set(xlabel=NOISE_LEVEL, ylabel="kept fraction of the tokens")
     axes.set_ylim(0, 1.05)
@@ -128,40 +133,43 @@ def kept_curves(curves: dict[str, Sequence[dict[str, float]]]) -> bytes:
     return png(figure)
 
 
-def calibration_trials(found: dict[str, Any]) -> bytes:
+def calibration_trials(found: Calibration) -> bytes:
     """PSNR of every candidate over its number of steps, and of the present schedule and the original."""
     figure, (axes,) = new_figure(3.2)
-    tried = [trial for trial in found["candidates"] if trial["psnr_screen"] is not None]
-    points = [[trial[name] for trial in tried] for name in ("steps", "psnr_screen")]
+    tried = [trial for trial in found.candidates if trial.psnr_screen is not None]
+    points = [[getattr(trial, name) for trial in tried] for name in ("steps", "psnr_screen")]
     axes.plot(*points, "s", color=BLUE, label="candidates", markersize=4, alpha=0.6)
-    for row in found["rows"]:
-        if row["psnr_screen"] is None or row["kind"] == "candidate":
+    for row in found.rows:
+        if row.psnr_screen is None or row.kind == "candidate":
             continue
-        if row["kind"] == "present":
-            axes.plot(row["steps"], row["psnr_screen"], "o", color=GREY, label=f"{row['name']}, {row['solver']}")
-        elif row["solver"] == found["solver"]:
-            axes.plot(row["steps"], row["psnr_screen"], "^", color=ORANGE)
-            name = f"original, {row['steps']} steps"
-            axes.annotate(name, (row["steps"], row["psnr_screen"]), (7, -4), textcoords="offset points", fontsize=8)
+        if row.kind == "present":
+            axes.plot(row.steps, row.psnr_screen, "o", color=GREY, label=f"{row.name}, {row.solver}")
+        elif row.solver == found.solver:
+            axes.plot(row.steps, row.psnr_screen, "^", color=ORANGE)
+            name = f"original, {row.steps} steps"
+            axes.annotate(name, (row.steps, row.psnr_screen), (7, -4), textcoords="offset points", fontsize=8)
     axes.set(xlabel="sampling steps", ylabel="PSNR, dB")
     axes.margins(x=0.1, y=0.15)
     axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return png(figure)
 
 
-def latency_bars(rows: Sequence[dict[str, Any]]) -> bytes:
+def latency_bars(rows: Sequence[LatencyRow]) -> bytes:
     """Step latency, one panel a runtime: original, converted, and what the saved operations alone would give."""
     figure, panels = new_figure(0.7 + 1.15 * len(rows), len(rows), shared=False)
     for axes, row in zip(panels, rows, strict=True):
         for place, (name, colour) in enumerate((("original", GREY), ("converted", BLUE))):
-            times = row[f"{name}_ms"]
-            middle = times["median"]
-            spread = [[max(0, middle - times["p10"])], [max(0, times["p90"] - middle)]]
+            times: Spread = getattr(row, f"{name}_ms")
+            assert times.known is not None
+            low, middle, high = times.known
+            spread = [[max(0, middle - low)], [max(0, high - middle)]]
             axes.barh(place, middle, 0.7, color=colour, xerr=spread, error_kw={"ecolor": "black", "capsize": 3})
-        alone = row["original_ms"]["median"] / row["flop_ratio"]
+        assert row.original_ms.median is not None
+        assert row.flop_ratio is not None
+        alone = row.original_ms.median / row.flop_ratio
         axes.plot([alone, alone], [0.55, 1.45], color=ORANGE, linestyle="--", linewidth=2, label="by operations alone")
         axes.set_yticks([0, 1], ["original", "converted"])
-        axes.set_title(f"{row['runtime']}, batch {row['batch']}", loc="left", fontsize=9)
+        axes.set_title(f"{row.runtime}, batch {row.batch}", loc="left", fontsize=9)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
     panels[0].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, fontsize=9)
@@ -178,6 +186,11 @@ def new_figure(height: float, panels: int = 1, *, shared: bool = True) -> tuple[
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
     return figure, list(grid[:, 0])
+
+
+def numbers(values: Iterable[float | None]) -> np.ndarray:
+    """Values for an axis; None becomes NaN, which leaves a gap."""
+    return np.array(list(values), float)
 
 
 def png(figure: Figure) -> bytes:

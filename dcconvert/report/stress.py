@@ -1,18 +1,19 @@
-"""How a stress test is shown: a table, and the gallery of the worst cases."""
+"""How a stress test is shown: its tables, and the gallery of the worst cases."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
 from rich import box
-from rich.table import Table
+from rich.table import Table as TerminalTable
 
 from dcconvert.images.pixels import captioned_rows, dim_dropped, grid_image, is_latent, png_bytes, tile_scale, to_images
-from dcconvert.report.html import Number, picture, section, table
+from dcconvert.report.reading import Record
+from dcconvert.report.tables import Column, Table, shown, words
 
 if TYPE_CHECKING:
     from dcconvert.evaluate.stress_cases import Cases
@@ -20,108 +21,108 @@ if TYPE_CHECKING:
 
 FAILURES_FIGURE = "failures"  # its name among the figures of a report
 GALLERY = 4  # worst cases of each ratio that are shown
-FULL = 0.5  # error as a share of the range that is drawn as bright as can be
+BRIGHTEST = 0.5  # error as a share of the range that is drawn as bright as can be
 
-COLUMNS = (
-    "ratio",
-    "detail",
-    "cost in full steps",
-    "PSNR, dB",
-    "in the detail",
-    "fewer steps",
-    "in the detail",
-    "attention to detail: early",
-    "late",
-    "error of dropped, late",
+
+@dataclass(frozen=True)
+class StressRow(Record):
+    """Means over the cases of one kind of detail at one ratio; None where there is no such figure."""
+
+    ratio: float
+    kind: str
+    cost: float
+    control_steps: tuple[int, ...]
+    psnr: float | None
+    detail_psnr: float | None
+    control_psnr: float | None
+    control_detail_psnr: float | None
+    attention_to_detail_early: float | None
+    attention_to_detail_late: float | None
+    dropped_error_late: float | None = None
+    mean_age_late: float | None = None
+    detail_age_late: float | None = None
+
+    @property
+    def dropped(self) -> str:
+        return shown(self.dropped_error_late, ".1f", "x", missing="")
+
+    @property
+    def age(self) -> str:
+        return f"{shown(self.detail_age_late, '.1f', missing='')} ({shown(self.mean_age_late, '.1f', missing='')})"
+
+
+def finite(value: float | None, form: str) -> str:
+    return shown(value, form, missing="not finite")
+
+
+NAMES: tuple[Column[StressRow], ...] = (
+    words("ratio", lambda row: f"{row.ratio:g}x"),
+    words("detail", lambda row: row.kind),
 )
-ROUTER = 7  # columns before it are about the images, the others about what the router did
-AGE = "age of detail (of all), late"
+IMAGES: tuple[Column[StressRow], ...] = (
+    Column("cost in full steps", lambda row: f"{row.cost:.1f}"),
+    Column("PSNR, dB", lambda row: finite(row.psnr, ".1f")),
+    Column("in the detail", lambda row: finite(row.detail_psnr, ".1f")),
+    Column("fewer steps", lambda row: finite(row.control_psnr, ".1f")),
+    Column("in the detail", lambda row: finite(row.control_detail_psnr, ".1f")),
+)
+ROUTER: tuple[Column[StressRow], ...] = (
+    Column("attention to detail: early", lambda row: finite(row.attention_to_detail_early, ".2f")),
+    Column("late", lambda row: finite(row.attention_to_detail_late, ".2f")),
+    Column("error of dropped, late", lambda row: row.dropped),
+)
+AGE: Column[StressRow] = Column("age of detail (of all), late", lambda row: row.age)
 
 
-def columns_of(found: dict[str, Any]) -> tuple[str, ...]:
-    """Headings; those of mode carry have one more."""
-    return (*COLUMNS, AGE) if has_ages(found) else COLUMNS
+@dataclass(frozen=True)
+class Stress(Record):
+    """A stress test: what a conversion does to images full of detail, and where its router starves it."""
 
+    cases: int
+    source: str
+    start: float  # noise levels: where a case starts, and the two steps at which the router is looked at
+    early: float
+    late: float
+    steps: int
+    run_steps: int
+    solver: str
+    left_out: tuple[str, ...]
+    rows: tuple[StressRow, ...]
 
-def has_ages(found: dict[str, Any]) -> bool:
-    return any(row["mean_age_late"] is not None for row in found["rows"])
+    @property
+    def has_ages(self) -> bool:
+        """Only mode carry has: it remembers tokens."""
+        return any(row.mean_age_late is not None for row in self.rows)
 
+    @property
+    def controls(self) -> str:
+        """Steps of the original that cost as much, for each ratio."""
+        steps = {row.ratio: row.control_steps for row in self.rows}
+        return "; ".join(f"{' and '.join(map(str, some))} at {ratio:g}x" for ratio, some in steps.items())
 
-def stress_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Cells as `columns_of` names them."""
-    rows = []
-    for row in found["rows"]:
-        cells = [
-            f"{row['ratio']:g}x",
-            row["kind"],
-            f"{row['cost']:.1f}",
-            *(figure(row[name], ".1f") for name in ("psnr", "detail_psnr", "control_psnr", "control_detail_psnr")),
-            *(figure(row[f"attention_to_detail_{when}"], ".2f") for when in ("early", "late")),
-            "" if row["dropped_error_late"] is None else f"{row['dropped_error_late']:.1f}x",
-        ]
-        if has_ages(found):
-            cells.append(f"{row['detail_age_late']:.1f} ({row['mean_age_late']:.1f})")
-        rows.append(cells)
-    return rows
+    @property
+    def image_table(self) -> Table:
+        """What became of the images."""
+        return Table.of((*NAMES, *IMAGES), self.rows)
 
+    @property
+    def router_table(self) -> Table:
+        """What the router did."""
+        return Table.of((*NAMES, *self.router_columns), self.rows)
 
-def figure(value: float | None, form: str) -> str:
-    return "not finite" if value is None else f"{value:{form}}"
+    @property
+    def table(self) -> Table:
+        """Both tables side by side."""
+        return Table.of((*NAMES, *IMAGES, *self.router_columns), self.rows)
 
+    @property
+    def router_columns(self) -> tuple[Column[StressRow], ...]:
+        return (*ROUTER, AGE) if self.has_ages else ROUTER
 
-def title_of(found: dict[str, Any]) -> str:
-    return f"Stress set: {found['cases']} cases from {found['source']}, from noise level {found['start']:.2f} on"
-
-
-def stress_table(found: dict[str, Any]) -> Table:
-    """What the command prints."""
-    result = Table(title=title_of(found), title_justify="left", box=box.SIMPLE, padding=(0, 0))
-    for number, heading in enumerate(columns_of(found)):
-        result.add_column(heading, justify="left" if number < 2 else "right")
-    for row in stress_rows(found):
-        result.add_row(*row)
-    return result
-
-
-def stress_section(report: dict[str, Any], gallery: bytes | None) -> str:
-    """The part of a report's page."""
-    found = report.get("stress")
-    if not found:
-        return ""
-    left_out = "".join(f" {text}." for text in found["left_out"])
-    steps = {row["ratio"]: row["control_steps"] for row in found["rows"]}
-    controls = "; ".join(f"{' and '.join(map(str, some))} at {ratio:g}x" for ratio, some in steps.items())
-    cases = (
-        f"<p>{found['cases']} images with most of each kind of detail, chosen from {html.escape(found['source'])}, "
-        f"noised to level {found['start']:.2f} and sampled from there in {found['steps']} steps, by the original and "
-        f"by the converted model ({found['solver']}, {found['run_steps']} steps in a whole run)."
-        f"{html.escape(left_out)}</p>"
-    )
-    images = (
-        "<p>PSNR: to the original's image from the same noise; in the detail: every token's error weighs as much as "
-        "the detail that the original's image has there. Fewer steps: what the original reaches at the same cost "
-        f"without any conversion, interpolated between whole numbers of steps ({controls}).</p>"
-    )
-    router = (
-        "<p>Attention to detail: share "
-        "of the detail that lies in computed tokens over the share of tokens that are computed; 1 is chance, below 1 "
-        f"detail is starved. Early and late: the steps at noise level {found['early']:.2f} and {found['late']:.2f}. "
-        "Error of dropped: error of one step in tokens that were not computed over that in computed ones."
-        f"{' Age: steps since a token was computed.' if has_ages(found) else ''}</p>"
-    )
-    rows = [[*row[:2], *(Number(value) for value in row[2:])] for row in stress_rows(found)]
-    caption = (
-        "The worst cases at each ratio, by the PSNR in the detail. Error: of the converted image to the original's, "
-        f"black none, bright from {FULL:.0%} of the range on. The last two: the original's image, tokens that the step "
-        "did not compute tinted blue. failures.json lists these cases and more, with the seeds to run them again."
-    )
-    headings = columns_of(found)
-    tables = [
-        table([headings[place] for place in places], [[row[place] for place in places] for row in rows])
-        for places in (range(ROUTER), (0, 1, *range(ROUTER, len(headings))))
-    ]
-    parts = [picture(gallery, caption, True)] if gallery else []
-    return section("Stress set", cases, images, tables[0], router, tables[1], *parts)
+    def for_terminal(self) -> TerminalTable:
+        """What the command prints."""
+        title = f"Stress set: {self.cases} cases from {self.source}, starting at noise level {self.start:.2f}"
+        return self.table.for_terminal(title, box=box.SIMPLE, padding=(0, 0))
 
 
 def failure_figure(worst: Sequence[dict[str, Any]], cases: Cases, outcomes: Sequence[Outcome]) -> bytes:
@@ -156,6 +157,6 @@ def caption_of(rank: int, facts: dict[str, Any]) -> str:
 
 
 def heat(error: np.ndarray) -> np.ndarray:
-    """Absolute error [H, W] as a share of the range, in colours uint8 [H, W, 3]: black none, bright `FULL` or more."""
-    colours = mpl.colormaps["inferno"](np.clip(error / FULL, 0, 1))
+    """Absolute error [H, W] as a share of the range, in colours uint8 [H, W, 3]: from black to that of `BRIGHTEST`."""
+    colours = mpl.colormaps["inferno"](np.clip(error / BRIGHTEST, 0, 1))
     return np.asarray(colours[..., :3] * 255, np.uint8)

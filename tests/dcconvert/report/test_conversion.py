@@ -9,6 +9,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ from rich.console import Console
 
 from dcconvert.images.pixels import png_bytes
 from dcconvert.report.conversion import page, report_json, terminal_table, without_nan, write_report
-from dcconvert.report.html import Markup, number, section, table
 from dcconvert.report.notes import state_note
 
+ROOT = Path(__file__).resolve().parents[3]
 VOID = {"meta", "img", "br"}
 ORIGINAL, CARRY = {"mode": "original", "solver": "euler"}, {"mode": "carry", "solver": "euler"}
 SPREAD = {"median": 8.0, "p10": 7.0, "p90": 9.5, "runs": 9}
@@ -163,6 +164,7 @@ def test_nothing_is_fetched(report):
     assert len(found.links) == 5  # samples and four plots
     assert all(link.startswith("data:image/png;base64,") for link in found.links)
     assert not found.tags & {"script", "link", "iframe", "object"}
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in page(report, {})
     assert "url(" not in page(report, {})
     assert "@import" not in page(report, {})
 
@@ -270,8 +272,52 @@ def test_half_of_the_fidelity(name, report):
 
 def test_units(report):
     text = page(report, {})
-    for unit in ("original, ms", "peak, MB", "PSNR, dB", "GMACs an image", "80%", "2.50x", "8 x 8", "70,000"):
+    for unit in ("original, ms", "peak, MB", "PSNR, dB", "GMACs per image", "80%", "2.50x", "8 x 8", "70,000"):
         assert unit in text
+
+
+def test_a_report_that_was_written_before_can_still_be_read():
+    old = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    headings = Page(page(old, {})).headings
+    assert {"Checks", "Latency", "Compute", "Memory", "Buckets", "Passes"} <= set(headings)
+    assert "PSNR, carry 4x, 50 steps" in rows_of(old)
+
+
+def test_keys_that_older_reports_lack_may_be_missing(report):
+    everything = Page(page(report, {})).headings
+    for section, *path in (("latency", 0, "stages_ms"), ("compute", "per_step"), ("fidelity", "velocity_error")):
+        *parents, last = path
+        place: Any = report[section]
+        for key in parents:
+            place = place[key]
+        del place[last]
+    del report["fidelity"]["images"]["latents"]
+    report["fidelity"]["later"] = {"unknown": 1}
+    assert Page(page(report, {})).headings == everything
+
+
+TRAINED = {
+    "train": ["lora", "<router>"],
+    "data": "images.npz",
+    "data_samples": 60_000,
+    "images": 16,
+    "log": [
+        {"samples": 0, "seconds": 0.0, "psnr": 15.0, "output": None},
+        {"samples": 48, "seconds": 90.0, "psnr": 17.25, "output": 0.2},
+    ],
+    "earlier": [{"psnr": 14.0}],
+}
+
+
+def test_a_training_is_told(report):
+    text = " ".join(page({**report, "upcycling": TRAINED}, {}).split())
+    assert "trained (lora, &lt;router&gt;) on 48 samples of 60000 images (images.npz) in 1.5 minutes" in text
+    assert "15.00 dB before and 17.25 dB after" in text
+    assert "trained once before" in text
+    assert "<h2>Fidelity to the original</h2>" in text
+    own = page({**report, "upcycling": {**TRAINED, "data": None, "data_samples": 0, "earlier": []}}, {})
+    assert "48 samples of its own sampling runs in 1.5 minutes" in " ".join(own.split())
+    assert "before; see" not in own
 
 
 def test_files(report, tmp_path):
@@ -292,42 +338,11 @@ def test_the_title_names_model_and_ratio(report):
     assert "<h1>dcconvert: model.pt at 2.5x</h1>" in page(report, {})
 
 
-@pytest.mark.parametrize(
-    ("value", "digits", "text"),
-    [
-        (None, 3, "not measured"),
-        (0.0, 3, "0"),
-        (2e-7, 3, "2e-07"),
-        (1.23456, 3, "1.23"),
-        (99.94, 3, "99.9"),
-        (1234.56, 3, "1,234.6"),
-        (-1234.56, 3, "-1,234.6"),
-        (1234.56, 0, "1,235"),
-        (8, 0, "8"),
-    ],
-)
-def test_numbers(value, digits, text):
-    assert number(value, digits) == text
-
-
-def test_tables():
-    text = table(["what", "many"], [["<b>", number(1.5)], [Markup("<b>x</b>"), number(None)]])
-    assert "<td>&lt;b&gt;</td><td class=number>1.5</td>" in text
-    assert "<td><b>x</b></td><td class=number>not measured</td>" in text
-    assert "<th>what</th><th class=number>many</th>" in text
-    assert table(["what"], []) == ""
-
-
-def test_sections_without_content():
-    assert section("Nothing", "", "") == ""
-    assert section("A & B", "text") == "<section><h2>A &amp; B</h2>text</section>"
-
-
 def test_terminal_rows(report):
     assert rows_of(report) == {
         "": ["original", "converted", "ratio"],
         "tokens in the trunk, mean": ["64", "16", "4.00x"],
-        "GMACs an image, 2 steps": ["4.00", "1.60", "2.50x"],
+        "GMACs per image, 2 steps": ["4.00", "1.60", "2.50x"],
         "step, ONNX Runtime CPU, batch 8": ["16.0 ms", "8.0 ms", "2.00x (80% of 2.50x)"],
         "peak memory": ["1200 MB", "600 MB", "2.00x"],
         "PSNR, original, 1 steps": ["21.5 dB", "", "2.0 GMACs, 16 ms"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dcconvert.report import plots
+from dcconvert.report.sections import LatencyRow, Spread, StepCost, StepError
 
-CURVE = [{"tau": 1.0, "error": 0.1}, {"tau": 0.5, "error": 0.2}, {"tau": 0.0, "error": 0.4}]
-STEPS = [{"tau": 1.0, "kept": 96, "gmacs": 0.3}, {"tau": 0.5, "kept": 64, "gmacs": 0.2}]
+CURVE = [StepError(1.0, 0.1), StepError(0.5, 0.2), StepError(0.0, 0.4)]
+STEPS = [StepCost(1.0, 96, 0.3), StepCost(0.5, 64, 0.2)]
 ROWS = [
     {
         "name": "original, 50 steps",
@@ -52,13 +53,15 @@ ROWS = [
         "psnr": 15.7,
     },
 ]
-LATENCY = {
-    "runtime": "ONNX Runtime CPU",
-    "batch": 8,
-    "original_ms": {"median": 50.0, "p10": 45.0, "p90": 60.0},
-    "converted_ms": {"median": 30.0, "p10": 28.0, "p90": 33.0},
-    "flop_ratio": 2.5,
-}
+LATENCY = LatencyRow(
+    runtime="ONNX Runtime CPU",
+    batch=8,
+    original_ms=Spread(50.0, 45.0, 60.0),
+    converted_ms=Spread(30.0, 28.0, 33.0),
+    speedup=1.67,
+    flop_ratio=2.5,
+    efficiency=0.67,
+)
 
 
 @pytest.fixture
@@ -152,7 +155,7 @@ def test_the_dashed_line_is_the_originals_time_by_the_ratio_of_operations(drawn)
 
 
 def test_each_runtime_has_its_own_panel_and_scale(drawn):
-    slow: dict[str, Any] = {**LATENCY, "runtime": "torch", "original_ms": {"median": 500.0, "p10": 450.0, "p90": 600.0}}
+    slow = replace(LATENCY, runtime="torch", original_ms=Spread(500.0, 450.0, 600.0))
     plots.latency_bars([LATENCY, slow])
     first, second = drawn[0].axes
     assert first.get_title(loc="left") == "ONNX Runtime CPU, batch 8"

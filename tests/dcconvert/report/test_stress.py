@@ -14,8 +14,8 @@ from PIL import Image
 from dcconvert.evaluate.stress_cases import Cases
 from dcconvert.evaluate.stress_metrics import Look, Outcome, judged, summary, worst_of
 from dcconvert.images.pixels import CAPTION, GAP, TILE
-from dcconvert.report.conversion import without_nan
-from dcconvert.report.stress import GALLERY, columns_of, failure_figure, heat, stress_rows, stress_section
+from dcconvert.report.conversion import page, without_nan
+from dcconvert.report.stress import GALLERY, Stress, failure_figure, heat
 from dcconvert.sampling.samplers import Sampler
 
 COUNT = 5
@@ -78,21 +78,32 @@ def test_ages_are_shown_where_there_are_any():
     carry, _ = found_of(outcome_of(cases, 4.0, ages))
     chunk, _ = found_of(outcome_of(cases, 4.0))
     for found, last in ((carry, "1.5 (1.5)"), (chunk, None)):
-        [row] = stress_rows(found)
-        assert len(row) == len(columns_of(found)) == (11 if last else 10)
-        assert row[:3] == ["4x", "hair", "1.5"]
+        stress = Stress.from_json(found)
+        [row] = stress.table.rows
+        assert len(row) == len(stress.table.headings) == (11 if last else 10)
+        assert row[:3] == ("4x", "hair", "1.5")
         assert last is None or row[-1] == last
-        assert ("Age:" in stress_section({"stress": found}, None)) == bool(last)
+        assert ("“Age”" in page({"stress": found}, {})) == bool(last)
 
 
 def test_the_section_is_safe_html_and_says_what_was_left_out():
     found, _ = found_of(outcome_of(cases_of(), 4.0))
-    page = stress_section({"stress": found}, b"png")
-    assert "a&lt;b.npz" in page
-    assert "one &amp; two." in page
-    assert "1 and 2 at 4x" in page
-    assert "data:image/png" in page
-    assert stress_section({}, b"png") == ""
+    text = page({"stress": found}, {"failures": b"png"})
+    assert "a&lt;b.npz" in text
+    assert "one &amp; two." in text
+    assert "1 and 2 at 4x" in text
+    assert "data:image/png" in text
+    assert "data:image/png" not in page({"stress": found}, {})
+    assert "Stress" not in page({}, {"failures": b"png"})
+
+
+def test_the_terminal_prints_both_tables_in_one():
+    found, _ = found_of(outcome_of(cases_of(), 4.0))
+    stress = Stress.from_json(found)
+    names = stress.table.headings[:2]
+    assert stress.table.headings == (*stress.image_table.headings, *stress.router_table.headings[2:])
+    assert names == stress.image_table.headings[:2] == stress.router_table.headings[:2] == ("ratio", "detail")
+    assert [column.header for column in stress.for_terminal().columns] == list(stress.table.headings)
 
 
 def test_a_model_that_diverged():
@@ -101,5 +112,5 @@ def test_a_model_that_diverged():
     broken = replace(outcome, images=outcome.images.clone().index_fill(0, torch.tensor([2]), torch.nan))
     found, worst = found_of(broken)
     assert worst[0]["case"] == 2
-    assert stress_rows(found)[0][3] == "not finite"
+    assert Stress.from_json(found).table.rows[0][3] == "not finite"
     assert failure_figure(worst, cases, [broken]).startswith(b"\x89PNG")

@@ -1,0 +1,87 @@
+"""What `dcconvert calibrate` found: a table for page and terminal, and two plots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.table import Table as TerminalTable
+
+from dcconvert.report import plots
+from dcconvert.report.reading import Record
+from dcconvert.report.tables import Column, Table, shown, words
+
+
+@dataclass(frozen=True)
+class CalibrationRow(Record):
+    """A schedule, or the original with fewer steps, and the PSNR of its images."""
+
+    kind: str  # candidate, present, control
+    name: str
+    solver: str
+    steps: int
+    gmacs: float
+    psnr: float | None
+    warm_up: int | None = None
+    kept: tuple[float, ...] | None = None
+    psnr_screen: float | None = None
+    psnr_fresh: float | None = None
+
+
+COLUMNS: tuple[Column[CalibrationRow], ...] = (
+    words("", lambda row: row.name),
+    words("solver", lambda row: row.solver),
+    Column("steps", lambda row: str(row.steps)),
+    Column("warm-up", lambda row: "" if row.warm_up is None else str(row.warm_up)),
+    Column("kept at noise level 0, 0.5, 1", lambda row: ", ".join(f"{level:.3f}" for level in row.kept or ())),
+    Column("GMACs per image", lambda row: f"{row.gmacs:.3g}"),
+    Column("PSNR, search, dB", lambda row: shown(row.psnr, ".2f", missing="")),
+    Column("PSNR, fresh, dB", lambda row: shown(row.psnr_fresh, ".2f", missing="")),
+)
+
+
+@dataclass(frozen=True)
+class KeptStep(Record):
+    """Kept fraction at one step of a run."""
+
+    tau: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class Trial(Record):
+    """A schedule that was tried."""
+
+    steps: int
+    psnr_screen: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration(Record):
+    """A search for a schedule."""
+
+    budget: float
+    solver: str
+    images: int
+    screen_images: int
+    reference_steps: int
+    changed: bool
+    rows: tuple[CalibrationRow, ...]
+    curves: dict[str, tuple[KeptStep, ...]]
+    candidates: tuple[Trial, ...]
+
+    @property
+    def table(self) -> Table:
+        return Table.of(COLUMNS, self.rows)
+
+    def for_terminal(self) -> TerminalTable:
+        """What the command prints."""
+        title = f"calibrated at the compute of {self.budget:g} full steps, PSNR of {self.images} images"
+        return self.table.for_terminal(title)
+
+    @property
+    def curves_plot(self) -> bytes:
+        return plots.kept_curves(self.curves)
+
+    @property
+    def trials_plot(self) -> bytes:
+        return plots.calibration_trials(self)

@@ -1,0 +1,48 @@
+"""Typed records out of JSON: every section of a report is a frozen dataclass that knows how to read itself."""
+
+from __future__ import annotations
+
+from types import NoneType, UnionType
+from typing import Any, Self, Union, get_args, get_origin, get_type_hints
+
+
+class Record:
+    """A dataclass that can be read from JSON.
+
+    Keys without a field are ignored and fields without a key take their default, so that reports of older versions can
+    be read, which had fewer keys, or others.
+    """
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """TypeError if a key is missing whose field has no default."""
+        kinds = get_type_hints(cls)
+        return cls(**{name: read(kind, data[name]) for name, kind in kinds.items() if name in data})
+
+
+class Rows(Record):
+    """A section that is a list in JSON: the items are its only field, `rows`. Without any it is false."""
+
+    rows: tuple[Any, ...]
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        return super().from_json({"rows": data})
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+
+def read(kind: Any, value: Any) -> Any:
+    """A value from JSON as `kind`: a record, a tuple or dict of records, None where that is allowed, or as it is."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType) and NoneType in inner:
+        if value is None or value == {}:  # an empty section is none
+            return None
+        kinds = [part for part in inner if part is not NoneType]
+        return read(kinds[0], value) if len(kinds) == 1 else value
+    if origin is tuple:
+        return tuple(read(inner[0], item) for item in value)
+    if origin is dict:
+        return {key: read(inner[1], item) for key, item in value.items()}
+    return kind.from_json(value) if isinstance(kind, type) and issubclass(kind, Record) else value
