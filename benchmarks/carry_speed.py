@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import dcconvert
@@ -23,7 +22,7 @@ from dcconvert.evaluate.measure_steps import compute_section, latency_section
 from dcconvert.export.buckets import ladder
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.passes.ir.spec import SLOTS
-from dcconvert.passes.planning.schedule import AUTO, Schedule
+from dcconvert.passes.planning.schedule import AUTO, Schedule, noise_levels
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.sampling.steps import Runtime
 
@@ -47,7 +46,7 @@ def main() -> None:
 
 def measure_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     model = dcconvert.convert(random_dit(size, 2, args.pixels), 4)
-    taus = 1 - np.arange(args.steps) / args.steps
+    taus = noise_levels(args.steps)
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
         export_onnx(model, folder)

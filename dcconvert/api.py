@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
-import numpy as np
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -29,7 +28,7 @@ from dcconvert.passes.ir.spec import EXAMPLE_BATCH
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.methods.method import Method
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import AUTO, LEVELS, Schedule, parse_ratio
+from dcconvert.passes.planning.schedule import AUTO, LEVELS, Schedule, noise_levels, parse_ratio
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.sampling.fitting import fitted
@@ -60,7 +59,7 @@ class Converted(DynamicModel):
     def ladder(self, batches: Sequence[int] = DEFAULT_BATCHES) -> Ladder:
         """Buckets for batch sizes and a sampling run at evenly spaced noise levels, of the steps it was made for."""
         steps = int(self.facts.get("steps", DEFAULT_STEPS))
-        taus = 1 - np.arange(steps) / steps
+        taus = noise_levels(steps)
         planner = StepPlanner(self.spec, self.method, self.schedule.fitted(taus))
         counts = planner.ladder_counts(taus)
         return ladder(batches, counts, self.spec.tokens, max(LEVELS, len(self.schedule.levels)) - 1)
@@ -204,7 +203,7 @@ def convert_call(
     if model.spec.timestep is not None:
         check_scale(model.flat_inputs(tuple(args), kwargs)[model.spec.timestep], timestep_scale)
     model = method.finished(model)
-    model = model.with_schedule(model.step_planner.levelled(1 - np.arange(steps) / steps, buckets))
+    model = model.with_schedule(model.step_planner.levelled(noise_levels(steps), buckets))
     if fit and info:
         model = fitted(model, Sampler(predicts, steps), info.config)
     return Converted.of(model, {"steps": steps, **sampling_facts(module, steps)})
@@ -238,7 +237,7 @@ def chosen(
         return method, spending
     if warm_up == 0:
         raise UsageError("mode carry needs at least one warm-up step: before it there is nothing to carry over")
-    return method, replace(spending, warm_up=warm_up, refresh=refresh).fitted(1 - np.arange(steps) / steps)
+    return method, replace(spending, warm_up=warm_up, refresh=refresh).fitted(noise_levels(steps))
 
 
 def check_scale(times: Tensor, timestep_scale: float) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from dcconvert import __version__
+from dcconvert.environment import set_threads
 from dcconvert.models.load import shipped_model
 from dcconvert.options.click_classes import Commands
 from dcconvert.options.conversion import convert_options, demo_options, inspect_options
@@ -71,7 +72,7 @@ def convert(model: Path, out: Path | None, **values: Any) -> None:
     MODEL is a checkpoint file, or a folder in which diffusers saved a transformer or a pipeline. The result is a
     bundle: a folder with the converted model, its ONNX files and a report. This is the default command.
     """
-    from dcconvert.commands.convert import Settings, run_job, set_threads
+    from dcconvert.commands.convert import Settings, run_job
     from dcconvert.report.conversion import terminal_table
     from dcconvert.terminal import Stages
 

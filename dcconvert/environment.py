@@ -56,3 +56,9 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def set_threads(threads: int) -> None:
+    """How many threads torch uses; 0 leaves it to torch."""
+    if threads:
+        torch.set_num_threads(threads)

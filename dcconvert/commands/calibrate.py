@@ -17,6 +17,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from dcconvert.commands.rewrite_bundle import Rescheduled, old_figures, old_report, write_rescheduled
+from dcconvert.environment import set_threads
 from dcconvert.evaluate.measure_steps import Tick
 from dcconvert.evaluate.schedule_search import KNOTS, Search, Trial, step_counts
 from dcconvert.export.bundle import Bundle, read_bundle
@@ -196,8 +197,7 @@ def calibrate_bundle(settings: Settings, console: Console) -> None:
     """
     task = Task.read(settings)
     stages = Stages(Console(stderr=True))
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    set_threads(settings.threads)
     with new_folder(settings.folder, force=True) as work, tempfile.TemporaryDirectory(dir=work) as scratch:
         with stages.stage("export original"):
             bench = Bench(task, Path(scratch))

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dcconvert.api import Converted, convert, manifest, sampling_facts
 from dcconvert.environment import machine
 from dcconvert.evaluate.conversion_metrics import LATENCY_RUNS, Effort, Subject, measure
@@ -238,9 +236,3 @@ def measured_figures(
     report |= measured.added_to(report)
     result = measured.fidelity
     return {} if result is None else {"samples": sample_figure(result), "token_maps": token_map_figure(result)}
-
-
-def set_threads(threads: int) -> None:
-    """Threads for torch; 0 leaves it to torch."""
-    if threads:
-        torch.set_num_threads(threads)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 
-from dcconvert.environment import machine
+from dcconvert.environment import machine, set_threads
 from dcconvert.evaluate.comparison import Contest, Entrant, check_same_original, contest_rows, named_apart
 from dcconvert.evaluate.image_quality import Judge, Wanted
 from dcconvert.export.bundle import read_bundle
@@ -53,8 +52,7 @@ def evaluate_bundles(settings: Settings, console: Console) -> dict[str, Any]:
     UsageError for bundles of different originals, data or networks that cannot be used, and files that cannot be
     written: before anything is measured.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    set_threads(settings.threads)
     for path in (settings.json_path, settings.html):
         if path:
             writable(path)

@@ -15,6 +15,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from dcconvert.commands.rewrite_bundle import FAILURES, old_figures, old_report, write_rescheduled
+from dcconvert.environment import set_threads
 from dcconvert.evaluate.detail_kinds import choose, measured, on_tokens
 from dcconvert.evaluate.measure_steps import Tick, compute_section
 from dcconvert.evaluate.stress_cases import BATCH, Cases, noised_run
@@ -55,8 +56,7 @@ def stress_bundle(settings: Settings, console: Console) -> dict[str, Any]:
 
     UsageError for a bundle, data or ratios that leave nothing to run.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    set_threads(settings.threads)
     bundle = read_bundle(settings.folder)
     if not bundle.model.method.drops_tokens or bundle.model.schedule.found:
         raise UsageError(

@@ -9,11 +9,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 
 from dcconvert.commands.rewrite_bundle import Rescheduled, old_report
+from dcconvert.environment import set_threads
 from dcconvert.export.bundle import ONNX, write_model
 from dcconvert.export.checks.parity import IDENTITY, Check, check_batch_invariance, check_isolation, require
 from dcconvert.export.files import MANIFEST, new_folder, write_json
@@ -33,8 +33,7 @@ def upcycle_bundle(settings: Settings, console: Console) -> None:
     Raises UsageError for a bundle, data or options that cannot be used, StoppedError for a run that was interrupted,
     CheckFailedError if the loss is no number or ONNX Runtime does not give what torch does.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    set_threads(settings.threads)
     team = Team.start()
     team.check(settings.recipe.batch)
     task = Task.read(settings)

@@ -14,10 +14,11 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from dcconvert.export.files import file_sha256
 from dcconvert.models.dc_dit import RefinedConfig, RefinedDiT
 from dcconvert.models.dc_dit_checkpoint import check_refined, is_refined, refined_config
 from dcconvert.models.dit import DiT, DiTConfig, sincos_positions
-from dcconvert.models.tensor_files import PREDICTIONS, named_tensors, plain, sha256, some
+from dcconvert.models.tensor_files import PREDICTIONS, named_tensors, plain, some
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 
 HEADS_OF_WIDTH = {384: 6, 768: 12, 1024: 16, 1152: 16}  # DiT-S, -B, -L, -XL (paper, table 1)
@@ -122,7 +123,7 @@ def read_checkpoint(
     if names is not None and len(names) != config.num_classes:
         raise UsageError(f"{path}: metadata names {len(names)} classes, the tensors have {config.num_classes}.")
     known = prediction or facts.prediction
-    return Checkpoint(path, sha256(path), config, state_dict, known or "eps", names, source, refined, not known)
+    return Checkpoint(path, file_sha256([path]), config, state_dict, known or "eps", names, source, refined, not known)
 
 
 # --- architecture --------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcconvert.export.files import file_sha256
 from dcconvert.models.dit import DiT, DiTConfig
 from dcconvert.models.dit_checkpoint import load_dit
 from dcconvert.models.example_inputs import FLUX, Size, dit_call, dit_inputs, flux_call, pixart_call, sd3_call, sides
 from dcconvert.models.key_conversion import layout_of, original_model
 from dcconvert.models.key_tables import Layout, Tensors
-from dcconvert.models.tensor_files import PREDICTIONS, named_tensors, sha256
+from dcconvert.models.tensor_files import PREDICTIONS, named_tensors
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.ir.spec import EXAMPLE_BATCH
 
@@ -112,7 +112,7 @@ def original_source(
     """A checkpoint under the names of its own repository: the class of diffusers with its weights."""
     module = original_model(layout, path, tensors, heads)
     kind = f"{layout.title} checkpoint{f' ({where})' if where else ''}, as {layout.cls}"
-    return called(module, layout.cls, kind, sha256(path), image_size, prediction)
+    return called(module, layout.cls, kind, file_sha256([path]), image_size, prediction)
 
 
 def diffusers_source(folder: Path, image_size: Size | None = None, prediction: str | None = None) -> Source:
@@ -132,7 +132,7 @@ def diffusers_source(folder: Path, image_size: Size | None = None, prediction: s
         )
     module = loaded(folder, name)
     kind = f"{name} of diffusers {config.get('_diffusers_version', '')}".strip()
-    return called(module, name, kind, hash_of(folder), image_size, prediction)
+    return called(module, name, kind, file_sha256(sorted(folder.glob("*.safetensors"))), image_size, prediction)
 
 
 def called(module: Any, name: str, kind: str, digest: str, image_size: Size | None, prediction: str | None) -> Source:
@@ -184,19 +184,6 @@ def loaded(folder: Path, name: str) -> Any:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"cannot load the {name} in {folder}: {reason}") from error
     return module.eval()
-
-
-def hash_of(folder: Path) -> str:
-    """sha256 over the weight files of a folder, in the order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-# Example calls, as the pipelines of these classes make them
 
 
 # The call of a class, and what its models predict

@@ -6,7 +6,6 @@ Torch files are read with `weights_only=True`; what is neither tensors nor plain
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import pickle
 import re
@@ -137,11 +136,6 @@ def named_tensors(path: Path) -> tuple[dict[str, Tensor], str, Facts]:
     if not found:
         raise UsageError(f"{path}: holds no tensors by name ({_describe(content)}); {SAVE_PLAINLY}.")
     return _strip_wrappers(path, found), source, facts
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _find_tensors(content: Any, source: str = "") -> tuple[dict[str, Tensor], str]:

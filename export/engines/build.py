@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dcconvert.export.engines.index import Built, Device, file_sha256
+from dcconvert.export.engines.index import Built, Device
+from dcconvert.export.files import file_sha256
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.planning.layout import Bucket
 
@@ -166,7 +167,7 @@ def profile(inputs: Mapping[str, Sequence[int | str]], bucket: Bucket, smallest:
 
 
 def axis_sizes(bucket: Bucket) -> dict[str, int]:
-    """What a bucket says of the symbolic axes of the graphs (see PLAN_AXES)."""
+    """What a bucket says of the symbolic axes of the graphs (see `passes.ir.plan_inputs`)."""
     return {
         "batch": bucket.batch,
         "tiles": bucket.tokens // bucket.tile,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcconvert.export.files import write_whole
+from dcconvert.export.files import file_sha256, write_whole
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.layout import Bucket
 
@@ -104,12 +102,3 @@ def checked(value: Record) -> Record:
         if not isinstance(getattr(value, item.name), kinds.get(str(item.type), object)):
             raise TypeError(item.name)
     return value
-
-
-def file_sha256(parts: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        with part.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()

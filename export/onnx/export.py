@@ -17,6 +17,7 @@ from dcconvert.export.onnx.lowerings import OPSET, PORTABLE, Lowerings
 from dcconvert.export.onnx.trt_attention_op import add_function
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.ir.graph_tools import placeholders
+from dcconvert.passes.ir.plan_inputs import PLAN_INPUTS, symbolic_axes
 from dcconvert.passes.ir.spec import EXAMPLE_BATCH, SCORES_NAME, ModelSpec, count_outputs
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan
@@ -27,25 +28,6 @@ EXTERNAL_DATA_BYTES = 1_000_000_000  # above this, weights go to a file of their
 STACK_TRACE = "pkg.torch.onnx.stack_trace"  # what the exporter notes at every node: paths of this machine
 
 DISTANCE_NAME = "distance"
-
-
-# Names of the symbolic axes of every input of `denoise` that the plan makes ("" for one that is fixed).
-PLAN_AXES: dict[str, tuple[str, ...]] = {
-    "chunk_index": ("tiles", "tile_tokens"),
-    "chunk_weight": ("tiles", "tile_tokens"),
-    "sample_ids": ("tiles",),
-    "grid_index": ("rows", "row_tokens"),
-    "packed_index": ("tiles", "tile_tokens"),
-    "row_lengths": ("rows",),
-    "segment_ids": ("rows", "row_tokens"),
-    "fill_index": ("batch",),
-    "fill_weight": ("batch",),
-    "cu_seqlens": ("segments",),
-    "cu_seqlens_kv": ("segments",),
-    "token_index": ("tiles", "tile_tokens"),
-    "write_index": ("tiles", "tile_tokens"),
-    "recall_weight": ("", "batch"),
-}
 
 
 def graph_names(spec: ModelSpec) -> tuple[str, ...]:
@@ -112,7 +94,7 @@ def export_denoise(
     axes = []
     one_row = model.method.row_packing == "rows"
     for name, plain in zip(model.spec.denoise_inputs, batch_axes(model, model.spec.denoise_inputs), strict=True):
-        named = ("", "batch") if name in state else PLAN_AXES.get(name, plain)
+        named = ("", "batch") if name in state else symbolic_axes(name) if name in PLAN_INPUTS else plain
         axes.append(tuple("batch" if axis == "rows" and one_row else axis for axis in named))
     carried = (DISTANCE_NAME, *map(state_output, state)) if state else ()
     names = output_names(count_outputs(model.denoise_graph) - len(carried))

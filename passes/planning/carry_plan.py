@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dcconvert.passes.ir.plan_inputs import CARRY_INPUTS
 from dcconvert.passes.planning.layout import Bucket, lay_out
 from dcconvert.passes.planning.nearest_kept import Ints, Mask
 from dcconvert.passes.planning.token_history import Doubles, History
 
-CARRY_ARRAYS = ("token_index", "sample_ids", "grid_index", "packed_index", "write_index", "recall_weight")
+CARRY_ARRAYS = tuple(CARRY_INPUTS)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
+from dcconvert.passes.ir.plan_inputs import CHUNK_INPUTS, KEY_SEGMENTS
 from dcconvert.passes.planning.layout import PACKINGS, Bucket, TokenLayout, lay_out
 from dcconvert.passes.planning.nearest_kept import Ints, Mask, Nearest, Neighbourhood
 
@@ -20,19 +21,7 @@ Way = tuple[Ints, Floats]  # where each value comes from, and with what weight
 
 REMEMBERED = 16  # plans, a few hundred kilobytes each at most for the sizes that are usual
 
-PLAN_ARRAYS = (
-    "chunk_index",
-    "chunk_weight",
-    "sample_ids",
-    "grid_index",
-    "packed_index",
-    "row_lengths",
-    "segment_ids",
-    "fill_index",
-    "fill_weight",
-    "cu_seqlens",
-    "cu_seqlens_kv",
-)
+PLAN_ARRAYS = (*CHUNK_INPUTS, *KEY_SEGMENTS)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,11 @@ WARM_UP = 3  # steps it takes to know how things change; more cost what later st
 _TAU_SLACK = 1e-6
 
 
+def noise_levels(steps: int) -> NDArray[np.float64]:
+    """The evenly spaced noise levels [steps] at which a run of so many steps calls the model: from 1 to 1 / steps."""
+    return 1 - np.arange(steps) / steps
+
+
 def parse_ratio(text: str | float) -> float:
     """Read a ratio written as ``4x``, ``4`` or ``2.5x``; UsageError unless it is a finite number of at least 1."""
     try:

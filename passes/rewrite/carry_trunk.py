@@ -6,11 +6,12 @@ import torch
 from torch.fx import Node
 
 from dcconvert.passes.ir.errors import CheckFailedError
+from dcconvert.passes.ir.plan_inputs import CARRY_INPUTS
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.ir.spec import SLOTS, STATE_DTYPES
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules import find_rule
-from dcconvert.passes.rewrite.pack_trunk import PackTrunk, PlanInputs, add_plan_inputs, layout_inputs
+from dcconvert.passes.rewrite.pack_trunk import PackTrunk, add_plan_inputs
 
 aten = torch.ops.aten
 
@@ -30,7 +31,7 @@ class CarryTrunk(PackTrunk):
     """
 
     def prepare(self, program: Program) -> Packer:
-        add_plan_inputs(program, carry_inputs(program))
+        add_plan_inputs(program, CARRY_INPUTS)
         memory = Memory(program)
         return Packer(program, find_rule, program.found_stream().tokens, "rows", memory)
 
@@ -102,16 +103,3 @@ def distance(packer: Packer, state: Node) -> Node:
     moved = packer.emit(aten.to.dtype, moved, torch.float32)  # squares of halves overflow
     squares = packer.emit(aten.mul.Tensor, moved, moved)
     return packer.emit(aten.sqrt.default, packer.emit(aten.sum.dim_IntList, squares, [1, 3]))
-
-
-def carry_inputs(program: Program) -> PlanInputs:
-    """Inputs as `dcconvert.passes.planning.carry_plan.CarryPlan` makes them."""
-    laid = layout_inputs(program)
-    tiles, tile = laid["packed_index"][0]
-    weight = program.found_trunk()[0].meta["val"].dtype
-    return {
-        "token_index": ((tiles, tile), torch.int64),
-        **laid,
-        "write_index": ((tiles, tile, 4), torch.int64),
-        "recall_weight": ((SLOTS, program.batch, program.found_stream().tokens), weight),
-    }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.fx import Node
@@ -12,7 +11,9 @@ from dcconvert.passes.frontend.token_stream import dependents
 from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import remove_dead_code, where
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
+from dcconvert.passes.ir.plan_inputs import CHUNK_INPUTS, MODEL, PlanInput
 from dcconvert.passes.ir.program import Program
+from dcconvert.passes.ir.spec import SLOTS
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules import find_rule
 
@@ -20,7 +21,7 @@ aten = torch.ops.aten
 
 
 # Hints for the symbolic sizes: distinct, above one, and no size a model is likely to have.
-HINT_TILES, HINT_TILE, HINT_ROWS, HINT_SLOTS, HINT_SEGMENTS = 61, 67, 53, 59, 71
+HINTS = {"tiles": 61, "tile_tokens": 67, "row_tokens": 59, "rows": 53, "segments": 71}
 
 
 class PackTrunk(Pass):
@@ -65,7 +66,7 @@ class PackTrunk(Pass):
 
     def prepare(self, program: Program) -> Packer:
         """The packer of this trunk, the plan's inputs declared."""
-        add_plan_inputs(program, chunk_inputs(program))
+        add_plan_inputs(program, CHUNK_INPUTS)
         return Packer(program, find_rule, program.found_stream().tokens, program.chosen().row_packing)
 
     def enter(self, packer: Packer, start: Node) -> Node:
@@ -111,43 +112,19 @@ def trunk_nodes(program: Program, start: Node, ends: Sequence[Node]) -> list[Nod
     return found[::-1]
 
 
-PlanInputs = dict[str, tuple[tuple[Any, ...], torch.dtype]]
-
-
-def add_plan_inputs(program: Program, inputs: PlanInputs) -> None:
-    """Graph inputs for the plan."""
-    for name, (shape, dtype) in inputs.items():
-        program.plan_inputs[name] = program.placeholder(name, shape, dtype)
-
-
-def layout_inputs(program: Program) -> PlanInputs:
-    """The inputs that say how kept tokens are laid out; names and shapes are those of both modes' plans."""
-    tiles, tile, slots = (program.new_size(hint) for hint in (HINT_TILES, HINT_TILE, HINT_SLOTS))
-    rows = program.new_size(HINT_ROWS) if program.chosen().row_packing == "bins" else program.batch  # one sample a row
-    return {
-        "sample_ids": ((tiles,), torch.int64),
-        "packed_index": ((tiles, tile), torch.int64),
-        "grid_index": ((rows, slots), torch.int64),
-    }
-
-
-def chunk_inputs(program: Program) -> PlanInputs:
-    """Inputs as `dcconvert.passes.planning.chunk_plan.Plan` makes them."""
-    stream, batch = program.found_stream(), program.batch
-    planner = program.chosen().planner(stream.grid)
-    laid = layout_inputs(program)
-    (tiles, tile), (rows, slots) = laid["packed_index"][0], laid["grid_index"][0]
-    index, weight = torch.int64, program.found_trunk()[0].meta["val"].dtype
-    return {
-        "chunk_index": ((tiles, tile, planner.members), index),
-        "chunk_weight": ((tiles, tile, planner.members), weight),
-        **laid,
-        "row_lengths": ((rows,), index),
-        "segment_ids": ((rows, slots), index),
-        "fill_index": ((batch, stream.tokens, planner.neighbours), index),
-        "fill_weight": ((batch, stream.tokens, planner.neighbours), weight),
-        "cu_seqlens": ((program.new_size(HINT_SEGMENTS),), torch.int32),
-    }
+def add_plan_inputs(program: Program, wanted: Mapping[str, PlanInput]) -> None:
+    """Graph inputs for the plan; their symbolic sizes are of this program, and shared by inputs with the same axis."""
+    stream, method = program.found_stream(), program.chosen()
+    planner = method.planner(stream.grid)
+    sizes: dict[str, int | torch.SymInt] = {name: program.new_size(hint) for name, hint in HINTS.items()}
+    if method.row_packing != "bins":
+        sizes["rows"] = program.batch  # one sample a row
+    sizes |= {"batch": program.batch, "tokens": stream.tokens, "members": planner.members}
+    sizes |= {"neighbours": planner.neighbours, "slots": SLOTS, "address": 4}
+    own = program.found_trunk()[0].meta["val"].dtype
+    for name, kind in wanted.items():
+        shape = tuple(sizes[axis] for axis in kind.axes)
+        program.plan_inputs[name] = program.placeholder(name, shape, own if kind.dtype is MODEL else kind.dtype)
 
 
 def drop_unused_inputs(program: Program) -> None:

@@ -16,13 +16,14 @@ from dcconvert.passes.ir.errors import UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import remove_dead_code, where
 from dcconvert.passes.ir.node_args import integers, operand
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
+from dcconvert.passes.ir.plan_inputs import CHUNK_INPUTS
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.modules.patch_resize import PatchEmbedding, PatchOutput, PatchSkip, resized
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules import find_rule
 from dcconvert.passes.planning.patch_planner import scales_of
 from dcconvert.passes.rewrite.insert_router import inline
-from dcconvert.passes.rewrite.pack_trunk import add_plan_inputs, chunk_inputs, drop_unused_inputs, trunk_nodes
+from dcconvert.passes.rewrite.pack_trunk import add_plan_inputs, drop_unused_inputs, trunk_nodes
 from dcconvert.passes.rewrite.split_route import ancestors
 
 aten = torch.ops.aten
@@ -73,7 +74,7 @@ class PatchSizes(Pass):
         pixels = pixels_of(program, end)
         body = trunk_nodes(program, start, (end,))
         outside = [user for user in end.users if user not in body]
-        add_plan_inputs(program, chunk_inputs(program))
+        add_plan_inputs(program, CHUNK_INPUTS)
         packer = PatchPacker(program, find_rule, stream.tokens, program.chosen().row_packing)
         with program.graph.inserting_after(end):
             marker = program.graph.call_function(aten.alias.default, (end,))

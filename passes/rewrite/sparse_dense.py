@@ -16,11 +16,12 @@ from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.ir.graph_tools import give_tensor, remove_dead_code, where
 from dcconvert.passes.ir.node_args import operand
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
+from dcconvert.passes.ir.plan_inputs import CHUNK_INPUTS
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules import find_rule
 from dcconvert.passes.packing.rules.attention import ARGUMENTS, scale_of
-from dcconvert.passes.rewrite.pack_trunk import add_plan_inputs, chunk_inputs, drop_unused_inputs, trunk_nodes
+from dcconvert.passes.rewrite.pack_trunk import add_plan_inputs, drop_unused_inputs, trunk_nodes
 
 aten = torch.ops.aten
 
@@ -81,7 +82,7 @@ class SparseDense(Pass):
             trunk_nodes(program, start, (end,))
             for start, end in zip(stream.boundaries, stream.boundaries[1:], strict=False)
         ]
-        add_plan_inputs(program, chunk_inputs(program))
+        add_plan_inputs(program, CHUNK_INPUTS)
         for number in range(method.head_blocks):
             pool_values(program, bodies[number])
         for number, group in enumerate(groups):

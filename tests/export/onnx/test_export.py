@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from dcconvert.export.onnx import export as onnx_export
-from dcconvert.export.onnx.export import PLAN_AXES, export_original, export_route, output_names, quiet_exporter
+from dcconvert.export.onnx.export import export_original, export_route, output_names, quiet_exporter
 from dcconvert.export.onnx.lowerings import OPSET
 from dcconvert.passes.ir.errors import CheckFailedError
+from dcconvert.passes.ir.plan_inputs import PLAN_INPUTS, SYMBOLIC, symbolic_axes
 from dcconvert.passes.ir.spec import count_outputs
 from dcconvert.passes.planning.carry_plan import CARRY_ARRAYS
 from dcconvert.passes.planning.chunk_plan import PLAN_ARRAYS
@@ -122,9 +123,12 @@ def test_names_are_those_of_the_model(folder, packing, request):
 
 
 def test_every_array_of_a_plan_has_named_axes():
-    assert set(PLAN_AXES) == {*PLAN_ARRAYS, *CARRY_ARRAYS}
-    named = {axis for axes in PLAN_AXES.values() for axis in axes if axis}
-    assert named == {"batch", "tiles", "tile_tokens", "rows", "row_tokens", "segments"}
+    assert {*PLAN_INPUTS} == {*PLAN_ARRAYS, *CARRY_ARRAYS}
+    named = {axis for name in PLAN_INPUTS for axis in symbolic_axes(name) if axis}
+    assert named == {*SYMBOLIC} == {"batch", "tiles", "tile_tokens", "rows", "row_tokens", "segments"}
+    assert symbolic_axes("recall_weight") == ("", "batch")
+    assert symbolic_axes("fill_index") == ("batch",)
+    assert symbolic_axes("chunk_index") == ("tiles", "tile_tokens")
 
 
 def test_types(graph):
