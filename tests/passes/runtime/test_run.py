@@ -378,12 +378,14 @@ def test_groups_choose_by_the_mean_of_their_urgencies():
     for tau in (0.9, 0.8):
         run.step({"x": x, "t": torch.full_like(t, tau)}, np.full(4, TOKENS))
     assert run.history is not None
-    first, second = np.arange(1.0, 9.0), np.array([9.0, 1, 1, 1, 9, 1, 1, 1])
-    run.history.distance = np.square([first, second, second, first, second])
+    up, down = np.arange(1.0, 9.0), np.arange(8.0, 0, -1)
+    ends, middle = np.array([9.0, 1, 1, 1, 9, 1, 1, 1]), np.array([1.0, 9, 1, 1, 1, 9, 1, 1])
+    run.history.distance = np.square([up, down, ends, middle, ends])
     run.step({"x": x, "t": torch.full_like(t, 0.7)}, np.full(4, 3))
     assert run.last_plan is not None
     kept = [np.flatnonzero(keep).tolist() for keep in run.last_plan.keep]
-    assert kept[:4] == [[0, 4, 7]] * 4  # means: 5, 1.5, 2, 2.5, 7, 3.5, 4, 4.5
+    assert kept[0] == kept[2] == [0, 4, 7]  # means: 5, 1.5, 2, 2.5, 7, 3.5, 4, 4.5
+    assert kept[1] == kept[3] == [0, 1, 5]  # 4.5, 8, 3.5, 3, 2.5, 6, 1.5, 1
     assert {0, 4} < {*kept[4]}
 
 

@@ -117,9 +117,10 @@ def test_grouped_queries_are_refused():
         pack(body, H)
 
 
-def test_a_cross_attention_mask_that_varies_with_position_is_refused():
+@pytest.mark.parametrize("shape", [(BATCH, 1, TOKENS, KEYS), (TOKENS, KEYS)], ids=str)
+def test_a_cross_attention_mask_that_varies_with_position_is_refused(shape):
     with pytest.raises(UnsupportedModelError, match="varies with the token's position"):
-        pack(cross_attention, H, torch.randn(BATCH, KEYS, WIDTH), torch.zeros(BATCH, 1, TOKENS, KEYS))
+        pack(cross_attention, H, torch.randn(BATCH, KEYS, WIDTH), torch.zeros(shape))
 
 
 def test_attention_across_heads_is_refused():
