@@ -95,7 +95,7 @@ def test_the_sides_of_route(folder):
 
 def test_the_sides_of_denoise(packing, folder, request):
     graph = onnx.load(folder / "denoise.onnx").graph
-    options = request.getfixturevalue(f"{packing}_model").options
+    options = request.getfixturevalue(f"{packing}_model").method
     wanted: dict[str, list[str | int]] = {
         "h": ["batch", TOKENS, CONFIG.width],
         "live_0": ["batch", CONFIG.width],

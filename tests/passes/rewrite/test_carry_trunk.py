@@ -323,10 +323,10 @@ def test_the_result_says_how_often_it_fired():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"packing": "bins"}, "mode carry needs one sample a row: use packing rows"),
+        ({"packing": "bins"}, "method carry has no option 'packing'"),
         ({"state_dtype": "int8"}, "unknown state dtype 'int8': choose one of model, fp16, fp32"),
-        ({"mode": "both"}, "unknown mode 'both': choose one of carry, chunk"),
-        ({"router": "norm"}, "mode carry has no router 'norm': choose one of drift, age, predictability"),
+        ({"mode": "both"}, "unknown method 'both': choose one of carry, chunk"),
+        ({"router": "norm"}, "method carry has no router 'norm': choose one of drift, age, pool, predictability"),
     ],
 )
 def test_options_that_are_refused(options, message):
