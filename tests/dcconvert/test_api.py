@@ -187,7 +187,7 @@ def test_a_bundle_gives_what_the_model_gave(saved, by_name, from_diffusers):
     torch.testing.assert_close(model(**inputs).sample, from_diffusers(**inputs).sample, rtol=0, atol=0)
     found, wanted = model.original(**inputs), from_diffusers.original(**inputs)
     torch.testing.assert_close(found.sample, wanted.sample, rtol=0, atol=0)
-    assert model.method == from_diffusers.options
+    assert model.method == from_diffusers.method
     assert model.schedule == from_diffusers.schedule
 
 
@@ -208,7 +208,7 @@ def test_a_saved_model_runs_in_onnx_runtime(saved, by_name, from_diffusers):
 def test_what_a_bundle_says_about_itself(saved, from_diffusers):
     facts = json.loads((saved / "manifest.json").read_text())
     assert facts["conversion"]["ratio"] == 2
-    assert facts["conversion"]["router"] == from_diffusers.options.router
+    assert facts["conversion"]["router"] == from_diffusers.method.router
     assert [entry["name"] for entry in facts["conversion"]["passes"]] == [r.name for r in from_diffusers.records]
     assert (facts["grid"], facts["tokens"]) == ([4, 4], 16)
     assert {bucket["batch"] for bucket in facts["ladder"]["buckets"]} == {2}

@@ -243,7 +243,7 @@ def test_a_bundle_comes_back_bit_for_bit(written, rows_model):
     assert found.onnx == written / ONNX
     assert found.manifest["note"] == "kept as it is"
     assert found.ladder == LADDER
-    assert (found.model.spec, found.model.method) == (rows_model.spec, rows_model.options)
+    assert (found.model.spec, found.model.method) == (rows_model.spec, rows_model.method)
     args = tuple(inputs().values())
     with torch.no_grad():
         torch.testing.assert_close(found.model(*args), rows_model(*args), rtol=0, atol=0)

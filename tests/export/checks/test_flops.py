@@ -89,7 +89,7 @@ def test_everything_kept_costs_what_the_original_does(small, small_inputs):
 @pytest.mark.parametrize("kept", [256, 128, 64, 16, 1])
 def test_what_dropping_saves(kept, small, small_inputs):
     """The trunk shrinks to the kept tokens; chunk and dechunk cost one multiply-add for each value they gather."""
-    config, options = PUBLISHED["S/2"][0], small.options
+    config, options = PUBLISHED["S/2"][0], small.method
     trunk = config.depth - options.head_blocks - options.tail_blocks
     saved = trunk * (block_macs(config.width, 256) - block_macs(config.width, kept))
     gathered = config.width * (kept * options.members + 256 * options.neighbours)
