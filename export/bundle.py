@@ -15,7 +15,8 @@ from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.serialise.graph_json import model_from_dict, model_tensors, model_to_dict
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE = (2, FORMAT_VERSION)
 WEIGHTS = "model.safetensors"
 GRAPH = "graph.json"
 ONNX = "onnx"
@@ -51,7 +52,7 @@ def read_bundle(folder: Path) -> Bundle:
     if not isinstance(manifest, dict):
         raise UsageError(f"cannot read {manifest_path}: it holds no JSON object; convert the model again")
     version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version not in READABLE:
         raise UsageError(f"{folder} has bundle format {version}, this dcconvert reads {FORMAT_VERSION}: convert again")
     try:
         tensors = load_file(str(folder / WEIGHTS))

@@ -33,7 +33,8 @@ from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.serialise.interface_checks import PREPARE, check_seams, damaged
 from dcconvert.passes.serialise.treespec import shown, treespec_fault
 
-VERSION = 2
+VERSION = 3  # from 3 on a method and its options; before, one set of options for all methods
+READABLE = (2, VERSION)
 GRAPHS = ("route", "denoise", "original")  # and prepare, where a model has it
 STATE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_STATE = 1 << 20  # numbers a token and value
@@ -335,7 +336,7 @@ def checked_name(name: Any, reserved: Collection[str] = RESERVED_NAMES) -> str:
 
 
 def check_version(data: Any) -> None:
-    if data["version"] != VERSION:
+    if type(data["version"]) is not int or data["version"] not in READABLE:
         found = shown(data["version"])
         raise UsageError(f"the graph file has version {found}, this dcconvert reads {VERSION}: convert the model again")
 

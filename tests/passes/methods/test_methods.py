@@ -186,3 +186,23 @@ def test_untouched_files_load(models):
         back = model_from_dict(model_to_dict(model), model_tensors(model))
         assert (back.method, back.schedule) == (model.method, model.schedule)
         assert not any(torch.is_tensor(value) for value in vars(back.method).values())
+
+
+@pytest.mark.parametrize("name", ["carry", *PRESETS])
+def test_graph_files_of_format_2_load(models, name):
+    model = models[name] if name in models else rewrite(*dit_call(), method_of(), Schedule("constant", 4))
+    data = model_to_dict(model)
+    own = data.pop("method")
+    data["options"] = {**OLD, **{option: value for option, value in own.items() if option in OLD}}
+    data["options"] |= {
+        "carry": {"mode": "carry"},
+        "dc-dit": {"dechunk": "smoothed", "preset": "dc-dit"},
+        "sparsedit": {"trunk": "sparse-dense"},
+        "ddit": {"trunk": "patch-sizes"},
+        "tome": {},
+    }[name]
+    data["version"] = 2
+    for graph in data["graphs"].values():
+        graph["version"] = 2
+    back = model_from_dict(data, model_tensors(model))
+    assert (back.method, back.schedule) == (model.method, model.schedule)
