@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from dcconvert.passes.ir.errors import UnsupportedModelError
-from dcconvert.passes.ir.graph_tools import give_tensor, remove_dead_code, where
+from dcconvert.passes.ir.graph_tools import give_tensor, remove_dead_code, run_nodes, where
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
 from dcconvert.passes.ir.program import Program
 
@@ -63,7 +61,7 @@ def constants(program: Program, node: Node) -> tuple[Node, Node]:
     while source.target is aten.unsqueeze.default and len(source.users) == 1:
         source = source.all_input_nodes[0]  # the same table is unsqueezed for every use
     parts = []
-    value = evaluated(program, node, {})
+    value = evaluated(program, node)
     for part, values in (("real", value.real), ("imag", value.imag)):
         name = f"{NAME}_{source.name}_{'x'.join(map(str, value.shape))}_{part}"
         if not hasattr(program.graph_module, name):
@@ -76,17 +74,16 @@ def constants(program: Program, node: Node) -> tuple[Node, Node]:
     return parts[0], parts[1]
 
 
-def evaluated(program: Program, node: Node, known: dict[Node, Any]) -> Any:
+def evaluated(program: Program, node: Node) -> Any:
     """What a node gives; UnsupportedModelError if that depends on an input."""
-    if node not in known:
-        if node.op == "get_attr":
-            value: Any = program.graph_module
-            for name in str(node.target).split("."):
-                value = getattr(value, name)
-            known[node] = value.detach() if isinstance(value, Tensor) else value
-        elif node.op == "call_function" and callable(node.target):
-            args, kwargs = map_arg((node.args, node.kwargs), lambda n: evaluated(program, n, known))
-            known[node] = node.target(*args, **kwargs)
-        else:
-            raise UnsupportedModelError(f"a complex rotary embedding depends on input {node.name}: it has no rule")
-    return known[node]
+    needed: set[Node] = set()
+    stack = [node]
+    while stack:
+        source = stack.pop()
+        if source not in needed:
+            needed.add(source)
+            stack.extend(source.all_input_nodes)
+    if inputs := [source.name for source in needed if source.op == "placeholder"]:
+        raise UnsupportedModelError(f"a complex rotary embedding depends on input {inputs[0]}: it has no rule")
+    ordered = [other for other in program.graph.nodes if other in needed]
+    return run_nodes(program.graph_module, ordered)[node]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 
 from dcconvert.passes.ir.errors import UnsupportedModelError
 
@@ -85,3 +86,22 @@ def attributes(graph_module: GraphModule) -> dict[str, Tensor]:
         if not isinstance(found[path], Tensor):
             raise UnsupportedModelError(f"the graph reads {path}, which is no tensor and cannot be written to a bundle")
     return found
+
+
+def run_nodes(
+    module: GraphModule, nodes: Iterable[Node], given: Mapping[Node, Any] | None = None, missing: Any = None
+) -> dict[Node, Any]:
+    """The values of some nodes, in graph order, on those that are given; without gradients.
+
+    `missing` stands for operands that are neither given nor among the nodes, such as sizes that do not matter.
+    """
+    runner = Interpreter(module, garbage_collect_values=False)
+    runner.env = dict(given or {})
+    with torch.no_grad():
+        for node in nodes:
+            if node in runner.env:
+                continue
+            if missing is not None:
+                runner.env |= {source: missing for source in node.all_input_nodes if source not in runner.env}
+            runner.env[node] = runner.run_node(node)
+    return runner.env

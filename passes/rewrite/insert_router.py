@@ -36,11 +36,8 @@ class InsertRouter(Pass):
         elif router is None:
             raise UsageError("router 'own' is for models that have one (DC-DiT): choose another")
         name = f"dcconvert_{PREFIX}" if hasattr(program.graph_module, PREFIX) else PREFIX
-        with program.graph.inserting_after(start):
-            anchor = program.graph.call_function(torch.ops.aten.alias.default, (start,))
-        with program.graph.inserting_before(anchor):
+        with program.graph.inserting_before(start.next):
             program.scores = inline(program, router, (start,), name)
-        program.graph.erase_node(anchor)
         output = next(iter(reversed(program.graph.nodes)))
         output.args = ((program.scores, *output.args[0]),)
         return PassResult(1, (f"router {method.router} on {start.name}",))

@@ -44,9 +44,7 @@ class PackTrunk(Pass):
         nodes = trunk_nodes(program, start, (end, *contexts))
         packer = self.prepare(program)
         users = {value: [user for user in value.users if user not in nodes] for value in (end, *contexts)}
-        with program.graph.inserting_after(nodes[-1]):
-            marker = program.graph.call_function(aten.alias.default, (end,))  # new nodes go before it
-        with program.graph.inserting_before(marker):
+        with program.graph.inserting_before(nodes[-1].next):
             packed = self.enter(packer, start)
             packer.start(start, packed)
             for node in nodes:
@@ -55,7 +53,6 @@ class PackTrunk(Pass):
             if not program.chosen().by_values:
                 update = packer.emit(aten.sub.Tensor, update, packed)
             result = self.leave(packer, start, update)
-        program.graph.erase_node(marker)
         for value, outside in users.items():
             for user in outside:
                 user.replace_input_with(value, result if value is end else packer.outside(value))

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from dcconvert.passes.frontend.token_stream import dependents, is_token_tensor
 from dcconvert.passes.ir.errors import UnsupportedModelError
-from dcconvert.passes.ir.graph_tools import remove_dead_code, where
+from dcconvert.passes.ir.graph_tools import remove_dead_code, run_nodes, where
 from dcconvert.passes.ir.node_args import integers, operand
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
 from dcconvert.passes.ir.plan_inputs import CHUNK_INPUTS
@@ -76,16 +75,13 @@ class PatchSizes(Pass):
         outside = [user for user in end.users if user not in body]
         add_plan_inputs(program, CHUNK_INPUTS)
         packer = PatchPacker(program, find_rule, stream.tokens, program.chosen().row_packing)
-        with program.graph.inserting_after(end):
-            marker = program.graph.call_function(aten.alias.default, (end,))
-        with program.graph.inserting_before(marker):
+        with program.graph.inserting_before(end.next):
             members = (packer.plan_input("chunk_index"), packer.plan_input("chunk_weight"))
             embedded = embeddings(program, start, pixels.patch, scales)
             packer.start(start, packer.emit(torch.ops.dcconvert.chunk.default, embedded, *members))
             for node in body:
                 packer.visit(node)
             result = self.pixels(packer, end, pixels, scales)
-        program.graph.erase_node(marker)
         for user in outside:
             user.replace_input_with(end, result)
         remove_dead_code(program.graph)
@@ -143,10 +139,8 @@ def pixels_of(program: Program, end: Node) -> Pixels:
     height, width = program.found_stream().grid
     output: Any = next(iter(reversed(program.graph.nodes)))
     wanted = next(value for value in output.args[0] if isinstance(value, Node) and value is not program.scores)
-    values: dict[Node, Any] = {end: torch.arange(tokens * features, dtype=torch.float64).view(1, tokens, features)}
-    for node in dependents(program, [end])[1:]:
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: values.get(n, 1))
-        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    given = {end: torch.arange(tokens * features, dtype=torch.float64).view(1, tokens, features)}
+    values = run_nodes(program.graph_module, dependents(program, [end]), given, missing=1)
     image = values.get(wanted)
     if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[2] % height or image.shape[3] % width:
         raise UnsupportedModelError("the model's output is no image [B, C, H, W] in patches of the token grid")
@@ -197,16 +191,10 @@ def prefix(program: Program, start: Node) -> Any:
         )
 
     def run(image: Tensor) -> Tensor:
-        values: dict[Node, Any] = {}
-        for node in (n for n in program.graph.nodes if n in needed):
-            if node.op == "placeholder":
-                values[node] = image.to(node.meta["val"].dtype)
-            elif node.op == "get_attr":
-                values[node] = tensor_of(program, node)
-            else:
-                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)
-        return values[start].detach()
+        ordered = [node for node in program.graph.nodes if node in needed]
+        given = {node: image.to(node.meta["val"].dtype) for node in ordered if node.op == "placeholder"}
+        found: Tensor = run_nodes(program.graph_module, ordered, given)[start]
+        return found
 
     return run
 
@@ -215,9 +203,7 @@ def tensor_of(program: Program, node: Node) -> Tensor:
     """The value of a weight."""
     if node.op != "get_attr":
         raise UnsupportedModelError(f"{where(node)}: it is computed, where a weight is needed")
-    value: Any = program.graph_module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
+    value: Tensor = run_nodes(program.graph_module, [node])[node]
     return value.detach()
 
 

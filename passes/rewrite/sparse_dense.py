@@ -99,28 +99,22 @@ def rewrite_group(program: Program, number: int, group: Group, bodies: Sequence[
     dense = boundaries[group.generation]
     packer.whole_keys = True
     for block in (group.generation, *group.sparse):
-        with program.graph.inserting_after(boundaries[block + 1]):
-            marker = program.graph.call_function(aten.alias.default, (boundaries[block + 1],))
-        with program.graph.inserting_before(marker):
+        with program.graph.inserting_before(boundaries[block + 1].next):
             if block == group.generation:
                 members = (packer.plan_input("chunk_index"), packer.plan_input("chunk_weight"))
                 packer.start(dense, packer.emit(torch.ops.dcconvert.chunk.default, dense, *members))
             for node in bodies[block]:
                 packer.visit(node)
             packer.whole_keys = False
-        program.graph.erase_node(marker)
     last = boundaries[group.recovery]
     pooled = packer.get(last, "packed").node
-    with program.graph.inserting_after(pooled):
-        marker = program.graph.call_function(aten.alias.default, (pooled,))
-    with program.graph.inserting_before(marker):
+    with program.graph.inserting_before(pooled.next):
         kept = packer.emit(aten.linear.default, dense, weight(program, f"{number}.dense", torch.eye(width)))
         brought = packer.emit(
             aten.linear.default, pooled, weight(program, f"{number}.sparse", torch.zeros(width, width))
         )
         fill = (packer.plan_input("fill_index"), packer.plan_input("fill_weight"))
         recovered = packer.emit(torch.ops.dcconvert.dechunk.default, kept, brought, *fill)
-    program.graph.erase_node(marker)
     recover(packer, bodies[group.recovery], last, recovered)
 
 

@@ -6,15 +6,13 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from dcconvert.passes.frontend.token_stream import is_token_tensor
-from dcconvert.passes.ir.graph_tools import remove_dead_code
+from dcconvert.passes.ir.graph_tools import remove_dead_code, run_nodes
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
 from dcconvert.passes.ir.program import Program
 
@@ -65,7 +63,7 @@ class SplitProjections(Pass):
         for node in list(program.graph.nodes):
             if node.target is not aten.linear.default or not is_token_tensor(node, program.batch, tokens):
                 continue
-            parts = parts_of(node)
+            parts = parts_of(program, node)
             if parts:
                 split(program, node, parts)
                 matches += 1
@@ -73,17 +71,17 @@ class SplitProjections(Pass):
         return PassResult(matches)
 
 
-def parts_of(node: Node) -> list[Part]:
+def parts_of(program: Program, node: Node) -> list[Part]:
     """What the users of a linear layer take of its features; nothing unless that is several runs of all of them."""
     features, tokens = int(node.meta["val"].shape[2]), int(node.meta["val"].shape[1])
-    values: dict[Node, Any] = {node: torch.arange(features).expand(1, tokens, features)}
-    ends: list[Node] = []
-    for other in moved_from(node):
-        args = map_arg(other.args, lambda n: values.get(n, 1))
-        values[other] = other.target(*args)  # type: ignore[operator]
-    for other, value in values.items():
-        if isinstance(value, Tensor) and any(user not in values for user in other.users):
-            ends.append(other)
+    moved = moved_from(node)
+    given = {node: torch.arange(features).expand(1, tokens, features)}
+    values = run_nodes(program.graph_module, moved, given, missing=1)
+    ends = [
+        other
+        for other in (node, *moved)
+        if isinstance(values[other], Tensor) and any(user not in (node, *moved) for user in other.users)
+    ]
     found = [part_of(end, values[end], tokens) for end in ends]
     parts = sorted((part for part in found if part), key=lambda part: part.begin)
     bounds = [0, *(part.end for part in parts)]

@@ -128,14 +128,11 @@ def with_dechunk_adapter(model: DynamicModel, seed: int = 0) -> DynamicModel:
     filled: Any = dechunk_of(denoise.graph)
     module = made_for(model, DechunkAdapter, seed)
     users = list(filled.users)
-    with denoise.graph.inserting_after(filled):
-        marker = denoise.graph.call_function(aten.alias.default, (filled,))  # new nodes go before it
-    with denoise.graph.inserting_before(marker):
+    with denoise.graph.inserting_before(filled.next):
         added = spliced(denoise, module, DECHUNK, (filled, filled.args[0]), (width_of(model),) * 2)
         result = denoise.graph.call_function(aten.add.Tensor, (filled, added))
     for user in users:
         user.replace_input_with(filled, result)
-    denoise.graph.erase_node(marker)
     return with_graphs(model, model.route_graph, denoise)
 
 
