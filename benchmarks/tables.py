@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PAGES = (
     "README.md",
-    *(f"docs/{page}.md" for page in ("choices", "carry", "stress", "upcycle", "packing", "presets")),
+    *(f"docs/{page}.md" for page in ("results", "models", "choices", "carry", "stress", "upcycle", "packing", "presets")),
 )
 MARKER = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

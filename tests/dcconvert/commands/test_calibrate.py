@@ -14,11 +14,11 @@ import dcconvert
 from dcconvert.commands import rewrite_bundle as reschedule
 from dcconvert.commands.calibrate import Bench, Finalist, Settings, Task
 from dcconvert.evaluate import conversion_metrics as measure
-from dcconvert.evaluate import measure_steps as evaluate
 from dcconvert.evaluate.schedule_search import Candidate, Trial
 from dcconvert.export.bundle import read_bundle
 from dcconvert.export.checks.parity import Check
 from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.sampling import steps
 from dcconvert.sampling.bundle_runs import run_planner
 from dcconvert.sampling.samplers import Sampler
 from tests.dcconvert.harness import TOKENS, contents, refusal, run_cli
@@ -56,7 +56,7 @@ def fresh(main_job, tmp_path):
 @pytest.fixture
 def exported(monkeypatch, original_onnx):
     """The original need not be exported again."""
-    for module in (evaluate, measure):
+    for module in (steps, measure):
         monkeypatch.setattr(module, "export_original", lambda model, path, inputs: shutil.copy(original_onnx, path))
 
 
