@@ -25,10 +25,8 @@ from benchmarks.preset_table import sparsedit_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = (
-    "README.md",
-    *(f"docs/{page}.md" for page in ("results", "models", "choices", "carry", "stress", "upcycle", "packing", "presets")),
-)
+DOCS = ("results", "models", "choices", "carry", "stress", "upcycle", "packing", "presets")
+PAGES = ("README.md", *(f"docs/{page}.md" for page in DOCS))
 MARKER = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
