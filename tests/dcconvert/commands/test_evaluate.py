@@ -93,7 +93,7 @@ def test_every_row_has_its_control(figures):
 def test_every_row_is_judged(figures):
     names = ("psnr", "psnr_error", "pair_distance", "frechet", "kernel", "inception_score", "precision", "recall")
     assert all(np.isfinite(row[name]) for row in figures["rows"] for name in names)
-    # The reference is made of Euler steps: of the original's rows with that solver, more steps are nearer to it. (How many
+    # The reference is made of Euler steps, so that with this solver more steps are nearer to it. (How many
     # steps there are follows from measured latencies.)
     euler = sorted(
         (row for row in rows_of(figures, "original") if row["solver"] == "euler"), key=lambda row: row["steps"]
