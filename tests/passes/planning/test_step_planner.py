@@ -259,7 +259,7 @@ def test_counts_of_a_run_and_the_first_step_of_carry():
 
 
 def test_counts_that_a_step_finds_become_the_next_level_up_and_a_level_itself_stays():
-    given = planner(Schedule(NATURAL, 2, base=2, levels=(3, 5, 8)), mode="chunk", dechunk="smoothed")
+    given = planner(Schedule(NATURAL, 2, base=2, levels=(3, 5, 8)), mode="dc-dit")
     scores = np.where(np.arange(TOKENS) <= np.arange(7)[:, None], 0.9, 0.1)  # 2 to 8 chosen: the last token always is
     assert given.found_counts(scores, None).tolist() == [3, 3, 5, 5, 8, 8, 8]
 
