@@ -261,3 +261,16 @@ def test_no_file_is_too_long():
     files = sources("passes", "export", "dcconvert", "tests", "benchmarks", "training", ".ci")
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
     assert not {name: lines for name, lines in lengths.items() if lines > MAX_LINES}
+
+
+def test_only_the_methods_know_their_names():
+    """Everything else asks a method what it wants to know; the command line passes names on as they were typed."""
+    names = {"dc-dit", "sparsedit", "ddit", "tome"}
+    found = [
+        f"{module}:{node.lineno} says {node.value!r}"
+        for module, path in modules().items()
+        if not module.startswith("dcconvert.passes.methods")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in names
+    ]
+    assert not found

@@ -27,7 +27,7 @@ from dcconvert.images.pixels import psnr
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.schedule import Schedule
-from dcconvert.passes.planning.step_planner import CARRY, StepPlanner
+from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.report.calibration import Calibration
 from dcconvert.sampling.bundle_runs import dit_config, run_planner
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
@@ -72,11 +72,10 @@ class Task:
     def read(cls, settings: Settings) -> Task:
         """UsageError for a bundle that cannot be calibrated, or a budget that leaves nothing to search."""
         bundle = read_bundle(settings.folder)
-        mode = bundle.model.method.mode
-        if mode != CARRY:
+        if not bundle.model.method.stateful:
             raise UsageError(
-                f"{bundle.folder} is in mode {mode}: calibrate is for mode {CARRY}; convert the checkpoint again "
-                f"with --mode {CARRY}"
+                f"{bundle.folder} is in mode {bundle.model.method.mode}: calibrate is for mode carry; convert the "
+                "checkpoint again with --mode carry"
             )
         sampler, planner = run_planner(bundle, None)
         own = sampler.steps / planner.schedule.ratio

@@ -26,7 +26,7 @@ from dcconvert.images.dataset import LabelledImages, read_images
 from dcconvert.images.pixels import psnr_mean
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import StoppedError, UsageError
-from dcconvert.passes.planning.step_planner import CARRY, StepPlanner
+from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.trained.weight_sets import trained_model
 from dcconvert.sampling.bundle_runs import dit_config, run_planner
@@ -93,14 +93,15 @@ class Task:
     def read(cls, settings: Settings) -> Task:
         """UsageError for a bundle that cannot be trained, or a place that cannot be written to."""
         bundle = read_bundle(settings.folder)
-        mode = bundle.model.method.mode
-        if mode == CARRY and settings.data is not None:
-            raise UsageError(f"{bundle.folder} is in mode {mode}, which learns on its own runs: leave out --data")
+        method, recipe = bundle.model.method, settings.recipe
+        if method.stateful and settings.data is not None:
+            raise UsageError(
+                f"{bundle.folder} is in mode {method.mode}, which learns on its own runs: leave out --data"
+            )
         if not settings.in_place and settings.out.exists():
             raise UsageError(f"{settings.out} exists already: choose another folder with -o")
-        method, recipe = bundle.model.method, settings.recipe
         recipe = replace(recipe, lr=recipe.lr or method.learning_rate, train=recipe.train or method.trains)
-        settings = replace(settings, recipe=recipe, data=settings.data or (RUNS if mode == CARRY else TEACHER))
+        settings = replace(settings, recipe=recipe, data=settings.data or (RUNS if method.stateful else TEACHER))
         sampler, planner = run_planner(bundle, None)
         for ratio in recipe.ratios:
             bundle.model.step_planner.at_ratio(ratio, sampler.taus)  # raises before anything is drawn

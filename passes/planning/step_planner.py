@@ -23,8 +23,6 @@ from dcconvert.passes.planning.token_history import Doubles, History
 if TYPE_CHECKING:
     from dcconvert.passes.methods.method import Method
 
-CARRY = "carry"
-
 
 class StepPlanner:
     """The schedule says how many tokens a step keeps, router and history which, the plan where they go."""
