@@ -93,13 +93,14 @@ def test_every_row_has_its_control(figures):
 def test_every_row_is_judged(figures):
     names = ("psnr", "psnr_error", "pair_distance", "frechet", "kernel", "inception_score", "precision", "recall")
     assert all(np.isfinite(row[name]) for row in figures["rows"] for name in names)
-    # The reference is made of Euler steps, so that with this solver more steps are nearer to it. (How many
-    # steps there are follows from measured latencies.)
-    euler = sorted(
-        (row for row in rows_of(figures, "original") if row["solver"] == "euler"), key=lambda row: row["steps"]
-    )
-    assert [row["psnr"] for row in euler] == sorted(row["psnr"] for row in euler)
-    assert euler[-1]["pair_distance"] == min(row["pair_distance"] for row in euler)
+    # The reference is made of Euler steps, so the rows nearest to it are the original's with it. (How many steps
+    # they have follows from measured latencies, and near the reference more of them are not always nearer.)
+    euler = [row for row in rows_of(figures, "original") if row["solver"] == "euler"]
+    fewest, most = (pick(euler, key=lambda row: row["steps"]) for pick in (min, max))
+    best = max(figures["rows"], key=lambda row: row["psnr"])
+    assert best in euler
+    assert fewest["psnr"] < most["psnr"]
+    assert best["pair_distance"] < min(row["pair_distance"] for row in figures["rows"] if row not in euler)
     images = figures["images"]
     assert (images["count"], images["network"], images["real_count"]) == (5, "tiny", 9)
     assert set(images["floor"]) == {"frechet", "kernel", "kernel_error", "precision", "recall"}
