@@ -104,7 +104,7 @@ method_options = section(
     option(
         "--preset",
         type=click.Choice(list(PRESETS)),
-        help="A published method, in mode chunk: DC-DiT, SparseDiT, DDiT, or token merging (ToMe) as a control.",
+        help=f"A published method, in mode chunk. {'; '.join(METHODS[name].title for name in PRESETS)}.",
     ),
     option(
         "--router",

@@ -83,7 +83,7 @@ class StepPlanner:
     @property
     def watches(self) -> bool:
         """Whether a run has to keep its last latents."""
-        return self.schedule.kind == DIFFERENCE
+        return self.method.watches and self.schedule.found
 
     @property
     def carries(self) -> bool:
