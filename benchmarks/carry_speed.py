@@ -19,7 +19,7 @@ import torch
 import dcconvert
 from benchmarks.common import SIZES, random_dit, write_result
 from dcconvert.evaluate.measure_steps import compute_section, latency_section
-from dcconvert.export.buckets import ladder
+from dcconvert.export.buckets import choose_buckets
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.passes.ir.spec import SLOTS
 from dcconvert.passes.planning.schedule import AUTO, Schedule, noise_levels
@@ -55,8 +55,8 @@ def measure_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             schedule = Schedule("falling", ratio, warm_up=AUTO).fitted(taus)
             planner = StepPlanner(model.spec, model.method, schedule)
             compute = compute_section(model, planner, taus)
-            rungs = ladder((args.batch,), planner.run_counts(taus), model.spec.tokens)
-            runtime = Runtime.open(model, planner, rungs, folder, folder, args.threads)
+            bucket_set = choose_buckets((args.batch,), planner.run_counts(taus), model.spec.tokens)
+            runtime = Runtime.open(model, planner, bucket_set, folder, folder, args.threads)
             row = latency_section(runtime, compute, args.batch, args.runs, in_torch=False)[0]
             dense = row["by_bucket_ms"][f"{model.spec.tokens} tokens"]["median"]
             state = dense - row["original_ms"]["median"]

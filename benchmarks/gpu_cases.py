@@ -265,15 +265,15 @@ def attention_forms(
         return x.transpose(1, 2).flatten(2)
 
     def rows(attend: Callable[..., Tensor]) -> Tensor:
-        q, k, v = split(ops.regroup(qkv, arrays["grid_index"]))
-        return ops.regroup(joined(attend(q, k, v)), arrays["packed_index"])
+        q, k, v = split(ops.gather_tokens(qkv, arrays["grid_index"]))
+        return ops.gather_tokens(joined(attend(q, k, v)), arrays["packed_index"])
 
     def varlen() -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in split(qkv))
         return ops.varlen_attention(q, k, v, arrays["cu_seqlens"], max(counts), scale).flatten(2)
 
     forms: dict[str, Callable[[], Tensor]] = {
-        "rows with lengths": lambda: rows(lambda q, k, v: ops.row_attention(q, k, v, arrays["row_lengths"], scale)),
+        "rows with lengths": lambda: rows(lambda q, k, v: ops.padded_attention(q, k, v, arrays["row_lengths"], scale)),
         "block mask": lambda: joined(ops.segment_attention(*split(qkv.flatten(0, 1)[None]), segment, scale)).view(
             tiles, tile, width
         ),

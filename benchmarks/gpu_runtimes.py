@@ -1,4 +1,4 @@
-"""Parts of `benchmarks.gpu` that need another runtime: ONNX Runtime and TensorRT, in the flavours that they are given.
+"""Parts of `benchmarks.gpu` that need another runtime: ONNX Runtime and TensorRT, in the variants that they are given.
 
 Matrix products and attention are in fp16, of the original as of the converted model, everything else in fp32.
 """
@@ -18,7 +18,7 @@ from benchmarks.common import random_dit
 from benchmarks.gpu_cases import FORMS, TOLERANCES, kept_tokens, telling_std
 from dcconvert.api import Converted
 from dcconvert.commands.build import find_device
-from dcconvert.export.buckets import ladder
+from dcconvert.export.buckets import choose_buckets
 from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
 from dcconvert.export.checks.latency import interleaved, spread
 from dcconvert.export.checks.parity import as_array
@@ -38,24 +38,24 @@ from dcconvert.export.onnx.mixed_precision import in_precision
 from dcconvert.export.runtimes.ort import CPU, CUDA, make_session
 from dcconvert.export.runtimes.ort_static import StaticModel, bound
 from dcconvert.export.runtimes.trt import LoadedEngine, TrtModel, backend_module, load_engine
-from dcconvert.export.variants import FLAVOURS
+from dcconvert.export.variants import VARIANTS
 
 Array = np.ndarray
 
 
 class Exported:
-    """A converted model and its ONNX files in some flavours, in a folder that goes with it."""
+    """A converted model and its ONNX files in some variants, in a folder that goes with it."""
 
     def __init__(self, size: str, pixels: int, form: str, depth: int = 0) -> None:
         dit = random_dit(size, 2, pixels, depth=depth, std=telling_std(size))
         self.model: Converted = dcconvert.convert(dit, 4, options=FORMS[form])
         self._folder = tempfile.TemporaryDirectory()
 
-    def folder(self, flavour: str) -> Path:
-        """Route, denoise and original in a flavour, exported when they are first wanted."""
-        folder = Path(self._folder.name) / flavour
+    def folder(self, variant: str) -> Path:
+        """Route, denoise and original in a variant, exported when they are first wanted."""
+        folder = Path(self._folder.name) / variant
         if not folder.exists():
-            changed, lowerings = in_precision(self.model, FLAVOURS[flavour].precision), FLAVOURS[flavour].lowerings
+            changed, lowerings = in_precision(self.model, VARIANTS[variant].precision), VARIANTS[variant].lowerings
             export_onnx(changed, folder, lowerings)
             export_original(changed, folder / "original.onnx", changed.spec.example(3))
         return folder
@@ -96,7 +96,9 @@ def onnx_runtime(exported: Exported, batch: int, ratio: float, on_gpu: bool, run
     """A step on ONNX Runtime, as CUDA graphs where there is CUDA; only images and plans pass the host."""
     model, provider = exported.model, CUDA if on_gpu else CPU
     folder, tokens = exported.folder("ort-cuda"), model.spec.tokens
-    session = StaticModel(folder, model.step_planner, ladder((batch,), [kept_tokens(model, ratio)], tokens), provider)
+    session = StaticModel(
+        folder, model.step_planner, choose_buckets((batch,), [kept_tokens(model, ratio)], tokens), provider
+    )
     feed = exported.feed(batch)
     settings = {"enable_cuda_graph": "1"} if on_gpu else None
     original = bound(make_session(folder / "original.onnx", provider, settings=settings), feed, batch, on_gpu)
@@ -122,7 +124,7 @@ def tensorrt_module() -> str:
 def tensorrt(exported: Exported, batch: int, ratio: float, runs: int) -> dict[str, Any]:
     """A step as engines, built as `dcconvert build` does; the state stays on the GPU, images pass the host."""
     model, folder, device = exported.model, exported.folder("trt"), find_device(None)
-    buckets = ladder((batch,), [kept_tokens(model, ratio)], model.spec.tokens).buckets
+    buckets = choose_buckets((batch,), [kept_tokens(model, ratio)], model.spec.tokens).buckets
     [full] = full_buckets(buckets)
     path = folder / "original.onnx"
     shapes = profile(input_shapes(path), full, full)

@@ -26,7 +26,7 @@ import numpy as np
 import dcconvert
 from benchmarks.common import write_result
 from dcconvert.api import Converted
-from dcconvert.export.buckets import ladder
+from dcconvert.export.buckets import choose_buckets
 from dcconvert.export.checks.latency import interleaved, spread
 from dcconvert.export.checks.parity import as_array
 from dcconvert.export.onnx.export import export_onnx, export_original
@@ -160,8 +160,8 @@ def planning(mode: str, router: str, batch: int, args: argparse.Namespace) -> di
     feed = {key: as_array(value) for key, value in model.spec.example(batch).items()}
     with tempfile.TemporaryDirectory() as tmp:
         export_onnx(model, Path(tmp))
-        rungs = ladder((batch,), planner.run_counts(taus), model.spec.tokens)
-        session = OrtModel(Path(tmp), planner, rungs, threads=args.threads)
+        bucket_set = choose_buckets((batch,), planner.run_counts(taus), model.spec.tokens)
+        session = OrtModel(Path(tmp), planner, bucket_set, threads=args.threads)
         stages: dict[str, list[float]] = {"route": [], "plan": [], "denoise": []}
         for warm in (True, False):
             run = session.start(batch)

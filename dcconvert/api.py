@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from dcconvert.environment import machine
-from dcconvert.export.buckets import Ladder, ladder
+from dcconvert.export.buckets import BucketSet, choose_buckets
 from dcconvert.export.bundle import FORMAT_VERSION, ONNX, read_bundle, write_model
 from dcconvert.export.files import MANIFEST, new_folder, write_json
 from dcconvert.models.dc_dit import RefinedDiT
@@ -56,13 +56,13 @@ class Converted(DynamicModel):
     def with_schedule(self, schedule: Schedule) -> Converted:
         return self.of(super().with_schedule(schedule), self.facts)
 
-    def ladder(self, batches: Sequence[int] = DEFAULT_BATCHES) -> Ladder:
+    def choose_buckets(self, batches: Sequence[int] = DEFAULT_BATCHES) -> BucketSet:
         """Buckets for batch sizes and a sampling run at evenly spaced noise levels, of the steps it was made for."""
         steps = int(self.facts.get("steps", DEFAULT_STEPS))
         taus = noise_levels(steps)
         planner = StepPlanner(self.spec, self.method, self.schedule.fitted(taus))
-        counts = planner.ladder_counts(taus)
-        return ladder(batches, counts, self.spec.tokens, max(LEVELS, len(self.schedule.levels)) - 1)
+        counts = planner.bucket_counts(taus)
+        return choose_buckets(batches, counts, self.spec.tokens, max(LEVELS, len(self.schedule.levels)) - 1)
 
     def save(self, folder: str | Path, batches: Sequence[int] = DEFAULT_BATCHES, force: bool = False) -> Path:
         """Write a bundle: weights, graphs, ONNX files, manifest. UsageError if the folder exists already."""
@@ -70,10 +70,10 @@ class Converted(DynamicModel):
 
         target = Path(folder)
         with new_folder(target, force) as work:
-            rungs = self.ladder(batches)
+            bucket_set = self.choose_buckets(batches)
             write_model(self, work)
             export_onnx(self, work / ONNX)
-            write_json(manifest(self, rungs, **self.facts), work / MANIFEST)
+            write_json(manifest(self, bucket_set, **self.facts), work / MANIFEST)
         return target
 
 
@@ -265,7 +265,7 @@ def load(folder: str | Path) -> Converted:
     return Converted.of(bundle.model, {name: bundle.manifest[name] for name in kept if name in bundle.manifest})
 
 
-def manifest(model: DynamicModel, rungs: Ladder, **more: Any) -> dict[str, Any]:
+def manifest(model: DynamicModel, bucket_set: BucketSet, **more: Any) -> dict[str, Any]:
     """What a bundle says about itself; `more` is added at the top level."""
     from dcconvert.export.onnx.lowerings import OPSET  # needs onnxscript
 
@@ -281,7 +281,7 @@ def manifest(model: DynamicModel, rungs: Ladder, **more: Any) -> dict[str, Any]:
         },
         "grid": list(model.spec.grid),
         "tokens": model.spec.tokens,
-        "ladder": rungs.to_dict(),
+        "buckets": bucket_set.to_dict(),
         "opset": OPSET,
         "machine": machine(),
         **more,

@@ -1,4 +1,4 @@
-"""Bucket ladders: the few static shapes that a model is exported, compiled and profiled for."""
+"""bucket sets: the few static shapes that a model is exported, compiled and profiled for."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.layout import MIXED_TILE, Bucket
 from dcconvert.passes.planning.schedule import LEVELS
 
-__all__ = ["Bucket", "Ladder", "ladder"]
+__all__ = ["Bucket", "BucketSet", "choose_buckets"]
 
 REMEMBERED = 256
 
 
 @dataclass(frozen=True)
-class Ladder:
+class BucketSet:
     """The buckets of one bundle, smallest first.
 
     ``tokens``: N, tokens a sample. ``expected_waste``: mean over the steps of a run of bucket tokens / kept tokens - 1,
-    at a batch size on the ladder; a smaller batch adds the copies that fill it up.
+    at a batch size in the set; a smaller batch adds the copies that fill it up.
     """
 
     buckets: tuple[Bucket, ...]
@@ -37,7 +37,7 @@ class Ladder:
         return tuple(sorted({bucket.batch for bucket in self.buckets}))
 
     @property
-    def rungs(self) -> tuple[int, ...]:
+    def lengths(self) -> tuple[int, ...]:
         """Row lengths, ascending; the last keeps everything."""
         return tuple(sorted({bucket.row_tokens for bucket in self.buckets}))
 
@@ -45,7 +45,7 @@ class Ladder:
         """Return the bucket with the fewest tokens that holds ``batch`` samples of ``counts`` (one, or [batch]) tokens.
 
         The caller fills a batch smaller than the bucket's by repeating its last sample. UsageError for an empty batch,
-        one above the largest on the ladder, or counts that are not 1..N.
+        one above the largest in the set, or counts that are not 1..N.
         """
         if not 1 <= batch <= self.batches[-1]:
             raise UsageError(
@@ -73,7 +73,7 @@ class Ladder:
         return {**asdict(self), "buckets": [asdict(bucket) for bucket in self.buckets]}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Ladder:
+    def from_dict(cls, data: Mapping[str, Any]) -> BucketSet:
         """Read back ``to_dict``; UsageError if anything is missing, the full bucket included, or no valid size."""
         try:
             buckets = tuple(
@@ -91,11 +91,14 @@ class Ladder:
         return result
 
 
-def ladder(batches: Sequence[int], counts_per_step: ArrayLike, tokens: int, max_rungs: int = LEVELS - 1) -> Ladder:
+def choose_buckets(
+    batches: Sequence[int], counts_per_step: ArrayLike, tokens: int, max_lengths: int = LEVELS - 1
+) -> BucketSet:
     """Choose the buckets for ``batches`` and the kept tokens a sample at each step of a run (1..``tokens``).
 
-    At most ``max_rungs`` row lengths, those with the least expected padding, and always the full one beside them; every
-    batch size gets every length, one sample a row and a tile, T = B * S. UsageError for empty or out-of-range input.
+    At most ``max_lengths`` row lengths, those with the least expected padding, and always the full one beside them;
+    every batch size gets every length, one sample a row and a tile, T = B * S. UsageError for empty or
+    out-of-range input.
     """
     sizes = sorted(set(batches))
     if not sizes or sizes[0] < 1:
@@ -103,31 +106,34 @@ def ladder(batches: Sequence[int], counts_per_step: ArrayLike, tokens: int, max_
     counts = np.asarray(counts_per_step, dtype=np.int64).ravel()
     if counts.size == 0 or counts.min() < 1 or counts.max() > tokens:
         raise UsageError(f"kept tokens a step must be from 1 to {tokens}: check ratio, schedule and steps")
-    if max_rungs < 1:
-        raise UsageError(f"{max_rungs} rungs: a ladder needs at least 1")
-    rungs = _best_rungs(counts, tokens, max_rungs)
-    padded = rungs[np.searchsorted(rungs, counts)]
-    buckets = tuple(sorted(Bucket(size, size * rung, size, rung, rung) for size in sizes for rung in rungs.tolist()))
-    return Ladder(buckets, tokens, float(np.mean(padded / counts) - 1))
+    if max_lengths < 1:
+        raise UsageError(f"{max_lengths} lengths: a bucket set needs at least 1")
+    lengths = _best_lengths(counts, tokens, max_lengths)
+    padded = lengths[np.searchsorted(lengths, counts)]
+    buckets = tuple(
+        sorted(Bucket(size, size * length, size, length, length) for size in sizes for length in lengths.tolist())
+    )
+    return BucketSet(buckets, tokens, float(np.mean(padded / counts) - 1))
 
 
-def guided_ladder(batch: int, counts: ArrayLike, unconditional: ArrayLike, tokens: int) -> Ladder:
+def choose_guided_buckets(batch: int, counts: ArrayLike, unconditional: ArrayLike, tokens: int) -> BucketSet:
     """Buckets for ``batch`` pairs of samples, the first of which keep ``counts``, the second ``unconditional``.
 
     One entry a step of a run in each; the batch is all first ones, then all second ones (classifier-free guidance with
     less for the unconditional half, the Lite-CFG of arXiv 2603.06351). A row holds the longer of a pair, the packed
-    tokens are as many as both keep, in tiles of ``MIXED_TILE``. The last bucket keeps everything. Errors as ``ladder``.
+    tokens are as many as both keep, in tiles of ``MIXED_TILE``. The last bucket keeps everything. Errors
+    as ``choose_buckets``.
     """
     first, second = np.asarray(counts, np.int64), np.asarray(unconditional, np.int64)
-    rungs = np.asarray(ladder((batch,), np.maximum(first, second), tokens).rungs)
-    step_rung = rungs[np.searchsorted(rungs, np.maximum(first, second))]
+    lengths = np.asarray(choose_buckets((batch,), np.maximum(first, second), tokens).lengths)
+    step_length = lengths[np.searchsorted(lengths, np.maximum(first, second))]
     buckets = {Bucket(2 * batch, 2 * batch * tokens, 2 * batch, tokens, tokens)}
-    for rung in np.unique(step_rung).tolist():
-        here = step_rung == rung
+    for length in np.unique(step_length).tolist():
+        here = step_length == length
         tiles = sum(-(-int(half[here].max()) // MIXED_TILE) for half in (first, second))
         if tiles * MIXED_TILE < 2 * tokens:
-            buckets.add(Bucket(2 * batch, batch * tiles * MIXED_TILE, 2 * batch, rung, MIXED_TILE))
-    found = Ladder(tuple(sorted(buckets)), tokens, 0.0)
+            buckets.add(Bucket(2 * batch, batch * tiles * MIXED_TILE, 2 * batch, length, MIXED_TILE))
+    found = BucketSet(tuple(sorted(buckets)), tokens, 0.0)
     pairs = [np.repeat(pair, batch) for pair in zip(first, second, strict=True)]
     waste = [found.choose(2 * batch, pair).tokens / pair.sum() - 1 for pair in pairs]
     return replace(found, expected_waste=float(np.mean(waste)))
@@ -135,7 +141,7 @@ def guided_ladder(batch: int, counts: ArrayLike, unconditional: ArrayLike, token
 
 @dataclass(frozen=True)
 class PaddedShapes:
-    """Shapes without buckets, in the place of a ladder: every sample as long as the longest of its batch.
+    """Shapes without buckets, in the place of a bucket set: every sample as long as the longest of its batch.
 
     ``whole``: as long as the token grid instead, the one static shape that holds everything.
     """
@@ -149,14 +155,14 @@ class PaddedShapes:
         return Bucket(batch, batch * length, batch, length, length)
 
 
-def _best_rungs(counts: NDArray[np.int64], tokens: int, max_rungs: int) -> NDArray[np.int64]:
-    """Ascending row lengths, ``tokens`` the last, with at most ``max_rungs`` before it and the least total padding.
+def _best_lengths(counts: NDArray[np.int64], tokens: int, max_lengths: int) -> NDArray[np.int64]:
+    """Ascending row lengths, ``tokens`` the last, with at most ``max_lengths`` before it and the least total padding.
 
-    Exact: an optimal rung is one of the counts, so the sorted distinct counts are cut into runs, each padded to its
-    largest. least[j] is the least padding of the counts up to j with the rungs so far, the last of them at j.
+    Exact: an optimal length is one of the counts, so the sorted distinct counts are cut into runs, each padded to its
+    largest. least[j] is the least padding of the counts up to j with the lengths so far, the last of them at j.
     """
     values, weights = np.unique(np.append(counts, tokens), return_counts=True)
-    weights[-1] -= 1  # the full rung is always there, needed or not
+    weights[-1] -= 1  # the full length is always there, needed or not
     heads = np.concatenate([[0], np.cumsum(weights)])
     sums = np.concatenate([[0], np.cumsum(weights * values)])
     # cost[i, j]: padding of counts i..j raised to count j.
@@ -164,12 +170,12 @@ def _best_rungs(counts: NDArray[np.int64], tokens: int, max_rungs: int) -> NDArr
     cost[np.tril_indices(len(values), -1)] = np.inf
     least = cost[0]
     cuts = []
-    for _ in range(min(max_rungs, len(values) - 1)):
-        # One more rung: the run before ends at i - 1. Not using the extra rung is never better, and a tie is harmless.
+    for _ in range(min(max_lengths, len(values) - 1)):
+        # One more length: the run before ends at i - 1. A run without it is never better, and a tie is harmless.
         before = np.concatenate([[np.inf], least[:-1]])[:, None] + cost
         cuts.append(before.argmin(axis=0))
         least = before.min(axis=0)
-    rungs = [len(values) - 1]
+    lengths = [len(values) - 1]
     for cut in reversed(cuts):
-        rungs.append(int(cut[rungs[-1]]) - 1)
-    return values[rungs[::-1]]
+        lengths.append(int(cut[lengths[-1]]) - 1)
+    return values[lengths[::-1]]

@@ -9,14 +9,14 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dcconvert.export.buckets import Ladder
+from dcconvert.export.buckets import BucketSet
 from dcconvert.export.files import MANIFEST, current_umask, read_json, write_json
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.serialise.graph_json import model_from_dict, model_tensors, model_to_dict
 
-FORMAT_VERSION = 3
-READABLE = (2, FORMAT_VERSION)
+FORMAT_VERSION = 4
+READABLE = (2, 3, FORMAT_VERSION)
 WEIGHTS = "model.safetensors"
 GRAPH = "graph.json"
 ONNX = "onnx"
@@ -29,7 +29,7 @@ class Bundle:
     folder: Path
     manifest: dict[str, Any]
     model: DynamicModel
-    ladder: Ladder
+    bucket_set: BucketSet
 
     @property
     def onnx(self) -> Path:
@@ -59,4 +59,9 @@ def read_bundle(folder: Path) -> Bundle:
     except (OSError, SafetensorError) as error:
         raise UsageError(f"cannot read {folder / WEIGHTS}: {error}; convert the model again") from error
     model = model_from_dict(read_json(folder / GRAPH), tensors)
-    return Bundle(folder, manifest, model, Ladder.from_dict(manifest.get("ladder", {})))
+    return Bundle(folder, manifest, model, manifest_buckets(manifest))
+
+
+def manifest_buckets(manifest: dict[str, Any]) -> BucketSet:
+    """The buckets of a manifest; UsageError if it has none."""
+    return BucketSet.from_dict(manifest.get("buckets", manifest.get("ladder", {})))  # "ladder" up to format 3

@@ -1,4 +1,4 @@
-"""Flavours of the exported graphs: one source graph, written for different runtimes."""
+"""Variants of the exported graphs: one source graph, written for different runtimes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dcconvert.passes.runtime.model import DynamicModel
 
 
 @dataclass(frozen=True)
-class Flavour:
+class Variant:
     """How the graphs of a bundle are written for one runtime, beside the portable files in fp32 that it always has.
 
     `error`: how far the output may be from the model in fp32, relative. `agreement`: how far ONNX Runtime may be from
@@ -34,20 +34,20 @@ class Flavour:
     packed: bool = False
 
 
-FLAVOURS = {
-    flavour.name: flavour
-    for flavour in (
-        Flavour("ort-cuda", "fp16", PORTABLE, 1e-2, 3e-2),
-        Flavour("trt", "fp16", TENSORRT, 1e-2, 3e-2),
-        Flavour("trt-bf16", "bf16", TENSORRT, 5e-2, None),
-        Flavour("trt-packed", "fp16", TENSORRT, 1e-2, 3e-2, packed=True),
-        Flavour("trt-packed-bf16", "bf16", TENSORRT, 5e-2, None, packed=True),
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant("ort-cuda", "fp16", PORTABLE, 1e-2, 3e-2),
+        Variant("trt", "fp16", TENSORRT, 1e-2, 3e-2),
+        Variant("trt-bf16", "bf16", TENSORRT, 5e-2, None),
+        Variant("trt-packed", "fp16", TENSORRT, 1e-2, 3e-2, packed=True),
+        Variant("trt-packed-bf16", "bf16", TENSORRT, 5e-2, None, packed=True),
     )
 }
 
 
-def write_flavour(
-    flavour: Flavour,
+def write_variant(
+    variant: Variant,
     model: DynamicModel,
     folder: Path,
     buckets: tuple[Bucket, ...],
@@ -57,20 +57,20 @@ def write_flavour(
 
     CheckFailedError if one fails; UsageError for a model that cannot be written so.
     """
-    tick(f"{flavour.name}, {flavour.precision}")
-    changed = in_precision(with_packed_attention(model) if flavour.packed else model, flavour.precision)
-    checks = [check_precision(model, changed, flavour)]
+    tick(f"{variant.name}, {variant.precision}")
+    changed = in_precision(with_packed_attention(model) if variant.packed else model, variant.precision)
+    checks = [check_precision(model, changed, variant)]
     require(checks)
-    export_onnx(changed, folder / flavour.name, flavour.lowerings)
-    if flavour.agreement is not None:
-        found = check_runtime(changed, folder / flavour.name, model.spec.example, buckets, tick, flavour.agreement)
+    export_onnx(changed, folder / variant.name, variant.lowerings)
+    if variant.agreement is not None:
+        found = check_runtime(changed, folder / variant.name, model.spec.example, buckets, tick, variant.agreement)
         require(found)
-        checks += [Check(f"{flavour.name}: {c.name}", c.value, c.tolerance, c.detail) for c in found]
+        checks += [Check(f"{variant.name}: {c.name}", c.value, c.tolerance, c.detail) for c in found]
     return checks
 
 
 @torch.no_grad()
-def check_precision(model: DynamicModel, changed: DynamicModel, flavour: Flavour) -> Check:
+def check_precision(model: DynamicModel, changed: DynamicModel, variant: Variant) -> Check:
     """What half precision does to the output of a step whose samples keep different numbers of tokens."""
     inputs, tokens = model.spec.example(2), model.spec.tokens
     scores, live, state = second_step(model, inputs)
@@ -78,5 +78,5 @@ def check_precision(model: DynamicModel, changed: DynamicModel, flavour: Flavour
     plan = mixed_plan(model, scores, torch.tensor([tokens // 2, tokens // 8]).numpy())
     wanted = model.denoise(inputs, live, plan, state)[0]
     found = changed.denoise(inputs, live_changed, plan, state_changed)[0]
-    name = f"{flavour.name}: {flavour.precision} against fp32"
-    return Check(name, relative_error(found, wanted), flavour.error, "one step on the same keep mask, torch")
+    name = f"{variant.name}: {variant.precision} against fp32"
+    return Check(name, relative_error(found, wanted), variant.error, "one step on the same keep mask, torch")

@@ -35,7 +35,7 @@ from dcconvert.export.engines.worker import RTX
 from dcconvert.export.files import put_in_place
 from dcconvert.export.onnx.export import graph_names
 from dcconvert.export.onnx.packed_attention import refusal, with_packed_attention
-from dcconvert.export.variants import FLAVOURS, Flavour, write_flavour
+from dcconvert.export.variants import VARIANTS, Variant, write_variant
 from dcconvert.passes.ir.errors import CheckFailedError, StoppedError, UsageError
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.runtime.model import DynamicModel
@@ -73,23 +73,23 @@ def build_bundle(settings: Settings, console: Console) -> Path:
     bundle = read_bundle(settings.bundle)
     if settings.target != "trt":
         refuse_others(settings)
-        graphs = exported(bundle, FLAVOURS[settings.target], stages, bundle.onnx)
+        graphs = exported(bundle, VARIANTS[settings.target], stages, bundle.onnx)
         console.print(escape(f"Graphs: {graphs}"), highlight=False, soft_wrap=True)
         return graphs
     device = find_device(settings.backend, settings.compute_capability)
-    flavour = choose_flavour(bundle.model, settings, device, stages)
+    variant = choose_variant(bundle.model, settings, device, stages)
     if settings.dry_run:
         with tempfile.TemporaryDirectory() as work:
-            wanted = engines_for(bundle, flavour, device, settings, stages, Path(work))
+            wanted = engines_for(bundle, variant, device, settings, stages, Path(work))
             console.print(plan_table(wanted, device, bundle))
         return bundle.folder / ENGINES / device.folder
     try:
-        entries = build_engines(bundle, flavour, device, settings, stages)
+        entries = build_engines(bundle, variant, device, settings, stages)
     except (UsageError, CheckFailedError) as error:
-        if not flavour.packed or settings.attention == "packed":
+        if not variant.packed or settings.attention == "packed":
             raise
         stages.note(escape(f"attention with masks, because {error}"))
-        entries = build_engines(bundle, flavour_of(settings, "trt"), device, settings, stages)
+        entries = build_engines(bundle, variant_of(settings, "trt"), device, settings, stages)
     console.print(engine_table(entries, device))
     folder = bundle.folder / ENGINES / device.folder
     console.print(escape(f"Engines: {folder}"), highlight=False, soft_wrap=True)
@@ -106,9 +106,9 @@ def refuse_others(settings: Settings) -> None:
 
 
 def build_engines(
-    bundle: Bundle, flavour: Flavour, device: Device, settings: Settings, stages: Stages
+    bundle: Bundle, variant: Variant, device: Device, settings: Settings, stages: Stages
 ) -> tuple[Built, ...]:
-    wanted = engines_for(bundle, flavour, device, settings, stages, bundle.onnx)
+    wanted = engines_for(bundle, variant, device, settings, stages, bundle.onnx)
     folder = bundle.folder / ENGINES / device.folder
     folder.mkdir(parents=True, exist_ok=True)
     remove_old(folder, ".building-*")
@@ -116,30 +116,30 @@ def build_engines(
 
 
 def engines_for(
-    bundle: Bundle, flavour: Flavour, device: Device, settings: Settings, stages: Stages, place: Path
+    bundle: Bundle, variant: Variant, device: Device, settings: Settings, stages: Stages, place: Path
 ) -> list[Engine]:
-    """The engines of a bundle in a flavour, whose graphs are written into `place` if the bundle has none."""
+    """The engines of a bundle in a variant, whose graphs are written into `place` if the bundle has none."""
     return plan_engines(
-        exported(bundle, flavour, stages, place),
+        exported(bundle, variant, stages, place),
         graph_names(bundle.model.spec),
-        bundle.ladder.buckets,
-        flavour.precision,
+        bundle.bucket_set.buckets,
+        variant.precision,
         device,
         per_bucket=settings.per_bucket,
         ranges=settings.ranges,
     )
 
 
-def flavour_of(settings: Settings, name: str) -> Flavour:
-    return FLAVOURS[name if settings.precision == "fp16" else f"{name}-{settings.precision}"]
+def variant_of(settings: Settings, name: str) -> Variant:
+    return VARIANTS[name if settings.precision == "fp16" else f"{name}-{settings.precision}"]
 
 
-def choose_flavour(model: DynamicModel, settings: Settings, device: Device, stages: Stages) -> Flavour:
-    """The flavour that the settings ask for; with attention "auto" the packed one if the backend builds it.
+def choose_variant(model: DynamicModel, settings: Settings, device: Device, stages: Stages) -> Variant:
+    """The variant that the settings ask for; with attention "auto" the packed one if the backend builds it.
 
     UsageError for attention "packed" where there is none.
     """
-    masks, packed = flavour_of(settings, "trt"), flavour_of(settings, "trt-packed")
+    masks, packed = variant_of(settings, "trt"), variant_of(settings, "trt-packed")
     if settings.attention == "masks":
         return masks
     try:
@@ -217,19 +217,19 @@ def this_gpu() -> tuple[str, str] | None:
     return (name.strip(), capability.strip()) if name else None
 
 
-def exported(bundle: Bundle, flavour: Flavour, stages: Stages, place: Path) -> Path:
-    """The graphs of a bundle in a flavour; written into `place` and checked if the bundle does not have them all."""
-    folder = bundle.onnx / flavour.name
+def exported(bundle: Bundle, variant: Variant, stages: Stages, place: Path) -> Path:
+    """The graphs of a bundle in a variant; written into `place` and checked if the bundle does not have them all."""
+    folder = bundle.onnx / variant.name
     if all((folder / f"{graph}.onnx").is_file() for graph in graph_names(bundle.model.spec)):
         return folder
-    remove_old(place, ".flavour-*")
+    remove_old(place, ".variant-*")
     with (
-        stages.stage(f"export {flavour.name}") as tick,
-        tempfile.TemporaryDirectory(dir=place, prefix=".flavour-") as work,
+        stages.stage(f"export {variant.name}") as tick,
+        tempfile.TemporaryDirectory(dir=place, prefix=".variant-") as work,
     ):
-        write_flavour(flavour, bundle.model, Path(work), bundle.ladder.buckets, tick)
-        put_in_place(Path(work) / flavour.name, place / flavour.name)
-    return place / flavour.name
+        write_variant(variant, bundle.model, Path(work), bundle.bucket_set.buckets, tick)
+        put_in_place(Path(work) / variant.name, place / variant.name)
+    return place / variant.name
 
 
 def remove_old(folder: Path, pattern: str) -> None:

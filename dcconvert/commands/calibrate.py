@@ -95,7 +95,7 @@ class Task:
 
     @property
     def batch(self) -> int:
-        return self.settings.batch or max(self.bundle.ladder.batches)
+        return self.settings.batch or max(self.bundle.bucket_set.batches)
 
     def images(self, seed: int) -> ImageSet:
         """A set of samples from this seed on."""

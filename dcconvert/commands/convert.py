@@ -13,7 +13,7 @@ from dcconvert.api import Converted, convert, manifest, sampling_facts
 from dcconvert.environment import machine
 from dcconvert.evaluate.conversion_metrics import LATENCY_RUNS, Effort, Subject, measure
 from dcconvert.evaluate.measure_steps import compute_section
-from dcconvert.export.buckets import Ladder, ladder
+from dcconvert.export.buckets import BucketSet, choose_buckets
 from dcconvert.export.bundle import ONNX, write_model
 from dcconvert.export.checks.parity import (
     Check,
@@ -105,13 +105,13 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
         sampler = Sampler(source.prediction, settings.steps, settings.solver)
         taus = sampler.taus
         model = model.with_schedule(model.step_planner.levelled(taus, settings.buckets))
-        if model.schedule.found and source.config is not None:
+        if model.schedule.data_dependent and source.config is not None:
             with stages.stage("fit to the ratio on runs of the model") as tick:
                 model = fitted(model, sampler, source.config, tick)
         planner = StepPlanner(model.spec, model.method, model.schedule.fitted(taus))
-        counts = planner.ladder_counts(taus)
-        rungs = ladder(settings.batches, counts, model.spec.tokens, settings.buckets - 1)
-        report = describe(settings, source, model, planner, rungs)
+        counts = planner.bucket_counts(taus)
+        bucket_set = choose_buckets(settings.batches, counts, model.spec.tokens, settings.buckets - 1)
+        report = describe(settings, source, model, planner, bucket_set)
         if model.spec.states:
             stages.note(state_note(model.spec.state_bytes, settings.batches))
         with stages.stage("verify in torch"):
@@ -120,14 +120,14 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
             write_model(model, work)
             export_onnx(model, work / ONNX)
         with stages.stage("compare with ONNX Runtime") as tick:
-            checks += check_runtime(model, work / ONNX, model.spec.example, rungs.buckets, tick)
+            checks += check_runtime(model, work / ONNX, model.spec.example, bucket_set.buckets, tick)
             require(checks)
         report["checks"] = [check.as_dict() for check in checks]
         with stages.stage("count operations"):
             report["compute"] = compute_section(model, planner, taus)
         figures: dict[str, bytes] = {}
         if settings.measure:
-            subject = Subject(model, planner, rungs, work / ONNX, sampler, source.config, source.dit)
+            subject = Subject(model, planner, bucket_set, work / ONNX, sampler, source.config, source.dit)
             figures = measured_figures(subject, settings, work, report, stages)
         else:
             report["limits"].append("Latency, memory and fidelity were not measured (--no-measure).")
@@ -140,7 +140,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
             **sampling_facts(source.module, settings.steps, settings.solver),
         }
         parity = {check.name: check.value for check in checks}
-        write_json(manifest(model, rungs, **facts, parity=parity), work / MANIFEST)
+        write_json(manifest(model, bucket_set, **facts, parity=parity), work / MANIFEST)
     return report
 
 
@@ -148,7 +148,7 @@ def limits_of(source: Source, model: Converted) -> list[str]:
     """What a user has to know about a conversion before its figures."""
     found = [ASSUMED] if source.assumed else []
     found += model.method.limits
-    if model.schedule.found and source.config is None:
+    if model.schedule.data_dependent and source.config is None:
         found.append(UNSETTLED)
     return found
 
@@ -175,7 +175,7 @@ def check_torch(model: Converted) -> list[Check]:
 
 
 def describe(
-    settings: Settings, source: Source, model: Converted, planner: StepPlanner, rungs: Ladder
+    settings: Settings, source: Source, model: Converted, planner: StepPlanner, bucket_set: BucketSet
 ) -> dict[str, Any]:
     """The parts of the report that need no measurement."""
     spec, method = model.spec, model.method
@@ -207,8 +207,8 @@ def describe(
             "passes": [record.as_dict() for record in model.records],
         },
         "buckets": {
-            "rungs": [dict(vars(bucket)) for bucket in rungs.buckets],
-            "expected_waste": rungs.expected_waste,
+            "buckets": [dict(vars(bucket)) for bucket in bucket_set.buckets],
+            "expected_waste": bucket_set.expected_waste,
         },
         "limits": limits_of(source, model),
         "machine": machine(),

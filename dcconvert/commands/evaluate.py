@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from dcconvert.environment import machine, set_threads
-from dcconvert.evaluate.comparison import Contest, Entrant, check_same_original, contest_rows, named_apart
+from dcconvert.evaluate.comparison import Candidate, Comparison, check_same_original, comparison_rows, named_apart
 from dcconvert.evaluate.image_quality import Judge, Wanted
 from dcconvert.export.bundle import read_bundle
 from dcconvert.export.files import writable, write_whole
@@ -58,14 +58,14 @@ def evaluate_bundles(settings: Settings, console: Console) -> dict[str, Any]:
             writable(path)
     if settings.npz and settings.npz.exists() and not settings.npz.is_dir():
         raise UsageError(f"--npz {settings.npz} is a file: give a folder")
-    entrants, config = open_entrants(settings)
+    candidates, config = open_candidates(settings)
     stages = Stages(Console(stderr=True))
     parts = (settings.wanted, config, settings.guidance, settings.threads, stages)
     judge = Judge(*parts) if settings.wanted.images else None
-    batch = settings.batch or max(entrants[0].bundle.ladder.batches)
+    batch = settings.batch or max(candidates[0].bundle.bucket_set.batches)
     report: dict[str, Any] = {
         "command": settings.command,
-        "bundles": {entrant.name: str(entrant.bundle.folder) for entrant in entrants},
+        "bundles": {candidate.name: str(candidate.bundle.folder) for candidate in candidates},
         "batch": batch,
         "guidance": settings.guidance.scale,
         "lite_cfg": settings.guidance.ratio,
@@ -74,18 +74,18 @@ def evaluate_bundles(settings: Settings, console: Console) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory(prefix="dcconvert-") as scratch:
         with stages.stage("open sessions"):
-            contest = Contest(entrants, batch, Path(scratch), settings.threads)
+            comparison = Comparison(candidates, batch, Path(scratch), settings.threads)
         with stages.stage("measure latency") as tick:
-            rows = contest_rows(contest, settings.runs, tick)
+            rows = comparison_rows(comparison, settings.runs, tick)
         with stages.stage("measure ways of running a mixed batch") as tick:
-            report["execution"] = contest.executions(settings.runs, tick)
+            report["execution"] = comparison.executions(settings.runs, tick)
         with stages.stage("measure memory") as tick:
-            memory = contest.memory(tick)
+            memory = comparison.memory(tick)
         for row in rows:
             row.facts |= memory["original" if row.mode == "original" else row.name]
         if judge is not None:
-            report["images"] = judge.judge(rows, contest, stages)
-    report["runtime"] = contest.original.name
+            report["images"] = judge.judge(rows, comparison, stages)
+    report["runtime"] = comparison.original.name
     report["rows"] = [row.as_dict(batch) for row in rows]
     for table in EvaluationReport.from_json(report).for_terminal():
         console.print(table)
@@ -93,7 +93,7 @@ def evaluate_bundles(settings: Settings, console: Console) -> dict[str, Any]:
     return report
 
 
-def open_entrants(settings: Settings) -> tuple[list[Entrant], DiTConfig]:
+def open_candidates(settings: Settings) -> tuple[list[Candidate], DiTConfig]:
     """The bundles in their runs, and the architecture of the original; UsageError if they do not go together."""
     if len(set(settings.bundles)) < len(settings.bundles):
         raise UsageError("the same bundle was given twice: name each once")
@@ -102,12 +102,12 @@ def open_entrants(settings: Settings) -> tuple[list[Entrant], DiTConfig]:
     guidance = settings.guidance
     if guidance.halves == 2 and not config.null_class:
         raise UsageError("the model has no unconditional class: evaluate it without --guidance")
-    entrants = [
-        Entrant.of(bundle, settings.steps, settings.solver, guidance, ratio)
+    candidates = [
+        Candidate.of(bundle, settings.steps, settings.solver, guidance, ratio)
         for bundle in bundles
         for ratio in settings.ratios or (None,)
     ]
-    return named_apart(entrants), config
+    return named_apart(candidates), config
 
 
 def write_results(settings: Settings, report: dict[str, Any], judge: Judge | None, console: Console) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from dcconvert.environment import machine
 from dcconvert.evaluate.conversion_metrics import LATENCY_RUNS, Effort, Subject, measure
 from dcconvert.evaluate.measure_steps import compute_section
-from dcconvert.export.buckets import Ladder, ladder
+from dcconvert.export.buckets import BucketSet, choose_buckets
 from dcconvert.export.bundle import GRAPH, Bundle
 from dcconvert.export.checks.parity import Check, check_runtime, require
 from dcconvert.export.files import MANIFEST, read_json, write_json
@@ -38,21 +38,21 @@ class Rescheduled:
 
     model: DynamicModel
     sampler: Sampler
-    ladder: Ladder
+    bucket_set: BucketSet
     checks: list[Check]
 
     @classmethod
     def of(cls, bundle: Bundle, schedule: Schedule, sampler: Sampler, stages: Stages) -> Rescheduled:
         """CheckFailedError if ONNX Runtime does not give what torch does in the new buckets."""
         most, model = most_buckets(bundle), bundle.model.with_schedule(schedule)
-        if not schedule.found:
+        if not schedule.data_dependent:
             model = model.with_schedule(model.step_planner.levelled(sampler.taus, most))
-        counts = model.step_planner.ladder_counts(sampler.taus)
-        rungs = ladder(bundle.ladder.batches, counts, model.spec.tokens, most - 1)
+        counts = model.step_planner.bucket_counts(sampler.taus)
+        bucket_set = choose_buckets(bundle.bucket_set.batches, counts, model.spec.tokens, most - 1)
         with stages.stage("compare with ONNX Runtime") as tick:
-            checks = check_runtime(model, bundle.onnx, model.spec.example, rungs.buckets, tick)
+            checks = check_runtime(model, bundle.onnx, model.spec.example, bucket_set.buckets, tick)
             require(checks)
-        return cls(model, sampler, rungs, checks)
+        return cls(model, sampler, bucket_set, checks)
 
     @property
     def planner(self) -> StepPlanner:
@@ -75,7 +75,7 @@ class Rescheduled:
             **before,
             "conversion": {**before["conversion"], **self.conversion()},
             "sampler": {**before["sampler"], "steps": self.sampler.steps, "solver": self.sampler.solver},
-            "ladder": self.ladder.to_dict(),
+            "buckets": self.bucket_set.to_dict(),
             "parity": parity | {check.name: check.value for check in self.checks},
         }
 
@@ -100,8 +100,8 @@ class Rescheduled:
             "conversion": {**before.get("conversion", {}), **facts},
             "checks": [*checks, *(check.as_dict() for check in self.checks)],
             "buckets": {
-                "rungs": [dict(vars(bucket)) for bucket in self.ladder.buckets],
-                "expected_waste": self.ladder.expected_waste,
+                "buckets": [dict(vars(bucket)) for bucket in self.bucket_set.buckets],
+                "expected_waste": self.bucket_set.expected_waste,
             },
             "compute": compute_section(self.model, self.planner, self.sampler.taus),
             "machine": machine(),
@@ -123,10 +123,10 @@ class Rescheduled:
         if "latency" not in report:
             return None
         images = report.get("fidelity", {}).get("images", {}).get("count", 0)
-        effort = Effort(max(self.ladder.batches), LATENCY_RUNS, images, reference_steps, threads, seed)
+        effort = Effort(max(self.bucket_set.batches), LATENCY_RUNS, images, reference_steps, threads, seed)
         for stale in ("latency", "memory", "fidelity"):
             report.pop(stale, None)
-        subject = Subject(self.model, self.planner, self.ladder, bundle.onnx, self.sampler, config)
+        subject = Subject(self.model, self.planner, self.bucket_set, bundle.onnx, self.sampler, config)
         measured = measure(subject, effort, scratch, report["compute"], stages)
         report |= measured.added_to(report)
         result = measured.fidelity

@@ -58,7 +58,7 @@ def stress_bundle(settings: Settings, console: Console) -> dict[str, Any]:
     """
     set_threads(settings.threads)
     bundle = read_bundle(settings.folder)
-    if not bundle.model.method.drops_tokens or bundle.model.schedule.found:
+    if not bundle.model.method.drops_tokens or bundle.model.schedule.data_dependent:
         raise UsageError(
             f"{bundle.folder} was made with method {bundle.model.method.name}: stress is for bundles whose router "
             "and schedule say which tokens are dropped (methods carry, chunk and tome)"

@@ -23,7 +23,7 @@ from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.report.conversion import without_nan, write_report
 from dcconvert.sampling.fitting import fitted
 from dcconvert.terminal import Stages
-from dcconvert.train.distributed import Team
+from dcconvert.train.distributed import Distributed
 from dcconvert.train.loop import Settings, Task, Training, training_data
 
 
@@ -34,20 +34,20 @@ def upcycle_bundle(settings: Settings, console: Console) -> None:
     CheckFailedError if the loss is no number or ONNX Runtime does not give what torch does.
     """
     set_threads(settings.threads)
-    team = Team.start()
-    team.check(settings.recipe.batch)
+    distributed = Distributed.start()
+    distributed.check(settings.recipe.batch)
     task = Task.read(settings)
     settings = task.settings
-    task.bundle.model.to(team.device)
-    progress = Console(stderr=True, quiet=not team.first)
+    task.bundle.model.to(distributed.device)
+    progress = Console(stderr=True, quiet=not distributed.is_main)
     stages = Stages(progress)
-    data = training_data(task, team, stages)
-    training = Training(task, data, team)
+    data = training_data(task, distributed, stages)
+    training = Training(task, data, distributed)
     if training.restore():
         made = training.distillation
         stages.note(f"going on at step {made.step} of {made.rounds * made.updates_a_round}")
     training.run(progress)
-    if not team.first:
+    if not distributed.is_main:
         return
     model, found = training.model().to("cpu"), facts_of(task, training)
     del training, data  # their memory is wanted for export and measurement
@@ -59,7 +59,7 @@ def upcycle_bundle(settings: Settings, console: Console) -> None:
         f"after {last['samples']} samples ({settings.images} images)",
         highlight=False,
     )
-    if model.schedule.found:
+    if model.schedule.data_dependent:
         console.print(
             f"Its runs keep one token in {1 / model.schedule.expected:.2f}; the ratio is {model.schedule.ratio:g}x",
             highlight=False,
@@ -72,7 +72,7 @@ def store(task: Task, model: DynamicModel, found: dict[str, Any], stages: Stages
     """Export, check and measure the trained model, and put its bundle in place; the model as it was stored."""
     settings, before = task.settings, task.bundle
     model = model.with_schedule(task.planner.schedule)
-    if model.schedule.found:
+    if model.schedule.data_dependent:
         with stages.stage("see what its runs keep") as tick:
             model = fitted(model, task.sampler, task.config, tick)
     with new_folder(settings.out, force=settings.in_place) as work:

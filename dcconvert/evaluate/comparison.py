@@ -21,7 +21,7 @@ from dcconvert.evaluate.measure_steps import (
     take_turns,
     timing_inputs,
 )
-from dcconvert.export.buckets import Ladder, PaddedShapes, guided_ladder, ladder
+from dcconvert.export.buckets import BucketSet, PaddedShapes, choose_buckets, choose_guided_buckets
 from dcconvert.export.bundle import Bundle
 from dcconvert.export.checks.flops import converted_attention, converted_gmacs, original_attention
 from dcconvert.export.checks.latency import interleaved, spread
@@ -41,7 +41,7 @@ NO_GUIDANCE = Guidance()
 
 
 @dataclass(frozen=True)
-class Entrant:
+class Candidate:
     """A bundle in its run: which sampler, and how many tokens its samples keep at every step, int64 [steps].
 
     `unconditional`: the planner of the unconditional half, where that has its own.
@@ -62,7 +62,7 @@ class Entrant:
         solver: str | None = None,
         guidance: Guidance = NO_GUIDANCE,
         ratio: float | None = None,
-    ) -> Entrant:
+    ) -> Candidate:
         """The bundle in its own run, or with other steps, another solver or at another ratio.
 
         UsageError for a bundle that does not say how to sample it, or a ratio it cannot have."""
@@ -90,13 +90,13 @@ class Entrant:
         """Kept tokens [steps, rows] of a batch of so many images."""
         return np.concatenate([np.repeat(half[:, None], images, 1) for half in self.halves], axis=1)
 
-    def ladder(self, images: int) -> Ladder:
+    def bucket_set(self, images: int) -> BucketSet:
         """Buckets for this run and batch."""
         tokens, halves = self.bundle.model.spec.tokens, self.halves
         if self.unconditional is not None:
-            return guided_ladder(images, halves[0], halves[1], tokens)
-        shapes = self.planner.ladder_counts(self.sampler.taus)
-        return ladder((images * len(halves),), shapes, tokens)
+            return choose_guided_buckets(images, halves[0], halves[1], tokens)
+        shapes = self.planner.bucket_counts(self.sampler.taus)
+        return choose_buckets((images * len(halves),), shapes, tokens)
 
     def new_step(self, backend: Backend) -> ConvertedStep:
         """The step function of one run of one batch."""
@@ -121,12 +121,12 @@ class Entrant:
         }
 
 
-def named_apart(entrants: Sequence[Entrant]) -> list[Entrant]:
+def named_apart(candidates: Sequence[Candidate]) -> list[Candidate]:
     """With names that are numbered where there are several bundles, and say the solver where there are several."""
-    several, solvers = len(entrants) > 1, len({entrant.sampler.solver for entrant in entrants}) > 1
+    several, solvers = len(candidates) > 1, len({candidate.sampler.solver for candidate in candidates}) > 1
     return [
         replace(e, name=(f"#{i} " if several else "") + e.name + (f", {e.sampler.solver}" if solvers else ""))
-        for i, e in enumerate(entrants, 1)
+        for i, e in enumerate(candidates, 1)
     ]
 
 
@@ -178,21 +178,21 @@ class Row:
         }
 
 
-class Contest:
-    """Sessions of an original and of entrants made from it, for batches of `batch` images."""
+class Comparison:
+    """Sessions of an original and of candidates made from it, for batches of `batch` images."""
 
-    def __init__(self, entrants: Sequence[Entrant], batch: int, scratch: Path, threads: int) -> None:
-        self.entrants, self.batch, self.scratch = list(entrants), batch, scratch
-        first = entrants[0]
+    def __init__(self, candidates: Sequence[Candidate], batch: int, scratch: Path, threads: int) -> None:
+        self.candidates, self.batch, self.scratch = list(candidates), batch, scratch
+        first = candidates[0]
         self.halves = first.guidance.halves
         opened = Runtime.open(
-            first.bundle.model, first.planner, first.ladder(batch), first.bundle.onnx, scratch, threads
+            first.bundle.model, first.planner, first.bucket_set(batch), first.bundle.onnx, scratch, threads
         )
         self.original = opened
         self.runtimes = {first.name: opened}
-        for entrant in entrants[1:]:
-            session = OrtModel(entrant.bundle.onnx, entrant.planner, entrant.ladder(batch), threads=threads)
-            self.runtimes[entrant.name] = Runtime(entrant.bundle.model, session, opened.original)
+        for candidate in candidates[1:]:
+            session = OrtModel(candidate.bundle.onnx, candidate.planner, candidate.bucket_set(batch), threads=threads)
+            self.runtimes[candidate.name] = Runtime(candidate.bundle.model, session, opened.original)
 
     @property
     def rows(self) -> int:
@@ -200,26 +200,26 @@ class Contest:
         return self.batch * self.halves
 
     def latency(self, runs: int, tick: Tick) -> tuple[list[float], dict[str, RunTimes]]:
-        """Seconds of a batch's step: the original's, and those of every entrant, mean over its run; interleaved."""
+        """Seconds of a batch's step: the original's, and those of every candidate, mean over its run; interleaved."""
         converted = {}
-        for entrant in self.entrants:
-            session = self.runtimes[entrant.name].converted
-            assert isinstance(session.ladder, Ladder)
-            shapes = shapes_of(session.ladder, entrant.counts(self.batch))
-            converted[entrant.name] = (self.stepper(entrant, session), shapes)
+        for candidate in self.candidates:
+            session = self.runtimes[candidate.name].converted
+            assert isinstance(session.bucket_set, BucketSet)
+            shapes = shapes_of(session.bucket_set, candidate.counts(self.batch))
+            converted[candidate.name] = (self.stepper(candidate, session), shapes)
         return take_turns(self.original_call(), converted, runs, lambda: tick("turns"))
 
-    def feed(self, entrant: Entrant) -> dict[str, np.ndarray]:
-        return {name: as_array(value) for name, value in timing_inputs(entrant.bundle.model, self.rows).items()}
+    def feed(self, candidate: Candidate) -> dict[str, np.ndarray]:
+        return {name: as_array(value) for name, value in timing_inputs(candidate.bundle.model, self.rows).items()}
 
     def original_call(self) -> Callable[[], Any]:
         session = self.original.original
-        feed = pick(session, self.feed(self.entrants[0]))
+        feed = pick(session, self.feed(self.candidates[0]))
         return lambda: session.run(None, feed)
 
-    def stepper(self, entrant: Entrant, session: OrtModel) -> Callable[[np.ndarray], Run]:
+    def stepper(self, candidate: Candidate, session: OrtModel) -> Callable[[np.ndarray], Run]:
         """A function that makes a step whose samples keep so many tokens [rows]."""
-        run, feed = session.start(self.rows, self.halves), self.feed(entrant)
+        run, feed = session.start(self.rows, self.halves), self.feed(candidate)
 
         def step(counts: np.ndarray) -> Run:
             run.step(feed, counts)
@@ -231,23 +231,23 @@ class Contest:
         """Ways of running a batch of images that are at different steps of their runs, timed in turns.
 
         Image i is i / batch of a run ahead of the first. `padded to the grid`: one static shape holds everything;
-        `padded`: to the longest of the batch, shapes as they come; `bucketed`: the ladder's; `packed`: no padding but
-        in the attention's rows, shapes as they come.
+        `padded`: to the longest of the batch, shapes as they come; `bucketed`: those of the bundle; `packed`: no
+        padding but in the attention's rows, shapes as they come.
         """
         calls: dict[tuple[str, str, int], Callable[[], Run]] = {}
-        for entrant in self.entrants:
-            session, counts = self.runtimes[entrant.name].converted, self.staggered(entrant)
-            tokens = entrant.bundle.model.spec.tokens
+        for candidate in self.candidates:
+            session, counts = self.runtimes[candidate.name].converted, self.staggered(candidate)
+            tokens = candidate.bundle.model.spec.tokens
             forms: dict[str, Any] = {
                 "padded to the grid": PaddedShapes(tokens, whole=True),
                 "padded": PaddedShapes(tokens),
-                "bucketed": session.ladder,
+                "bucketed": session.bucket_set,
                 "packed": None,
             }
             for form, shapes in forms.items():
-                step = self.stepper(entrant, session.with_shapes(shapes))
+                step = self.stepper(candidate, session.with_shapes(shapes))
                 for phase, row in enumerate(counts):
-                    calls[entrant.name, form, phase] = lambda step=step, row=row: step(row)  # type: ignore[misc]
+                    calls[candidate.name, form, phase] = lambda step=step, row=row: step(row)  # type: ignore[misc]
         computed: dict[tuple[str, str, int], int] = {}
 
         def counted(key: tuple[str, str, int]) -> Callable[[], None]:
@@ -263,15 +263,15 @@ class Contest:
         candidates |= {name: counted(key) for key, name in names.items()}
         times = interleaved(candidates, runs, tick=lambda: tick("turns"))
         result = []
-        for entrant in self.entrants:
-            kept = float(self.staggered(entrant).sum(1).mean())
+        for candidate in self.candidates:
+            kept = float(self.staggered(candidate).sum(1).mean())
             for form in dict.fromkeys(key[1] for key in calls):
-                keys = [key for key in calls if key[:2] == (entrant.name, form)]
+                keys = [key for key in calls if key[:2] == (candidate.name, form)]
                 taken = np.mean([times[names[key]] for key in keys], axis=0)
                 places = float(np.mean([computed[key] for key in keys]))
                 result.append(
                     {
-                        "name": entrant.name,
+                        "name": candidate.name,
                         "form": form,
                         "kept_tokens": kept,
                         "computed_tokens": places,
@@ -283,13 +283,13 @@ class Contest:
                 )
         return result
 
-    def staggered(self, entrant: Entrant) -> np.ndarray:
+    def staggered(self, candidate: Candidate) -> np.ndarray:
         """Kept tokens [phases, rows] of a batch whose images began their runs one after the other."""
-        steps = entrant.sampler.steps
+        steps = candidate.sampler.steps
         starts = np.arange(self.batch) * steps // self.batch
         phases = np.arange(PHASES) * steps // (PHASES * self.batch)  # after that the next image is where one was
         where = (starts[None] + phases[:, None]) % steps
-        return np.concatenate([half[where] for half in entrant.halves], axis=1)
+        return np.concatenate([half[where] for half in candidate.halves], axis=1)
 
     def memory(self, tick: Tick) -> dict[str, dict[str, Any]]:
         """Megabytes, by row: the peak of a process, what attention works on, and what a run remembers."""
@@ -300,11 +300,11 @@ class Contest:
             peak = original_memory(self.original, self.scratch / "original.onnx", self.rows)
             attention = original_attention(self.original.model, example)
             found["original"] = memory_row(peak, attention.peak, attention.total, 0)
-            for entrant in self.entrants:
-                tick(entrant.name)
-                runtime, model = self.runtimes[entrant.name], entrant.bundle.model
-                assert isinstance(runtime.converted.ladder, Ladder)
-                shapes = shapes_of(runtime.converted.ladder, entrant.counts(self.batch))
+            for candidate in self.candidates:
+                tick(candidate.name)
+                runtime, model = self.runtimes[candidate.name], candidate.bundle.model
+                assert isinstance(runtime.converted.bucket_set, BucketSet)
+                shapes = shapes_of(runtime.converted.bucket_set, candidate.counts(self.batch))
                 parts = [
                     (
                         shape.weight,
@@ -313,8 +313,8 @@ class Contest:
                     for shape in shapes
                 ]
                 most = max(shapes, key=lambda shape: shape.bucket.tokens)
-                found[entrant.name] = memory_row(
-                    converted_memory(runtime, entrant.bundle.onnx, most.counts, most.bucket),
+                found[candidate.name] = memory_row(
+                    converted_memory(runtime, candidate.bundle.onnx, most.counts, most.bucket),
                     max(part.peak for _, part in parts),
                     sum(weight * part.total for weight, part in parts),
                     model.spec.state_bytes * self.rows,
@@ -331,30 +331,38 @@ def memory_row(peak: float | None, layer: float, step: float, state: float) -> d
     }
 
 
-def contest_rows(contest: Contest, runs: int, tick: Tick) -> list[Row]:
-    """The original at the entrants' own steps and with fewer, and the entrants, timed in turns."""
-    seconds, times = contest.latency(runs, tick)
-    costs = {entrant.name: entrant.compute() for entrant in contest.entrants}
+def comparison_rows(comparison: Comparison, runs: int, tick: Tick) -> list[Row]:
+    """The original at the candidates' own steps and with fewer, and the candidates, timed in turns."""
+    seconds, times = comparison.latency(runs, tick)
+    costs = {candidate.name: candidate.compute() for candidate in comparison.candidates}
     controls: dict[tuple[str, int], list[str]] = {}
     converted = []
-    for entrant in contest.entrants:
-        cost, taken = costs[entrant.name], times[entrant.name]
+    for candidate in comparison.candidates:
+        cost, taken = costs[candidate.name], times[candidate.name]
         faster = float(np.median(seconds) / np.median(taken.weighted))
-        for steps, name in control_steps(entrant.sampler.steps, faster, cost["original"] / cost["converted"]).items():
-            names = controls.setdefault((entrant.sampler.solver, steps), [])
-            names += [f"{name} {entrant.name.split()[0]}" if len(costs) > 1 else name] if name else []
-        facts = {"stages_ms": taken.stages_ms, "kept": [half.tolist() for half in entrant.halves]}
-        new_step = partial(entrant.new_step, contest.runtimes[entrant.name].converted)
+        for steps, name in control_steps(candidate.sampler.steps, faster, cost["original"] / cost["converted"]).items():
+            names = controls.setdefault((candidate.sampler.solver, steps), [])
+            names += [f"{name} {candidate.name.split()[0]}" if len(costs) > 1 else name] if name else []
+        facts = {"stages_ms": taken.stages_ms, "kept": [half.tolist() for half in candidate.halves]}
+        new_step = partial(candidate.new_step, comparison.runtimes[candidate.name].converted)
         converted.append(
-            Row(entrant.name, entrant.mode, entrant.sampler, cost["converted"], new_step, taken.weighted, facts=facts)
+            Row(
+                candidate.name,
+                candidate.mode,
+                candidate.sampler,
+                cost["converted"],
+                new_step,
+                taken.weighted,
+                facts=facts,
+            )
         )
-    first, step = contest.entrants[0], contest.original.original_step
+    first, step = comparison.candidates[0], comparison.original.original_step
     gmacs = costs[first.name]["original_step"]
     rows = []
     for solver, steps in sorted(controls, key=lambda key: (key[0], -key[1])):
         sampler = Sampler(first.sampler.prediction, steps, solver)
         control = "; ".join(controls[solver, steps])
-        several = len({entrant.sampler.solver for entrant in contest.entrants}) > 1
+        several = len({candidate.sampler.solver for candidate in comparison.candidates}) > 1
         name = f"original, {f'{solver}, ' if several else ''}{steps} steps"
         rows.append(Row(name, "original", sampler, gmacs * steps, lambda: step, seconds, control))
     return [*rows, *converted]

@@ -9,7 +9,7 @@ from typing import Any
 from dcconvert.api import convert
 from dcconvert.evaluate.image_fidelity import Contestant, Fidelity, compare_images, original_contestant
 from dcconvert.evaluate.measure_steps import compute_section, latency_section, memory_section
-from dcconvert.export.buckets import Ladder, ladder
+from dcconvert.export.buckets import BucketSet, choose_buckets
 from dcconvert.export.onnx.export import export_onnx, export_original
 from dcconvert.models.dit import DiT, DiTConfig
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
@@ -34,7 +34,7 @@ class Subject:
 
     model: DynamicModel
     planner: StepPlanner
-    ladder: Ladder
+    bucket_set: BucketSet
     onnx: Path
     sampler: Sampler
     config: DiTConfig | None
@@ -78,7 +78,7 @@ def measure(subject: Subject, effort: Effort, scratch: Path, compute: dict[str, 
     """
     with stages.stage("export original"):
         export_original(subject.model, scratch / "original.onnx", subject.model.spec.example(3))
-    parts = (subject.model, subject.planner, subject.ladder, subject.onnx, scratch, effort.threads)
+    parts = (subject.model, subject.planner, subject.bucket_set, subject.onnx, scratch, effort.threads)
     runtime = Runtime.open(*parts)
     with stages.stage("measure latency") as tick:
         latency = latency_section(runtime, compute, effort.batch, effort.runs, tick=tick)
@@ -154,7 +154,7 @@ def image_fidelity(
     reference = replace(
         original(effort.reference_steps, "euler"), name=f"original, {effort.reference_steps} steps, reference"
     )
-    size = min(max(subject.ladder.batches), effort.images)
+    size = min(max(subject.bucket_set.batches), effort.images)
     return compare_images(
         subject.model,
         runtime.converted,
@@ -177,10 +177,10 @@ def chunk_contestant(subject: Subject, effort: Effort, scratch: Path, tick: Any)
     ratio = subject.planner.schedule.ratio
     model = convert(subject.original, ratio, schedule="constant", options=method)
     planner = StepPlanner(model.spec, method, model.schedule.fitted(sampler.taus))
-    rungs = ladder((effort.batch,), planner.ladder_counts(sampler.taus), model.spec.tokens)
+    bucket_set = choose_buckets((effort.batch,), planner.bucket_counts(sampler.taus), model.spec.tokens)
     export_onnx(model, scratch / "chunk")
     compute = compute_section(model, planner, sampler.taus)
-    runtime = Runtime.open(model, planner, rungs, scratch / "chunk", scratch, effort.threads)
+    runtime = Runtime.open(model, planner, bucket_set, scratch / "chunk", scratch, effort.threads)
     row = latency_section(runtime, compute, effort.batch, OTHER_MODE_RUNS, in_torch=False, tick=tick)[0]
     return Contestant(
         f"chunk {ratio:g}x, {sampler.steps} steps",

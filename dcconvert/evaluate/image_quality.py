@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcconvert.evaluate.comparison import Contest, Row
+from dcconvert.evaluate.comparison import Comparison, Row
 from dcconvert.evaluate.feature_networks import HOW_TO_GET, NONE, Extractor, open_extractor
 from dcconvert.evaluate.set_metrics import (
     NEIGHBOURS,
@@ -118,25 +118,25 @@ class Judge:
         """uint8 [n, H, W, 3]."""
         return to_images(decode_latents(samples, self.settings.vae) if self.settings.vae else samples)
 
-    def judge(self, rows: Sequence[Row], contest: Contest, stages: Stages) -> dict[str, Any]:
+    def judge(self, rows: Sequence[Row], comparison: Comparison, stages: Stages) -> dict[str, Any]:
         """Fill in the rows' figures of quality; what they were measured with."""
-        settings, first = self.settings, contest.entrants[0]
-        step = contest.original.original_step
+        settings, first = self.settings, comparison.candidates[0]
+        step = comparison.original.original_step
         reference = f"original, euler, {settings.reference_steps} steps"
         with stages.stage("draw images") as tick:
             # Of first order whatever the run's solver: it needs no more than more steps to be exact.
             many = Sampler(first.sampler.prediction, settings.reference_steps, "euler")
-            wanted = self.draw(many, lambda: step, contest.batch, partial(tick, f"{reference}, the reference"))
+            wanted = self.draw(many, lambda: step, comparison.batch, partial(tick, f"{reference}, the reference"))
             for row in rows:
                 kept: list[list[np.ndarray]] = []
-                made = self.draw(row.sampler, noted(row.new_step, kept), contest.batch, partial(tick, row.name))
+                made = self.draw(row.sampler, noted(row.new_step, kept), comparison.batch, partial(tick, row.name))
                 self.images[row.name] = made
                 if kept:
                     counts = np.concatenate([np.concatenate(run) for run in kept])
                     row.facts["kept_tokens"] = float(counts.mean())
-                    entrant = next(entrant for entrant in contest.entrants if entrant.name == row.name)
-                    if entrant.planner.schedule.found:  # what these images cost, not what was expected
-                        row.gmacs = entrant.cost_of(counts) / len(made)
+                    candidate = next(candidate for candidate in comparison.candidates if candidate.name == row.name)
+                    if candidate.planner.schedule.data_dependent:  # what these images cost, not what was expected
+                        row.gmacs = candidate.cost_of(counts) / len(made)
                 values = psnr(made, wanted)
                 error = float(values.std() / len(values) ** 0.5)
                 row.facts |= {"psnr": float(values.mean()), "psnr_error": error}

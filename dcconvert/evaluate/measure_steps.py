@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dcconvert.export.buckets import Ladder
+from dcconvert.export.buckets import BucketSet
 from dcconvert.export.checks.flops import converted_gmacs, original_gmacs, prepare_gmacs
 from dcconvert.export.checks.latency import interleaved, peak_memory, spread
 from dcconvert.export.checks.parity import as_array
@@ -54,11 +54,11 @@ class Shape:
     weight: float
 
 
-def shapes_of(ladder: Ladder, counts: np.ndarray) -> list[Shape]:
+def shapes_of(bucket_set: BucketSet, counts: np.ndarray) -> list[Shape]:
     """The buckets that a run of kept tokens [steps, rows] uses."""
     used: dict[Bucket, list[np.ndarray]] = {}
     for row in counts:
-        used.setdefault(ladder.choose(len(row), row), []).append(row)
+        used.setdefault(bucket_set.choose(len(row), row), []).append(row)
     return [
         Shape(f"{bucket.row_tokens} tokens", bucket, np.max(rows, axis=0), len(rows) / len(counts))
         for bucket, rows in used.items()
@@ -128,10 +128,10 @@ def latency_section(
 
     Every bucket of a run is timed and weighted by the steps that use it: times are means over a run's steps.
     """
-    ladder = runtime.converted.ladder
-    if not isinstance(ladder, Ladder):
-        raise ValueError("latency is measured on a ladder of buckets")
-    shapes = shapes_of(ladder, np.array([[step["kept"]] * batch for step in compute["per_step"]]))
+    bucket_set = runtime.converted.bucket_set
+    if not isinstance(bucket_set, BucketSet):
+        raise ValueError("latency is measured on a bucket set")
+    shapes = shapes_of(bucket_set, np.array([[step["kept"]] * batch for step in compute["per_step"]]))
     inputs = timing_inputs(runtime.model, batch)
     feed = {name: as_array(value) for name, value in inputs.items()}
     with torch.inference_mode():

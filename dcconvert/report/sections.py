@@ -388,12 +388,12 @@ BUCKETS: tuple[Column[Bucket], ...] = (
 class Buckets(Record):
     """The static shapes of the exported model, and how much of them is padding."""
 
-    rungs: tuple[Bucket, ...]
+    buckets: tuple[Bucket, ...]
     expected_waste: float | None
 
     @property
     def table(self) -> Table:
-        return Table.of(BUCKETS, self.rungs)
+        return Table.of(BUCKETS, self.buckets)
 
 
 @dataclass(frozen=True)

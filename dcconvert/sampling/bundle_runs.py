@@ -43,7 +43,7 @@ def run_planner(bundle: Bundle, steps: int | None, solver: str | None = None) ->
     model = bundle.model
     if (
         model.method.fixed_steps
-        and model.schedule.found
+        and model.schedule.data_dependent
         and (sampler.steps, sampler.solver) != (facts["steps"], facts["solver"])
     ):
         raise UsageError(
@@ -66,20 +66,20 @@ def opened(
     def in_torch(*values: Tensor) -> Tensor:
         return cast(Tensor, model.original_graph(*values)[0])
 
-    most = max(bundle.ladder.batches)
+    most = max(bundle.bucket_set.batches)
     if runtime == "torch":
         return model.with_schedule(planner.schedule), in_torch, None
     if runtime == "trt":
         engines = open_engines(bundle.folder, bundle.onnx, planner)
-        return engines, in_torch, max(engines.ladder.batches)
+        return engines, in_torch, max(engines.bucket_set.batches)
     if runtime == "ort-cuda":
         graphs = bundle.onnx / runtime
         if not graphs.is_dir():
             raise UsageError(
                 f"{bundle.folder} has no graphs for {runtime}: 'dcconvert build --runtime {runtime}' makes them"
             )
-        return StaticModel(graphs, planner, bundle.ladder), in_torch, most
-    # No ladder: guidance doubles the batch, each step has its own shape.
+        return StaticModel(graphs, planner, bundle.bucket_set), in_torch, most
+    # No bucket_set: guidance doubles the batch, each step has its own shape.
     if scratch is None:
         return OrtModel(bundle.onnx, planner), in_torch, None
     beside = Runtime.open(model, planner, None, bundle.onnx, scratch)

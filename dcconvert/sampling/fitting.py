@@ -57,7 +57,7 @@ def fitted(model: Model, sampler: Sampler, config: DiTConfig, tick: Callable[[st
 
 def fitted_on(model: Model, runs: SamplingRuns) -> Model:
     """`fitted` on other images."""
-    if not model.schedule.found or model.schedule.ratio == 1:
+    if not model.schedule.data_dependent or model.schedule.ratio == 1:
         return model
     found: Model = model.method.fitted(model, runs)
     return found

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcconvert.export.buckets import Ladder
+from dcconvert.export.buckets import BucketSet
 from dcconvert.export.checks.parity import as_array
 from dcconvert.export.onnx.export import export_original
 from dcconvert.export.runtimes.ort import CPU, OrtModel, make_session, pick
@@ -33,16 +33,22 @@ class Runtime:
 
     @classmethod
     def open(
-        cls, model: DynamicModel, planner: StepPlanner, ladder: Ladder | None, onnx: Path, work: Path, threads: int = 0
+        cls,
+        model: DynamicModel,
+        planner: StepPlanner,
+        bucket_set: BucketSet | None,
+        onnx: Path,
+        work: Path,
+        threads: int = 0,
     ) -> Runtime:
         """Sessions over a bundle's files; the original is exported to `work` if it is not there.
 
-        Without a ladder every step has its own shape.
+        Without a bucket set every step has its own shape.
         """
         original = work / "original.onnx"
         if not original.exists():
             export_original(model, original, model.spec.example(3))
-        return cls(model, OrtModel(onnx, planner, ladder, CPU, threads), make_session(original, CPU, threads))
+        return cls(model, OrtModel(onnx, planner, bucket_set, CPU, threads), make_session(original, CPU, threads))
 
     @property
     def name(self) -> str:
@@ -86,7 +92,7 @@ class ConvertedStep:
 
     def counts(self, run: Run, inputs: dict[str, Any]) -> np.ndarray | None:
         """What the samples keep, if not what the backend's own planner says."""
-        if self.unconditional is None or self.unconditional.schedule.found:
+        if self.unconditional is None or self.unconditional.schedule.data_dependent:
             return None
         steps = None if run.history is None else run.history.steps[: run.batch]
         taus = self.unconditional.taus(inputs, run.batch)

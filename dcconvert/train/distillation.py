@@ -29,7 +29,7 @@ from dcconvert.passes.trained.adapters import (
     with_router_adapter,
 )
 from dcconvert.passes.trained.weight_sets import all_tensors, linear_weights, original_name, plainly_named, teacher_of
-from dcconvert.train.distributed import Team
+from dcconvert.train.distributed import Distributed
 
 TRAINABLE = ("all", "lora", "router", "adapters")
 RATIO_GROUP = 16  # samples whose tokens are counted together, as in DC-DiT
@@ -145,8 +145,10 @@ class Distillation:
 
     updates_a_round = 1
 
-    def __init__(self, model: DynamicModel, student: nn.Module, recipe: Recipe, taus: np.ndarray, team: Team) -> None:
-        self.model, self.recipe, self.team = model, recipe, team
+    def __init__(
+        self, model: DynamicModel, student: nn.Module, recipe: Recipe, taus: np.ndarray, distributed: Distributed
+    ) -> None:
+        self.model, self.recipe, self.distributed = model, recipe, distributed
         self.student = student.requires_grad_(False)
         generator = torch.Generator().manual_seed(recipe.seed)
         self.weights = Weights(model, recipe.train, recipe.rank, generator)
@@ -179,10 +181,10 @@ class Distillation:
 
     def update(self, loss: Tensor) -> float:
         """One step of the optimiser; the norm of the gradient. CheckFailedError if loss or gradient are not finite."""
-        if not self.team.all_agree(bool(torch.isfinite(loss))):
+        if not self.distributed.all_agree(bool(torch.isfinite(loss))):
             raise CheckFailedError(f"the loss of step {self.step} is not finite: lower the learning rate")
         loss.backward()
-        self.team.average_gradients(self.weights.parts)
+        self.distributed.average_gradients(self.weights.parts)
         norm = nn.utils.clip_grad_norm_(self.weights.parameters(), self.recipe.clip)
         if not torch.isfinite(norm):
             raise CheckFailedError(f"the gradient of step {self.step} is not finite: lower the learning rate")
@@ -252,7 +254,7 @@ class Passes(nn.Module):
         if counts is None:
             plan: Any = self.model.step_planner.full_plan(len(scores))
         else:
-            if planner is not None and planner.schedule.found and not planner.watches:
+            if planner is not None and planner.schedule.data_dependent and not planner.watches:
                 counts = planner.found_counts(host, None)
             plan = self.model.step_planner.plan(host, counts)
         if GATE in self.model.spec.denoise_inputs:
@@ -272,7 +274,9 @@ class StepDistillation(Distillation):
     they keep, learn from its output alone; patch sizes are taken in turns.
     """
 
-    def __init__(self, model: DynamicModel, recipe: Recipe, taus: np.ndarray, team: Team | None = None) -> None:
+    def __init__(
+        self, model: DynamicModel, recipe: Recipe, taus: np.ndarray, distributed: Distributed | None = None
+    ) -> None:
         self.inside = model.method.original_trunk and not model.method.by_values
         student = plainly_named(with_gate(model) if "router" in recipe.train else model)
         if self.inside:
@@ -281,7 +285,7 @@ class StepDistillation(Distillation):
             show_features(teacher)
             show_features(student)
             self.teacher = Passes(teacher).requires_grad_(False)
-        super().__init__(model, Passes(student), recipe, taus, team or Team())
+        super().__init__(model, Passes(student), recipe, taus, distributed or Distributed())
 
     def run_student(
         self, inputs: dict[str, Tensor], counts: np.ndarray, planner: StepPlanner | None = None

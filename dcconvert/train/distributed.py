@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class Team:
+class Distributed:
     """What `accelerate launch` or `torchrun` started, or this process alone; on the CPU without an accelerator."""
 
     def __init__(self, accelerator: Accelerator | None = None) -> None:
@@ -24,14 +24,14 @@ class Team:
         self.device = torch.device("cpu") if accelerator is None else accelerator.device
 
     @classmethod
-    def start(cls) -> Team:
+    def start(cls) -> Distributed:
         """Join the processes that were started together; the device is theirs to choose."""
         from accelerate import Accelerator  # a second's import
 
         return cls(Accelerator())
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes and reports."""
         return self.rank == 0
 

@@ -41,7 +41,7 @@ from dcconvert.train.distillation import (
     spread_times,
     with_new_paths,
 )
-from dcconvert.train.distributed import Team
+from dcconvert.train.distributed import Distributed
 from dcconvert.train.run_distillation import RunDistillation
 
 TEACHER, RUNS = "teacher", "runs"  # what may stand where the path of the data would
@@ -148,7 +148,7 @@ def content_of(data: LabelledImages | None) -> str:
     return digest.hexdigest()
 
 
-def training_data(task: Task, team: Team, stages: Stages) -> LabelledImages | None:
+def training_data(task: Task, distributed: Distributed, stages: Stages) -> LabelledImages | None:
     """Images from disk, or samples of the original, kept for as long as the run is unfinished; none for mode carry."""
     settings = task.settings
     if settings.data == RUNS:
@@ -157,9 +157,9 @@ def training_data(task: Task, team: Team, stages: Stages) -> LabelledImages | No
         return read_images(Path(str(settings.data)), task.config)
     file = settings.state / "teacher_samples.safetensors"
     about = {"bundle": task.identity, "samples": str(settings.teacher_samples)}
-    if team.first and not drawn_before(file, about):
-        draw_samples(task, file, about, team, stages)
-    team.wait()
+    if distributed.is_main and not drawn_before(file, about):
+        draw_samples(task, file, about, distributed, stages)
+    distributed.wait()
     found = load_file(str(file))
     return LabelledImages(found["images"], found["labels"])
 
@@ -173,7 +173,7 @@ def drawn_before(file: Path, about: dict[str, str]) -> bool:
         return False
 
 
-def draw_samples(task: Task, file: Path, about: dict[str, str], team: Team, stages: Stages) -> None:
+def draw_samples(task: Task, file: Path, about: dict[str, str], distributed: Distributed, stages: Stages) -> None:
     """Draw the training images from the original into a file."""
     batch, model = task.settings.recipe.batch, task.bundle.model
     noise, labels = task.noise(TEACHER_SEED, task.settings.teacher_samples)
@@ -181,7 +181,9 @@ def draw_samples(task: Task, file: Path, about: dict[str, str], team: Team, stag
     with stages.stage("draw training images from the original") as tick, torch.inference_mode():
         parts = []
         for x, y in zip(noise.split(batch), labels.split(batch), strict=True):
-            drawn = sampler.run(lambda *v: model.original_graph(*v)[0], x.to(team.device), y.to(team.device))
+            drawn = sampler.run(
+                lambda *v: model.original_graph(*v)[0], x.to(distributed.device), y.to(distributed.device)
+            )
             parts.append(drawn.cpu())
             tick(f"batches of {batch}")
         images = torch.cat(parts).clone()
@@ -204,17 +206,17 @@ def write_state(path: Path, write: Callable[[Path], None]) -> None:
 class Training:
     """A distillation from its first round to its last."""
 
-    def __init__(self, task: Task, data: LabelledImages | None, team: Team) -> None:
-        self.task, self.data, self.team = task, data, team
+    def __init__(self, task: Task, data: LabelledImages | None, distributed: Distributed) -> None:
+        self.task, self.data, self.distributed = task, data, distributed
         model, recipe = task.bundle.model, task.settings.recipe
         self.distillation: Distillation
         if data is None:
-            self.distillation = RunDistillation(model, recipe, task.sampler, team)
+            self.distillation = RunDistillation(model, recipe, task.sampler, distributed)
         else:
-            self.distillation = StepDistillation(model, recipe, task.sampler.taus, team)
+            self.distillation = StepDistillation(model, recipe, task.sampler.taus, distributed)
         self.log: list[dict[str, Any]] = []
         self.seconds = 0.0
-        self.noise, self.labels = (v.to(team.device) for v in task.noise(VALIDATION_SEED, task.settings.images))
+        self.noise, self.labels = (v.to(distributed.device) for v in task.noise(VALIDATION_SEED, task.settings.images))
         self.wanted: Tensor | None = None
         self.losses: list[dict[str, float]] = []
         self.saved = 0
@@ -253,14 +255,14 @@ class Training:
         """Train on the next batch or, in mode carry, on the next batch of runs."""
         start, made = time.perf_counter(), self.distillation
         generator = made.generator()
-        with torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.task.settings.bf16):
+        with torch.autocast(self.distributed.device.type, torch.bfloat16, enabled=self.task.settings.bf16):
             if isinstance(made, RunDistillation):
-                runs = self.team.share(self.start_of_runs(generator))
+                runs = self.distributed.share(self.start_of_runs(generator))
                 losses = made.train(runs["noise"], runs["labels"], pick_ratio(made.planners, generator))
             else:
                 assert isinstance(made, StepDistillation)
                 assert self.data is not None
-                batch = self.team.share(self.noised_data(self.data, generator))
+                batch = self.distributed.share(self.noised_data(self.data, generator))
                 losses = made.train(batch, made.planners[pick_ratio(made.planners, generator)])
         self.losses.append(losses)
         self.seconds += time.perf_counter() - start
@@ -312,7 +314,7 @@ class Training:
     @torch.no_grad()
     def validate(self, progress: Progress) -> None:
         """Note how far the final images of the averaged weights are from the original's, on noise of their own."""
-        if not self.team.first:
+        if not self.distributed.is_main:
             return
         task, sampler = self.task, self.task.sampler
         if self.wanted is None:
@@ -336,7 +338,7 @@ class Training:
     def save(self) -> None:
         """Write the state whole or not at all."""
         self.saved = self.distillation.step
-        if not self.team.first:
+        if not self.distributed.is_main:
             return
         fingerprint = self.task.fingerprint(self.data)
         state = {**self.distillation.state(), "fingerprint": fingerprint, "seconds": self.seconds}

@@ -14,7 +14,7 @@ from dcconvert.passes.runtime.run import Run
 from dcconvert.passes.trained.weight_sets import plainly_named
 from dcconvert.sampling.samplers import Sampler
 from dcconvert.train.distillation import Distillation, Recipe
-from dcconvert.train.distributed import Team
+from dcconvert.train.distributed import Distributed
 
 FLOOR = 1e-6  # relative squared error below which nothing is learned: the first steps have none at all
 
@@ -41,9 +41,11 @@ class RunDistillation(Distillation):
     state to the start of the window.
     """
 
-    def __init__(self, model: DynamicModel, recipe: Recipe, sampler: Sampler, team: Team | None = None) -> None:
+    def __init__(
+        self, model: DynamicModel, recipe: Recipe, sampler: Sampler, distributed: Distributed | None = None
+    ) -> None:
         student = Steps(plainly_named(model))
-        super().__init__(model, student, recipe, sampler.taus, team or Team())
+        super().__init__(model, student, recipe, sampler.taus, distributed or Distributed())
         self.sampler = sampler
         self.updates_a_round = math.ceil(sampler.steps / recipe.unroll)
         self.students = [Steps(student.model.with_schedule(planner.schedule)) for planner in self.planners]

@@ -25,7 +25,7 @@ GIGA = 1e9
 
 # The CPU's fused attention kernel, which torch's own table leaves out.
 CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
-ATTENTION = (*CPU_ATTENTION, torch.ops.dcconvert.row_attention, torch.ops.dcconvert.segment_attention)
+ATTENTION = (*CPU_ATTENTION, torch.ops.dcconvert.padded_attention, torch.ops.dcconvert.segment_attention)
 
 
 def count_macs(module: nn.Module, args: tuple[Any, ...], formulas: Mapping[Any, Any] = CPU_ATTENTION) -> float:

@@ -60,7 +60,7 @@ class Engine:
         return Built(
             file=self.file,
             graph=self.graph,
-            flavour=self.onnx.parent.name,
+            variant=self.onnx.parent.name,
             onnx_sha256=self.onnx_sha256,
             precision=self.precision,
             buckets=self.buckets,

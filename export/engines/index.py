@@ -42,11 +42,11 @@ class Device:
 
 @dataclass(frozen=True)
 class Built:
-    """An engine that is there: a graph in a flavour, with a profile for each of `buckets`, in their order."""
+    """An engine that is there: a graph in a variant, with a profile for each of `buckets`, in their order."""
 
     file: str
     graph: str
-    flavour: str
+    variant: str
     onnx_sha256: str
     precision: str
     buckets: tuple[Bucket, ...]
@@ -92,6 +92,8 @@ def write_index(folder: Path, index: Index) -> None:
 
 
 def built(entry: dict[str, Any]) -> Built:
+    if "flavour" in entry:  # the name of `variant` in older files
+        entry = {("variant" if name == "flavour" else name): value for name, value in entry.items()}
     return checked(Built(**{**entry, "buckets": tuple(checked(Bucket(**sizes)) for sizes in entry["buckets"])}))
 
 

@@ -37,7 +37,7 @@ def dechunk(h: Any, update: Any, fill_index: Any, fill_weight: Any) -> Any:
     return op.Add(h, weighted_gather(flatten_pair(update), fill_index, fill_weight))
 
 
-def regroup(x: Any, index: Any) -> Any:
+def gather_tokens(x: Any, index: Any) -> Any:
     """[A, B, ...], [C, D] -> [C, D, ...]."""
     return op.Gather(flatten_pair(x), index, axis=0)
 
@@ -57,12 +57,12 @@ def weighted_gather(rows: Any, index: Any, weight: Any) -> Any:
     return total
 
 
-def row_attention(q: Any, k: Any, v: Any, row_lengths: Any, scale: float) -> Any:
+def padded_attention(q: Any, k: Any, v: Any, row_lengths: Any, scale: float) -> Any:
     output, *_ = op.Attention(q, k, v, None, None, None, row_lengths, scale=scale)
     return output
 
 
-def masked_row_attention(q: Any, k: Any, v: Any, row_lengths: Any, scale: float) -> Any:
+def masked_padded_attention(q: Any, k: Any, v: Any, row_lengths: Any, scale: float) -> Any:
     """Row attention with a mask: TensorRT-RTX 1.7 takes `nonpad_kv_seqlen` and then does without it, unsaid."""
     slots = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(k, start=2, end=3)), op.Constant(value_int=1))
     used = op.Less(op.Unsqueeze(slots, row(0)), op.Unsqueeze(row_lengths, row(1)))
@@ -103,19 +103,19 @@ def attention(
     return output
 
 
-def address(index: Any, channels: int) -> Any:
+def cache_index(index: Any, channels: int) -> Any:
     """[G, L, 4] -> [G, C, L, 4]."""
     offsets = [value for channel in range(channels) for value in (0, 0, channel, 0)]
     shape = op.Constant(value_ints=[1, channels, 1, 4])
     return op.Add(op.Unsqueeze(index, row(1)), op.Reshape(op.Constant(value_ints=offsets), shape))
 
 
-def remember(state: Any, values: Any, address: Any) -> Any:
+def cache_write(state: Any, values: Any, index: Any) -> Any:
     """[P, B, C, N, E], [G, C, L, E], [G, C, L, 4] -> [P, B, C, N, E]; in place where both ends share a buffer."""
-    return op.ScatterND(state, address, values)
+    return op.ScatterND(state, index, values)
 
 
-def recall(state: Any, weight: Any) -> Any:
+def cache_read(state: Any, weight: Any) -> Any:
     """[P, B, C, N, E], [P, B, 1, N, E] -> [B, C, N, E]."""
     total = None
     for slot in range(int(state.shape[0])):
@@ -131,17 +131,17 @@ Lowerings = Mapping[Callable[..., Any], Callable[..., Any]]  # op -> the functio
 PORTABLE: Lowerings = {
     torch.ops.dcconvert.chunk.default: chunk,
     torch.ops.dcconvert.dechunk.default: dechunk,
-    torch.ops.dcconvert.regroup.default: regroup,
-    torch.ops.dcconvert.row_attention.default: row_attention,
+    torch.ops.dcconvert.gather_tokens.default: gather_tokens,
+    torch.ops.dcconvert.padded_attention.default: padded_attention,
     torch.ops.dcconvert.segment_attention.default: segment_attention,
     torch.ops.aten.scaled_dot_product_attention.default: attention,
-    torch.ops.dcconvert.address.default: address,
-    torch.ops.dcconvert.remember.default: remember,
-    torch.ops.dcconvert.recall.default: recall,
+    torch.ops.dcconvert.cache_index.default: cache_index,
+    torch.ops.dcconvert.cache_write.default: cache_write,
+    torch.ops.dcconvert.cache_read.default: cache_read,
 }
 
 TENSORRT: Lowerings = {
     **PORTABLE,
-    torch.ops.dcconvert.row_attention.default: masked_row_attention,
+    torch.ops.dcconvert.padded_attention.default: masked_padded_attention,
     torch.ops.dcconvert.packed_attention.default: packed_attention,
 }

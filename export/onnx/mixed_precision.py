@@ -28,14 +28,14 @@ HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 PRODUCTS = {aten.linear.default, aten.matmul.default, aten.bmm.default}
 ATTENTION = {
     aten.scaled_dot_product_attention.default,
-    own.row_attention.default,
+    own.padded_attention.default,
     own.segment_attention.default,
     own.packed_attention.default,
 }
 # What only moves values, or is applied between two matrix products and cannot leave their range.
 PASSING = {
     operator.getitem,
-    own.regroup.default,
+    own.gather_tokens.default,
     aten.chunk.default,
     aten.clone.default,
     aten.contiguous.default,

@@ -59,12 +59,12 @@ def packed_graph(module: GraphModule) -> Graph:
     with graph.inserting_after(packed):
         lengths = [graph.placeholder(name) for name in reversed(LENGTHS)][::-1]
     for node in list(graph.nodes):
-        if node.target is own.regroup.default and node.args[1] in (rows, packed):
+        if node.target is own.gather_tokens.default and node.args[1] in (rows, packed):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target is aten.sym_size.int and node.args[0] in (rows, packed):
             node.replace_input_with(node.args[0], given["chunk_index"])
-        elif node.target is own.row_attention.default:
+        elif node.target is own.padded_attention.default:
             with graph.inserting_before(node):
                 node.replace_all_uses_with(packed_call(graph, node, lengths))
             graph.erase_node(node)
@@ -80,11 +80,11 @@ def check_only_moves(graph: Graph, rows: Node | None) -> None:
     """UsageError if anything but self-attention and moves happens to values that are laid out in rows."""
     laid: set[Node] = set()
     for node in graph.nodes:
-        if node.target is own.regroup.default and node.args[1] is rows:
+        if node.target is own.gather_tokens.default and node.args[1] is rows:
             laid.add(node)
-        elif node.target is own.regroup.default or not laid.intersection(node.all_input_nodes):
+        elif node.target is own.gather_tokens.default or not laid.intersection(node.all_input_nodes):
             continue
-        elif node.target in PASSING or node.target is own.row_attention.default:
+        elif node.target in PASSING or node.target is own.padded_attention.default:
             laid.add(node)
         else:
             raise UsageError(f"this model has no packed attention, because of {node.target} over rows: use masks")

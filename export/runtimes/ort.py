@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dcconvert.export.buckets import Ladder, PaddedShapes
+from dcconvert.export.buckets import BucketSet, PaddedShapes
 from dcconvert.export.onnx.export import state_output
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.ir.spec import SCORES_NAME, StateSpec
@@ -94,15 +94,15 @@ def on_device(array: np.ndarray, device: str) -> Any:
 class OrtModel:
     """A converted model on ONNX Runtime: the backend of a `Run` over the original's inputs as numpy arrays, by name.
 
-    A batch that is not on the ladder is filled up by repeating its last sample, and the copies are cut off
-    the result. Without a ladder every step runs in the smallest shape that holds it.
+    a batch size without buckets is filled up by repeating its last sample, and the copies are cut off
+    the result. Without a bucket set every step runs in the smallest shape that holds it.
     """
 
     def __init__(
         self,
         folder: Path,
         planner: StepPlanner,
-        ladder: Ladder | PaddedShapes | None = None,
+        bucket_set: BucketSet | PaddedShapes | None = None,
         provider: str = CPU,
         threads: int = 0,
         settings: Mapping[str, str] | None = None,
@@ -115,17 +115,17 @@ class OrtModel:
             make_session(folder / "prepare.onnx", provider, threads) if planner.spec.constants else None
         )
         self.planner = planner
-        self.ladder = ladder
+        self.bucket_set = bucket_set
         self.provider = provider
         self.device = "cpu" if provider == CPU else "cuda"
         self._outputs = [output.name for output in self.denoise_session.get_outputs()]
         states = {spec.name for spec in planner.spec.states}
         self._plain_inputs = [node.name for node in self.denoise_session.get_inputs() if node.name not in states]
 
-    def with_shapes(self, ladder: Ladder | PaddedShapes | None) -> OrtModel:
+    def with_shapes(self, bucket_set: BucketSet | PaddedShapes | None) -> OrtModel:
         """The same sessions with other shapes for the steps."""
         other = copy.copy(self)
-        other.ladder = ladder
+        other.bucket_set = bucket_set
         return other
 
     def start(self, batch: int, groups: int = 1) -> Run:
@@ -133,13 +133,13 @@ class OrtModel:
         return Run(self, batch, groups)
 
     def padded(self, batch: int) -> int:
-        """The smallest batch size on the ladder that holds `batch` samples; UsageError if none does."""
-        if self.ladder is None:
+        """The smallest batch size in the set that holds `batch` samples; UsageError if none does."""
+        if self.bucket_set is None:
             return batch
-        return self.ladder.choose(batch, self.planner.spec.tokens).batch
+        return self.bucket_set.choose(batch, self.planner.spec.tokens).batch
 
     def bucket(self, counts: np.ndarray) -> Bucket | None:
-        return self.ladder.choose(len(counts), counts) if self.ladder else None
+        return self.bucket_set.choose(len(counts), counts) if self.bucket_set else None
 
     def prepare(self, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
         """What stays the same over a run, by name, on the device; nothing for most models."""

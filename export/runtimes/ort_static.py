@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dcconvert.export.buckets import Ladder
+from dcconvert.export.buckets import BucketSet
 from dcconvert.export.onnx.export import state_output
 from dcconvert.export.runtimes.ort import CPU, CUDA, OrtModel, OrtState, on_device
 from dcconvert.passes.ir.spec import SCORES_NAME
@@ -109,11 +109,11 @@ class StaticModel(OrtModel):
     """
 
     def __init__(
-        self, folder: Path, planner: StepPlanner, ladder: Ladder, provider: str = CUDA, threads: int = 0
+        self, folder: Path, planner: StepPlanner, bucket_set: BucketSet, provider: str = CUDA, threads: int = 0
     ) -> None:
         self.graphs = provider != CPU
         settings = {"enable_cuda_graph": "1"} if self.graphs else None
-        super().__init__(folder, planner, ladder, provider, threads, settings)
+        super().__init__(folder, planner, bucket_set, provider, threads, settings)
         self._routes: dict[int, BoundStep] = {}
         self._steps: dict[Any, BoundStep] = {}
         self._free: dict[int, list[tuple[dict[str, Any], dict[Any, BoundStep]]]] = {}

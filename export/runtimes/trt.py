@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcconvert.export.buckets import Ladder
+from dcconvert.export.buckets import BucketSet
 from dcconvert.export.engines.build import ENGINES, MODULES, file_hash, full_buckets
 from dcconvert.export.engines.index import INDEX, Built, Device, read_index
 from dcconvert.export.onnx.export import DISTANCE_NAME, output_names, state_output
@@ -132,9 +132,9 @@ class Place:
 class TrtModel:
     """A converted model on TensorRT or TensorRT-RTX: the backend of a `Run` over the original's inputs as numpy arrays.
 
-    The ladder are the buckets that there are engines for: a batch whose own bucket is missing runs in the next larger
-    one. `onnx`: the folder with the flavours that they were built from. `device`: "cuda"; `trt`: the backend's module,
-    imported if it is not given.
+    The bucket set holds the buckets that there are engines for: a batch whose own bucket is missing runs in the next
+    larger one. `onnx`: the folder with the variants that they were built from. `device`: "cuda"; `trt`: the backend's
+    module, imported if it is not given.
 
     Raises:
         UsageError: engines are missing, damaged, of another version or GPU, or older than the graphs.
@@ -151,8 +151,8 @@ class TrtModel:
             loaded = LoadedEngine(load_engine(runtime, folder / entry.file), self.trt, device)
             for number, bucket in enumerate(entry.buckets):
                 self.places[entry.graph, bucket] = Place(loaded, number)
-        self.ladder = engine_ladder(self.places, planner, folder)
-        self.full = {bucket.batch: bucket for bucket in full_buckets(self.ladder.buckets)}
+        self.bucket_set = engine_buckets(self.places, planner, folder)
+        self.full = {bucket.batch: bucket for bucket in full_buckets(self.bucket_set.buckets)}
 
     def start(self, batch: int, groups: int = 1) -> Run:
         """A new sampling run of `batch` samples; call its `step` for every timestep. `groups` as in `Run`."""
@@ -160,14 +160,14 @@ class TrtModel:
 
     def padded(self, batch: int) -> int:
         """The smallest batch size there are engines for that holds `batch` samples; UsageError if none does."""
-        return self.ladder.choose(batch, self.planner.spec.tokens).batch
+        return self.bucket_set.choose(batch, self.planner.spec.tokens).batch
 
     def bucket(self, counts: np.ndarray) -> Bucket:
         """The bucket of a batch; with ranges, as short as its longest sample in the profile of that bucket."""
-        chosen = self.ladder.choose(len(counts), counts)
+        chosen = self.bucket_set.choose(len(counts), counts)
         if not self.ranges:
             return chosen
-        below = [b.row_tokens for b in self.ladder.buckets if b.batch == chosen.batch and b < chosen]
+        below = [b.row_tokens for b in self.bucket_set.buckets if b.batch == chosen.batch and b < chosen]
         length = max(int(np.max(counts)), max(below, default=0) + 1)
         return Bucket(chosen.batch, chosen.batch * length, chosen.rows, length, length)
 
@@ -194,7 +194,7 @@ class TrtModel:
             state = self.new_state(len(plan.counts))
         given = {**inputs, **live, **plan.arrays(), **(state.values if state else {})}
         written = {state_output(name): value for name, value in state.written.items()} if state else {}
-        made = self.run("denoise", self.ladder.choose(len(plan.counts), plan.counts), given, written)
+        made = self.run("denoise", self.bucket_set.choose(len(plan.counts), plan.counts), given, written)
         found = {name: value.cpu().numpy().copy() for name, value in made.items() if name not in written}
         if state is not None:
             state.swap()
@@ -248,7 +248,7 @@ def backend_module(wanted: Device, folder: Path) -> Any:
 
 def check_graph(entry: Built, onnx: Path, folder: Path) -> None:
     """UsageError if an engine was not built from the graph that lies in the bundle now."""
-    path = onnx / entry.flavour / f"{entry.graph}.onnx"
+    path = onnx / entry.variant / f"{entry.graph}.onnx"
     if path.is_file() and file_hash(path) != entry.onnx_sha256:
         raise UsageError(f"{folder / entry.file} is older than {path}: build again with 'dcconvert build'")
 
@@ -266,11 +266,11 @@ def load_engine(runtime: Any, path: Path) -> Any:
     return engine
 
 
-def engine_ladder(places: dict[tuple[str, Bucket], Place], planner: StepPlanner, folder: Path) -> Ladder:
+def engine_buckets(places: dict[tuple[str, Bucket], Place], planner: StepPlanner, folder: Path) -> BucketSet:
     """The buckets that can run; UsageError if there is none that keeps everything."""
     tokens = planner.spec.tokens
     buckets = tuple(sorted(bucket for graph, bucket in places if graph == "denoise"))
-    found = Ladder(buckets, tokens, 0.0)
+    found = BucketSet(buckets, tokens, 0.0)
     graphs = ("route", "prepare") if planner.spec.constants else ("route",)
     complete = bool(buckets) and all((graph, b) in places for graph in graphs for b in full_buckets(buckets))
     if not complete or not any(b.fits([tokens] * found.batches[-1]) for b in buckets):

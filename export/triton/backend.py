@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcconvert.export.buckets import Ladder
-from dcconvert.export.bundle import GRAPH
+from dcconvert.export.buckets import BucketSet
+from dcconvert.export.bundle import GRAPH, manifest_buckets
 from dcconvert.export.files import MANIFEST, read_json
 from dcconvert.export.onnx.export import DISTANCE_NAME, output_names, state_output
 from dcconvert.passes.ir.errors import CheckFailedError, DcconvertError, UsageError
@@ -49,15 +49,15 @@ class TritonBackend:
     `outputs`: how many the original has. UsageError with the server's words if a model fails.
     """
 
-    def __init__(self, planner: StepPlanner, ladder: Ladder, name: str, outputs: int, server: Any) -> None:
-        self.planner, self.ladder, self.server = planner, ladder, server
+    def __init__(self, planner: StepPlanner, bucket_set: BucketSet, name: str, outputs: int, server: Any) -> None:
+        self.planner, self.bucket_set, self.server = planner, bucket_set, server
         self.name, self.outputs = name, outputs
 
     def padded(self, batch: int) -> int:
-        return self.ladder.choose(batch, self.planner.spec.tokens).batch
+        return self.bucket_set.choose(batch, self.planner.spec.tokens).batch
 
     def bucket(self, counts: np.ndarray) -> Bucket:
-        return self.ladder.choose(len(counts), counts)
+        return self.bucket_set.choose(len(counts), counts)
 
     def prepare(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What stays the same over a run, by name; nothing for most models."""
@@ -120,8 +120,8 @@ class Served:
         manifest = read_json(folder / MANIFEST)
         planner = planner_from_dict(read_json(folder / GRAPH))
         self.server = server
-        rungs = Ladder.from_dict(manifest.get("ladder", {}))
-        self.backend = TritonBackend(planner, rungs, name, int(read_json(folder / OUTPUTS)), server)
+        bucket_set = manifest_buckets(manifest)
+        self.backend = TritonBackend(planner, bucket_set, name, int(read_json(folder / OUTPUTS)), server)
         self.runs: dict[Any, tuple[Run, float]] = {}
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

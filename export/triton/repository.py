@@ -67,7 +67,7 @@ def export_triton(bundle: Bundle, target: Path, name: str, device: str = "gpu", 
     with new_folder(target, force, "Triton model repository of dcconvert", MARK) as work:
         graphs = graph_names(bundle.model.spec)
         for graph in graphs:
-            buckets = bundle.ladder.buckets if graph == "denoise" else full_buckets(bundle.ladder.buckets)
+            buckets = bundle.bucket_set.buckets if graph == "denoise" else full_buckets(bundle.bucket_set.buckets)
             write_onnx_model(work / f"{name}_{graph}", source / f"{graph}.onnx", buckets, device)
         write_plan_model(work / name, bundle, name)
         write_json({"name": name, "models": [name, *(f"{name}_{graph}" for graph in graphs)]}, work / MARK)

@@ -53,8 +53,8 @@ def _(h: Tensor, update: Tensor, fill_index: Tensor, fill_weight: Tensor) -> Ten
     return h + update.new_empty(h.shape)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::regroup", mutates_args=())
-def regroup(x: Tensor, index: Tensor) -> Tensor:
+@torch.library.custom_op(f"{NAMESPACE}::gather_tokens", mutates_args=())
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Lay tokens out anew: x [A, B, ...], index int64 [C, D] of flat a*B + b -> [C, D, ...].
 
     Takes packed tokens to attention rows (grid_index) and back (packed_index).
@@ -62,13 +62,13 @@ def regroup(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, *x.shape[2:])
 
 
-@regroup.register_fake
+@gather_tokens.register_fake
 def _(x: Tensor, index: Tensor) -> Tensor:
     return x.new_empty((*index.shape, *x.shape[2:]))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::row_attention", mutates_args=())
-def row_attention(q: Tensor, k: Tensor, v: Tensor, row_lengths: Tensor, scale: float) -> Tensor:
+@torch.library.custom_op(f"{NAMESPACE}::padded_attention", mutates_args=())
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, row_lengths: Tensor, scale: float) -> Tensor:
     """Self-attention with one sample a row: q, k, v [R, H, S, d]; the first row_lengths[r] keys count."""
     slots = torch.arange(k.shape[2], device=k.device)
     mask = (slots < row_lengths.unsqueeze(1)).view(k.shape[0], 1, 1, -1)
@@ -77,7 +77,7 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor, row_lengths: Tensor, scale: f
     return slots_first(F.scaled_dot_product_attention(q, k, v, attn_mask=None if full else mask, scale=scale))
 
 
-@row_attention.register_fake
+@padded_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, row_lengths: Tensor, scale: float) -> Tensor:
     return slots_first(torch.empty_like(q))
 
@@ -157,44 +157,44 @@ def _(q: Tensor, k: Tensor, v: Tensor, query_lengths: Tensor, key_lengths: Tenso
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::address", mutates_args=())
-def address(index: Tensor, channels: int) -> Tensor:
+@torch.library.custom_op(f"{NAMESPACE}::cache_index", mutates_args=())
+def cache_index(index: Tensor, channels: int) -> Tensor:
     """Where in a state the packed tokens go: index int64 [G, L, 4] of (slot, sample, 0, token) -> [G, C, L, 4]."""
     every = index.unsqueeze(1).repeat(1, channels, 1, 1)
     every[..., 2] += torch.arange(channels, device=index.device).unsqueeze(1)
     return every
 
 
-@address.register_fake
+@cache_index.register_fake
 def _(index: Tensor, channels: int) -> Tensor:
     return index.new_empty((index.shape[0], channels, index.shape[1], 4))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::remember", mutates_args=())
-def remember(state: Tensor, values: Tensor, address: Tensor) -> Tensor:
+@torch.library.custom_op(f"{NAMESPACE}::cache_write", mutates_args=())
+def cache_write(state: Tensor, values: Tensor, index: Tensor) -> Tensor:
     """Write what packed tokens computed into the state.
 
-    state [P, B, C, N, E]; values [G, C, L, E]; address int64 [G, C, L, 4] of (slot, sample, c, token). Returns the new
+    state [P, B, C, N, E]; values [G, C, L, E]; index int64 [G, C, L, 4] of (slot, sample, c, token). Returns the new
     state. Pads write the value of the token they copy to its own place, so that their order does not matter.
     """
     written = state.clone(memory_format=torch.contiguous_format)
-    written[address.unbind(-1)] = values
+    written[index.unbind(-1)] = values
     return written
 
 
-@remember.register_fake
-def _(state: Tensor, values: Tensor, address: Tensor) -> Tensor:
+@cache_write.register_fake
+def _(state: Tensor, values: Tensor, index: Tensor) -> Tensor:
     return torch.empty_like(state, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::remember_", mutates_args=("state",))
-def remember_(state: Tensor, values: Tensor, address: Tensor) -> None:
-    """`remember` without a copy: the state given is written to. For inference only, see `in_place`."""
-    state[address.unbind(-1)] = values
+@torch.library.custom_op(f"{NAMESPACE}::cache_write_", mutates_args=("state",))
+def cache_write_(state: Tensor, values: Tensor, index: Tensor) -> None:
+    """`cache_write` without a copy: the state given is written to. For inference only, see `in_place`."""
+    state[index.unbind(-1)] = values
 
 
-@torch.library.custom_op(f"{NAMESPACE}::recall", mutates_args=())
-def recall(state: Tensor, weight: Tensor) -> Tensor:
+@torch.library.custom_op(f"{NAMESPACE}::cache_read", mutates_args=())
+def cache_read(state: Tensor, weight: Tensor) -> Tensor:
     """Read every token from the state: sum_p weight[p, b, 0, n] * state[p, b, :, n].
 
     state [P, B, C, N, E], weight [P, B, 1, N, E], the same number all along E (which is not left to broadcasting,
@@ -208,7 +208,7 @@ def recall(state: Tensor, weight: Tensor) -> Tensor:
     return total.contiguous()
 
 
-@recall.register_fake
+@cache_read.register_fake
 def _(state: Tensor, weight: Tensor) -> Tensor:
     return weight.new_empty(state.shape[1:])
 
@@ -225,13 +225,13 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     for op in (
         chunk,
         dechunk,
-        regroup,
-        row_attention,
+        gather_tokens,
+        padded_attention,
         segment_attention,
         varlen_attention,
         packed_attention,
-        remember,
-        recall,
+        cache_write,
+        cache_read,
     )
 }
 
@@ -280,8 +280,8 @@ def dechunk_flops(h: Any, update: Any, fill_index: Any, *_: object, **__: object
     return 2 * math.prod(fill_index) * h[2]
 
 
-@register_flop_formula([torch.ops.dcconvert.recall])
-def recall_flops(state: Any, *_: object, **__: object) -> int:
+@register_flop_formula([torch.ops.dcconvert.cache_read])
+def cache_read_flops(state: Any, *_: object, **__: object) -> int:
     """One multiply-add for each value of the state: 2 P B C N E."""
     return 2 * math.prod(state)
 
@@ -298,4 +298,4 @@ def packed_flops(q: Any, *_: object, **__: object) -> int:
     return 4 * math.prod(q) * q[0] * q[1]
 
 
-register_flop_formula([torch.ops.dcconvert.row_attention, torch.ops.dcconvert.segment_attention])(attention_flops)
+register_flop_formula([torch.ops.dcconvert.padded_attention, torch.ops.dcconvert.segment_attention])(attention_flops)

@@ -41,6 +41,8 @@ def method_of(mode: str = "carry", ratio: float | None = None, **options: Any) -
 def method_from_dict(data: Mapping[str, Any]) -> Method:
     """The method that a bundle was made with, from what `Method.as_dict` gave or a bundle of format 2 holds."""
     given = dict(data)
+    if "guard" in given:  # its name up to format 3
+        given["max_staleness"] = given.pop("guard")
     if "method" not in given:
         given = from_format_2(given)
     return method_of(str(given.pop("method")), **given)

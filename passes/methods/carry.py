@@ -25,10 +25,10 @@ TIE = 1e-6  # weight of the scores between tokens of equal urgency
 
 @dataclass(frozen=True)
 class Carry(Method):
-    """No training needed. `guard`: a token that was not computed for this many times the round-robin interval is
-    computed next. `state_dtype`: the precision of what is remembered, one of STATE_DTYPES."""
+    """No training needed. `max_staleness`: a token that was not computed for this many times the round-robin interval
+    is computed next. `state_dtype`: the precision of what is remembered, one of STATE_DTYPES."""
 
-    guard: float = 3.0
+    max_staleness: float = 3.0
     state_dtype: str = "model"
 
     name: ClassVar[str] = "carry"
@@ -48,8 +48,8 @@ class Carry(Method):
         super().check()
         if self.state_dtype not in STATE_DTYPES:
             raise UsageError(f"unknown state dtype '{self.state_dtype}': choose one of {', '.join(STATE_DTYPES)}")
-        if not 0 < self.guard < math.inf:
-            raise UsageError(f"guard {self.guard:g} is out of range: give a number above 0")
+        if not 0 < self.max_staleness < math.inf:
+            raise UsageError(f"max_staleness {self.max_staleness:g} is out of range: give a number above 0")
 
     @property
     def remembered_as(self) -> str:
@@ -72,7 +72,7 @@ class Carry(Method):
 
         `drift` takes the square root of the speed at which the token's update moved, `age` takes nothing more; ties go
         by the scores, which of these two cover the grid evenly. Any other router's scores are the factor themselves. A
-        token that waited `guard` times as long as taking turns would have it wait comes before all others.
+        token that waited `max_staleness` times as long as taking turns would have it wait comes before all others.
         """
         elapsed = history.elapsed(taus)
         router = self.router
@@ -81,5 +81,5 @@ class Carry(Method):
         else:
             factor = np.ones_like(elapsed) if router == "age" else scores.astype(np.float64)
         level = elapsed * (factor + 1e-6)
-        starving = history.age * counts[:, None] >= self.guard * scores.shape[1]
+        starving = history.age * counts[:, None] >= self.max_staleness * scores.shape[1]
         return level + TIE * scores + np.where(starving, 1e6 * (1 + history.age), 0.0)

@@ -15,7 +15,7 @@ from dcconvert.passes.ir.node_args import integer, integers, nodes
 
 if TYPE_CHECKING:
     from dcconvert.passes.packing.packer import Packer
-    from dcconvert.passes.packing.values import Laid
+    from dcconvert.passes.packing.values import PackedValue
 
 aten = torch.ops.aten
 
@@ -101,7 +101,7 @@ def store_part(packer: Packer, node: Node, source: Node, joint: Joint, span: tup
         raise packer.refuse(node, f"it takes tokens {span[0]} to {span[1]} out, neither the grid's nor all others")
 
 
-def positional(packer: Packer, value: Node, laid: Laid, node: Node) -> Node:
+def positional(packer: Packer, value: Node, laid: PackedValue, node: Node) -> Node:
     """A value that varies with the token's place, such as a rotary embedding, at the places of packed tokens.
 
     Of a value for grid tokens and others a context gets the others'. UnsupportedModelError if it is neither for all
@@ -133,7 +133,7 @@ def positional(packer: Packer, value: Node, laid: Laid, node: Node) -> Node:
             index = packer.remembered(("places",), lambda: places(packer))
         else:
             raise packer.refuse(node, f"an operand of shape {tuple(shape)} is there neither once nor for each sample")
-        return packer.from_front(packer.emit(torch.ops.dcconvert.regroup.default, front, index), whole)
+        return packer.from_front(packer.emit(torch.ops.dcconvert.gather_tokens.default, front, index), whole)
 
     return packer.remembered((value, laid.batch, laid.token, rank, start), placed)
 

@@ -31,7 +31,7 @@ from dcconvert.passes.ir.errors import UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import where
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.packing.joint_attention import Joint, joins, positional, takes_apart
-from dcconvert.passes.packing.values import Laid, Layout, Rule
+from dcconvert.passes.packing.values import Layout, PackedValue, Rule
 
 aten = torch.ops.aten
 
@@ -54,7 +54,7 @@ class Packer:
         self.packing = packing
         self.whole_keys = False  # keys and values of all the grid's tokens, as they were, for packed queries
         self.attentions = 0
-        self._laid: dict[tuple[Node, Layout], Laid] = {}
+        self._laid: dict[tuple[Node, Layout], PackedValue] = {}
         self._native: dict[Node, Layout] = {}
         self._expanded: dict[tuple[Any, ...], Node] = {}
         self._groups: dict[Layout, Node] = {}
@@ -64,7 +64,7 @@ class Packer:
     def start(self, node: Node, packed: Node) -> None:
         """Declare the trunk's input and its packed form."""
         self.entry = node
-        self._store(node, Laid(packed, 0, 1))
+        self._store(node, PackedValue(packed, 0, 1))
 
     def visit(self, node: Node) -> None:
         """Rewrite one trunk node, all of whose trunk inputs were visited before."""
@@ -100,20 +100,20 @@ class Packer:
         """Where grid tokens and others are in a value that holds both."""
         return self._joint.get(value) if isinstance(value, Node) else None
 
-    def store_joint(self, node: Node, joint: Joint, laid: Laid, context: Node) -> None:
+    def store_joint(self, node: Node, joint: Joint, laid: PackedValue, context: Node) -> None:
         """Declare a value that holds grid tokens and others on the same axis."""
         self._joint[node] = joint
         self._store(node, laid)
         self.store_context(node, replace(laid, node=context))
 
-    def store_context(self, node: Node, laid: Laid) -> None:
+    def store_context(self, node: Node, laid: PackedValue) -> None:
         self._laid[node, "context"] = replace(laid, layout="context")
 
-    def store(self, node: Node, laid: Laid) -> None:
+    def store(self, node: Node, laid: PackedValue) -> None:
         """Declare what a node of grid tokens alone became."""
         self._store(node, laid)
 
-    def _store(self, node: Node, laid: Laid) -> None:
+    def _store(self, node: Node, laid: PackedValue) -> None:
         self._native[node] = laid.layout
         self._laid[node, laid.layout] = laid
 
@@ -124,7 +124,7 @@ class Packer:
         """The first operand that carries tokens."""
         return next(n for n in node.all_input_nodes if n in self._native)
 
-    def get(self, node: Node, layout: Layout) -> Laid:
+    def get(self, node: Node, layout: Layout) -> PackedValue:
         """A visited node's value in the layout asked for, converted or written again where needed."""
         known = self._laid.get((node, layout))
         if known is not None:
@@ -134,11 +134,11 @@ class Packer:
         self._laid[node, layout] = laid
         return laid
 
-    def native(self, node: Node) -> Laid:
+    def native(self, node: Node) -> PackedValue:
         """A visited node's value as it was written."""
         return self._laid[node, self._native[node]]
 
-    def moved(self, node: Node, layout: Layout) -> Laid:
+    def moved(self, node: Node, layout: Layout) -> PackedValue:
         """A visited node's value as it was written, moved to the layout asked for."""
         if (node, layout) not in self._laid:
             self._laid[node, layout] = self._convert(self.native(node), layout)
@@ -151,27 +151,27 @@ class Packer:
         rule = self.rules(node)
         return rule if rule.moves_only else None
 
-    def _convert(self, laid: Laid, layout: Layout) -> Laid:
+    def _convert(self, laid: PackedValue, layout: Layout) -> PackedValue:
         index = self.plan_input("grid_index" if layout == "grid" else "packed_index")
-        node = self.emit(torch.ops.dcconvert.regroup.default, self.to_front(laid), index)
+        node = self.emit(torch.ops.dcconvert.gather_tokens.default, self.to_front(laid), index)
         return replace(laid, node=self.from_front(node, laid), layout=layout)
 
-    def to_front(self, laid: Laid) -> Node:
+    def to_front(self, laid: PackedValue) -> Node:
         """Move batch and token axes to 0 and 1."""
         order = self._front_order(laid)
         return laid.node if order == sorted(order) else self.emit(aten.permute.default, laid.node, order)
 
-    def from_front(self, node: Node, laid: Laid) -> Node:
+    def from_front(self, node: Node, laid: PackedValue) -> Node:
         """Undo `to_front`."""
         order = self._front_order(laid)
         back = [order.index(axis) for axis in range(len(order))]
         return node if back == sorted(back) else self.emit(aten.permute.default, node, back)
 
-    def _front_order(self, laid: Laid) -> list[int]:
+    def _front_order(self, laid: PackedValue) -> list[int]:
         rank = laid.node.meta["val"].ndim
         return [laid.batch, laid.token, *(a for a in range(rank) if a not in (laid.batch, laid.token))]
 
-    def outside_operand(self, value: Node, laid: Laid, node: Node) -> Any:
+    def outside_operand(self, value: Node, laid: PackedValue, node: Node) -> Any:
         """An operand of a pointwise op that was computed outside the trunk, made to fit packed tokens or a context.
 
         Constants that do not vary with position pass; a per-sample value is gathered once a tile and left to

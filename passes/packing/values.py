@@ -15,7 +15,7 @@ Layout = Literal["packed", "grid", "context"]
 
 
 @dataclass(frozen=True)
-class Laid:
+class PackedValue:
     """A rewritten trunk value: its node, which axes are batch and token, and how it is laid out.
 
     For an op that returns several tensors the axes are those of each tensor.
@@ -26,13 +26,13 @@ class Laid:
     token: int
     layout: Layout = "packed"
 
-    def at(self, node: Node, batch: int | None = None, token: int | None = None) -> Laid:
+    def at(self, node: Node, batch: int | None = None, token: int | None = None) -> PackedValue:
         """The same value after one more op; axes stay unless given."""
         batch, token = (old if new is None else new for old, new in ((self.batch, batch), (self.token, token)))
         return replace(self, node=node, batch=batch, token=token)
 
 
-RuleFunction = Callable[["Packer", Node, Layout], Laid]
+RuleFunction = Callable[["Packer", Node, Layout], PackedValue]
 
 
 @dataclass(frozen=True)

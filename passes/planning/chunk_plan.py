@@ -17,7 +17,7 @@ from dcconvert.passes.planning.layout import PACKINGS, Bucket, TokenLayout, lay_
 from dcconvert.passes.planning.nearest_kept import Ints, Mask, Nearest, Neighbourhood
 
 Floats = NDArray[np.float32]
-Way = tuple[Ints, Floats]  # where each value comes from, and with what weight
+WeightedIndex = tuple[Ints, Floats]  # where each value comes from, and with what weight
 
 REMEMBERED = 16  # plans, a few hundred kilobytes each at most for the sizes that are usual
 
@@ -200,7 +200,7 @@ class Planner:
         """
         keep = np.ascontiguousarray(keep, dtype=bool)
         laid = lay_out(keep, self.tokens, self.packing, bucket)
-        (chunk_index, chunk_weight), (fill_index, fill_weight) = self._ways(keep, laid, scores)
+        (chunk_index, chunk_weight), (fill_index, fill_weight) = self._weighted_indices(keep, laid, scores)
         return Plan(
             keep,
             laid.counts,
@@ -215,7 +215,9 @@ class Planner:
             fill_weight=fill_weight.reshape(*keep.shape, -1),
         )
 
-    def _ways(self, keep: Mask, laid: TokenLayout, scores: np.ndarray | None) -> tuple[Way, Way]:
+    def _weighted_indices(
+        self, keep: Mask, laid: TokenLayout, scores: np.ndarray | None
+    ) -> tuple[WeightedIndex, WeightedIndex]:
         """Ways in and out of the packed tokens: chunk_index and _weight, fill_index and _weight, as in `Plan`."""
         near = self._neighbourhood.nearest(keep, laid.counts, self.neighbours)
         into = self._chunks(laid.kept, laid.place, near, laid.sizes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dcconvert.passes.planning.chunk_plan import Way
+from dcconvert.passes.planning.chunk_plan import WeightedIndex
 from dcconvert.passes.planning.layout import TokenLayout
 from dcconvert.passes.planning.nearest_kept import Ints, Mask
 from dcconvert.passes.planning.pooled_planner import SizedPlanner
@@ -43,7 +43,9 @@ class PatchPlanner(SizedPlanner):
     def first(self, count: int) -> Mask:
         return np.asarray(self._places[self.sizes[count]][1] == 0)
 
-    def _ways(self, keep: Mask, laid: TokenLayout, scores: np.ndarray | None) -> tuple[Way, Way]:
+    def _weighted_indices(
+        self, keep: Mask, laid: TokenLayout, scores: np.ndarray | None
+    ) -> tuple[WeightedIndex, WeightedIndex]:
         places = [self.sizes[count] for count in laid.counts.tolist()]
         before = np.cumsum([0, *(self.tokens // scale**2 for scale in self.scales)])  # tokens of the scales before
         values = np.cumsum([0, *(scale**2 for scale in self.scales)])

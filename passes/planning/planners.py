@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dcconvert.passes.planning.chunk_plan import Planner, Way
+from dcconvert.passes.planning.chunk_plan import Planner, WeightedIndex
 from dcconvert.passes.planning.layout import TokenLayout
 from dcconvert.passes.planning.nearest_kept import Ints, Mask, Nearest
 
@@ -23,7 +23,9 @@ class MergePlanner(Planner):
     def select(self, scores: np.ndarray, counts: ArrayLike) -> Mask:
         return super().select(scores[..., 0], counts)
 
-    def _ways(self, keep: Mask, laid: TokenLayout, scores: np.ndarray | None) -> tuple[Way, Way]:
+    def _weighted_indices(
+        self, keep: Mask, laid: TokenLayout, scores: np.ndarray | None
+    ) -> tuple[WeightedIndex, WeightedIndex]:
         near = self._neighbourhood.nearest(keep, laid.counts, 1)
         token, distance = near.token, near.distance
         if scores is not None:
@@ -53,14 +55,16 @@ class SmoothedPlanner(Planner):
     def select(self, scores: np.ndarray, counts: ArrayLike) -> Mask:
         return super().select(forced(scores), counts)
 
-    def _ways(self, keep: Mask, laid: TokenLayout, scores: np.ndarray | None) -> tuple[Way, Way]:
+    def _weighted_indices(
+        self, keep: Mask, laid: TokenLayout, scores: np.ndarray | None
+    ) -> tuple[WeightedIndex, WeightedIndex]:
         nowhere = Nearest(*(np.empty(shape, np.int64) for shape in (0, 0, (0, 1), (0, 1))))
         into = self._chunks(laid.kept, laid.place, nowhere, laid.sizes)
         near = self._neighbourhood.nearest(keep, laid.counts, self.neighbours, everywhere=True)
         p = np.ones(keep.shape) if scores is None else np.clip(forced(scores), CERTAIN, 1 - CERTAIN)
         return into, self._smoothed(keep, laid, near, p)
 
-    def _smoothed(self, keep: Mask, laid: TokenLayout, near: Nearest, p: np.ndarray) -> Way:
+    def _smoothed(self, keep: Mask, laid: TokenLayout, near: Nearest, p: np.ndarray) -> WeightedIndex:
         """Packed neighbours and weights [B, N, K] of every grid position."""
         shape = (*keep.shape, self.neighbours)
         token, distance = near.token.reshape(shape), near.distance.reshape(shape)

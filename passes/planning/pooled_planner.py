@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dcconvert.passes.planning.chunk_plan import Plan, Planner, Way
+from dcconvert.passes.planning.chunk_plan import Plan, Planner, WeightedIndex
 from dcconvert.passes.planning.layout import Bucket, TokenLayout
 from dcconvert.passes.planning.nearest_kept import Ints, Mask
 
@@ -106,7 +106,9 @@ class PooledPlanner(SizedPlanner):
         y, x = (np.arange(side) * parts // side for side, parts in zip(self.grid, size, strict=True))
         return Pooling(size, index, weight, index[:, 0], (y[:, None] * size[1] + x).ravel())
 
-    def _ways(self, keep: Mask, laid: TokenLayout, scores: np.ndarray | None) -> tuple[Way, Way]:
+    def _weighted_indices(
+        self, keep: Mask, laid: TokenLayout, scores: np.ndarray | None
+    ) -> tuple[WeightedIndex, WeightedIndex]:
         poolings = [self.pooling(count) for count in laid.counts.tolist()]
         index = np.concatenate([b * self.tokens + pooling.index for b, pooling in enumerate(poolings)])
         weight = np.concatenate([pooling.weight for pooling in poolings])

@@ -19,7 +19,7 @@ KINDS = ("constant", "rising", "falling")
 CURVE = "curve"  # made by `dcconvert calibrate`
 NATURAL = "natural"  # as many as the router scores above 0.5 (DC-DiT)
 DIFFERENCE = "difference"  # patches as large as the third difference of the latents allows (DDiT)
-FOUND = (NATURAL, DIFFERENCE)  # how many is found at every step; knots, if there are any, say what is expected
+DATA_DEPENDENT = (NATURAL, DIFFERENCE)  # how many is found at every step; knots, if there are any, say what is expected
 AUTO = -1  # warm-up steps chosen from what the run may cost
 LEVELS = 6  # numbers of kept tokens that a run uses, each of them a shape to export, compile and capture
 WARM_UP = 3  # steps it takes to know how things change; more cost what later steps need (docs/carry.md)
@@ -78,7 +78,7 @@ class Schedule:
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in (*KINDS, CURVE, *FOUND):
+        if self.kind not in (*KINDS, CURVE, *DATA_DEPENDENT):
             raise UsageError(f"unknown schedule {self.kind!r}: choose one of {', '.join(KINDS)}")
         object.__setattr__(self, "ratio", parse_ratio(self.ratio))
         object.__setattr__(self, "knots", tuple((float(tau), float(kept)) for tau, kept in self.knots))
@@ -129,7 +129,7 @@ class Schedule:
             )
         mean = min(1.0, float((budget - dense.sum()) / sparse.sum()))
         fit = replace(self, dense_first=first, mean=mean, centre=float(np.mean(taus[sparse])))
-        if self.found and self.knots:  # what was seen
+        if self.data_dependent and self.knots:  # what was seen
             return replace(fit, mean=self.mean)
         if not self.knots:
             return fit
@@ -141,14 +141,14 @@ class Schedule:
         return fit
 
     @property
-    def found(self) -> bool:
+    def data_dependent(self) -> bool:
         """Whether the numbers of kept tokens are found at every step."""
-        return self.kind in FOUND
+        return self.kind in DATA_DEPENDENT
 
     @property
     def expected(self) -> float:
         """The mean fraction that a run keeps: as was seen where it is found at every step, else 1 / ratio."""
-        return self.mean if self.found and self.mean else 1 / self.ratio
+        return self.mean if self.data_dependent and self.mean else 1 / self.ratio
 
     def dropping(self, ratio: float) -> Schedule:
         """The same at a larger ratio, by tail dropping; UsageError where only a new threshold could do that."""
@@ -174,7 +174,7 @@ class Schedule:
         ``sizes``, where a model can only keep some numbers. Where the numbers are found at every step the levels are
         all sizes, or evenly spaced ones. UsageError as ``fitted``.
         """
-        if self.found:
+        if self.data_dependent:
             even = np.geomspace(max(1, tokens / self.ratio / 2), tokens, most).round().astype(int)
             return replace(self, levels=tuple(sorted(sizes) if sizes else np.unique(even).tolist()))
         counts = replace(self, levels=()).fitted(taus).run_counts(taus, tokens)
@@ -215,7 +215,7 @@ class Schedule:
         """
         self.check(tokens)
         counts = np.maximum(np.rint(self.fraction(tau) * tokens), 1).astype(np.int64)
-        if self.levels and not self.found:  # where they are found, their mean over samples is expected
+        if self.levels and not self.data_dependent:  # where they are found, their mean over samples is expected
             levels = np.asarray(self.levels)
             counts = levels[np.abs(counts[..., None] - levels).argmin(-1)]
         if step is None:

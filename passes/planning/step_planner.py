@@ -38,7 +38,7 @@ class StepPlanner:
     def check(self) -> None:
         """UsageError for a schedule that this model cannot have."""
         kind, levels = self.schedule.kind, self.schedule.levels
-        if self.schedule.found and kind not in self.method.schedules:
+        if self.schedule.data_dependent and kind not in self.method.schedules:
             raise UsageError(f"schedule '{kind}' is for models converted with another method than {self.method.name}")
         most = levels[-1] if levels else self.spec.tokens
         bounded = most == self.spec.tokens if kind == NATURAL else most <= self.spec.tokens  # else it would cut off
@@ -57,7 +57,7 @@ class StepPlanner:
 
         UsageError for a ratio that such a run cannot have.
         """
-        if self.schedule.found and ratio != self.schedule.ratio:
+        if self.schedule.data_dependent and ratio != self.schedule.ratio:
             return StepPlanner(self.spec, self.method, self.schedule.dropping(ratio))
         other = replace(self.schedule, ratio=ratio, mean=0.0).fitted(taus)
         if other.ratio != self.schedule.ratio:
@@ -83,7 +83,7 @@ class StepPlanner:
     @property
     def watches(self) -> bool:
         """Whether a run has to keep its last latents."""
-        return self.method.watches and self.schedule.found
+        return self.method.watches and self.schedule.data_dependent
 
     @property
     def carries(self) -> bool:
@@ -120,9 +120,9 @@ class StepPlanner:
         """Kept tokens of each sample where a step finds them: from scores [B, N], or from `ThirdDifference.spread`."""
         return self.method.found_counts(self, scores, spread)
 
-    def ladder_counts(self, taus: np.ndarray) -> np.ndarray:
+    def bucket_counts(self, taus: np.ndarray) -> np.ndarray:
         """The numbers of kept tokens that a run needs shapes for."""
-        return np.array(self.schedule.levels) if self.schedule.found else self.run_counts(taus)
+        return np.array(self.schedule.levels) if self.schedule.data_dependent else self.run_counts(taus)
 
     def run_counts(self, taus: np.ndarray) -> np.ndarray:
         """Kept tokens a sample at every step of a run; the first of mode carry has nothing to go by."""

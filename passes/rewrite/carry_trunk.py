@@ -36,7 +36,7 @@ class CarryTrunk(PackTrunk):
         return Packer(program, find_rule, program.found_stream().tokens, "rows", memory)
 
     def enter(self, packer: Packer, start: Node) -> Node:
-        return packer.emit(torch.ops.dcconvert.regroup.default, start, packer.plan_input("token_index"))
+        return packer.emit(torch.ops.dcconvert.gather_tokens.default, start, packer.plan_input("token_index"))
 
     def leave(self, packer: Packer, start: Node, update: Node) -> Node:
         memory = packer.carry
@@ -49,7 +49,7 @@ class CarryTrunk(PackTrunk):
         super().ensures(program)
         output = next(iter(reversed(program.graph.nodes)))
         found = [node.target for node in output.args[0][-len(program.state) :]]
-        if not program.state or any(target is not torch.ops.dcconvert.remember.default for target in found):
+        if not program.state or any(target is not torch.ops.dcconvert.cache_write.default for target in found):
             raise CheckFailedError("the states are not the graph's last outputs; this is a bug of dcconvert")
 
 
@@ -59,7 +59,7 @@ class Memory:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.written: dict[str, Node] = {}
-        self._address: dict[int, Node] = {}
+        self._cache_index: dict[int, Node] = {}
         self._weight: dict[int, Node] = {}
 
     def __call__(self, name: str, values: Node) -> Node:
@@ -71,9 +71,11 @@ class Memory:
         state = program.state[name] = program.placeholder(name, shape, dtype)
         if dtype != value.dtype:
             values = program.emit(aten.to.dtype, (values, dtype))
-        written = program.emit(torch.ops.dcconvert.remember.default, (state, values, self.address(int(channels))))
+        written = program.emit(
+            torch.ops.dcconvert.cache_write.default, (state, values, self.cache_index(int(channels)))
+        )
         self.written[name] = written
-        return program.emit(torch.ops.dcconvert.recall.default, (written, self.weight(int(width))))
+        return program.emit(torch.ops.dcconvert.cache_read.default, (written, self.weight(int(width))))
 
     def weight(self, width: int) -> Node:
         """The plan's weights [P, B, N] spread over the values of a token: [P, B, 1, N, E]."""
@@ -84,11 +86,11 @@ class Memory:
             self._weight[width] = self.program.emit(aten.expand.default, (weight, [-1, -1, -1, -1, width]))
         return self._weight[width]
 
-    def address(self, channels: int) -> Node:
-        if channels not in self._address:
+    def cache_index(self, channels: int) -> Node:
+        if channels not in self._cache_index:
             index = self.program.plan_inputs["write_index"]
-            self._address[channels] = self.program.emit(torch.ops.dcconvert.address.default, (index, channels))
-        return self._address[channels]
+            self._cache_index[channels] = self.program.emit(torch.ops.dcconvert.cache_index.default, (index, channels))
+        return self._cache_index[channels]
 
     def give_out(self, distance: Node) -> None:
         """Make the distance and the states outputs of the graph."""

@@ -100,7 +100,7 @@ class PatchSizes(Pass):
         both = packer.emit(aten.cat.default, [own, coarse], -1)
         rows = packer.emit(aten.reshape.default, both, [packer.groups("packed"), -1, features])
         fill = packer.plan_input("fill_index")
-        taken = packer.emit(torch.ops.dcconvert.regroup.default, rows, packer.emit(aten.select.int, fill, 2, 0))
+        taken = packer.emit(torch.ops.dcconvert.gather_tokens.default, rows, packer.emit(aten.select.int, fill, 2, 0))
         image, time = (input_of(program, name) for name in (program.image, program.timestep))
         predicts = program.chosen().predicts
         if not predicts or time is None or image is None:
@@ -109,7 +109,9 @@ class PatchSizes(Pass):
         skip = PatchSkip(stream.grid, pixels.order, pixels.patch, scales, *known, program.timestep_scale)
         details = inline(program, skip, (image, time), f"{NAME}.skip")
         which = packer.emit(aten.select.int, fill, 2, 1)
-        return packer.emit(aten.add.Tensor, taken, packer.emit(torch.ops.dcconvert.regroup.default, details, which))
+        return packer.emit(
+            aten.add.Tensor, taken, packer.emit(torch.ops.dcconvert.gather_tokens.default, details, which)
+        )
 
 
 class PatchPacker(Packer):

@@ -22,7 +22,13 @@ from dcconvert.passes.ir.spec import InputSpec, ModelSpec
 aten = torch.ops.aten
 PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Calls that take values of several types on purpose.
-MIXING = {aten.to.dtype, aten.cat.default, aten.where.self, aten.type_as.default, torch.ops.dcconvert.recall.default}
+MIXING = {
+    aten.to.dtype,
+    aten.cat.default,
+    aten.where.self,
+    aten.type_as.default,
+    torch.ops.dcconvert.cache_read.default,
+}
 
 
 def to_device(graph_module: GraphModule, device: torch.device) -> None:
@@ -76,7 +82,7 @@ class Retype(Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if takes_one_type(target) and len(types(args)) > 1:
-            wanted = args[0].dtype if target is torch.ops.dcconvert.remember.default else self.new
+            wanted = args[0].dtype if target is torch.ops.dcconvert.cache_write.default else self.new
             args = torch.utils._pytree.tree_map(lambda v: v.to(wanted) if is_float(v) else v, args)
         return super().call_function(target, args, kwargs)
 
@@ -87,7 +93,7 @@ class Retype(Interpreter):
         operands = [n for n in node.all_input_nodes if is_float(self.env[n])]
         if len({self.env[n].dtype for n in operands}) > 1:
             # A state may be kept in a precision of its own: what is written to it follows.
-            wanted = self.env[operands[0]].dtype if node.target is torch.ops.dcconvert.remember.default else self.new
+            wanted = self.env[operands[0]].dtype if node.target is torch.ops.dcconvert.cache_write.default else self.new
             yield from ((n, wanted) for n in operands if self.env[n].dtype != wanted)
 
     def finish(self) -> None:
@@ -132,11 +138,11 @@ def in_place(graph_module: GraphModule) -> None:
     What it returns are the same tensors. For inference in torch: gradients need the states as they were, and exported
     graphs get the same from the runtime, which shares the buffers.
     """
-    remember = torch.ops.dcconvert.remember
+    cache_write = torch.ops.dcconvert.cache_write
     for node in list(graph_module.graph.nodes):
-        if node.op == "call_function" and node.target is remember.default:
+        if node.op == "call_function" and node.target is cache_write.default:
             with graph_module.graph.inserting_before(node):
-                graph_module.graph.call_function(torch.ops.dcconvert.remember_.default, node.args)
+                graph_module.graph.call_function(torch.ops.dcconvert.cache_write_.default, node.args)
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
     graph_module.graph.lint()

@@ -129,7 +129,7 @@ def recover(packer: Packer, body: Sequence[Node], entry: Node, recovered: Node) 
                 packer.visit(source)
             k, v = (packer.get(source, "grid").node for source in (key_of(node), value_of(node)))
             given = (operand(node), k, v, packer.plan_input("row_lengths"), scale_of(arguments(node)))
-            made = packer.emit(torch.ops.dcconvert.row_attention.default, *given)
+            made = packer.emit(torch.ops.dcconvert.padded_attention.default, *given)
         node.replace_all_uses_with(made)
         program.graph.erase_node(node)
     for node in [node for node in body if node not in attentions]:

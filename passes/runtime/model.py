@@ -229,7 +229,7 @@ class DynamicModel(nn.Module):
         """A few lines: tokens, blocks, ratio, router, and how often each pass fired."""
         spec, method, schedule = self.spec, self.method, self.schedule
         kept = f"{spec.tokens * schedule.expected:.0f} kept on average ({schedule.ratio:g}x)"
-        if schedule.found and not schedule.mean:
+        if schedule.data_dependent and not schedule.mean:
             kept = f"asked for {schedule.ratio:g}x; what steps find was fitted to no runs: look at what they keep"
         lines = [
             f"{spec.grid[0]}x{spec.grid[1]} = {spec.tokens} tokens, {kept}",

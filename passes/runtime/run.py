@@ -152,7 +152,7 @@ class Run:
             self.watch.note(inputs[planner.spec.image], taus)
         if counts is not None:
             counts = np.concatenate([counts, np.repeat(counts[-1:], self.size - len(counts))])
-        elif planner.schedule.found:
+        elif planner.schedule.data_dependent:
             counts = self._found(host, planners or [planner])
         else:
             counts = planner.counts(taus, None if history is None else history.steps)

@@ -33,8 +33,15 @@ from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.serialise.interface_checks import PREPARE, check_seams, damaged
 from dcconvert.passes.serialise.treespec import shown, treespec_fault
 
-VERSION = 3  # from 3 on a method and its options; before, one set of options for all methods
-READABLE = (2, VERSION)
+VERSION = 4  # 3: a method and its options; before, one set of options for all methods. 4: ops under their new names
+READABLE = (2, 3, VERSION)
+RENAMED = {
+    "regroup": "gather_tokens",
+    "row_attention": "padded_attention",
+    "address": "cache_index",
+    "remember": "cache_write",
+    "recall": "cache_read",
+}  # dcconvert's ops in files of format 2 and 3
 GRAPHS = ("route", "denoise", "original")  # and prepare, where a model has it
 STATE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_STATE = 1 << 20  # numbers a token and value
@@ -220,7 +227,7 @@ def read_node(
     args = decode({"tuple": entry["args"]}, nodes)
     kwargs = {checked_name(key, ()): decode(item, nodes) for key, item in entry["kwargs"].items()}
     if op == "call_function":
-        return graph.create_node(op, find_function(target), args, kwargs, name=name)
+        return graph.create_node(op, find_function(renamed(target)), args, kwargs, name=name)
     if op == "output" and len(args) == 1 and isinstance(args[0], tuple) and not kwargs:
         return graph.output(args[0])
     if op == "get_attr" and not (args or kwargs):
@@ -244,6 +251,13 @@ def target_name(node: Node) -> str:
         if name or is_allowed(node.target):
             return name or str(node.target)
     raise UnsupportedModelError(f"the graph holds {node.op} {node.target}, which cannot be written to a bundle")
+
+
+def renamed(name: Any) -> Any:
+    """Today's name of a function that a file may call by an older one."""
+    namespace, _, rest = name.partition(".") if isinstance(name, str) else ("", "", "")
+    op, _, overload = rest.partition(".")
+    return f"{namespace}.{RENAMED[op]}.{overload}" if namespace == "dcconvert" and op in RENAMED else name
 
 
 def find_function(name: Any) -> Callable[..., Any]:

@@ -108,10 +108,10 @@ def original_onnx(main_job: MainJob, tmp_path_factory: pytest.TempPathFactory) -
     """The original, exported once."""
     found = read_bundle(main_job.folder)
     work = tmp_path_factory.mktemp("original")
-    Runtime.open(found.model, found.model.step_planner, found.ladder, found.onnx, work, 1)
+    Runtime.open(found.model, found.model.step_planner, found.bucket_set, found.onnx, work, 1)
     return work / "original.onnx"
 
 
 @pytest.fixture
 def runtime(bundle: Bundle, planner: StepPlanner, original_onnx: Path) -> Runtime:
-    return Runtime.open(bundle.model, planner, bundle.ladder, bundle.onnx, original_onnx.parent, threads=1)
+    return Runtime.open(bundle.model, planner, bundle.bucket_set, bundle.onnx, original_onnx.parent, threads=1)

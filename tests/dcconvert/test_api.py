@@ -200,7 +200,7 @@ def test_the_main_jobs_bundle_gives_what_its_model_gave(main_job):
 @torch.no_grad()
 def test_a_saved_model_runs_in_onnx_runtime(saved, by_name, from_diffusers):
     bundle, inputs = read_bundle(saved), {name: value[:2] for name, value in by_name[1].items()}
-    session = OrtModel(bundle.onnx, bundle.model.step_planner, bundle.ladder, threads=1)
+    session = OrtModel(bundle.onnx, bundle.model.step_planner, bundle.bucket_set, threads=1)
     [found] = session.start(2).step({name: value.numpy() for name, value in inputs.items()})
     np.testing.assert_allclose(found, first_tensor(from_diffusers(**inputs)).numpy(), rtol=1e-3, atol=1e-3)
 
@@ -211,7 +211,7 @@ def test_what_a_bundle_says_about_itself(saved, from_diffusers):
     assert facts["conversion"]["router"] == from_diffusers.method.router
     assert [entry["name"] for entry in facts["conversion"]["passes"]] == [r.name for r in from_diffusers.records]
     assert (facts["grid"], facts["tokens"]) == ([4, 4], 16)
-    assert {bucket["batch"] for bucket in facts["ladder"]["buckets"]} == {2}
+    assert {bucket["batch"] for bucket in facts["buckets"]["buckets"]} == {2}
     assert facts["machine"] == machine()
 
 
@@ -234,12 +234,12 @@ def test_saving_that_fails_leaves_nothing(from_diffusers, tmp_path, monkeypatch)
 
 
 def test_buckets_have_no_padding(main_job):
-    ladder = main_job.model.ladder(batches=(1, 4))
-    assert ladder.batches == (1, 4)
-    assert ladder.tokens == TOKENS
-    assert ladder.rungs[-1] == TOKENS
-    assert ladder.expected_waste == 0
-    assert len(ladder.rungs) <= LEVELS
+    bucket_set = main_job.model.bucket_set(batches=(1, 4))
+    assert bucket_set.batches == (1, 4)
+    assert bucket_set.tokens == TOKENS
+    assert bucket_set.lengths[-1] == TOKENS
+    assert bucket_set.expected_waste == 0
+    assert len(bucket_set.lengths) <= LEVELS
 
 
 def test_loading_what_is_no_bundle(tmp_path):

@@ -10,48 +10,48 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcconvert.export.buckets import Bucket, Ladder, PaddedShapes, guided_ladder, ladder
+from dcconvert.export.buckets import Bucket, BucketSet, PaddedShapes, choose_buckets, choose_guided_buckets
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.chunk_plan import Planner
 from dcconvert.passes.planning.schedule import AUTO, KINDS, Schedule
 
 
-def padding(rungs, counts):
-    rungs = np.asarray(sorted(rungs))
-    return int((rungs[np.searchsorted(rungs, counts)] - counts).sum())
+def padding(lengths, counts):
+    lengths = np.asarray(sorted(lengths))
+    return int((lengths[np.searchsorted(lengths, counts)] - counts).sum())
 
 
 @settings(max_examples=60)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(1, 4))
-def test_rungs_are_the_best_there_are(counts, max_rungs):
-    found = ladder([1], counts, 12, max_rungs).rungs
+def test_lengths_are_the_best_there_are(counts, max_lengths):
+    found = choose_buckets([1], counts, 12, max_lengths).lengths
     best = min(
         padding({*chosen, 12}, counts)
-        for size in range(max_rungs + 1)
+        for size in range(max_lengths + 1)
         for chosen in itertools.combinations(range(1, 12), size)
     )
     assert found[-1] == 12
-    assert len(found) <= max_rungs + 1
+    assert len(found) <= max_lengths + 1
     assert padding(found, counts) == best
 
 
-def test_hand_computed_ladder():
-    rungs = ladder([2, 1, 2], [4, 4, 5, 8, 9], tokens=16, max_rungs=2)
-    assert rungs.rungs == (5, 9, 16)
-    assert rungs.batches == (1, 2)
-    assert Bucket(2, 18, 2, 9, 9) in rungs.buckets
-    assert len(rungs.buckets) == 6
-    assert rungs.expected_waste == pytest.approx((1 / 4 + 1 / 4 + 0 + 1 / 8 + 0) / 5)
+def test_hand_computed_buckets():
+    bucket_set = choose_buckets([2, 1, 2], [4, 4, 5, 8, 9], tokens=16, max_lengths=2)
+    assert bucket_set.lengths == (5, 9, 16)
+    assert bucket_set.batches == (1, 2)
+    assert Bucket(2, 18, 2, 9, 9) in bucket_set.buckets
+    assert len(bucket_set.buckets) == 6
+    assert bucket_set.expected_waste == pytest.approx((1 / 4 + 1 / 4 + 0 + 1 / 8 + 0) / 5)
 
 
-def test_constant_schedule_has_two_rungs_and_no_waste():
-    rungs = ladder([1, 8], [64] * 50, tokens=256)
-    assert rungs.rungs == (64, 256)
-    assert rungs.expected_waste == 0
+def test_constant_schedule_has_two_lengths_and_no_waste():
+    bucket_set = choose_buckets([1, 8], [64] * 50, tokens=256)
+    assert bucket_set.lengths == (64, 256)
+    assert bucket_set.expected_waste == 0
 
 
-def test_everything_kept_has_one_rung():
-    assert ladder([8], [256] * 5, tokens=256).buckets == (Bucket(8, 2048, 8, 256, 256),)
+def test_everything_kept_has_one_length():
+    assert choose_buckets([8], [256] * 5, tokens=256).buckets == (Bucket(8, 2048, 8, 256, 256),)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,41 +60,41 @@ def test_everything_kept_has_one_rung():
 def test_levelled_schedules_need_six_buckets_and_no_padding(kind, ratio, steps):
     taus = 1 - np.arange(steps) / steps
     free = Schedule(kind, ratio).fitted(taus)
-    found = ladder([8], free.levelled(taus, 256).run_counts(taus, 256), 256)
+    found = choose_buckets([8], free.levelled(taus, 256).run_counts(taus, 256), 256)
     assert found.expected_waste == 0
     assert len(found.buckets) <= 6
-    assert ladder([8], free.run_counts(taus, 256), 256).expected_waste < 0.11
+    assert choose_buckets([8], free.run_counts(taus, 256), 256).expected_waste < 0.11
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dense_steps_have_the_full_rung_and_little_waste(kind):
+def test_dense_steps_have_the_full_length_and_little_waste(kind):
     taus = 1 - np.arange(50) / 50
     counts = Schedule(kind, 4, warm_up=AUTO, refresh=10).fitted(taus).run_counts(taus, 256)
-    found = ladder([1, 8], counts, 256)
+    found = choose_buckets([1, 8], counts, 256)
     assert (counts == 256).sum() > 5
-    assert found.rungs[-1] == 256
+    assert found.lengths[-1] == 256
     assert found.expected_waste < 0.1
 
 
 def test_choose():
-    rungs = ladder([1, 4, 8], [32, 64, 96], tokens=256)
-    assert rungs.choose(8, 64) == Bucket(8, 512, 8, 64, 64)
-    assert rungs.choose(1, [33]) == Bucket(1, 64, 1, 64, 64)
-    assert rungs.choose(3, [10, 96, 20]) == Bucket(4, 384, 4, 96, 96)
-    assert rungs.choose(5, 97) == Bucket(8, 2048, 8, 256, 256)
+    bucket_set = choose_buckets([1, 4, 8], [32, 64, 96], tokens=256)
+    assert bucket_set.choose(8, 64) == Bucket(8, 512, 8, 64, 64)
+    assert bucket_set.choose(1, [33]) == Bucket(1, 64, 1, 64, 64)
+    assert bucket_set.choose(3, [10, 96, 20]) == Bucket(4, 384, 4, 96, 96)
+    assert bucket_set.choose(5, 97) == Bucket(8, 2048, 8, 256, 256)
 
 
 @given(st.integers(1, 8), st.data())
 def test_choice_fits_and_is_smallest(batch, data):
-    rungs = ladder([2, 8], [3, 5, 9], tokens=16)
+    bucket_set = choose_buckets([2, 8], [3, 5, 9], tokens=16)
     counts = data.draw(st.lists(st.integers(1, 16), min_size=batch, max_size=batch))
-    chosen = rungs.choose(batch, counts)
+    chosen = bucket_set.choose(batch, counts)
     assert chosen.fits(counts)
-    assert not any(other.fits(counts) and other.tokens < chosen.tokens for other in rungs.buckets)
+    assert not any(other.fits(counts) and other.tokens < chosen.tokens for other in bucket_set.buckets)
 
 
 def test_every_bucket_has_one_tile_a_sample():
-    for bucket in ladder([1, 4], [32, 64, 96], tokens=256).buckets:
+    for bucket in choose_buckets([1, 4], [32, 64, 96], tokens=256).buckets:
         assert bucket.tile == bucket.row_tokens
         assert bucket.tokens == bucket.batch * bucket.tile
 
@@ -134,31 +134,31 @@ def test_fits_exactly_what_can_be_planned(tile, counts, spare, tiles):
 
 
 def test_choose_refuses():
-    rungs = ladder([4], [8], tokens=16)
+    bucket_set = choose_buckets([4], [8], tokens=16)
     with pytest.raises(UsageError, match=r"batch 5 .*from 1 to 4"):
-        rungs.choose(5, 8)
+        bucket_set.choose(5, 8)
     with pytest.raises(UsageError, match="batch 0"):
-        rungs.choose(0, 8)
+        bucket_set.choose(0, 8)
     for counts in (17, 0, [8, 8], [[8, 8, 8]]):
         with pytest.raises(UsageError, match="expected 3 of them, each from 1 to 16"):
-            rungs.choose(3, counts)
+            bucket_set.choose(3, counts)
 
 
-def test_ladder_refuses():
+def test_choosing_buckets_refuses():
     with pytest.raises(UsageError, match="batch sizes"):
-        ladder([], [8], 16)
+        choose_buckets([], [8], 16)
     with pytest.raises(UsageError, match="batch sizes"):
-        ladder([0, 8], [8], 16)
+        choose_buckets([0, 8], [8], 16)
     for counts in ([], [0], [17]):
         with pytest.raises(UsageError, match="from 1 to 16"):
-            ladder([1], counts, 16)
+            choose_buckets([1], counts, 16)
     with pytest.raises(UsageError, match="at least 1"):
-        ladder([1], [8], 16, max_rungs=0)
+        choose_buckets([1], [8], 16, max_lengths=0)
 
 
 def test_manifest_round_trip():
-    rungs = ladder([1, 8], [32, 64, 96], tokens=256, max_rungs=2)
-    assert Ladder.from_dict(json.loads(json.dumps(rungs.to_dict()))) == rungs
+    bucket_set = choose_buckets([1, 8], [32, 64, 96], tokens=256, max_lengths=2)
+    assert BucketSet.from_dict(json.loads(json.dumps(bucket_set.to_dict()))) == bucket_set
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_manifest_round_trip():
 )
 def test_broken_manifest(change):
     with pytest.raises(UsageError, match="manifest"):
-        Ladder.from_dict({**ladder([1], [8], 16).to_dict(), **change})
+        BucketSet.from_dict({**choose_buckets([1], [8], 16).to_dict(), **change})
 
 
 @settings(max_examples=60)
@@ -187,7 +187,7 @@ def test_broken_manifest(change):
 def test_pairs_of_guidance_fit_their_buckets(pairs, batch):
     """Every step's pairs find a bucket no larger than the one that keeps everything, and fewer of them too."""
     first, second = np.transpose(pairs)
-    found = guided_ladder(batch, first, second, 40)
+    found = choose_guided_buckets(batch, first, second, 40)
     assert found.batches == (2 * batch,)
     waste = []
     for one, other in pairs:
@@ -202,7 +202,7 @@ def test_pairs_of_guidance_fit_their_buckets(pairs, batch):
 
 
 def test_pairs_take_less_than_twice_the_longer():
-    found = guided_ladder(4, [64, 64], [16, 8], 256)
+    found = choose_guided_buckets(4, [64, 64], [16, 8], 256)
     assert Bucket(8, 4 * 80, 8, 64, 8) in found.buckets
     assert len(found.buckets) == 2
 

@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from dcconvert.export import bundle
-from dcconvert.export.buckets import Ladder, ladder
+from dcconvert.export.buckets import BucketSet, choose_buckets
 from dcconvert.export.bundle import FORMAT_VERSION, GRAPH, ONNX, WEIGHTS, read_bundle, write_model
 from dcconvert.export.files import MANIFEST, new_folder, write_json
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.runtime.model import DynamicModel
 from tests.export.harness import TOKENS, inputs
 
-LADDER = ladder([1, 4], [4, 8], TOKENS)
+BUCKET_SET = choose_buckets([1, 4], [4, 8], TOKENS)
 
 
 class StoppedError(Exception):
@@ -32,7 +32,7 @@ class StoppedError(Exception):
 
 def write(folder: Path, model: DynamicModel, **manifest: Any) -> None:
     write_model(model, folder)
-    write_json({"format_version": FORMAT_VERSION, "ladder": LADDER.to_dict(), **manifest}, folder / MANIFEST)
+    write_json({"format_version": FORMAT_VERSION, "buckets": BUCKET_SET.to_dict(), **manifest}, folder / MANIFEST)
 
 
 def make(target: Path, text: str) -> Path:
@@ -242,7 +242,7 @@ def test_a_bundle_comes_back_bit_for_bit(written, rows_model):
     assert found.folder == written
     assert found.onnx == written / ONNX
     assert found.manifest["note"] == "kept as it is"
-    assert found.ladder == LADDER
+    assert found.bucket_set == BUCKET_SET
     assert (found.model.spec, found.model.method) == (rows_model.spec, rows_model.method)
     args = tuple(inputs().values())
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_writing_what_was_read_changes_nothing(written, tmp_path):
 
 
 def test_a_bundle_may_move(spoiled):
-    assert read_bundle(spoiled.rename(spoiled.with_name("elsewhere"))).ladder == LADDER
+    assert read_bundle(spoiled.rename(spoiled.with_name("elsewhere"))).bucket_set == BUCKET_SET
 
 
 def test_folders_that_are_no_bundles(tmp_path):
@@ -301,16 +301,22 @@ def test_a_folder_where_a_file_should_be(name, spoiled):
     refusal(spoiled)
 
 
-def test_a_manifest_without_a_ladder(spoiled):
+def test_a_manifest_without_buckets(spoiled):
     write_json({"format_version": FORMAT_VERSION}, spoiled / MANIFEST)
     assert "the manifest's buckets cannot be read" in refusal(spoiled)
 
 
-@pytest.mark.parametrize("ladder", [[], None, {"buckets": []}, {**LADDER.to_dict(), "tokens": "many"}])
-def test_a_manifest_with_another_ladder(ladder, spoiled):
-    write_json({"format_version": FORMAT_VERSION, "ladder": ladder}, spoiled / MANIFEST)
+def test_a_manifest_of_format_3(spoiled):
+    manifest = json.loads((spoiled / MANIFEST).read_text())
+    write_json({"format_version": 3, "ladder": manifest["buckets"]}, spoiled / MANIFEST)
+    assert read_bundle(spoiled).bucket_set == BUCKET_SET
+
+
+@pytest.mark.parametrize("buckets", [[], None, {"buckets": []}, {**BUCKET_SET.to_dict(), "tokens": "many"}])
+def test_a_manifest_with_other_buckets(buckets, spoiled):
+    write_json({"format_version": FORMAT_VERSION, "buckets": buckets}, spoiled / MANIFEST)
     assert "the manifest" in refusal(spoiled)
 
 
-def test_the_ladder_survives_json():
-    assert Ladder.from_dict(json.loads(json.dumps(LADDER.to_dict()))) == LADDER
+def test_buckets_survive_json():
+    assert BucketSet.from_dict(json.loads(json.dumps(BUCKET_SET.to_dict()))) == BUCKET_SET

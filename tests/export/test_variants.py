@@ -1,4 +1,4 @@
-"""Flavours agree with the model in fp32 and with ONNX Runtime, and one that does not is refused."""
+"""Variants agree with the model in fp32 and with ONNX Runtime, and one that does not is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from dcconvert.export.onnx.mixed_precision import in_precision
-from dcconvert.export.variants import FLAVOURS, check_precision, write_flavour
+from dcconvert.export.variants import VARIANTS, check_precision, write_variant
 from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.planning.layout import Bucket
 
@@ -18,10 +18,10 @@ BUCKETS = (Bucket(1, 6, 1, 6, 6), Bucket(3, 60, 3, 16, 4))
 
 @pytest.fixture(scope="module")
 def written(rows_model, carry_model, tmp_path_factory):
-    """Folders of both modes with some flavours, and the checks that were made."""
-    models, folder = {"chunk": rows_model, "carry": carry_model}, tmp_path_factory.mktemp("flavours")
+    """Folders of both modes with some variants, and the checks that were made."""
+    models, folder = {"chunk": rows_model, "carry": carry_model}, tmp_path_factory.mktemp("variants")
     checks = {
-        (mode, name): write_flavour(FLAVOURS[name], models[mode], folder / mode, BUCKETS) for mode, name in WRITTEN
+        (mode, name): write_variant(VARIANTS[name], models[mode], folder / mode, BUCKETS) for mode, name in WRITTEN
     }
     return folder, checks
 
@@ -35,7 +35,7 @@ def attention_nodes(path):
 @pytest.mark.parametrize(("mode", "name"), WRITTEN)
 def test_every_file_is_valid_and_in_its_precision(written, mode, name):
     folder = written[0] / mode
-    wanted = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[FLAVOURS[name].precision]
+    wanted = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[VARIANTS[name].precision]
     for graph in ("route", "denoise"):
         nodes, model = attention_nodes(folder / name / f"{graph}.onnx")
         types = {tensor.data_type for tensor in model.graph.initializer}
@@ -59,25 +59,25 @@ def test_tensorrt_gets_masks_and_onnx_runtime_lengths(written):
 @pytest.mark.parametrize(("mode", "name"), WRITTEN)
 def test_what_can_be_compared_is_compared_in_every_bucket(written, mode, name):
     found = written[1][mode, name]
-    assert found[0].name == f"{name}: {FLAVOURS[name].precision} against fp32"
+    assert found[0].name == f"{name}: {VARIANTS[name].precision} against fp32"
     assert found[0].value > 0
     assert all(check.passed for check in found)
     compared = [check for check in found if "denoise" in check.name]
-    assert len(compared) == (0 if FLAVOURS[name].agreement is None else len(BUCKETS))
+    assert len(compared) == (0 if VARIANTS[name].agreement is None else len(BUCKETS))
 
 
-def test_a_flavour_that_is_too_far_off_is_not_written(rows_model, tmp_path):
-    strict = replace(FLAVOURS["trt"], error=1e-9)
+def test_a_variant_that_is_too_far_off_is_not_written(rows_model, tmp_path):
+    strict = replace(VARIANTS["trt"], error=1e-9)
     with pytest.raises(CheckFailedError, match="fp16 against fp32"):
-        write_flavour(strict, rows_model, tmp_path, BUCKETS)
+        write_variant(strict, rows_model, tmp_path, BUCKETS)
     assert not list(tmp_path.iterdir())
     with pytest.raises(CheckFailedError, match=r"trt: denoise|denoise, batch|route, batch"):
-        write_flavour(replace(FLAVOURS["trt"], agreement=1e-9), rows_model, tmp_path, BUCKETS)
+        write_variant(replace(VARIANTS["trt"], agreement=1e-9), rows_model, tmp_path, BUCKETS)
 
 
 def test_wrong_weights_in_half_are_noticed(rows_model):
     changed = in_precision(rows_model, "fp16")
     name, weight = next((n, w) for n, w in changed.denoise_graph.named_parameters() if n.endswith("fc1.weight_half"))
     weight.data.neg_()
-    check = check_precision(rows_model, changed, FLAVOURS["trt"])
+    check = check_precision(rows_model, changed, VARIANTS["trt"])
     assert not check.passed, name

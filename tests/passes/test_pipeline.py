@@ -40,7 +40,7 @@ def test_carry_is_logged_and_dumped_and_its_last_pass_may_find_nothing(tmp_path)
     assert [record.name for record in model.records] == [p.name for p in method_of("carry").pipeline()]
     assert [r.name for r in model.records if r.matches == 0] == ["RealNumbers", "HoistConstants"]
     assert model.prepare_graph is None
-    assert "dcconvert.remember" in (tmp_path / "tiny" / "06_HoistConstants.denoise.txt").read_text()
+    assert "dcconvert.cache_write" in (tmp_path / "tiny" / "06_HoistConstants.denoise.txt").read_text()
     model = rewrite(*pixart_call(), method_of(), HALF, dump=tmp_path / "pixart")
     assert [r.name for r in model.records if r.matches == 0] == ["RealNumbers"]
     assert model.prepare_graph is not None

@@ -13,7 +13,7 @@ from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.packing.joint_attention import Joint
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules.registry import rule
-from dcconvert.passes.packing.values import Laid, Layout
+from dcconvert.passes.packing.values import Layout, PackedValue
 
 aten = torch.ops.aten
 
@@ -21,7 +21,7 @@ ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 @rule(aten.scaled_dot_product_attention.default)
-def attention(packer: Packer, node: Node, layout: Layout) -> Laid:
+def attention(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     """Self-attention over each sample's kept tokens, or cross-attention from them to per-sample keys."""
     given: dict[str, Any] = dict(zip(ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
     if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
@@ -49,7 +49,7 @@ def scale_of(given: dict[str, Any]) -> float:
     return float(given.get("scale") or 1 / math.sqrt(int(given["query"].meta["val"].shape[-1])))
 
 
-def joint_attention(packer: Packer, node: Node, given: dict[str, Any]) -> Laid:
+def joint_attention(packer: Packer, node: Node, given: dict[str, Any]) -> PackedValue:
     """Tokens of the grid and others of the same sample among themselves; the others come first in a row."""
     joint = packer.joint(given["query"])
     if joint is None or any(packer.joint(given[name]) != joint for name in ("key", "value")):
@@ -81,7 +81,7 @@ def joint_attention(packer: Packer, node: Node, given: dict[str, Any]) -> Laid:
         longer = packer.remembered(
             ("lengths", joint.context), lambda: packer.emit(aten.add.Tensor, lengths, joint.context)
         )
-        out = packer.emit(torch.ops.dcconvert.row_attention.default, *rows, longer, scale_of(given))
+        out = packer.emit(torch.ops.dcconvert.padded_attention.default, *rows, longer, scale_of(given))
     packer.store_context(node, q.at(packer.emit(aten.slice.Tensor, out, 2, 0, joint.context)))
     return q.at(packer.emit(aten.slice.Tensor, out, 2, joint.context, sys.maxsize))
 
@@ -97,8 +97,8 @@ def key_mask(packer: Packer, mask: Node, joint: Joint) -> Node:
         grid = part(joint.start, packer.tokens)
         if packer.carry is None:
             flat = packer.emit(aten.reshape.default, grid, [-1, packer.tokens])
-            packed = packer.emit(torch.ops.dcconvert.regroup.default, flat, packer.token_index())
-            slots = packer.emit(torch.ops.dcconvert.regroup.default, packed, packer.plan_input("grid_index"))
+            packed = packer.emit(torch.ops.dcconvert.gather_tokens.default, flat, packer.token_index())
+            slots = packer.emit(torch.ops.dcconvert.gather_tokens.default, packed, packer.plan_input("grid_index"))
             lengths = packer.emit(aten.unsqueeze.default, packer.plan_input("row_lengths"), 1)
             longest = packer.emit(aten.sym_size.int, packer.plan_input("grid_index"), 1)
             places = packer.emit(aten.arange.default, longest, device=packer.program.device)
@@ -110,7 +110,7 @@ def key_mask(packer: Packer, mask: Node, joint: Joint) -> Node:
     return packer.remembered((mask, joint), made)
 
 
-def packed_heads(packer: Packer, node: Node, value: Node, q: Laid) -> Node:
+def packed_heads(packer: Packer, node: Node, value: Node, q: PackedValue) -> Node:
     """Keys or values of the packed tokens, with the axes of the queries."""
     packed = packer.get(value, "packed")
     if (packed.batch, packed.token) != (q.batch, q.token):
@@ -118,7 +118,7 @@ def packed_heads(packer: Packer, node: Node, value: Node, q: Laid) -> Node:
     return packed.node
 
 
-def self_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:
+def self_attention(packer: Packer, node: Node, given: dict[str, Any], q: PackedValue, scale: float) -> PackedValue:
     if given.get("attn_mask") is not None:
         raise packer.refuse(node, "self-attention with a mask has no rule")
     if packer.carry is not None:
@@ -129,13 +129,13 @@ def self_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, s
     if packer.packing == "varlen":
         return varlen_attention(packer, q, k, v, scale)
     if packer.packing == "rows":
-        op, separator = torch.ops.dcconvert.row_attention.default, packer.plan_input("row_lengths")
+        op, separator = torch.ops.dcconvert.padded_attention.default, packer.plan_input("row_lengths")
     else:
         op, separator = torch.ops.dcconvert.segment_attention.default, packer.plan_input("segment_ids")
     return q.at(packer.emit(op, q.node, k.node, v.node, separator, scale))
 
 
-def whole_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:
+def whole_attention(packer: Packer, node: Node, given: dict[str, Any], q: PackedValue, scale: float) -> PackedValue:
     """Packed queries against the keys and values of all tokens of their sample, which are left where they are."""
     if packer.packing != "rows" or given.get("attn_mask") is not None:
         raise packer.refuse(node, "attention to the whole grid needs one sample a row (--packing rows) and no mask")
@@ -143,7 +143,7 @@ def whole_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, 
     return q.at(packer.emit(aten.scaled_dot_product_attention.default, *operands, scale=scale))
 
 
-def varlen_attention(packer: Packer, q: Laid, k: Laid, v: Laid, scale: float) -> Laid:
+def varlen_attention(packer: Packer, q: PackedValue, k: PackedValue, v: PackedValue, scale: float) -> PackedValue:
     """Attention over the packed axis as it is, tokens before heads; rows are not laid out at all."""
     tokens_first = [packer.emit(aten.transpose.int, x.node, 1, 2) for x in (q, k, v)]
     longest = packer.emit(aten.sym_size.int, packer.plan_input("grid_index"), 1)
@@ -152,7 +152,7 @@ def varlen_attention(packer: Packer, q: Laid, k: Laid, v: Laid, scale: float) ->
     return q.at(packer.emit(aten.transpose.int, out, 1, 2))
 
 
-def carried_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:
+def carried_attention(packer: Packer, node: Node, given: dict[str, Any], q: PackedValue, scale: float) -> PackedValue:
     """Kept queries against the keys of all N tokens of their sample, fresh or carried over from earlier steps."""
     assert packer.carry is not None
     everywhere = []
@@ -163,7 +163,7 @@ def carried_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid
     return q.at(packer.emit(aten.scaled_dot_product_attention.default, *operands, scale=scale))
 
 
-def cross_attention(packer: Packer, node: Node, given: dict[str, Any], q: Laid, scale: float) -> Laid:
+def cross_attention(packer: Packer, node: Node, given: dict[str, Any], q: PackedValue, scale: float) -> PackedValue:
     """Queries of row r against the keys of sample r; pad queries give rows nobody reads."""
     if packer.packing == "bins":
         raise UsageError("this model has cross-attention, which needs one sample a row: use --packing rows")

@@ -8,13 +8,13 @@ from torch.fx import Node
 from dcconvert.passes.ir.node_args import integer, integers, nodes, operand
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules.registry import rule
-from dcconvert.passes.packing.values import Laid, Layout
+from dcconvert.passes.packing.values import Layout, PackedValue
 
 aten = torch.ops.aten
 
 
 @rule(aten.linear.default)
-def linear(packer: Packer, node: Node, layout: Layout) -> Laid:
+def linear(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     """linear(x [..., D], weight, bias): packed tokens against the same weights."""
     x = packer.get(operand(node), layout)
     if any(packer.in_trunk(parameter) for parameter in node.args[1:]):
@@ -24,7 +24,7 @@ def linear(packer: Packer, node: Node, layout: Layout) -> Laid:
 
 
 @rule(aten.layer_norm.default, aten.rms_norm.default)
-def normalisation(packer: Packer, node: Node, layout: Layout) -> Laid:
+def normalisation(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     """layer_norm / rms_norm over trailing feature axes."""
     x = packer.get(operand(node), layout)
     last_axis_is_features(packer, node, x, len(integers(node, 1)))
@@ -32,7 +32,7 @@ def normalisation(packer: Packer, node: Node, layout: Layout) -> Laid:
 
 
 @rule(aten.softmax.int)
-def softmax(packer: Packer, node: Node, layout: Layout) -> Laid:
+def softmax(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     """Softmax over a feature axis (one over tokens would be attention by hand, which has no rule)."""
     x = packer.get(operand(node), layout)
     if integer(node, 1) % node.meta["val"].ndim in (x.batch, x.token):
@@ -41,7 +41,7 @@ def softmax(packer: Packer, node: Node, layout: Layout) -> Laid:
 
 
 @rule(aten.mean.dim, aten.sum.dim_IntList)
-def reduction(packer: Packer, node: Node, layout: Layout) -> Laid:
+def reduction(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     """Mean and sum over feature axes."""
     x = packer.get(operand(node), layout)
     rank = x.node.meta["val"].ndim
@@ -55,7 +55,7 @@ def reduction(packer: Packer, node: Node, layout: Layout) -> Laid:
 
 
 @rule(aten.cat.default, aten.stack.default)
-def side_by_side(packer: Packer, node: Node, layout: Layout) -> Laid:
+def side_by_side(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     """Features of the same tokens side by side, on an axis that is there (cat) or new (stack)."""
     parts = nodes(node, 0)
     if not all(packer.in_trunk(part) for part in parts):
@@ -73,14 +73,14 @@ def side_by_side(packer: Packer, node: Node, layout: Layout) -> Laid:
 
 
 @rule(aten.empty_like.default)
-def same_shape(packer: Packer, node: Node, layout: Layout) -> Laid:
+def same_shape(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     """A value to be filled, as large as another."""
     x = packer.get(operand(node), layout)
     return x.at(packer.again(node, x.node, **node.kwargs))
 
 
 @rule(aten.slice_scatter.default)
-def written_into(packer: Packer, node: Node, layout: Layout) -> Laid:
+def written_into(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     """Some features replaced by others of the same tokens."""
     x, source = packer.get(operand(node), layout), packer.get(operand(node, 1), layout)
     axis = integer(node, 2, 0) % node.meta["val"].ndim
@@ -89,6 +89,6 @@ def written_into(packer: Packer, node: Node, layout: Layout) -> Laid:
     return x.at(packer.again(node, x.node, source.node, axis, *node.args[3:]))
 
 
-def last_axis_is_features(packer: Packer, node: Node, x: Laid, axes: int) -> None:
+def last_axis_is_features(packer: Packer, node: Node, x: PackedValue, axes: int) -> None:
     if max(x.batch, x.token) >= x.node.meta["val"].ndim - axes:
         raise packer.refuse(node, "it mixes values along the batch or token axis")

@@ -10,11 +10,11 @@ from torch.fx.node import map_arg
 from dcconvert.passes.frontend.canonicalise import CASTS
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules.registry import rule
-from dcconvert.passes.packing.values import Laid, Layout
+from dcconvert.passes.packing.values import Layout, PackedValue
 
 
 @rule(*CASTS)  # elementwise, but without the tag
-def pointwise(packer: Packer, node: Node, layout: Layout) -> Laid:
+def pointwise(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     """Token operands packed, per-sample and positional operands gathered per token, constants as they are."""
     first = packer.get(packer.trunk_input(node), layout)
     rank = node.meta["val"].ndim

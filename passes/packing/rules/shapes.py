@@ -11,7 +11,7 @@ from torch.fx import Node
 from dcconvert.passes.ir.node_args import integer, integers, operand
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules.registry import rule
-from dcconvert.passes.packing.values import Laid, Layout
+from dcconvert.passes.packing.values import Layout, PackedValue
 
 aten = torch.ops.aten
 
@@ -19,7 +19,7 @@ BATCH_MARK = 1_000_003  # a prime no model has as a size: stands for B when grou
 
 
 @rule(aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, moves_only=True)
-def reshape(packer: Packer, node: Node, layout: Layout) -> Laid:
+def reshape(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     """Any reshape that keeps batch and token axes whole; their constants B and N become G and L, or R and S."""
     x = packer.get(operand(node), layout)
     before = marked_sizes(packer, operand(node))
@@ -59,7 +59,7 @@ def follow_axis(before: list[int], after: list[int], axis: int) -> int | None:
 
 
 @rule(aten.permute.default, moves_only=True)
-def permute(packer: Packer, node: Node, layout: Layout) -> Laid:
+def permute(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     x = packer.get(operand(node), layout)
     rank = x.node.meta["val"].ndim
     order = [axis % rank for axis in integers(node, 1)]
@@ -67,7 +67,7 @@ def permute(packer: Packer, node: Node, layout: Layout) -> Laid:
 
 
 @rule(aten.transpose.int, moves_only=True)
-def transpose(packer: Packer, node: Node, layout: Layout) -> Laid:
+def transpose(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     x = packer.get(operand(node), layout)
     a, b = (integer(node, position) % x.node.meta["val"].ndim for position in (1, 2))
     moved = {a: b, b: a}
@@ -76,7 +76,7 @@ def transpose(packer: Packer, node: Node, layout: Layout) -> Laid:
 
 
 @rule(aten.unsqueeze.default, moves_only=True)
-def unsqueeze(packer: Packer, node: Node, layout: Layout) -> Laid:
+def unsqueeze(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     x = packer.get(operand(node), layout)
     new = integer(node, 1) % node.meta["val"].ndim
     out = packer.again(node, x.node, new)
@@ -84,7 +84,7 @@ def unsqueeze(packer: Packer, node: Node, layout: Layout) -> Laid:
 
 
 @rule(aten.squeeze.dim, aten.select.int, moves_only=True)
-def drop_axis(packer: Packer, node: Node, layout: Layout) -> Laid:
+def drop_axis(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     """squeeze and select: one feature axis goes."""
     x, axis = feature_axis(packer, node, layout, integer(node, 1))
     out = packer.again(node, x.node, axis, *node.args[2:])
@@ -94,31 +94,31 @@ def drop_axis(packer: Packer, node: Node, layout: Layout) -> Laid:
 
 
 @rule(aten.unbind.int, moves_only=True)
-def unbind(packer: Packer, node: Node, layout: Layout) -> Laid:
+def unbind(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     x, axis = feature_axis(packer, node, layout, integer(node, 1, 0))
     out = packer.again(node, x.node, axis)
     return x.at(out, x.batch - (axis < x.batch), x.token - (axis < x.token))
 
 
 @rule(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, moves_only=True)
-def split(packer: Packer, node: Node, layout: Layout) -> Laid:
+def split(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     x, axis = feature_axis(packer, node, layout, integer(node, 2, 0))
     return x.at(packer.again(node, x.node, node.args[1], axis))
 
 
 @rule(aten.slice.Tensor, moves_only=True)
-def slice_features(packer: Packer, node: Node, layout: Layout) -> Laid:
+def slice_features(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     x, axis = feature_axis(packer, node, layout, integer(node, 1, 0))
     return x.at(packer.again(node, x.node, axis, *node.args[2:]))
 
 
 @rule(operator.getitem, moves_only=True)
-def getitem(packer: Packer, node: Node, layout: Layout) -> Laid:
+def getitem(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     x = packer.get(operand(node), layout)
     return x.at(packer.again(node, x.node, node.args[1]))
 
 
-def feature_axis(packer: Packer, node: Node, layout: Layout, axis: int) -> tuple[Laid, int]:
+def feature_axis(packer: Packer, node: Node, layout: Layout, axis: int) -> tuple[PackedValue, int]:
     """The operand and the non-negative axis an op works on, which must not be batch or token."""
     x = packer.get(operand(node), layout)
     axis %= operand(node).meta["val"].ndim

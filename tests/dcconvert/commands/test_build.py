@@ -79,7 +79,7 @@ def copied(built, tmp_path) -> Path:
 def test_every_bucket_gets_a_profile(built, rtx, chunk_job):
     folder, run = built
     found = index_of(folder, rtx)
-    buckets = chunk_job.manifest["ladder"]["buckets"]
+    buckets = chunk_job.manifest["buckets"]["buckets"]
     assert [(entry["graph"], len(entry["buckets"])) for entry in found["engines"]] == [
         ("route", len({bucket["batch"] for bucket in buckets})),
         ("denoise", len(buckets)),
@@ -170,7 +170,7 @@ def test_masks_take_over_where_packed_attention_fails_in_the_whole_graph(copied,
     run = run_cli("build", copied)
     assert run.code == 0, run.err
     assert "attention with masks, because no [kernel] for it" in run.err
-    assert denoise_flavour(copied) == "trt"
+    assert denoise_variant(copied) == "trt"
     assert "no [kernel] for it" in refusal_of_packed(copied)
 
 
@@ -181,13 +181,13 @@ def refusal_of_packed(folder: Path) -> str:
 
 
 def test_what_builds_that_were_killed_left_goes_after_a_day(copied, instant):
-    for place, name in (("onnx", ".flavour-old"), ("engines/tensorrt-rtx-1", ".building-old")):
+    for place, name in (("onnx", ".variant-old"), ("engines/tensorrt-rtx-1", ".building-old")):
         (copied / place / name).mkdir(parents=True)
         (copied / place / f"{name}-new").mkdir()
         os.utime(copied / place / name, (0, 0))
     shutil.rmtree(copied / "onnx" / "trt")
     assert run_cli("build", copied).code == 0
-    assert {path.name for path in copied.rglob(".*-old*")} == {".flavour-old-new", ".building-old-new"}
+    assert {path.name for path in copied.rglob(".*-old*")} == {".variant-old-new", ".building-old-new"}
 
 
 def test_sampling_looks_for_the_graphs_that_engines_were_built_from(built, rtx):
@@ -201,19 +201,19 @@ def test_sampling_looks_for_the_graphs_that_engines_were_built_from(built, rtx):
 def test_packed_attention_is_used_where_it_is_built(copied, instant, monkeypatch):
     run = run_cli("build", copied)
     assert "attention with masks, because it has [no] kernel" in run.err
-    assert denoise_flavour(copied) == "trt"
+    assert denoise_variant(copied) == "trt"
     insisted = run_cli("build", copied, "--attention", "packed")
     assert (insisted.code, insisted.err.splitlines()[-1]) == (2, "error: it has [no] kernel")
     monkeypatch.setattr(build, "refusal", lambda *_: "")
     assert run_cli("build", copied).code == 0
-    assert denoise_flavour(copied) == "trt-packed"
+    assert denoise_variant(copied) == "trt-packed"
     assert run_cli("build", copied, "--attention", "masks").code == 0
-    assert denoise_flavour(copied) == "trt"
+    assert denoise_variant(copied) == "trt"
 
 
-def denoise_flavour(folder: Path) -> str:
+def denoise_variant(folder: Path) -> str:
     [entry] = [e for e in index_of(folder, "tensorrt-rtx-1")["engines"] if e["graph"] == "denoise"]
-    return str(entry["flavour"])
+    return str(entry["variant"])
 
 
 def test_a_damaged_index_is_no_obstacle(copied, instant):
@@ -227,7 +227,7 @@ def test_a_damaged_index_is_no_obstacle(copied, instant):
 
 def test_an_engine_for_each_bucket(copied, instant, chunk_job):
     run = run_cli("build", copied, "--per-bucket")
-    buckets = chunk_job.manifest["ladder"]["buckets"]
+    buckets = chunk_job.manifest["buckets"]["buckets"]
     batches = {bucket["batch"] for bucket in buckets}
     assert instant.done == ["route"] * len(batches) + ["denoise"] * len(buckets)
     assert f"engine {len(instant.done)} of {len(instant.done)}: denoise, bucket of batch" in run.err

@@ -109,9 +109,9 @@ def test_the_best_schedule_is_stored_and_used(calibrated, found):
     assert sum(counts) / TOKENS == pytest.approx(best["cost"])
     assert [point["kept"] * TOKENS for point in found["curves"]["after"]] == pytest.approx(counts)
     assert dcconvert.load(folder).schedule == bundle.model.schedule
-    assert max(bundle.ladder.rungs) == TOKENS
-    assert bundle.ladder.batches == (1, 2)
-    assert set(counts.tolist()) & set(bundle.ladder.rungs)
+    assert max(bundle.bucket_set.lengths) == TOKENS
+    assert bundle.bucket_set.batches == (1, 2)
+    assert set(counts.tolist()) & set(bundle.bucket_set.lengths)
 
 
 def test_samples_are_those_of_the_stored_schedule(calibrated, found, tmp_path, monkeypatch):
@@ -141,10 +141,10 @@ def test_it_says_so_everywhere(calibrated, found):
     assert report["conversion"]["sampler"] == f"unipc, {steps} steps"
     assert report["conversion"]["ratio"] == pytest.approx(ratio)
     assert report["compute"]["run_gmacs"]["steps"] == steps == len(report["compute"]["per_step"])
-    rungs = [bucket["row_tokens"] for bucket in manifest["ladder"]["buckets"]]
-    assert [bucket["row_tokens"] for bucket in report["buckets"]["rungs"]] == rungs
+    bucket_set = [bucket["row_tokens"] for bucket in manifest["buckets"]["buckets"]]
+    assert [bucket["row_tokens"] for bucket in report["buckets"]["buckets"]] == bucket_set
     named = {f"denoise, batch {bucket['batch']}, {bucket['row_tokens']} tokens a sample"
-             for bucket in manifest["ladder"]["buckets"]}  # fmt: skip
+             for bucket in manifest["buckets"]["buckets"]}  # fmt: skip
     assert {name for name in manifest["parity"] if name.startswith("denoise")} == named
     assert {check["name"] for check in report["checks"]} == set(manifest["parity"])
     assert f"unipc, {steps} steps" in (folder / "report.html").read_text()

@@ -91,7 +91,7 @@ def test_the_first_steps_of_carry_keep_everything(main_job):
     assert report["conversion"]["warm_up_steps"] == 1
     assert kept[0] == TOKENS
     assert max(kept[1:]) < TOKENS
-    assert max(main_job.manifest["ladder"]["buckets"], key=lambda bucket: bucket["tokens"])["row_tokens"] == TOKENS
+    assert max(main_job.manifest["buckets"]["buckets"], key=lambda bucket: bucket["tokens"])["row_tokens"] == TOKENS
 
 
 def test_the_report_measures_both_and_the_controls(each_job, mode):
@@ -255,9 +255,9 @@ def half(tmp_path_factory) -> Path:
 
 def test_as_many_buckets_as_were_asked_for(half):
     bundle = read_bundle(half)
-    assert len(bundle.ladder.buckets) == 3
-    assert bundle.ladder.expected_waste == 0
-    assert bundle.model.schedule.levels == bundle.ladder.rungs
+    assert len(bundle.bucket_set.buckets) == 3
+    assert bundle.bucket_set.expected_waste == 0
+    assert bundle.model.schedule.levels == bundle.bucket_set.lengths
     assert most_buckets(bundle) == 3
     bundle.manifest["most_buckets"] = "many"
     with pytest.raises(UsageError, match="no number of at least 2 as most_buckets"):
@@ -281,7 +281,7 @@ def test_a_state_in_half_precision_is_half_as_large(half, main_job):
     assert conversion["state_mb_a_sample"] == pytest.approx(whole["state_mb_a_sample"] / 2)
     bundle = read_bundle(half)
     assert bundle.model.method.remembered_as == "fp16"
-    run = OrtModel(bundle.onnx, bundle.model.step_planner, bundle.ladder, threads=1).start(2)
+    run = OrtModel(bundle.onnx, bundle.model.step_planner, bundle.bucket_set, threads=1).start(2)
     assert isinstance(run.state, OrtState)
     assert {value.numpy().dtype for value in run.state.values.values()} == {np.dtype(np.float16)}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dcconvert.evaluate.comparison import Contest, Entrant, control_steps, named_apart
+from dcconvert.evaluate.comparison import Candidate, Comparison, control_steps, named_apart
 from dcconvert.evaluate.image_quality import Wanted
 from dcconvert.export.bundle import read_bundle
 from dcconvert.export.checks.flops import attention_memory, converted_attention, original_attention
@@ -216,22 +216,22 @@ def test_controls_of_a_run(speedup, ratio, wanted):
     assert control_steps(50, speedup, ratio) == wanted
 
 
-def entrant(job, **options):
-    return Entrant.of(read_bundle(job.folder), **options)
+def candidate(job, **options):
+    return Candidate.of(read_bundle(job.folder), **options)
 
 
 def test_names_say_what_differs(main_job, chunk_job):
-    [alone] = named_apart([entrant(main_job)])
+    [alone] = named_apart([candidate(main_job)])
     assert alone.name == "carry 4x, 12 steps"
-    names = [e.name for e in named_apart([entrant(main_job), entrant(chunk_job, solver="euler")])]
+    names = [e.name for e in named_apart([candidate(main_job), candidate(chunk_job, solver="euler")])]
     assert names == ["#1 carry 4x, 12 steps", "#2 chunk 4x, 4 steps"]
 
 
 def test_a_staggered_batch_is_spread_over_the_run(main_job, original_onnx):
-    one = entrant(main_job)
-    contest = Contest([one], 4, original_onnx.parent, 1)
+    one = candidate(main_job)
+    comparison = Comparison([one], 4, original_onnx.parent, 1)
     run = one.halves[0]
-    counts = contest.staggered(one)
+    counts = comparison.staggered(one)
     assert counts[0].tolist() == run[[0, 3, 6, 9]].tolist()
     assert counts[-1].tolist() == run[[2, 5, 8, 11]].tolist()
     assert counts.mean() == pytest.approx(run.mean(), rel=0.2)
@@ -240,12 +240,12 @@ def test_a_staggered_batch_is_spread_over_the_run(main_job, original_onnx):
 @torch.no_grad()
 def test_bucketed_lite_guidance_gives_what_torch_gives(each_job, mode, original_onnx):
     """In the pairs' buckets on ONNX Runtime, and without shapes in torch."""
-    one = entrant(each_job, guidance=Guidance(2.0, 5.0))
-    contest = Contest([one], 2, original_onnx.parent, 1)
+    one = candidate(each_job, guidance=Guidance(2.0, 5.0))
+    comparison = Comparison([one], 2, original_onnx.parent, 1)
     x, y = initial_noise(0, 2, 1, 16), labels_for(2, 4)
     model = one.bundle.model.with_schedule(one.planner.schedule)
     images = []
-    for step in (one.new_step(contest.runtimes[one.name].converted), one.new_step(model)):
+    for step in (one.new_step(comparison.runtimes[one.name].converted), one.new_step(model)):
         images.append(one.sampler.run(step, x, y, guidance=2.0, null_class=4))
         assert step.run is not None
         assert step.run.last_plan is not None

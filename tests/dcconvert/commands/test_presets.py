@@ -82,7 +82,7 @@ def test_the_main_job(bundles, preset):
     assert (IDENTITY in names) == (preset != "sparsedit")
     assert report["compute"]["ratio"] > 1.1
     assert len(report["fidelity"]["images"]["rows"]) >= 3
-    buckets = report["buckets"]["rungs"]
+    buckets = report["buckets"]["buckets"]
     assert {bucket["batch"] for bucket in buckets} == {1, 4}
 
 
@@ -91,7 +91,7 @@ def test_torch_and_onnx_runtime_agree_over_a_run(bundles, preset):
     bundle = read_bundle(bundles[preset])
     model, names = bundle.model, bundle.model.spec.inputs
     sampler = Sampler("flow", 8)
-    session = OrtModel(bundle.onnx, model.step_planner, bundle.ladder)
+    session = OrtModel(bundle.onnx, model.step_planner, bundle.bucket_set)
     runs = {"torch": Run(model, 4), "ort": session.start(4)}
     kept: dict[str, list[list[int]]] = {name: [] for name in runs}
 
@@ -138,7 +138,7 @@ def test_training(bundles, preset, tmp_path):
     bundle = read_bundle(tmp_path / "out")
     assert tuple(bundle.manifest["upcycling"]["train"]) == TRAIN[preset]
     assert bundle.model.method.name == preset
-    assert bundle.model.schedule.found == (preset in ("dc-dit", "ddit"))
+    assert bundle.model.schedule.data_dependent == (preset in ("dc-dit", "ddit"))
 
 
 @pytest.mark.parametrize("train", ["lora", "router"])

@@ -35,7 +35,7 @@ def taus(mode):
 def everything(bundle, original_onnx):
     """A runtime that keeps all tokens: the original, in the end."""
     planner = StepPlanner(bundle.model.spec, bundle.model.method, Schedule("constant", 1))
-    return Runtime.open(bundle.model, planner, bundle.ladder, bundle.onnx, original_onnx.parent, threads=1)
+    return Runtime.open(bundle.model, planner, bundle.bucket_set, bundle.onnx, original_onnx.parent, threads=1)
 
 
 def call(batch=2, level=600.0, seed=0):
@@ -108,7 +108,7 @@ def test_a_used_step_is_of_no_use_for_another_image(main_job):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_guidance_agrees_in_torch_and_onnx_runtime(groups, bundle, runtime, taus):
     """A batch of 2B; with two groups both halves of a pair compute the same tokens (mode carry)."""
-    runtime.converted.ladder = None  # made for batches of 2
+    runtime.converted.bucket_set = None  # made for batches of 2
     sampler = Sampler("flow", len(taus))
     images, keeps = [], []
     for backend in (runtime.converted, in_torch(runtime)):
@@ -216,7 +216,7 @@ def test_every_bucket_of_the_run_is_timed(runtime, bundle, planner, taus):
     ticks: list[str] = []
     on_ort, on_torch = latency_section(runtime, compute, 2, 3, tick=ticks.append)
     assert (on_ort["runtime"], on_torch["runtime"]) == ("ONNX Runtime CPU", "torch CPU, eager")
-    used = {bundle.ladder.choose(2, step["kept"]).row_tokens for step in compute["per_step"]}
+    used = {bundle.bucket_set.choose(2, step["kept"]).row_tokens for step in compute["per_step"]}
     assert len(used) > 1
     for row in (on_ort, on_torch):
         assert set(row["by_bucket_ms"]) == {f"{tokens} tokens" for tokens in used}
@@ -269,8 +269,8 @@ def test_latency_without_torch(runtime, bundle, planner, taus):
 
 
 def test_latency_needs_buckets(runtime, bundle, planner, taus):
-    runtime.converted.ladder = None
-    with pytest.raises(ValueError, match="ladder"):
+    runtime.converted.bucket_set = None
+    with pytest.raises(ValueError, match="buckets"):
         latency_section(runtime, compute_section(bundle.model, planner, taus), 2, 1)
 
 

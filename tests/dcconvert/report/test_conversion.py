@@ -47,7 +47,7 @@ def report() -> dict[str, Any]:
             ],
         },
         "buckets": {
-            "rungs": [{"batch": 8, "tokens": 128, "rows": 8, "row_tokens": 16, "tile": 16}],
+            "buckets": [{"batch": 8, "tokens": 128, "rows": 8, "row_tokens": 16, "tile": 16}],
             "expected_waste": 0.034,
         },
         "limits": ["Nobody has looked at it."],

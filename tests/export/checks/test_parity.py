@@ -36,7 +36,7 @@ from dcconvert.export.checks.parity import (
     require,
 )
 from dcconvert.export.onnx.export import export_onnx, output_names
-from dcconvert.export.onnx.lowerings import PORTABLE, op, row_attention
+from dcconvert.export.onnx.lowerings import PORTABLE, op, padded_attention
 from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.planning.chunk_plan import Plan
 from dcconvert.passes.runtime.model import DynamicModel
@@ -108,11 +108,11 @@ def test_torch_and_onnx_runtime_agree_in_bins(bins_model, bins_onnx):
 def blind(q: Any, k: Any, v: Any, row_lengths: Any, scale: float) -> Any:
     """Row attention that attends to the padding of a row."""
     everything = op.Mul(row_lengths, op.Constant(value_int=0)) + op.Squeeze(op.Shape(k, start=2, end=3))
-    return row_attention(q, k, v, everything, scale)
+    return padded_attention(q, k, v, everything, scale)
 
 
 def test_a_runtime_that_attends_to_padding_is_found(rows_model, tmp_path):
-    export_onnx(rows_model, tmp_path, {**PORTABLE, torch.ops.dcconvert.row_attention.default: blind})
+    export_onnx(rows_model, tmp_path, {**PORTABLE, torch.ops.dcconvert.padded_attention.default: blind})
     failed = [check.name for check in check_runtime(rows_model, tmp_path, inputs, BUCKETS) if not check.passed]
     assert failed == LABELS[2:]
 

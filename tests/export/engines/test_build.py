@@ -16,7 +16,7 @@ from dcconvert.export.engines.index import INDEX, Built, Device, Index, read_ind
 from dcconvert.export.engines.worker import RTX
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.export.onnx.mixed_precision import in_precision
-from dcconvert.export.variants import FLAVOURS, write_flavour
+from dcconvert.export.variants import VARIANTS, write_variant
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.planning.layout import Bucket
 
@@ -34,7 +34,7 @@ def rtx_version() -> str:
 def graphs(rows_model, tmp_path_factory):
     """The graphs of mode chunk for TensorRT."""
     folder = tmp_path_factory.mktemp("trt")
-    export_onnx(in_precision(rows_model, "fp16"), folder, FLAVOURS["trt"].lowerings)
+    export_onnx(in_precision(rows_model, "fp16"), folder, VARIANTS["trt"].lowerings)
     return folder
 
 
@@ -125,6 +125,14 @@ def test_the_index_is_read_as_it_was_written(graphs, tmp_path):
     assert read_index(tmp_path) == index
 
 
+def test_an_older_index_is_read(graphs, tmp_path):
+    index = Index(DEVICE, True, entries(graphs))
+    write_index(tmp_path, index)
+    text = (tmp_path / INDEX).read_text()
+    (tmp_path / INDEX).write_text(text.replace('"variant"', '"flavour"'))
+    assert read_index(tmp_path) == index
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"engines": [{}]}', '{"engines": [], "device": {}}'])
 def test_a_damaged_index_is_one_line(tmp_path, text):
     with pytest.raises(UsageError, match="has no engines: make them with 'dcconvert build'"):
@@ -173,11 +181,11 @@ def test_a_file_that_was_changed_is_not_intact(tmp_path, graphs):
 )
 def test_tensorrt_rtx_builds_every_bucket(request, mode, name, tmp_path):
     device = Device(RTX, rtx_version())
-    model, flavour = request.getfixturevalue(mode), FLAVOURS[name]
-    export_onnx(in_precision(model, flavour.precision), tmp_path, flavour.lowerings)
+    model, variant = request.getfixturevalue(mode), VARIANTS[name]
+    export_onnx(in_precision(model, variant.precision), tmp_path, variant.lowerings)
     buckets = BUCKETS[1:3] if mode != "bins_model" else (Bucket(3, 21, 2, 16, 7),)
     ticks: list[float] = []
-    for engine in plan_engines(tmp_path, GRAPHS, buckets, flavour.precision, device):
+    for engine in plan_engines(tmp_path, GRAPHS, buckets, variant.precision, device):
         entry = build_engine(engine, tmp_path, ticks.append)
         assert entry.intact(tmp_path)
         assert entry.bytes > 10_000
@@ -189,7 +197,7 @@ def test_tensorrt_rtx_builds_every_bucket(request, mode, name, tmp_path):
 def test_an_input_that_the_parser_leaves_out_is_noticed(rows_model, tmp_path):
     """TensorRT-RTX 1.7 parses `nonpad_kv_seqlen` and drops it: padding would be attended to."""
     device = Device(RTX, rtx_version())
-    write_flavour(FLAVOURS["ort-cuda"], rows_model, tmp_path, BUCKETS[:1])
+    write_variant(VARIANTS["ort-cuda"], rows_model, tmp_path, BUCKETS[:1])
     *_, denoise = plan_engines(tmp_path / "ort-cuda", GRAPHS, BUCKETS[:1], "fp16", device)
     with pytest.raises(CheckFailedError, match=r"leaves out input row_lengths of denoise\.onnx"):
         build_engine(denoise, tmp_path)
@@ -199,7 +207,7 @@ def test_an_input_that_the_parser_leaves_out_is_noticed(rows_model, tmp_path):
 def test_a_builder_that_fails_names_the_bucket(rows_model, tmp_path):
     """Attention in fp32 has no kernel."""
     device = Device(RTX, rtx_version())
-    export_onnx(rows_model, tmp_path, FLAVOURS["trt"].lowerings)
+    export_onnx(rows_model, tmp_path, VARIANTS["trt"].lowerings)
     *_, denoise = plan_engines(tmp_path, GRAPHS, BUCKETS[2:], "fp32", device)
     with pytest.raises(UsageError, match=r"cannot build denoise, bucket of batch 3, 6 tokens a sample: .*Attention"):
         build_engine(denoise, tmp_path)

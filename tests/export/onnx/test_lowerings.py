@@ -55,7 +55,7 @@ def dechunk_inputs(neighbours: int) -> Callable[..., tuple[Tensor, ...]]:
     return inputs
 
 
-def regroup_inputs(*trailing: int) -> Callable[..., tuple[Tensor, ...]]:
+def gather_tokens_inputs(*trailing: int) -> Callable[..., tuple[Tensor, ...]]:
     def inputs(tiles: int, tile: int, rows: int, slots: int) -> tuple[Tensor, ...]:
         return torch.randn(tiles, tile, *trailing), torch.randint(tiles * tile, (rows, slots))
 
@@ -87,7 +87,7 @@ def segment_inputs(rows: int, slots: int) -> tuple[Tensor, ...]:
     return (*operands(rows, slots), ids)
 
 
-def address_inputs(tiles: int, tile: int) -> tuple[Tensor, ...]:
+def cache_index_inputs(tiles: int, tile: int) -> tuple[Tensor, ...]:
     return (torch.randint(9, (tiles, tile, 3, 1)).squeeze(3).repeat_interleave(torch.tensor([2, 1, 1]), 2)[..., :4],)
 
 
@@ -96,10 +96,10 @@ def remember_inputs(batch: int, tiles: int, tile: int) -> tuple[Tensor, ...]:
     places = torch.randperm(2 * batch * TOKENS)[: tiles * tile].view(tiles, tile)
     index = torch.stack([places // (batch * TOKENS), places // TOKENS % batch, 0 * places, places % TOKENS], 2)
     values = torch.randn(tiles, HEADS, tile, HEAD_WIDTH)
-    return torch.randn(2, batch, HEADS, TOKENS, HEAD_WIDTH), values, ops.address(index, HEADS)
+    return torch.randn(2, batch, HEADS, TOKENS, HEAD_WIDTH), values, ops.cache_index(index, HEADS)
 
 
-def recall_inputs(batch: int) -> tuple[Tensor, ...]:
+def cache_read_inputs(batch: int) -> tuple[Tensor, ...]:
     weight = torch.randn(2, batch, 1, TOKENS, 1).expand(-1, -1, -1, -1, HEAD_WIDTH)
     return torch.randn(2, batch, HEADS, TOKENS, HEAD_WIDTH), weight.contiguous()
 
@@ -122,20 +122,23 @@ CASES: dict[str, Case] = {
     "dechunk, one neighbour": Case(
         ops.dechunk.default, dechunk_inputs(1), (("batch",), TILED, ("batch",), ("batch",)), CHUNK_SIZES
     ),
-    "regroup": Case(
-        ops.regroup.default,
-        regroup_inputs(WIDTH),
+    "gather_tokens": Case(
+        ops.gather_tokens.default,
+        gather_tokens_inputs(WIDTH),
         (TILED, ("rows", "row_tokens")),
         ((4, 6, 3, 8), (1, 1, 1, 1), (3, 8, 9, 2)),
     ),
-    "regroup, rank 5": Case(
-        ops.regroup.default, regroup_inputs(3, HEADS, 2), (TILED, ("rows", "row_tokens")), ((4, 6, 3, 8), (2, 3, 1, 7))
+    "gather_tokens, rank 5": Case(
+        ops.gather_tokens.default,
+        gather_tokens_inputs(3, HEADS, 2),
+        (TILED, ("rows", "row_tokens")),
+        ((4, 6, 3, 8), (2, 3, 1, 7)),
     ),
     "row attention": Case(
-        ops.row_attention.default, row_inputs, (ROWS, ROWS, ROWS, ("rows",)), GRID_SIZES, constants=(SCALE,)
+        ops.padded_attention.default, row_inputs, (ROWS, ROWS, ROWS, ("rows",)), GRID_SIZES, constants=(SCALE,)
     ),
     "row attention, full rows": Case(
-        ops.row_attention.default, full_rows, (ROWS, ROWS, ROWS, ("rows",)), GRID_SIZES, constants=(SCALE,)
+        ops.padded_attention.default, full_rows, (ROWS, ROWS, ROWS, ("rows",)), GRID_SIZES, constants=(SCALE,)
     ),
     "segment attention": Case(
         ops.segment_attention.default,
@@ -150,14 +153,16 @@ CASES: dict[str, Case] = {
         (("batch", "", "row_tokens"), ("batch",), ("batch",), ("batch",)),
         ((3, 8), (1, 1), (2, 17)),
     ),
-    "address": Case(ops.address.default, address_inputs, (TILED,), ((4, 6), (1, 1), (3, 9)), constants=(HEADS,)),
-    "remember": Case(
-        ops.remember.default,
+    "cache_index": Case(
+        ops.cache_index.default, cache_index_inputs, (TILED,), ((4, 6), (1, 1), (3, 9)), constants=(HEADS,)
+    ),
+    "cache_write": Case(
+        ops.cache_write.default,
         remember_inputs,
         (("", "batch"), ("tiles", "", "tile_tokens"), ("tiles", "", "tile_tokens")),
         ((3, 4, 6), (1, 1, 1), (2, 5, 7)),
     ),
-    "recall": Case(ops.recall.default, recall_inputs, (("", "batch"), ("", "batch")), ((3,), (1,), (5,))),
+    "cache_read": Case(ops.cache_read.default, cache_read_inputs, (("", "batch"), ("", "batch")), ((3,), (1,), (5,))),
 }
 
 

@@ -132,16 +132,16 @@ def test_all_products_over_tokens_and_all_attention_are_in_half(request, mode):
     args = [known[node.name] for node in placeholders(changed.denoise_graph.graph)]
     own = torch.ops.dcconvert
     for target, dtype in precisions(changed.denoise_graph, *args):
-        if target in (own.row_attention.default, own.segment_attention.default, aten.gelu.default):
+        if target in (own.padded_attention.default, own.segment_attention.default, aten.gelu.default):
             assert dtype == torch.float16
-        if target in (aten.layer_norm.default, aten.add.Tensor, own.dechunk.default, own.remember.default):
+        if target in (aten.layer_norm.default, aten.add.Tensor, own.dechunk.default, own.cache_write.default):
             assert dtype == torch.float32
 
 
 def test_a_state_in_half_is_written_without_a_detour():
     changed = in_precision(convert("carry", state_dtype="fp16"), "fp16")
     graph = changed.denoise_graph.graph
-    written = [node for node in graph.nodes if node.target is torch.ops.dcconvert.remember.default]
+    written = [node for node in graph.nodes if node.target is torch.ops.dcconvert.cache_write.default]
     keys = [node for node in written if "key" in str(node.args[0]) or "value" in str(node.args[0])]
     assert keys
     assert all(node.args[1].target is not aten.to.dtype for node in keys)

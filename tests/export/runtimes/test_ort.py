@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
-from dcconvert.export.buckets import Ladder, ladder
+from dcconvert.export.buckets import BucketSet, choose_buckets
 from dcconvert.export.runtimes.ort import CPU, CUDA, OrtModel, make_session, pick
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.planning.chunk_plan import Plan
@@ -21,13 +21,13 @@ from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.run import StageTimes, fill_batch
 from tests.export.harness import TOKENS, OneStep, arrays, tensors
 
-LADDER = ladder([1, 4], [4, 7, 11], TOKENS)
+BUCKET_SET = choose_buckets([1, 4], [4, 7, 11], TOKENS)
 
 
 @pytest.fixture(scope="module")
 def runtime(rows_model, rows_onnx) -> OneStep:
-    """A runtime on LADDER that nothing has run yet when a test starts."""
-    return OneStep(OrtModel(rows_onnx, rows_model.step_planner, LADDER, threads=1))
+    """A runtime on BUCKET_SET that nothing has run yet when a test starts."""
+    return OneStep(OrtModel(rows_onnx, rows_model.step_planner, BUCKET_SET, threads=1))
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def assert_close(found: np.ndarray, wanted: np.ndarray) -> None:
 # Results
 
 
-@pytest.mark.parametrize("bucket", LADDER.buckets, ids=lambda bucket: f"{bucket.batch}x{bucket.row_tokens}")
+@pytest.mark.parametrize("bucket", BUCKET_SET.buckets, ids=lambda bucket: f"{bucket.batch}x{bucket.row_tokens}")
 def test_every_bucket_computes_what_torch_does(bucket, runtime, rows_model):
     given = arrays(bucket.batch)
     (found,) = runtime.step(given, np.full(bucket.batch, bucket.row_tokens))
@@ -83,7 +83,7 @@ def test_a_call_does_what_the_converted_module_does(runtime, rows_model):
 
 
 @pytest.mark.parametrize("counts", [[4, 4, 4], [7, 3, 5], [16, 1, 11]])
-def test_without_a_ladder_the_plan_is_as_small_as_it_can_be(counts, rows_model, rows_onnx):
+def test_without_buckets_the_plan_is_as_small_as_it_can_be(counts, rows_model, rows_onnx):
     runtime = OneStep(OrtModel(rows_onnx, rows_model.step_planner, threads=1))
     given = arrays(3)
     (found,) = runtime.step(given, np.array(counts))
@@ -96,8 +96,8 @@ def test_without_a_ladder_the_plan_is_as_small_as_it_can_be(counts, rows_model, 
 def test_several_samples_share_a_row_when_packing_in_bins(bins_model, bins_onnx):
     given = arrays(4)
     keep = []
-    for rungs in (None, Ladder((Bucket(4, 64, 4, 16, 4),), TOKENS, 0.0)):
-        runtime = OneStep(OrtModel(bins_onnx, bins_model.step_planner, rungs, threads=1))
+    for bucket_set in (None, BucketSet((Bucket(4, 64, 4, 16, 4),), TOKENS, 0.0)):
+        runtime = OneStep(OrtModel(bins_onnx, bins_model.step_planner, bucket_set, threads=1))
         (found,) = runtime.step(given, np.array([9, 3, 16, 4]))
         keep.append(plan_of(runtime).keep)
         assert len(set(plan_of(runtime).segment_ids[1]) - {-1}) > 1
@@ -118,8 +118,8 @@ def test_a_batch_between_the_buckets_is_filled_with_copies_of_its_last_sample(ru
 
 def test_mixed_timesteps_follow_a_falling_schedule(rows_model, rows_onnx):
     planner = falling(rows_model)
-    rungs = ladder([4], planner.schedule.counts(np.linspace(0, 1, 9), TOKENS), TOKENS)
-    runtime = OneStep(OrtModel(rows_onnx, planner, rungs))
+    bucket_set = choose_buckets([4], planner.schedule.counts(np.linspace(0, 1, 9), TOKENS), TOKENS)
+    runtime = OneStep(OrtModel(rows_onnx, planner, bucket_set))
     given = arrays(4) | {"t": np.array([1000, 500, 0, 250], np.float32)}
     (found,) = runtime(given)
     assert plan_of(runtime).counts.tolist() == [12, 8, 4, 6]  # 0.5/ratio to 1.5/ratio of 16
@@ -152,7 +152,7 @@ def test_the_last_step_is_remembered(runtime):
 # What cannot run
 
 
-def test_a_batch_above_the_ladder(runtime):
+def test_a_batch_above_the_buckets(runtime):
     with pytest.raises(UsageError, match="batch 5 is outside the buckets, which go from 1 to 4"):
         runtime(arrays(5))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcconvert.export.buckets import ladder
+from dcconvert.export.buckets import choose_buckets
 from dcconvert.export.checks.parity import (
     check_batch_invariance,
     check_identity,
@@ -22,7 +22,7 @@ from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.runtime.model import TorchState
 from tests.export.harness import TOKENS, arrays, convert, export, inputs, tensors
 
-LADDER = ladder([1, 4], [5, 9], TOKENS)
+BUCKET_SET = choose_buckets([1, 4], [5, 9], TOKENS)
 COUNTS = (16, 5, 9, 3, 5, 16, 4)
 
 
@@ -76,13 +76,13 @@ def test_the_state_is_written_where_it_was_read(runtime):
 
 
 def test_a_batch_between_the_buckets(carry_model, carry_onnx):
-    on_ladder = OrtModel(carry_onnx, carry_model.step_planner, LADDER, threads=1).start(3)
+    on_buckets = OrtModel(carry_onnx, carry_model.step_planner, BUCKET_SET, threads=1).start(3)
     plain = OrtModel(carry_onnx, carry_model.step_planner, threads=1).start(3)
     for step, count in enumerate(COUNTS):
-        results = [run.step(at(step), np.full(3, count))[0] for run in (on_ladder, plain)]
+        results = [run.step(at(step), np.full(3, count))[0] for run in (on_buckets, plain)]
         assert len(results[0]) == 3
         close(*results)
-    assert on_ladder.size == 4
+    assert on_buckets.size == 4
 
 
 def test_a_stale_state_cannot_leak(runtime):
@@ -131,9 +131,9 @@ def test_noise_that_rises(runtime):
 def test_every_check_passes(carry_model, carry_onnx):
     given = inputs(2)
     checks = [check(carry_model, given) for check in (check_identity, check_isolation, check_batch_invariance)]
-    checks += check_runtime(carry_model, carry_onnx, inputs, LADDER.buckets)
+    checks += check_runtime(carry_model, carry_onnx, inputs, BUCKET_SET.buckets)
     require(checks)
-    assert len(checks) == 3 + 2 + len(LADDER.buckets)
+    assert len(checks) == 3 + 2 + len(BUCKET_SET.buckets)
 
 
 def test_checks_see_samples_that_share_a_state(carry_model, monkeypatch):

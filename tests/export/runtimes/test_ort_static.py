@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.families import FAMILIES, made
-from dcconvert.export.buckets import ladder
+from dcconvert.export.buckets import choose_buckets
 from dcconvert.export.checks.parity import as_array
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.export.runtimes.ort import CPU, CUDA, OrtModel
@@ -24,7 +24,7 @@ from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.runtime.model import DynamicModel
 from tests.export.harness import TOKENS, arrays
 
-LADDER = ladder([1, 4], [5, 9], TOKENS)
+BUCKET_SET = choose_buckets([1, 4], [5, 9], TOKENS)
 COUNTS = (16, 5, 9, 3, 16, 9)
 MODES = ["rows", "carry"]
 
@@ -34,8 +34,8 @@ def pair(request: pytest.FixtureRequest) -> tuple[OrtModel, StaticModel]:
     """A model on ordinary sessions and on static ones."""
     model: DynamicModel = request.getfixturevalue(f"{request.param}_model")
     folder: Path = request.getfixturevalue(f"{request.param}_onnx")
-    plain = OrtModel(folder, model.step_planner, LADDER, threads=1)
-    return plain, StaticModel(folder, model.step_planner, LADDER, CPU, threads=1)
+    plain = OrtModel(folder, model.step_planner, BUCKET_SET, threads=1)
+    return plain, StaticModel(folder, model.step_planner, BUCKET_SET, CPU, threads=1)
 
 
 def at(step: int, batch: int = 3) -> dict[str, np.ndarray]:
@@ -86,7 +86,7 @@ def test_a_step_is_bound_once_a_bucket(pair):
 
 
 def test_buffers_go_to_the_next_run_when_one_is_over(carry_model, carry_onnx):
-    static = StaticModel(carry_onnx, carry_model.step_planner, LADDER, CPU, threads=1)
+    static = StaticModel(carry_onnx, carry_model.step_planner, BUCKET_SET, CPU, threads=1)
     runs: list[Any] = [static.start(3), static.start(3)]
     wanted, _ = (run.step(at(0), np.full(3, 9))[0] for run in runs)
     values, steps = runs[0].state.values, runs[0].state.steps
@@ -104,7 +104,7 @@ def test_text_of_the_next_run_is_copied_into_the_buffers_that_are_there(tmp_path
     module, args, kwargs = made(FAMILIES["pixart"])
     model = rewrite(module, args, kwargs, method_of("carry"), Schedule("constant", 2))
     export_onnx(model, tmp_path)
-    shapes = ladder([3], [8], model.spec.tokens)
+    shapes = choose_buckets([3], [8], model.spec.tokens)
     plain = OrtModel(tmp_path, model.step_planner, shapes, threads=1)
     static = StaticModel(tmp_path, model.step_planner, shapes, CPU, threads=1)
     one = {name: as_array(value) for name, value in model.spec.example(3).items() if isinstance(value, torch.Tensor)}
@@ -128,7 +128,7 @@ def test_text_of_the_next_run_is_copied_into_the_buffers_that_are_there(tmp_path
 
 def test_every_step_has_a_graph_of_its_own(rows_model, rows_onnx):
     """The ids are what ONNX Runtime tells CUDA graphs apart by; there is no GPU to capture one here."""
-    static = StaticModel(rows_onnx, rows_model.step_planner, LADDER, CPU, threads=1)
+    static = StaticModel(rows_onnx, rows_model.step_planner, BUCKET_SET, CPU, threads=1)
     steps = [BoundStep(static.route_session, {}, {}, graphs=True) for _ in range(3)]
     ids = [step.options.get_run_config_entry("gpu_graph_id") for step in steps]
     assert len(set(ids)) == len(ids) == 3
@@ -138,15 +138,15 @@ def test_without_cuda_it_is_one_line(rows_model, rows_onnx):
     if CUDA in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
     with pytest.raises(UsageError, match="has no CUDAExecutionProvider"):
-        StaticModel(rows_onnx, rows_model.step_planner, LADDER)
+        StaticModel(rows_onnx, rows_model.step_planner, BUCKET_SET)
 
 
 @pytest.mark.gpu
 def test_cuda_graphs_give_what_the_cpu_gives(rows_model, rows_onnx):
     if CUDA not in onnxruntime.get_available_providers():
         pytest.skip("needs onnxruntime-gpu and an NVIDIA GPU")
-    plain = OrtModel(rows_onnx, rows_model.step_planner, LADDER).start(3)
-    static = StaticModel(rows_onnx, rows_model.step_planner, LADDER).start(3)
+    plain = OrtModel(rows_onnx, rows_model.step_planner, BUCKET_SET).start(3)
+    static = StaticModel(rows_onnx, rows_model.step_planner, BUCKET_SET).start(3)
     for step, count in enumerate(COUNTS):
         wanted = plain.step(at(step), np.full(3, count))[0]
         np.testing.assert_allclose(static.step(at(step), np.full(3, count))[0], wanted, rtol=1e-2, atol=1e-2)

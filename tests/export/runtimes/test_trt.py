@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcconvert.export.buckets import ladder
+from dcconvert.export.buckets import choose_buckets
 from dcconvert.export.engines.build import plan_engines
 from dcconvert.export.engines.index import INDEX, Built, Device, Index, write_index
 from dcconvert.export.runtimes.ort import OrtModel
@@ -22,14 +22,14 @@ from dcconvert.passes.runtime.model import DynamicModel
 from tests.export import fake_trt
 from tests.export.harness import TOKENS, arrays
 
-LADDER = ladder([1, 4], [5, 9], TOKENS)
+BUCKET_SET = choose_buckets([1, 4], [5, 9], TOKENS)
 COUNTS = (16, 5, 9, 3, 16, 9)
 DEVICE = Device("tensorrt-rtx", fake_trt.__version__)
 
 
 def build(graphs: Path, folder: Path, **options: bool) -> list[Built]:
     """Engines of the stand-in, and their index."""
-    planned = plan_engines(graphs, ("route", "denoise"), LADDER.buckets, "fp16", DEVICE, **options)
+    planned = plan_engines(graphs, ("route", "denoise"), BUCKET_SET.buckets, "fp16", DEVICE, **options)
     for engine in planned:
         (folder / engine.file).write_text(json.dumps({"onnx": str(engine.onnx), "profiles": engine.profiles}))
     entries = [engine.built(folder / engine.file, 1.0, 1) for engine in planned]
@@ -54,7 +54,7 @@ def at(step: int, batch: int = 3) -> dict[str, np.ndarray]:
 def test_a_run_gives_what_onnx_runtime_gives(mode, options, tmp_path):
     model, graphs = mode
     build(graphs, tmp_path, **options)
-    found, wanted = opened(model, graphs, tmp_path).start(3), OrtModel(graphs, model.step_planner, LADDER).start(3)
+    found, wanted = opened(model, graphs, tmp_path).start(3), OrtModel(graphs, model.step_planner, BUCKET_SET).start(3)
     kept = [(found.step(at(s), np.full(3, c))[0], wanted.step(at(s), np.full(3, c))[0]) for s, c in enumerate(COUNTS)]
     for mine, theirs in kept:
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
@@ -76,7 +76,7 @@ def test_a_bucket_is_a_profile_and_buffers_stay(rows_model, rows_onnx, tmp_path)
     build(rows_onnx, tmp_path)
     runtime = opened(rows_model, rows_onnx, tmp_path)
     run = runtime.start(3)
-    denoise = runtime.places["denoise", LADDER.buckets[0]].engine
+    denoise = runtime.places["denoise", BUCKET_SET.buckets[0]].engine
     seen: dict[Any, int] = {}
     for step, count in enumerate(COUNTS):
         run.step(at(step), np.full(3, count))
@@ -95,7 +95,7 @@ def test_a_missing_bucket_falls_to_the_next_larger(rows_model, rows_onnx, tmp_pa
     write_index(tmp_path, Index(DEVICE, False, tuple(entries)))
     runtime = opened(rows_model, rows_onnx, tmp_path)
     assert runtime.bucket(np.full(4, 5)).row_tokens == 9
-    wanted = OrtModel(rows_onnx, rows_model.step_planner, LADDER).start(4).step(at(0, 4), np.full(4, 5))[0]
+    wanted = OrtModel(rows_onnx, rows_model.step_planner, BUCKET_SET).start(4).step(at(0, 4), np.full(4, 5))[0]
     found = runtime.start(4).step(at(0, 4), np.full(4, 5))[0]
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 

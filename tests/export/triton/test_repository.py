@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcconvert.export.buckets import ladder
+from dcconvert.export.buckets import choose_buckets
 from dcconvert.export.bundle import GRAPH, Bundle
 from dcconvert.export.engines.build import read_graph
 from dcconvert.export.files import MANIFEST, write_json
@@ -26,7 +26,7 @@ from dcconvert.passes.serialise.graph_json import model_to_dict
 from tests.export.fake_triton import Server, request
 from tests.export.harness import TOKENS, arrays
 
-LADDER = ladder([1, 4], [5, 8], TOKENS)
+BUCKET_SET = choose_buckets([1, 4], [5, 8], TOKENS)
 
 
 @dataclass
@@ -62,10 +62,10 @@ def loaded(model: DynamicModel, onnx: Path, folder: Path, monkeypatch: pytest.Mo
     source = folder / "bundle"
     source.mkdir(parents=True)
     (source / "onnx").symlink_to(onnx)
-    manifest = {"ladder": LADDER.to_dict()}
+    manifest = {"buckets": BUCKET_SET.to_dict()}
     write_json(manifest, source / MANIFEST)
     write_json(model_to_dict(model), source / GRAPH)
-    bundle = Bundle(source, manifest, model, LADDER)
+    bundle = Bundle(source, manifest, model, BUCKET_SET)
     repository = folder / "repository"
     export_triton(bundle, repository, "dit", "cpu")
     server = Server(repository)
@@ -100,7 +100,7 @@ def controls(corrid: int, step: int, last: int = 3) -> dict[str, np.ndarray]:
 
 
 def runtime(found: Loaded) -> OrtModel:
-    return OrtModel(found.bundle.onnx, found.bundle.model.step_planner, LADDER)
+    return OrtModel(found.bundle.onnx, found.bundle.model.step_planner, BUCKET_SET)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
@@ -171,7 +171,7 @@ def test_configurations(carry):
     assert front.count("kind: CONTROL_SEQUENCE_") == 3
     denoise = (carry.repository / "dit_denoise" / "config.pbtxt").read_text()
     assert denoise.startswith('name: "dit_denoise"\nbackend: "onnxruntime"\nmax_batch_size: 0\n')
-    assert denoise.count("model_warmup {") == denoise.count("batch_size: 1\n") == len(LADDER.buckets)
+    assert denoise.count("model_warmup {") == denoise.count("batch_size: 1\n") == len(BUCKET_SET.buckets)
     assert "kind: KIND_CPU" in denoise
 
 
@@ -182,7 +182,7 @@ def test_the_zeros_of_a_warm_up_run(request, mode, graph):
     path = request.getfixturevalue(mode).bundle.onnx / f"{graph}.onnx"
     session = make_session(path)
     kinds = {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64}
-    for bucket in LADDER.buckets:
+    for bucket in BUCKET_SET.buckets:
         inputs = warm_up(read_graph(path).input, bucket)["inputs"]
         made = session.run(None, {n: np.zeros(i["dims"], kinds[i["data_type"]]) for n, i in inputs.items()})
         assert len(made[0]) == bucket.batch

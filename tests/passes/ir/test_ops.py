@@ -42,7 +42,7 @@ def places(channels: int = C) -> Tensor:
 
 
 def spread(weight: Tensor) -> Tensor:
-    """Weights [P, B, N] as recall takes them, [P, B, 1, N, E]."""
+    """Weights [P, B, N] as cache_read takes them, [P, B, 1, N, E]."""
     return weight[:, :, None, :, None].repeat(1, 1, 1, 1, E)
 
 
@@ -58,20 +58,20 @@ def arguments() -> dict[str, list[Arguments]]:
             (normal(B, N, D), normal(G, L, D), torch.randint(0, G * L, (B, N, near)), weights(B, N, near))
             for near in (1, K)
         ],
-        "regroup": [
+        "gather_tokens": [
             (normal(G, L, D), torch.randint(0, G * L, (R, S))),
             (normal(R, S, H, d), torch.randint(0, R * S, (G, L))),
         ],
-        "row_attention": [(*heads, torch.tensor(lengths), 0.3) for lengths in ([4, 1, 3], [4, 4, 4])],
+        "padded_attention": [(*heads, torch.tensor(lengths), 0.3) for lengths in ([4, 1, 3], [4, 4, 4])],
         "segment_attention": [(*heads, segments, 0.3)],
         "varlen_attention": [(*(normal(G, L, H, d) for _ in "qkv"), torch.tensor(BOUNDS, dtype=torch.int32), 4, 0.3)],
         "packed_attention": [
             (*(normal(G, L, H, d) for _ in "qkv"), *(torch.tensor(BOUNDS, dtype=torch.int32) for _ in "qk"), 0.3)
         ],
-        "remember": [
+        "cache_write": [
             (normal(P, B, channels, N, E), normal(G, channels, L, E), places(channels)) for channels in (1, C)
         ],
-        "recall": [
+        "cache_read": [
             (normal(P, B, C, N, E), spread(weights(P, B, N))),
             (normal(1, B, 1, N, E), spread(weights(1, B, N))),
         ],
@@ -98,7 +98,7 @@ def dechunk_by_hand(h, update, fill_index, fill_weight):
     return out
 
 
-def regroup_by_hand(x, index):
+def gather_tokens_by_hand(x, index):
     rows = [[x[flat // x.shape[1], flat % x.shape[1]] for flat in row] for row in index.tolist()]
     return torch.stack([torch.stack(row) for row in rows])
 
@@ -123,15 +123,15 @@ def varlen_by_hand(q, k, v, bounds, longest, scale):
     return out.view(q.shape)
 
 
-def remember_by_hand(state, values, address):
+def cache_write_by_hand(state, values, index):
     out = state.clone()
-    for g, c, t in torch.cartesian_prod(*map(torch.arange, address.shape[:3])).tolist():
-        slot, sample, channel, token = address[g, c, t].tolist()
+    for g, c, t in torch.cartesian_prod(*map(torch.arange, index.shape[:3])).tolist():
+        slot, sample, channel, token = index[g, c, t].tolist()
         out[slot, sample, channel, token] = values[g, c, t]
     return out
 
 
-def recall_by_hand(state, weight):
+def cache_read_by_hand(state, weight):
     out = torch.zeros_like(state[0])
     slots, samples, _, tokens, _ = weight.shape
     for p, b, n in torch.cartesian_prod(*map(torch.arange, (slots, samples, tokens))).tolist():
@@ -142,15 +142,15 @@ def recall_by_hand(state, weight):
 BY_HAND: dict[str, Callable[..., Tensor]] = {
     "chunk": chunk_by_hand,
     "dechunk": dechunk_by_hand,
-    "regroup": regroup_by_hand,
-    "row_attention": lambda q, k, v, lengths, scale: attend_by_hand(q, k, v, lambda r, i, j: j < lengths[r], scale),
+    "gather_tokens": gather_tokens_by_hand,
+    "padded_attention": lambda q, k, v, lengths, scale: attend_by_hand(q, k, v, lambda r, i, j: j < lengths[r], scale),
     "segment_attention": lambda q, k, v, ids, scale: attend_by_hand(
         q, k, v, lambda r, i, j: ids[r, i] == ids[r, j], scale
     ),
     "varlen_attention": varlen_by_hand,
     "packed_attention": varlen_by_hand,
-    "remember": remember_by_hand,
-    "recall": recall_by_hand,
+    "cache_write": cache_write_by_hand,
+    "cache_read": cache_read_by_hand,
 }
 
 
@@ -191,7 +191,7 @@ def test_unused_slots_never_reach_the_result():
     wild_k, wild_v = k.clone(), v.clone()
     wild_k[:, :, 2] = wild_v[:, :, 2] = 1e6
     for op, separator in (
-        (torch.ops.dcconvert.row_attention, torch.tensor([2])),
+        (torch.ops.dcconvert.padded_attention, torch.tensor([2])),
         (torch.ops.dcconvert.segment_attention, torch.tensor([[0, 0, 1]])),
     ):
         plain, wild = op(q, k, v, separator, 1.0), op(q, wild_k, wild_v, separator, 1.0)
@@ -202,7 +202,7 @@ def test_variable_lengths_are_those_of_rows():
     """The same tokens packed end to end, and one sample a row with its length."""
     lengths = [4, 1, 3]
     rows = [torch.randn(len(lengths), H, S, d) for _ in range(3)]
-    wanted = torch.ops.dcconvert.row_attention(*rows, torch.tensor(lengths), 0.3)
+    wanted = torch.ops.dcconvert.padded_attention(*rows, torch.tensor(lengths), 0.3)
     used = [(r, s) for r, length in enumerate(lengths) for s in range(length)]
     packed = [torch.stack([x[r, :, s] for r, s in used]).view(4, 2, H, d) for x in rows]
     bounds = torch.tensor([0, 4, 5, 8], dtype=torch.int32)
@@ -249,31 +249,31 @@ def test_memory_is_laid_out_as_the_fake_kernel_says(name, case):
 def test_an_address_is_repeated_for_every_channel():
     index = torch.randint(0, 6, (G, L, 4)) * torch.tensor([1, 1, 0, 1])
     for channels in (1, C):
-        found = torch.ops.dcconvert.address(index, channels)
+        found = torch.ops.dcconvert.cache_index(index, channels)
         assert found.shape == (G, channels, L, 4)
         assert found.dtype == torch.int64
         for g, c, t in torch.cartesian_prod(*map(torch.arange, found.shape[:3])).tolist():
             slot, sample, _, token = index[g, t].tolist()
             assert found[g, c, t].tolist() == [slot, sample, c, token]
-        torch.library.opcheck(torch.ops.dcconvert.address.default, (index, channels))
+        torch.library.opcheck(torch.ops.dcconvert.cache_index.default, (index, channels))
 
 
 def test_remember_leaves_its_inputs_alone():
     state, values = torch.zeros(P, B, C, N, E), torch.ones(G, C, L, E)
-    written = torch.ops.dcconvert.remember(state, values, places())
+    written = torch.ops.dcconvert.cache_write(state, values, places())
     assert not state.any()
     assert written.sum() == values.numel()
 
 
 def test_pads_that_copy_a_token_write_what_it_writes():
     """Whatever the order in which equal values are written to one place."""
-    address = places(1)
+    index = places(1)
     values = torch.randn(G, 1, L, E)
     pads = torch.tensor([[0, 0], [0, 0]])
-    padded = torch.cat([address[:1, :, [0, 0]], address, address[pads[:, 0]][..., [0, 0], :]])
+    padded = torch.cat([index[:1, :, [0, 0]], index, index[pads[:, 0]][..., [0, 0], :]])
     copies = torch.cat([values[:1, :, [0, 0]], values, values[pads[:, 0]][..., [0, 0], :]])
     state = torch.randn(P, B, 1, N, E)
-    found, wanted = (torch.ops.dcconvert.remember(state, *given) for given in ((copies, padded), (values, address)))
+    found, wanted = (torch.ops.dcconvert.cache_write(state, *given) for given in ((copies, padded), (values, index)))
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
@@ -281,17 +281,17 @@ def test_recall_computes_in_the_precision_of_the_weights():
     """A state in half precision is read exactly, and its extrapolation does not overflow."""
     state = torch.tensor([60000.0, 100.0]).view(P, 1, 1, 1, 1).half()
     weight = torch.tensor([3.0, -2.0]).view(P, 1, 1, 1, 1)
-    found = torch.ops.dcconvert.recall(state, weight)
+    found = torch.ops.dcconvert.cache_read(state, weight)
     assert found.dtype == torch.float32
     assert found.item() == 3 * 60000 - 2 * 100
-    assert torch.ops.dcconvert.recall(state.float(), weight.half()).dtype == torch.float16
+    assert torch.ops.dcconvert.cache_read(state.float(), weight.half()).dtype == torch.float16
 
 
 def test_a_weight_of_zero_hides_a_stale_slot():
     state = torch.randn(P, B, C, N, E)
     state[1] = 1e4
     weight = spread(torch.stack([torch.ones(B, N), torch.zeros(B, N)]))
-    torch.testing.assert_close(torch.ops.dcconvert.recall(state, weight), state[0], rtol=0, atol=0)
+    torch.testing.assert_close(torch.ops.dcconvert.cache_read(state, weight), state[0], rtol=0, atol=0)
 
 
 def flops(name: str, *args: Tensor | float) -> int:
@@ -304,11 +304,11 @@ def test_flop_formulas():
     plain = {name: cases[-1] for name, cases in arguments().items()}
     assert flops("chunk", *plain["chunk"]) == 2 * G * L * M * D
     assert flops("dechunk", *plain["dechunk"]) == 2 * B * N * K * D
-    assert flops("regroup", *plain["regroup"]) == flops("remember", *plain["remember"]) == 0
-    state, weight = arguments()["recall"][0]
-    assert flops("recall", state, weight) == 2 * P * B * C * N * E
+    assert flops("gather_tokens", *plain["gather_tokens"]) == flops("cache_write", *plain["cache_write"]) == 0
+    state, weight = arguments()["cache_read"][0]
+    assert flops("cache_read", state, weight) == 2 * P * B * C * N * E
     attention = R * H * 2 * (2 * S * S * d)  # two products of S x S x d, two FLOPs each multiply-add
-    assert flops("row_attention", *plain["row_attention"]) == attention
+    assert flops("padded_attention", *plain["padded_attention"]) == attention
     assert flops("segment_attention", *plain["segment_attention"]) == attention
     assert flops("varlen_attention", *plain["varlen_attention"]) == G * L * H * 2 * (2 * 4 * d)  # 4: the longest
     assert flops("packed_attention", *plain["packed_attention"]) == G * L * H * 2 * (2 * G * L * d)

@@ -12,7 +12,7 @@ from dcconvert.passes.methods import METHODS, MODES, PRESETS, method_from_dict, 
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import DIFFERENCE, NATURAL, Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.passes.serialise.graph_json import model_from_dict, model_tensors, model_to_dict
+from dcconvert.passes.serialise.graph_json import RENAMED, model_from_dict, model_tensors, model_to_dict
 from tests.passes.harness import dit_call
 
 
@@ -102,15 +102,15 @@ def test_routers_of_another_method(mode, name, choices):
         ("both", {}, "unknown method 'both': choose one of carry, chunk, dc-dit, sparsedit, ddit, tome"),
         (
             "chunk",
-            {"guard": 2.0},
-            "method chunk has no option 'guard': it has head_blocks, tail_blocks, router, seed, mem",
+            {"max_staleness": 2.0},
+            "method chunk has no option 'max_staleness': it has head_blocks, tail_blocks, router, seed, mem",
         ),
         ("chunk", {"packing": "tight"}, "unknown packing 'tight': choose one of rows, bins, varlen"),
         ("chunk", {"members": 0}, "must be at least 1"),
         ("chunk", {"neighbours": 0}, "must be at least 1"),
         ("chunk", {"head_blocks": -2}, "cannot be negative"),
-        ("carry", {"guard": -1.0}, "guard -1 is out of range"),
-        ("carry", {"guard": math.nan}, "guard nan is out of range"),
+        ("carry", {"max_staleness": -1.0}, "max_staleness -1 is out of range"),
+        ("carry", {"max_staleness": math.nan}, "max_staleness nan is out of range"),
         ("carry", {"state_dtype": "fp8"}, "unknown state dtype 'fp8': choose one of model, fp16, fp32"),
         ("ddit", {"prediction": "v"}, "unknown prediction 'v'"),
         ("ddit", {"head_blocks": 1}, "all blocks run in the patch size of the step"),
@@ -162,7 +162,7 @@ def test_schedules_of_another_model(models, preset, schedule, message):
         ("dc-dit", "method", "method", "ddit"),
         ("dc-dit", "method", "method", "carry"),
         ("dc-dit", "method", "seed", "a"),
-        ("dc-dit", "method", "guard", 3),
+        ("dc-dit", "method", "max_staleness", 3),
         ("dc-dit", "schedule", "levels", "ab"),
         ("dc-dit", "schedule", "levels", [65, 1000]),
         ("dc-dit", "schedule", "kind", "difference"),
@@ -188,6 +188,32 @@ def test_untouched_files_load(models):
         assert not any(torch.is_tensor(value) for value in vars(back.method).values())
 
 
+def with_old_names(data, version):
+    """A graph file as an earlier version wrote it: its ops had other names."""
+    old = {new: name for name, new in RENAMED.items()}
+    data["version"] = version
+    for graph in data["graphs"].values():
+        graph["version"] = version
+        for node in graph["nodes"]:
+            namespace, _, rest = node["target"].partition(".")
+            op, _, overload = rest.partition(".")
+            if namespace == "dcconvert" and op in old:
+                node["target"] = f"dcconvert.{old[op]}.{overload}"
+
+
+def test_graph_files_of_format_3_load():
+    model = rewrite(*dit_call(), method_of("carry", max_staleness=2.0), Schedule("constant", 4))
+    data = model_to_dict(model)
+    with_old_names(data, 3)
+    data["method"]["guard"] = data["method"].pop("max_staleness")
+    targets = {node["target"] for graph in data["graphs"].values() for node in graph["nodes"]}
+    assert {f"dcconvert.{name}.default" for name in RENAMED if name != "row_attention"} <= targets
+    back = model_from_dict(data, model_tensors(model))
+    assert back.method == model.method
+    for found, wanted in ((back.route_graph, model.route_graph), (back.denoise_graph, model.denoise_graph)):
+        assert [node.target for node in found.graph.nodes] == [node.target for node in wanted.graph.nodes]
+
+
 @pytest.mark.parametrize("name", ["carry", *PRESETS])
 def test_graph_files_of_format_2_load(models, name):
     model = models[name] if name in models else rewrite(*dit_call(), method_of(), Schedule("constant", 4))
@@ -201,8 +227,6 @@ def test_graph_files_of_format_2_load(models, name):
         "ddit": {"trunk": "patch-sizes"},
         "tome": {},
     }[name]
-    data["version"] = 2
-    for graph in data["graphs"].values():
-        graph["version"] = 2
+    with_old_names(data, 2)
     back = model_from_dict(data, model_tensors(model))
     assert (back.method, back.schedule) == (model.method, model.schedule)

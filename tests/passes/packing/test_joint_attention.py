@@ -87,7 +87,7 @@ def scaled(h: Tensor, text: Tensor) -> Tensor:
 @pytest.mark.parametrize("packing", ["rows", "varlen"])
 def test_joint_attention(body, packing):
     program = check_trunk(body, torch.randn(BATCH, TEXT, WIDTH), packing=packing)
-    assert count(program.graph_module, ops.row_attention.default) in (1, 2)
+    assert count(program.graph_module, ops.padded_attention.default) in (1, 2)
     assert count(program.graph_module, aten.scaled_dot_product_attention.default) == 0
 
 
@@ -222,7 +222,7 @@ def test_blocks_behind_the_trunk_get_the_text_that_left_it():
     options = method_of("chunk", head_blocks=1, tail_blocks=1)
     model = rewrite(*call, options, Schedule("constant", 2), timestep_scale=1.0)
     assert model.spec.depth == 4
-    assert count(model.denoise_graph, ops.row_attention.default) == 2
+    assert count(model.denoise_graph, ops.padded_attention.default) == 2
     left = sum(
         count(graph, aten.scaled_dot_product_attention.default) for graph in (model.route_graph, model.denoise_graph)
     )

@@ -98,9 +98,9 @@ def test_ties_go_by_scores_then_by_index(router):
     assert chosen(planner(router=router), history, 1.0, 3, scores) == [1, 2, 3]  # no noise passed: a second look
 
 
-def waits(guard: float, count: int, steps: int = 40) -> int:
+def waits(max_staleness: float, count: int, steps: int = 40) -> int:
     """The longest that token 0, whose update never moves, waits between computations; the others race."""
-    given = planner(guard=guard)
+    given = planner(max_staleness=max_staleness)
     history, longest = history_of((1.0, []), (0.99, list(range(TOKENS)))), 0
     history.distance = np.ones((1, TOKENS))
     for step in range(steps):
@@ -113,15 +113,18 @@ def waits(guard: float, count: int, steps: int = 40) -> int:
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_a_starving_token_is_computed_however_still_it_is(count):
-    """It comes before all others once it waited `guard` times as long as taking turns (N / count steps) takes."""
-    assert waits(guard=1e9, count=count) == 40
-    for guard in (1.5, 3):
-        assert waits(guard, count) == guard * TOKENS / count
+    """It comes before all others once it waited `max_staleness` times the round-robin interval (N / count steps)."""
+    assert waits(max_staleness=1e9, count=count) == 40
+    for max_staleness in (1.5, 3):
+        assert waits(max_staleness, count) == max_staleness * TOKENS / count
 
 
-def computed(router: str, guard: float, count: int, steps: int) -> list[list[int]]:
+def computed(router: str, max_staleness: float, count: int, steps: int) -> list[list[int]]:
     """The tokens that each step of a run computes; tokens 0 to 3 are still and score lowest, the others race."""
-    given, history = planner(router=router, guard=guard), history_of((1.0, []), (0.99, list(range(TOKENS))))
+    given, history = (
+        planner(router=router, max_staleness=max_staleness),
+        history_of((1.0, []), (0.99, list(range(TOKENS)))),
+    )
     scores, found = np.array([[1e-6, 2e-6, 3e-6, 4e-6, 0.7, 0.8, 0.9, 1.0]]), []
     for step in range(steps):
         history.distance = np.where(np.arange(TOKENS) < 4, 0.0, 1.0)[None]
@@ -131,11 +134,11 @@ def computed(router: str, guard: float, count: int, steps: int) -> list[list[int
 
 
 @pytest.mark.parametrize("router", ["drift", *PLAIN_ROUTERS])
-@pytest.mark.parametrize(("guard", "count"), [(1.5, 2), (2, 4), (3, 1)])
-def test_every_token_is_computed_again_in_time(router, guard, count):
-    """None waits longer than the guard allows, and the turns of those that starve with it, however low they score."""
-    found = computed(router, guard, count, 60)
-    allowed = int(np.ceil(guard * TOKENS / count)) + TOKENS // count
+@pytest.mark.parametrize(("max_staleness", "count"), [(1.5, 2), (2, 4), (3, 1)])
+def test_every_token_is_computed_again_in_time(router, max_staleness, count):
+    """None waits longer than `max_staleness` allows, plus the turns of those that starve with it, at any score."""
+    found = computed(router, max_staleness, count, 60)
+    allowed = int(np.ceil(max_staleness * TOKENS / count)) + TOKENS // count
     for token in range(TOKENS):
         last = [-1, *(step for step, kept in enumerate(found) if token in kept), len(found)]
         assert max(np.diff(last)) <= allowed, token
@@ -144,7 +147,7 @@ def test_every_token_is_computed_again_in_time(router, guard, count):
 @pytest.mark.parametrize("router", CARRY_ROUTERS)
 def test_of_several_starving_tokens_the_one_that_waited_longest_goes_first(router):
     """In the order of their ages, one after the other, though younger ones moved faster and score higher."""
-    given, rest = planner(router=router, guard=1.0), [4, 5, 6, 7]
+    given, rest = planner(router=router, max_staleness=1.0), [4, 5, 6, 7]
     looks = [[0, 1, 2, *rest], [0, 2, *rest], [2, *rest], *[rest] * TOKENS]  # at one noise level: 3 is left out first
     history = history_of((1.0, []), (0.9, list(range(TOKENS))), *[(0.9, kept) for kept in looks])
     better = np.array([2, 1, 3, 0, 4, 4, 4, 4])  # the younger

@@ -274,11 +274,11 @@ def test_op_counts(head, tail):
     trunk = 3 - head - tail
     for target in (aten.scaled_dot_product_attention.default, aten.linear.default, aten.layer_norm.default):
         assert after[target] == before[target], target
-    assert after[ops.remember.default] == after[ops.recall.default] == 2 * trunk + 1
+    assert after[ops.cache_write.default] == after[ops.cache_read.default] == 2 * trunk + 1
     assert after[ops.chunk.default] == after[ops.dechunk.default] == 0
-    assert after[ops.address.default] == 2  # one for the heads, one for the update
-    assert count(program.graph_module, ops.regroup.default, "packed_index") == trunk
-    entering = [n for n in program.graph.nodes if n.target is ops.regroup.default and "grid" in str(n.args[1])]
+    assert after[ops.cache_index.default] == 2  # one for the heads, one for the update
+    assert count(program.graph_module, ops.gather_tokens.default, "packed_index") == trunk
+    entering = [n for n in program.graph.nodes if n.target is ops.gather_tokens.default and "grid" in str(n.args[1])]
     assert len(entering) == trunk
     assert all(math.prod(n.meta["val"].shape[2:]) == WIDTH for n in entering)  # of q, k and v only the queries
 

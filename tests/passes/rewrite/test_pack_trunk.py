@@ -47,7 +47,7 @@ def test_op_counts(head, tail):
     trunk = 3 - head - tail
     assert before[aten.scaled_dot_product_attention.default] == 3
     assert after[aten.scaled_dot_product_attention.default] == head + tail
-    assert after[ops.row_attention.default] == trunk
+    assert after[ops.padded_attention.default] == trunk
     assert after[ops.chunk.default] == after[ops.dechunk.default] == 1
     for target in (aten.linear.default, aten.layer_norm.default, aten.silu.default, aten.mul.Tensor):
         assert after[target] == before[target], target
@@ -56,11 +56,13 @@ def test_op_counts(head, tail):
 def test_two_gathers_an_attention_and_one_for_each_per_sample_value():
     """The grid is entered at the fused qkv and left after attention; shift, scale and gate are gathered by tile."""
     program = packed(head_blocks=0, tail_blocks=0)
-    assert count(program.graph_module, ops.regroup.default, "grid_index") == 3
-    assert count(program.graph_module, ops.regroup.default, "packed_index") == 3
+    assert count(program.graph_module, ops.gather_tokens.default, "grid_index") == 3
+    assert count(program.graph_module, ops.gather_tokens.default, "packed_index") == 3
     assert count(program.graph_module, aten.index_select.default, "sample_ids") == 3 * 3
-    entering = [n.args[0] for n in program.graph.nodes if n.target is ops.regroup.default and "grid" in str(n.args[1])]
-    leaving = [n for n in program.graph.nodes if n.target is ops.regroup.default and "packed" in str(n.args[1])]
+    entering = [
+        n.args[0] for n in program.graph.nodes if n.target is ops.gather_tokens.default and "grid" in str(n.args[1])
+    ]
+    leaving = [n for n in program.graph.nodes if n.target is ops.gather_tokens.default and "packed" in str(n.args[1])]
     assert all(node.target is aten.linear.default for node in entering)
     assert all(user.target is aten.linear.default for node in leaving for user in node.users)
 
@@ -125,7 +127,7 @@ def test_positions_added_inside_the_trunk_follow_the_tokens():
             return super().forward(x + self.positions, c)
 
     program = packed(TinyModel(Positioned() for _ in range(3)))
-    assert count(program.graph_module, ops.regroup.default) == 3  # to rows and back, and the positions
+    assert count(program.graph_module, ops.gather_tokens.default) == 3  # to rows and back, and the positions
 
 
 def test_a_result_of_another_shape_is_caught():

@@ -315,7 +315,7 @@ CARRY_FACTS: dict[str, tuple[Any, Any]] = {
     "denoise input": (at("spec", "denoise_inputs", 0), "y"),
     "mode": (at("method", "method"), "chunk"),
     "mode type": (at("method", "method"), None),
-    "guard": (at("method", "guard"), "3"),
+    "max_staleness": (at("method", "max_staleness"), "3"),
     "warm-up": (at("schedule", "warm_up"), -5),
     "refresh": (at("schedule", "refresh"), "2"),
     "knots": (at("schedule", "knots"), [[0.5, 0.5]]),

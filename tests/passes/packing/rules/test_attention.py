@@ -43,7 +43,7 @@ def test_every_rule_of_the_family_is_tested():
 @pytest.mark.parametrize(
     ("packing", "op", "separator"),
     [
-        ("rows", ops.row_attention.default, "row_lengths"),
+        ("rows", ops.padded_attention.default, "row_lengths"),
         ("bins", ops.segment_attention.default, "segment_ids"),
         ("varlen", ops.varlen_attention.default, "cu_seqlens"),
     ],
@@ -76,7 +76,7 @@ def test_queries_and_keys_normalised_by_head():
 
 def test_attention_after_attention():
     program = check_trunk(lambda h: self_attention(h + self_attention(h)))
-    assert count(program.graph_module, ops.row_attention.default) == 2
+    assert count(program.graph_module, ops.padded_attention.default) == 2
 
 
 @pytest.mark.parametrize("counts", [(1, KEYS), (BATCH, KEYS)], ids=["shared", "per sample"])

@@ -17,7 +17,7 @@ from dcconvert.passes.packing.rules.shapes import follow_axis
 from tests.passes.harness import BATCH, TOKENS, WIDTH, check_trunk, count, pack, targets
 
 aten = torch.ops.aten
-regroup = torch.ops.dcconvert.regroup.default
+gather_tokens = torch.ops.dcconvert.gather_tokens.default
 
 # Each body moves a token's features about with the op it is listed under.
 PACKED: dict[Any, Callable[[Tensor], Tensor]] = {
@@ -83,7 +83,7 @@ def test_every_rule_of_the_family_is_tested():
 def test_in_the_packed_layout(target):
     assert target in targets(PACKED[target])
     program = check_trunk(PACKED[target])
-    assert count(program.graph_module, regroup) == 0
+    assert count(program.graph_module, gather_tokens) == 0
 
 
 @pytest.mark.parametrize("target", TO_HEADS, ids=str)
@@ -91,8 +91,8 @@ def test_between_a_linear_and_attention_it_is_written_in_the_grid(target):
     body, weight = attending(TO_HEADS[target]), torch.randn(3 * WIDTH, WIDTH)
     assert target in targets(body, weight)
     program = check_trunk(body, weight)
-    assert count(program.graph_module, regroup, "grid_index") == 1  # one gather, at the linear's output
-    assert count(program.graph_module, regroup, "packed_index") == 1
+    assert count(program.graph_module, gather_tokens, "grid_index") == 1  # one gather, at the linear's output
+    assert count(program.graph_module, gather_tokens, "packed_index") == 1
 
 
 REFUSED: dict[Any, Callable[[Tensor], Tensor]] = {
