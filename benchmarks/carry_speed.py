@@ -24,7 +24,7 @@ from dcconvert.export.onnx.export import export_onnx
 from dcconvert.passes.ir.spec import SLOTS
 from dcconvert.passes.planning.schedule import AUTO, Schedule, noise_levels
 from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.sampling.steps import Runtime
+from dcconvert.sampling.steps import OrtPair
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def measure_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             planner = StepPlanner(model.spec, model.method, schedule)
             compute = compute_section(model, planner, taus)
             bucket_set = choose_buckets((args.batch,), planner.run_counts(taus), model.spec.tokens)
-            runtime = Runtime.open(model, planner, bucket_set, folder, folder, args.threads)
+            runtime = OrtPair.open(model, planner, bucket_set, folder, folder, args.threads)
             row = latency_section(runtime, compute, args.batch, args.runs, in_torch=False)[0]
             dense = row["by_bucket_ms"][f"{model.spec.tokens} tokens"]["median"]
             state = dense - row["original_ms"]["median"]

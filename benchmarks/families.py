@@ -297,7 +297,7 @@ def checks(model: DynamicModel) -> dict[str, Any]:
     if keeps_original(model):
         found = {IDENTITY: check_identity(model, inputs), **found}
     half, few = tokens // 2, Bucket(4, 64, 4, 9, 4)
-    if sizes := model.step_planner.sizes:  # the only numbers of tokens there are
+    if sizes := model.planner.sizes:  # the only numbers of tokens there are
         half, few = min(sizes), Bucket(4, 4 * min(sizes), 4, min(sizes), min(sizes))
     buckets = (Bucket(1, half, 1, half, half), Bucket(4, 4 * tokens, 4, tokens, tokens), few)
     with tempfile.TemporaryDirectory() as folder:

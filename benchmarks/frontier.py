@@ -37,7 +37,7 @@ from dcconvert.passes.planning.schedule import AUTO, Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.report.plots import frontier
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
-from dcconvert.sampling.steps import ConvertedStep, Runtime
+from dcconvert.sampling.steps import ConvertedStep, OrtPair
 
 NAME = "frontier"
 BASE_STEPS = 50  # the run whose compute is 100 %
@@ -86,7 +86,7 @@ class Bench:
         self.prediction = dit.checkpoint_info.prediction
         self.model = dcconvert.convert(dit, 4)
         export_onnx(self.model, folder)
-        runtime = Runtime.open(self.model, self.model.step_planner, None, folder, folder)
+        runtime = OrtPair.open(self.model, self.model.planner, None, folder, folder)
         self.original, self.converted, self.original_step = runtime.original, runtime.converted, runtime.original_step
         self.noise = initial_noise(0, args.images, dit.cfg.in_channels, dit.cfg.image_size)
         self.labels = labels_for(args.images, dit.cfg.num_classes)

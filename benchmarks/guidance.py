@@ -25,7 +25,7 @@ from dcconvert.models.load import shipped_model
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
-from dcconvert.sampling.steps import ConvertedStep, Runtime
+from dcconvert.sampling.steps import ConvertedStep, OrtPair
 
 ORIGINAL_STEPS = (6, 9, 13, 25)
 RUNS = ((50, 4.0, 5), (25, 3.0, 3))  # steps, ratio, warm-up steps
@@ -49,7 +49,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as tmp:
         export_onnx(model, Path(tmp))
-        runtime = Runtime.open(model, model.step_planner, None, Path(tmp), Path(tmp))
+        runtime = OrtPair.open(model, model.planner, None, Path(tmp), Path(tmp))
         for guidance in args.guidance:
 
             def draw(sampler: Sampler, step: Step, guidance: float = guidance) -> Any:

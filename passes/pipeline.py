@@ -21,7 +21,8 @@ from dcconvert.passes.ir.spec import ModelSpec, find_inputs
 from dcconvert.passes.methods.method import Method
 from dcconvert.passes.numeric_gate import NumericGate
 from dcconvert.passes.planning.schedule import Schedule
-from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.runtime.model import DynamicModel, Graphs
 
 
 def captured(
@@ -72,7 +73,8 @@ def rewrite(
         raise CheckFailedError("the pipeline ended without route and denoise graphs; this is a bug of dcconvert")
     spec = ModelSpec.of(program)
     schedule.check(spec.tokens)
-    return DynamicModel(program.route, program.denoise, beside, spec, method, schedule, records, program.prepare)
+    graphs = Graphs(program.route, program.denoise, beside, program.prepare)
+    return DynamicModel(graphs, StepPlanner(spec, method, schedule), records)
 
 
 def copy_graph(program: Program) -> GraphModule:

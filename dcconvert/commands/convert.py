@@ -104,7 +104,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
             )
         sampler = Sampler(source.prediction, settings.steps, settings.solver)
         taus = sampler.taus
-        model = model.with_schedule(model.step_planner.levelled(taus, settings.buckets))
+        model = model.with_schedule(model.planner.levelled(taus, settings.buckets))
         if model.schedule.data_dependent and source.config is not None:
             with stages.stage("fit to the ratio on runs of the model") as tick:
                 model = fitted(model, sampler, source.config, tick)

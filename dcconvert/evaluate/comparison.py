@@ -30,10 +30,10 @@ from dcconvert.export.runtimes.ort import OrtModel, pick
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.passes.runtime.run import Backend, Run
+from dcconvert.passes.runtime.run import Run, Runtime
 from dcconvert.sampling.bundle_runs import dit_config, run_planner
 from dcconvert.sampling.samplers import TRAIN_STEPS, Guidance, Sampler, Step
-from dcconvert.sampling.steps import ConvertedStep, Runtime
+from dcconvert.sampling.steps import ConvertedStep, OrtPair
 
 MEGABYTE = 1e6
 PHASES = 4  # moments at which a batch of runs begun one after the other is timed
@@ -98,9 +98,9 @@ class Candidate:
         shapes = self.planner.bucket_counts(self.sampler.taus)
         return choose_buckets((images * len(halves),), shapes, tokens)
 
-    def new_step(self, backend: Backend) -> ConvertedStep:
+    def new_step(self, runtime: Runtime) -> ConvertedStep:
         """The step function of one run of one batch."""
-        return ConvertedStep(self.bundle.model, backend, self.guidance.halves, self.unconditional)
+        return ConvertedStep(self.bundle.model, runtime, self.guidance.halves, self.unconditional)
 
     def cost_of(self, counts: np.ndarray) -> float:
         """GMACs of steps of one sample each that keep so many tokens."""
@@ -185,14 +185,14 @@ class Comparison:
         self.candidates, self.batch, self.scratch = list(candidates), batch, scratch
         first = candidates[0]
         self.halves = first.guidance.halves
-        opened = Runtime.open(
+        opened = OrtPair.open(
             first.bundle.model, first.planner, first.bucket_set(batch), first.bundle.onnx, scratch, threads
         )
         self.original = opened
         self.runtimes = {first.name: opened}
         for candidate in candidates[1:]:
             session = OrtModel(candidate.bundle.onnx, candidate.planner, candidate.bucket_set(batch), threads=threads)
-            self.runtimes[candidate.name] = Runtime(candidate.bundle.model, session, opened.original)
+            self.runtimes[candidate.name] = OrtPair(candidate.bundle.model, session, opened.original)
 
     @property
     def rows(self) -> int:

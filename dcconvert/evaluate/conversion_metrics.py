@@ -17,7 +17,7 @@ from dcconvert.passes.methods import method_of
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
-from dcconvert.sampling.steps import ConvertedStep, Runtime
+from dcconvert.sampling.steps import ConvertedStep, OrtPair
 from dcconvert.terminal import Stages
 
 LATENCY_RUNS = 9
@@ -79,7 +79,7 @@ def measure(subject: Subject, effort: Effort, scratch: Path, compute: dict[str, 
     with stages.stage("export original"):
         export_original(subject.model, scratch / "original.onnx", subject.model.spec.example(3))
     parts = (subject.model, subject.planner, subject.bucket_set, subject.onnx, scratch, effort.threads)
-    runtime = Runtime.open(*parts)
+    runtime = OrtPair.open(*parts)
     with stages.stage("measure latency") as tick:
         latency = latency_section(runtime, compute, effort.batch, effort.runs, tick=tick)
     with stages.stage("measure memory"):
@@ -118,7 +118,7 @@ def no_images(subject: Subject, effort: Effort, latency: dict[str, Any]) -> str:
 def image_fidelity(
     subject: Subject,
     effort: Effort,
-    runtime: Runtime,
+    runtime: OrtPair,
     compute: dict[str, Any],
     row: dict[str, Any],
     others: list[Contestant],
@@ -180,7 +180,7 @@ def chunk_contestant(subject: Subject, effort: Effort, scratch: Path, tick: Any)
     bucket_set = choose_buckets((effort.batch,), planner.bucket_counts(sampler.taus), model.spec.tokens)
     export_onnx(model, scratch / "chunk")
     compute = compute_section(model, planner, sampler.taus)
-    runtime = Runtime.open(model, planner, bucket_set, scratch / "chunk", scratch, effort.threads)
+    runtime = OrtPair.open(model, planner, bucket_set, scratch / "chunk", scratch, effort.threads)
     row = latency_section(runtime, compute, effort.batch, OTHER_MODE_RUNS, in_torch=False, tick=tick)[0]
     return Contestant(
         f"chunk {ratio:g}x, {sampler.steps} steps",

@@ -12,7 +12,7 @@ from torch import Tensor
 from dcconvert.evaluate.measure_steps import Tick
 from dcconvert.images.pixels import is_latent, psnr_mean
 from dcconvert.passes.runtime.model import DynamicModel
-from dcconvert.passes.runtime.run import Backend
+from dcconvert.passes.runtime.run import Runtime
 from dcconvert.sampling.samplers import Sampler, Step
 from dcconvert.sampling.steps import ConvertedStep, silent
 
@@ -60,7 +60,7 @@ def original_contestant(step: Step, sampler: Sampler, gmacs: float, latency_ms: 
 
 def compare_images(
     model: DynamicModel,
-    backend: Backend,
+    runtime: Runtime,
     reference: Contestant,
     original: Contestant,
     converted: Contestant,
@@ -72,11 +72,11 @@ def compare_images(
 ) -> Fidelity:
     """Final images of every contestant, `batch` at a time, against those of the reference.
 
-    `backend` is the converted model's, whose steps are recorded: its keep masks, and the error of one step, measured
+    `runtime` is the converted model's, whose steps are recorded: its keep masks, and the error of one step, measured
     along the original's own trajectory (same input, relative L2).
     """
     result = Fidelity(reference.name, original.name, converted.name)
-    probe, recorder = Probe(model, backend, original), Recorder(model, backend, result)
+    probe, recorder = Probe(model, runtime, original), Recorder(model, runtime, result)
     watched: dict[str, Callable[[], Step]] = {original.name: probe.new_step, converted.name: recorder.new_step}
     for contestant in (reference, original, *others, converted):
         name = contestant.name
@@ -102,12 +102,12 @@ def compare_images(
 class Probe:
     """Runs the converted model along the original's trajectory and notes how far its steps are off."""
 
-    def __init__(self, model: DynamicModel, backend: Backend, original: Contestant) -> None:
-        self.model, self.backend, self.original = model, backend, original
+    def __init__(self, model: DynamicModel, runtime: Runtime, original: Contestant) -> None:
+        self.model, self.runtime, self.original = model, runtime, original
         self.errors: dict[float, list[float]] = {}
 
     def new_step(self) -> Step:
-        known, tried = self.original.new_step(), ConvertedStep(self.model, self.backend)
+        known, tried = self.original.new_step(), ConvertedStep(self.model, self.runtime)
 
         def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             wanted, found = known(x, t, y), tried(x, t, y)
@@ -125,11 +125,11 @@ class Probe:
 class Recorder:
     """Runs the converted model and keeps what it saw and kept for the first batch: enough to show."""
 
-    def __init__(self, model: DynamicModel, backend: Backend, result: Fidelity) -> None:
-        self.model, self.backend, self.result = model, backend, result
+    def __init__(self, model: DynamicModel, runtime: Runtime, result: Fidelity) -> None:
+        self.model, self.runtime, self.result = model, runtime, result
 
     def new_step(self) -> Step:
-        converted = ConvertedStep(self.model, self.backend)
+        converted = ConvertedStep(self.model, self.runtime)
         if self.result.keep:
             return converted
 

@@ -15,12 +15,13 @@ from dcconvert.export.buckets import BucketSet
 from dcconvert.export.checks.flops import converted_gmacs, original_gmacs, prepare_gmacs
 from dcconvert.export.checks.latency import interleaved, peak_memory, spread
 from dcconvert.export.checks.parity import as_array
+from dcconvert.export.onnx.export import graph_names
 from dcconvert.export.runtimes.ort import pick
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.run import Run
-from dcconvert.sampling.steps import Runtime, silent
+from dcconvert.sampling.steps import OrtPair, silent
 
 Tick = Callable[[str], None]
 
@@ -122,7 +123,7 @@ def take_turns(
 
 
 def latency_section(
-    runtime: Runtime, compute: dict[str, Any], batch: int, runs: int, *, in_torch: bool = True, tick: Tick = silent
+    runtime: OrtPair, compute: dict[str, Any], batch: int, runs: int, *, in_torch: bool = True, tick: Tick = silent
 ) -> list[dict[str, Any]]:
     """Step latency of original and converted, interleaved, in ONNX Runtime and in torch.
 
@@ -152,7 +153,7 @@ def timing_inputs(model: DynamicModel, batch: int) -> dict[str, Any]:
     return {**given, spec.timestep: halfway.to(given[spec.timestep].dtype)}
 
 
-def on_ort(runtime: Runtime, feed: dict[str, np.ndarray], batch: int) -> Timed:
+def on_ort(runtime: OrtPair, feed: dict[str, np.ndarray], batch: int) -> Timed:
     run = runtime.converted.start(batch)
 
     def converted(counts: np.ndarray) -> Run:
@@ -162,7 +163,7 @@ def on_ort(runtime: Runtime, feed: dict[str, np.ndarray], batch: int) -> Timed:
     return Timed(runtime.name, lambda: runtime.original.run(None, pick(runtime.original, feed)), converted)
 
 
-def on_torch(runtime: Runtime, inputs: dict[str, Any], batch: int) -> Timed:
+def on_torch(runtime: OrtPair, inputs: dict[str, Any], batch: int) -> Timed:
     run = Run(runtime.model, batch)
     flat = tuple(inputs[name] for name in runtime.model.spec.inputs)
 
@@ -196,7 +197,7 @@ def timed_row(
 
 
 def memory_section(
-    runtime: Runtime, compute: dict[str, Any], onnx: Path, original: Path, batch: int
+    runtime: OrtPair, compute: dict[str, Any], onnx: Path, original: Path, batch: int
 ) -> list[dict[str, Any]]:
     """Peak resident memory of a fresh process that runs the step of a run that keeps most tokens, at the full batch."""
     counts = np.full(batch, max(step["kept"] for step in compute["per_step"]))
@@ -207,14 +208,14 @@ def memory_section(
     ]
 
 
-def original_memory(runtime: Runtime, original: Path, batch: int) -> float | None:
+def original_memory(runtime: OrtPair, original: Path, batch: int) -> float | None:
     """Peak megabytes of a fresh process that runs the original's step once."""
     given = {name: as_array(value) for name, value in runtime.model.spec.example(batch).items()}
     with tempfile.TemporaryDirectory() as tmp:
         return peak_memory([original], [pick(runtime.original, given)], Path(tmp))
 
 
-def converted_memory(runtime: Runtime, onnx: Path, counts: np.ndarray, bucket: Bucket | None = None) -> float | None:
+def converted_memory(runtime: OrtPair, onnx: Path, counts: np.ndarray, bucket: Bucket | None = None) -> float | None:
     """Peak megabytes of a fresh process that runs one step of a bundle whose samples keep `counts` [B] tokens."""
     model, batch = runtime.model, len(counts)
     inputs = model.spec.example(batch)
@@ -222,13 +223,13 @@ def converted_memory(runtime: Runtime, onnx: Path, counts: np.ndarray, bucket: B
         scores, live = model.route(inputs)
     planner = runtime.converted.planner
     plan = planner.of_mask(planner.planner.select(scores.numpy(), counts), bucket)
-    state = model.new_state(batch).tensors
-    inputs = {**inputs, **model.prepare(inputs)}
-    given = {name: as_array(value) for name, value in {**inputs, **live, **plan.arrays(), **state}.items()}
-    files = [onnx / "route.onnx", onnx / "denoise.onnx"]
-    feeds = [pick(session, given) for session in (runtime.converted.route_session, runtime.converted.denoise_session)]
-    if model.spec.constants:
-        files.insert(0, onnx / "prepare.onnx")
-        feeds.insert(0, {name: given[name] for name in model.spec.prepare_inputs})
+    feeds = {
+        graph: model.feed(graph, inputs, live, plan, model.empty_state(batch)) for graph in graph_names(model.spec)
+    }
+    arrays = [
+        pick(runtime.converted.sessions[graph], {name: as_array(value) for name, value in feed.items()})
+        for graph, feed in feeds.items()
+    ]
+    files = [onnx / f"{graph}.onnx" for graph in feeds]
     with tempfile.TemporaryDirectory() as tmp:
-        return peak_memory(files, feeds, Path(tmp))
+        return peak_memory(files, arrays, Path(tmp))

@@ -14,9 +14,9 @@ from dcconvert.export.runtimes.trt import open_engines
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.passes.runtime.run import Backend
+from dcconvert.passes.runtime.run import Runtime
 from dcconvert.sampling.samplers import Sampler, Step
-from dcconvert.sampling.steps import Runtime
+from dcconvert.sampling.steps import OrtPair
 
 
 def dit_config(bundle: Bundle) -> DiTConfig:
@@ -55,7 +55,7 @@ def run_planner(bundle: Bundle, steps: int | None, solver: str | None = None) ->
 
 def opened(
     runtime: str, bundle: Bundle, planner: StepPlanner, scratch: Path | None
-) -> tuple[Backend, Step, int | None]:
+) -> tuple[Runtime, Step, int | None]:
     """A bundle in a runtime, the original beside it, and the most samples it takes at once (None: any number).
 
     With `scratch` the original is exported there for ONNX Runtime on the CPU, to run in the same runtime; beside GPU
@@ -79,8 +79,8 @@ def opened(
                 f"{bundle.folder} has no graphs for {runtime}: 'dcconvert build --runtime {runtime}' makes them"
             )
         return StaticModel(graphs, planner, bundle.bucket_set), in_torch, most
-    # No bucket_set: guidance doubles the batch, each step has its own shape.
+    # No bucket set: guidance doubles the batch, each step has its own shape.
     if scratch is None:
         return OrtModel(bundle.onnx, planner), in_torch, None
-    beside = Runtime.open(model, planner, None, bundle.onnx, scratch)
+    beside = OrtPair.open(model, planner, None, bundle.onnx, scratch)
     return beside.converted, beside.original_step, None

@@ -104,7 +104,7 @@ class Task:
         settings = replace(settings, recipe=recipe, data=settings.data or (RUNS if method.stateful else TEACHER))
         sampler, planner = run_planner(bundle, None)
         for ratio in recipe.ratios:
-            bundle.model.step_planner.at_ratio(ratio, sampler.taus)  # raises before anything is drawn
+            bundle.model.planner.at_ratio(ratio, sampler.taus)  # raises before anything is drawn
         if recipe.ratios and not any(math.isclose(ratio, planner.schedule.ratio) for ratio in recipe.ratios):
             raise UsageError(
                 f"{bundle.folder} runs at {planner.schedule.ratio:g}x, which is not among the ratios to train for: "

@@ -122,7 +122,7 @@ def converted_attention(
 ) -> AttentionMemory:
     """Of one step, route and denoise, whose samples keep `counts` [B] tokens in a bucket."""
     keep = np.arange(model.spec.tokens) < counts[:, None]
-    route_args, denoise_args = step_args(model, inputs, model.step_planner.of_mask(keep, bucket))
+    route_args, denoise_args = step_args(model, inputs, model.planner.of_mask(keep, bucket))
     return attention_memory(model.route_graph, route_args) | attention_memory(model.denoise_graph, denoise_args)
 
 
@@ -151,11 +151,10 @@ def step_args(
     model: DynamicModel, inputs: dict[str, Any], plan: Plan | CarryPlan
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Arguments of route and denoise in a step under a plan: the right shapes, and zeros where route's values go."""
-    batch, spec = batch_size(inputs), model.spec
-    live = dict(zip(spec.live, live_values(model, batch), strict=True))
-    arrays = {name: torch.from_numpy(a) for name, a in plan.arrays().items()}
-    given = {**inputs, **model.prepare(inputs), **live, **arrays, **model.new_state(batch).tensors}
-    return tuple(inputs[name] for name in spec.route_inputs), tuple(given[name] for name in spec.denoise_inputs)
+    batch = batch_size(inputs)
+    live = dict(zip(model.spec.live, live_values(model, batch), strict=True))
+    feeds = model.feed("route", inputs), model.feed("denoise", inputs, live, plan, model.empty_state(batch))
+    return tuple(feeds[0].values()), tuple(feeds[1].values())
 
 
 def prepare_gmacs(model: DynamicModel, inputs: dict[str, Any]) -> float:
@@ -176,7 +175,7 @@ def even_plan(model: DynamicModel, batch: int, kept: int) -> Plan | CarryPlan:
     """A plan in which every sample keeps its first `kept` tokens: the right shapes, and nothing else."""
     keep = np.zeros((batch, model.spec.tokens), bool)
     keep[:, :kept] = True
-    return model.step_planner.of_mask(keep)
+    return model.planner.of_mask(keep)
 
 
 def batch_size(inputs: dict[str, Any]) -> int:

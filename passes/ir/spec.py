@@ -22,6 +22,7 @@ NEW_PATHS = (DECHUNK, "recovery", "patch_sizes")
 
 TIMESTEP_NAMES = ("t", "timestep", "timesteps")
 SCORES_NAME = "scores"
+DISTANCE_NAME = "distance"  # between the two last updates of each token [B, N]
 EXAMPLE_BATCH = 3  # above one and unlike any other size, so that export cannot mistake the axis
 
 
@@ -108,6 +109,26 @@ class ModelSpec:
     def inputs(self) -> tuple[str, ...]:
         return tuple(spec.name for spec in self.input_specs)
 
+    def inputs_of(self, graph: str) -> tuple[str, ...]:
+        """Names of what "route", "prepare", "denoise" or "original" takes, in order."""
+        known = {"route": self.route_inputs, "prepare": self.prepare_inputs, "denoise": self.denoise_inputs}
+        return known.get(graph, self.inputs)
+
+    def outputs_of(self, graph: str, results: int) -> tuple[str, ...]:
+        """Names of the results of a graph that returns so many, in order."""
+        if graph == "route":
+            return (SCORES_NAME, *self.live)
+        if graph == "prepare":
+            return self.constants
+        if graph == "denoise":
+            return (*output_names(results - len(self.carried)), *self.carried)
+        return output_names(results)
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """Mode carry: what denoise returns after the model's own outputs."""
+        return (DISTANCE_NAME, *(state_output(state.name) for state in self.states)) if self.states else ()
+
     def example(self, batch: int, seed: int = 0) -> dict[str, Any]:
         """Inputs by name for `batch` samples: normal noise, timesteps over their whole range, class 0."""
         generator = torch.Generator().manual_seed(seed)
@@ -185,6 +206,16 @@ def find_inputs(program: Program, timestep: str | None) -> None:
             "mode carry needs to know which input is the timestep: name it with timestep=..., or use mode chunk"
         )
     program.timestep = timestep
+
+
+def state_output(name: str) -> str:
+    """What the output that continues a state is called."""
+    return f"next_{name}"
+
+
+def output_names(count: int) -> tuple[str, ...]:
+    """Names for the model's own outputs."""
+    return ("output",) if count == 1 else tuple(f"output_{i}" for i in range(count))
 
 
 def count_outputs(graph_module: GraphModule) -> int:

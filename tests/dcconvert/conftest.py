@@ -16,7 +16,7 @@ from dcconvert.export.bundle import Bundle, read_bundle
 from dcconvert.passes.methods import MODES
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.sampling.bundle_runs import run_planner
-from dcconvert.sampling.steps import Runtime
+from dcconvert.sampling.steps import OrtPair
 from tests.dcconvert.harness import Run, run_cli, write_checkpoint
 
 
@@ -108,10 +108,10 @@ def original_onnx(main_job: MainJob, tmp_path_factory: pytest.TempPathFactory) -
     """The original, exported once."""
     found = read_bundle(main_job.folder)
     work = tmp_path_factory.mktemp("original")
-    Runtime.open(found.model, found.model.step_planner, found.bucket_set, found.onnx, work, 1)
+    OrtPair.open(found.model, found.model.planner, found.bucket_set, found.onnx, work, 1)
     return work / "original.onnx"
 
 
 @pytest.fixture
-def runtime(bundle: Bundle, planner: StepPlanner, original_onnx: Path) -> Runtime:
-    return Runtime.open(bundle.model, planner, bundle.bucket_set, bundle.onnx, original_onnx.parent, threads=1)
+def runtime(bundle: Bundle, planner: StepPlanner, original_onnx: Path) -> OrtPair:
+    return OrtPair.open(bundle.model, planner, bundle.bucket_set, bundle.onnx, original_onnx.parent, threads=1)

@@ -200,7 +200,7 @@ def test_the_main_jobs_bundle_gives_what_its_model_gave(main_job):
 @torch.no_grad()
 def test_a_saved_model_runs_in_onnx_runtime(saved, by_name, from_diffusers):
     bundle, inputs = read_bundle(saved), {name: value[:2] for name, value in by_name[1].items()}
-    session = OrtModel(bundle.onnx, bundle.model.step_planner, bundle.bucket_set, threads=1)
+    session = OrtModel(bundle.onnx, bundle.model.planner, bundle.bucket_set, threads=1)
     [found] = session.start(2).step({name: value.numpy() for name, value in inputs.items()})
     np.testing.assert_allclose(found, first_tensor(from_diffusers(**inputs)).numpy(), rtol=1e-3, atol=1e-3)
 

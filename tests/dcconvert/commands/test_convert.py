@@ -281,7 +281,7 @@ def test_a_state_in_half_precision_is_half_as_large(half, main_job):
     assert conversion["state_mb_a_sample"] == pytest.approx(whole["state_mb_a_sample"] / 2)
     bundle = read_bundle(half)
     assert bundle.model.method.remembered_as == "fp16"
-    run = OrtModel(bundle.onnx, bundle.model.step_planner, bundle.bucket_set, threads=1).start(2)
+    run = OrtModel(bundle.onnx, bundle.model.planner, bundle.bucket_set, threads=1).start(2)
     assert isinstance(run.state, OrtState)
     assert {value.numpy().dtype for value in run.state.values.values()} == {np.dtype(np.float16)}
 

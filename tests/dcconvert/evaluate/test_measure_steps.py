@@ -19,7 +19,7 @@ from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.run import StageTimes
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
-from dcconvert.sampling.steps import ConvertedStep, Runtime, arrays_of
+from dcconvert.sampling.steps import ConvertedStep, OrtPair, arrays_of
 from tests.dcconvert.harness import TOKENS
 
 TAUS = {"carry": Sampler("flow", 12).taus, "chunk": Sampler("flow", 4, "dpm++").taus}
@@ -35,7 +35,7 @@ def taus(mode):
 def everything(bundle, original_onnx):
     """A runtime that keeps all tokens: the original, in the end."""
     planner = StepPlanner(bundle.model.spec, bundle.model.method, Schedule("constant", 1))
-    return Runtime.open(bundle.model, planner, bundle.bucket_set, bundle.onnx, original_onnx.parent, threads=1)
+    return OrtPair.open(bundle.model, planner, bundle.bucket_set, bundle.onnx, original_onnx.parent, threads=1)
 
 
 def call(batch=2, level=600.0, seed=0):

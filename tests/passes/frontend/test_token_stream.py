@@ -170,7 +170,7 @@ def test_a_value_that_passes_by_all_blocks_is_no_part_of_the_stream(mode):
     assert model.spec.depth == 3
     with torch.no_grad():
         scores, live = model.route(dict(zip(model.spec.inputs, inputs, strict=True)))
-        plan = model.step_planner.full_plan(len(scores))
+        plan = model.planner.full_plan(len(scores))
         found = model.denoise(dict(zip(model.spec.inputs, inputs, strict=True)), live, plan)[0]
         torch.testing.assert_close(found, module(*inputs), rtol=1e-4, atol=1e-5)
 

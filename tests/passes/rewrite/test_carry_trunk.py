@@ -146,7 +146,7 @@ def test_two_looks_at_one_noise_level(name):
 
 
 def samples_of(run: MaskedRun, sample: int) -> dict[str, Tensor]:
-    return {name: value[:, sample] for name, value in run.state.tensors.items()}
+    return {name: value[:, sample] for name, value in run.state.values.items()}
 
 
 @settings(max_examples=16)
@@ -169,7 +169,7 @@ def test_isolation(name, seed, loud, padded):
         for other in others:
             for name, value in samples_of(calm, other).items():
                 torch.testing.assert_close(samples_of(wild, other)[name], value, atol=1e-6, rtol=1e-6)
-        for value in wild.state.tensors.values():
+        for value in wild.state.values.values():
             value[:, loud] = 1e4
 
 
@@ -203,12 +203,12 @@ def test_every_state_is_an_output_and_its_kept_tokens_alone_are_new():
     model, call = carried("tiny")
     run = MaskedRun(model)
     run.step(at(model, call, 1.0, 0), all_of(TOKENS))
-    before = {name: value.clone() for name, value in run.state.tensors.items()}
+    before = {name: value.clone() for name, value in run.state.values.items()}
     newest = run.history.newest.copy()
     keep = random_keep((3, 5, 1), TOKENS)
     run.step(at(model, call, 0.5, 1), keep)
     assert list(before) == [state.name for state in model.spec.states]
-    for name, value in run.state.tensors.items():
+    for name, value in run.state.values.items():
         changed = (value != before[name]).any(2).any(-1).numpy()  # [P, B, N]
         wanted = np.zeros_like(changed)
         for b, n in np.argwhere(keep).tolist():
@@ -228,9 +228,9 @@ def test_a_half_precision_state_is_close_and_half_the_size():
         assert found.dtype == torch.float32
         assert relative(found, wanted) < 5e-3
         assert not torch.equal(found, wanted) or not step
-    assert {value.dtype for value in runs[0].state.tensors.values()} == {torch.float16}
-    assert {value.dtype for value in runs[1].state.tensors.values()} == {torch.float32}
-    runs[0].state.tensors["update"][:, :, :, 0] = torch.tensor([300.0, -300.0]).view(2, 1, 1, 1)
+    assert {value.dtype for value in runs[0].state.values.values()} == {torch.float16}
+    assert {value.dtype for value in runs[1].state.values.values()} == {torch.float32}
+    runs[0].state.values["update"][:, :, :, 0] = torch.tensor([300.0, -300.0]).view(2, 1, 1, 1)
     keep = all_of(16)
     keep[:, 0] = False
     runs[0].step(at(half, call, 0.1), keep)

@@ -202,7 +202,7 @@ def test_what_was_restarted_gives_what_a_fresh_model_gives():
     called(model, image(0), 0.5)
     called(model, drifted(image(0), 0.05), 0.45)
     run: Any = model.followed.run
-    for value in run.state.tensors.values():
+    for value in run.state.values.values():
         value[:, 1] = 1e4
     x = drifted(image(0), 0.1)
     x[1] = image(5)[1]

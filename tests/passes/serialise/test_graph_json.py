@@ -21,7 +21,8 @@ from dcconvert.passes.ir.graph_tools import placeholders
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import CURVE, Schedule
-from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.runtime.model import DynamicModel, Graphs
 from dcconvert.passes.serialise.graph_json import (
     decode,
     encode,
@@ -172,7 +173,7 @@ def reading(**tensors: Tensor) -> GraphModule:
 
 
 def holding(tiny: DynamicModel, route: GraphModule, denoise: GraphModule) -> DynamicModel:
-    return DynamicModel(route, denoise, reading(), tiny.spec, tiny.method, HALF)
+    return DynamicModel(Graphs(route, denoise, reading()), StepPlanner(tiny.spec, tiny.method, HALF))
 
 
 def test_tied_and_strided_tensors_fit_into_safetensors(tiny, tmp_path):
