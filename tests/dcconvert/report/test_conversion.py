@@ -21,7 +21,6 @@ from dcconvert.images.pixels import png_bytes
 from dcconvert.report.conversion import page, report_json, terminal_table, without_nan, write_report
 from dcconvert.report.notes import state_note
 
-ROOT = Path(__file__).resolve().parents[3]
 VOID = {"meta", "img", "br"}
 ORIGINAL, CARRY = {"mode": "original", "solver": "euler"}, {"mode": "carry", "solver": "euler"}
 SPREAD = {"median": 8.0, "p10": 7.0, "p90": 9.5, "runs": 9}
