@@ -24,8 +24,7 @@ from rich.progress import Progress
 import dcconvert
 from benchmarks.common import write_result
 from dcconvert.commands.tune import SEED
-from dcconvert.evaluate.tuning import FittedStep, Images, Trial, Tuner
-from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
+from dcconvert.evaluate.tuning import FittedStep, Images, Trial, Tuner, skip_cost
 from dcconvert.export.checks.latency import interleaved, spread
 from dcconvert.export.checks.parity import as_array
 from dcconvert.export.files import file_sha256
@@ -88,8 +87,7 @@ class Bench:
         export_onnx(self.model, folder)
         export_original(self.model, folder / "original.onnx", self.model.spec.example(3))
         self.session = OrtModel(folder, self.model.planner, None, CPU)
-        inputs = self.model.spec.example(2)
-        self.skip_cost = converted_gmacs(self.model, inputs, 0) / original_gmacs(self.model, inputs)
+        self.skip_cost = skip_cost(self.model)
 
     def times(self) -> dict[str, dict[str, float]]:
         """Milliseconds of a step of each kind, of a whole batch."""
@@ -144,8 +142,8 @@ class Bench:
         times: dict[str, dict[str, float]],
     ) -> dict[str, Any]:
         steps = trial.table.steps
+        computed = trial.table.evaluations
         table = isinstance(trial.table, RunTable)
-        computed = trial.table.evaluations if isinstance(trial.table, RunTable) else steps
         skips = isinstance(trial.table, RunTable) and trial.table.updates > 0
         taken = times["computed" if skips else "original"]["median"] * computed
         taken += times["skipped"]["median"] * (steps - computed)

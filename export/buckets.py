@@ -1,4 +1,4 @@
-"""bucket sets: the few static shapes that a model is exported, compiled and profiled for."""
+"""Bucket sets: the few static shapes that a model is exported, compiled and profiled for."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from rich.markup import escape
 
 from dcconvert.commands.rewrite_bundle import old_figures, old_report
 from dcconvert.environment import machine, set_threads
-from dcconvert.evaluate.tuning import CONVERGED, FittedStep, Images, Trial, Tuner
+from dcconvert.evaluate.tuning import CONVERGED, FittedStep, Images, Trial, Tuner, skip_cost
 from dcconvert.export.bundle import Bundle, read_bundle
-from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
+from dcconvert.export.checks.flops import original_gmacs
 from dcconvert.export.files import write_whole
 from dcconvert.export.runtimes.ort import CPU, OrtModel
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
@@ -66,8 +66,9 @@ def tune_bundle(settings: Settings, console: Console) -> None:
         raise CheckFailedError("the images of every candidate are not finite: the model cannot be sampled")
     found = facts(settings, bundle, budget, trials, best, converged)
     store(bundle, best, found)
-    console.print(Tuning.from_json(found).for_terminal())
-    for note in Tuning.from_json(found).notes:
+    shown = Tuning.from_json(found)
+    console.print(shown.for_terminal())
+    for note in shown.notes:
         console.print(note, highlight=False)
     places = f"Run table: {bundle.folder / RUN}\nReport: {bundle.folder / 'report.html'}"
     console.print(escape(places), highlight=False, soft_wrap=True)
@@ -85,13 +86,11 @@ def opened_tuner(settings: Settings, bundle: Bundle) -> tuple[Tuner, float]:
     if settings.guidance != 1 and not config.null_class:
         raise UsageError("the model has no unconditional class: tune it without --guidance")
     sampler, planner = run_planner(bundle, None)
-    inputs = bundle.model.spec.example(2)
-    skipped = converted_gmacs(bundle.model, inputs, 0) / original_gmacs(bundle.model, inputs)
     session = OrtModel(bundle.onnx, planner, None, CPU, settings.threads)
     tuner = Tuner(
         lambda: FittedStep(bundle.model, session, 1 if settings.guidance == 1 else 2),
         sampler.prediction,
-        skipped,
+        skip_cost(bundle.model),
         settings.guidance,
         config.num_classes if config.null_class else None,
     )
@@ -124,7 +123,7 @@ def facts(
             {
                 "name": trial.name,
                 "steps": trial.table.steps,
-                "computed": trial.table.evaluations if isinstance(trial.table, RunTable) else trial.table.steps,
+                "computed": trial.table.evaluations,
                 "gmacs": trial.cost * per_step,
                 "fitted": trial.fitted,
                 "psnr": trial.mean,
@@ -140,6 +139,6 @@ def store(bundle: Bundle, best: Trial, found: dict[str, Any]) -> None:
     """Write the table and the report, each whole or not at all."""
     assert isinstance(best.table, RunTable)
     report = {**old_report(bundle.folder), "tuning": found}
-    write_whole(bundle.folder / RUN, report_json(replace(best.table, name=best.name).to_dict()).encode())
+    write_whole(bundle.folder / RUN, report_json(best.table.to_dict()).encode())
     write_whole(bundle.folder / "report.json", report_json(report).encode())
     write_whole(bundle.folder / "report.html", page(without_nan(report), old_figures(bundle.folder)).encode())

@@ -16,7 +16,6 @@ from dcconvert.export.checks.flops import converted_gmacs, original_gmacs, prepa
 from dcconvert.export.checks.latency import interleaved, peak_memory, spread
 from dcconvert.export.checks.parity import as_array
 from dcconvert.export.runtimes.ort import pick
-from dcconvert.passes.ir.spec import WEIGHTS
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.run import Run
@@ -232,9 +231,8 @@ def converted_memory(runtime: OrtPair, onnx: Path, counts: np.ndarray, bucket: B
     model, batch = runtime.model, len(counts)
     inputs = model.spec.example(batch)
     if model.spec.updates:
-        weights = torch.zeros(model.spec.updates, batch)
-        skip = model.feed("skip", {**inputs, WEIGHTS: weights}, state=model.empty_state(batch))
-        return feeds_memory(runtime, onnx, {"full": model.feed("full", inputs), "skip": skip})
+        feeds = {"full": model.feed("full", inputs), "skip": model.skip_feed(inputs)}
+        return feeds_memory(runtime, onnx, feeds)
     with torch.no_grad():
         scores, live = model.route(inputs)
     planner = runtime.converted.planner

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
 from dcconvert.images.pixels import psnr
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.spec import UPDATE, update_name
+from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.step_run import StepRun
 from dcconvert.sampling.default_tables import ADAMS, GRADED, default_levels, on_levels, original_run, pattern
 from dcconvert.sampling.fit_table import Trajectory, fitted, trajectory
@@ -21,7 +23,7 @@ from dcconvert.sampling.samplers import Sampler
 from dcconvert.sampling.steps import ConvertedStep, arrays_of
 
 SKIPS = (1, 2)  # skipped steps for each computed one
-CONTROLS = ("euler", "unipc", GRADED)  # of the original, that nothing is fitted to
+CONTROLS = ("euler", "unipc")  # of the original, that nothing is fitted to
 CONVERGED = 50.0  # dB between the reference and a run of half its steps, below which a warning is due
 
 
@@ -79,6 +81,12 @@ class Trial:
         return float(self.psnr.std() / len(self.psnr) ** 0.5)
 
 
+def skip_cost(model: DynamicModel) -> float:
+    """Operations of a skipped step, in steps of the original."""
+    inputs = model.spec.example(2)
+    return converted_gmacs(model, inputs, 0) / original_gmacs(model, inputs)
+
+
 @dataclass(frozen=True)
 class Tuner:
     """Fits and judges tables of one bundle. `new_step`: a fresh run; `skip_cost`: of a skipped step, in full ones."""
@@ -91,19 +99,19 @@ class Tuner:
 
     def images(self, noise: Tensor, labels: Tensor, steps: int, tick: Callable[[], None]) -> Images:
         """Images with their reference, an Adams run of so many steps."""
-        table = replace(self.structure(ADAMS, steps), guidance=self.guidance)
-        found = trajectory(table, self.new_step(), noise, labels, self.null_class, lambda _: tick())
+        found = trajectory(
+            self.structure(ADAMS, steps), self.new_step(), noise, labels, self.null_class, lambda _: tick()
+        )
         return Images(noise, labels, found)
 
     def convergence(self, images: Images, steps: int, tick: Callable[[], None]) -> float:
         """PSNR in dB of a run of so many steps to the reference: how far that is from converged."""
-        half = replace(self.structure(ADAMS, steps), guidance=self.guidance)
-        return float(self.judged(half, images, tick).mean())
+        return float(self.judged(self.structure(ADAMS, steps), images, tick).mean())
 
     def structure(self, kind: str, steps: int) -> RunTable:
         table = original_run(self.prediction, steps, kind)
         assert isinstance(table, RunTable)
-        return table
+        return replace(table, guidance=self.guidance)
 
     def structures(self, budget: float) -> Iterator[tuple[str, RunTable]]:
         """Tables that cost no more than `budget` steps of the original, with every number of skipped steps."""
@@ -113,7 +121,7 @@ class Tuner:
             full = self.affordable(budget, skips)
             if full is not None:
                 table = on_levels(self.prediction, default_levels(full), full)
-                yield f"{skips} skipped after each", table
+                yield f"{skips} skipped after each", replace(table, guidance=self.guidance)
 
     def affordable(self, budget: float, skips: int) -> list[bool] | None:
         """The longest pattern within the budget; None if there is none with a skipped step."""
@@ -135,7 +143,7 @@ class Tuner:
             raise UsageError(f"a budget of {budget:.3g} steps of the original: at least 2 are needed to fit anything")
         found = []
         for name, plain in self.structures(budget):
-            structure = replace(plain, guidance=self.guidance, name=name)
+            structure = replace(plain, name=name)
             cost = self.cost([row.full for row in structure.rows])
             tick(name)
             found.append(self.trial(name, structure, cost, fresh, False, tick))
@@ -150,7 +158,7 @@ class Tuner:
             )
             found.append(self.trial(f"{name}, fitted", replace(table, name=f"{name}, fitted"), cost, fresh, True, tick))
         whole = int(budget + 1e-9)
-        for solver in CONTROLS[:-1]:
+        for solver in CONTROLS:
             sampler = Sampler(self.prediction, whole, solver)
             found.append(self.trial(f"original, {solver}", sampler, float(whole), fresh, False, tick))
         return sorted(found, key=lambda trial: -trial.mean)

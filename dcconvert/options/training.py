@@ -21,16 +21,17 @@ from dcconvert.sampling.samplers import SOLVERS
 from dcconvert.train.distillation import TRAINABLE, Recipe
 
 RECIPE = Recipe()
+BUDGET = option(
+    "--ratio",
+    type=RATIO,
+    show_default="the bundle's ratio",
+    help="Compute budget: that of the original with the bundle's steps, divided by this number.",
+)
 
 calibrate_options = options(
     section(
         "How much to compute",
-        option(
-            "--ratio",
-            type=RATIO,
-            show_default="the bundle's ratio",
-            help="Compute budget: that of the original with the bundle's steps, divided by this number.",
-        ),
+        BUDGET,
         option(
             "--solver",
             type=click.Choice(SOLVERS),
@@ -58,12 +59,7 @@ calibrate_options = options(
 tune_options = options(
     section(
         "What to tune for",
-        option(
-            "--ratio",
-            type=RATIO,
-            show_default="the bundle's ratio",
-            help="Compute budget: that of the original with the bundle's steps, divided by this number.",
-        ),
+        BUDGET,
         option("--guidance", default=1.0, type=float, help="Classifier-free guidance scale that the run will have."),
     ),
     section(

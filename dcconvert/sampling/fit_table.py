@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.sampling.run_table import Row, RunTable, evaluated, moved
+from dcconvert.passes.ir.spec import UPDATES
+from dcconvert.sampling.run_table import Row, RunTable, both_halves, evaluated, moved
 
 OUTPUTS = 5  # of the model, that a move is fitted to
-UPDATES = 3  # of the trunk, that a forecast is fitted to
 RIDGE = 1e-4  # relative to a regressor's own size: outputs of neighbouring steps are nearly the same
 
 
@@ -80,15 +80,12 @@ def fitted(
     reference: Trajectory,
     *,
     null_class: int | None = None,
-    outputs: int = OUTPUTS,
-    updates: int = UPDATES,
-    ridge: float = RIDGE,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> RunTable:
     """The table with its numbers fitted on runs from `noise` [B, C, H, W]; its steps stay what they are.
 
-    Each step regresses on the sample, the noise, the last `outputs` outputs of the model and, where it skips the trunk,
-    on the last `updates` updates. UsageError for a reference that is not finite.
+    Each step regresses on the sample, the noise, the last OUTPUTS outputs of the model and, where it skips the trunk, on
+    the last UPDATES updates. UsageError for a reference that is not finite.
     """
     if not torch.isfinite(reference.samples).all():
         raise UsageError("the reference run holds numbers that are not finite: the model cannot be sampled")
@@ -96,11 +93,11 @@ def fitted(
     made: list[Tensor] = []
     for number, row in enumerate(structure.rows):
         if not row.full:
-            row = with_forecast(row, model, x, labels, structure.guidance, null_class, updates, ridge)
+            row = with_forecast(row, model, x, labels, structure.guidance, null_class)
         made.insert(0, evaluated(model, x, row, labels, structure.guidance, null_class, structure.updates > 0))
-        del made[max(outputs, len(row.outputs)) :]
+        del made[max(OUTPUTS, len(row.outputs)) :]
         level = structure.rows[number + 1].tau if number + 1 < structure.steps else 0.0
-        row = with_move(row, x, noise, made, reference.at(level), outputs, ridge)
+        row = with_move(row, x, noise, made, reference.at(level))
         x = moved(row, x, noise, made)
         rows.append(row)
         on_step(number)
@@ -108,33 +105,23 @@ def fitted(
 
 
 def with_forecast(
-    row: Row,
-    model: FittedModel,
-    x: Tensor,
-    labels: Tensor,
-    guidance: float,
-    null_class: int | None,
-    updates: int,
-    ridge: float,
+    row: Row, model: FittedModel, x: Tensor, labels: Tensor, guidance: float, null_class: int | None
 ) -> Row:
     """The row with its weights fitted to the update that the trunk would make."""
-    halves = guidance != 1 and null_class is not None
-    xs = torch.cat([x, x]) if halves else x
-    ys = torch.cat([labels, torch.full_like(labels, int(null_class or 0))]) if halves else labels
-    wanted = model.update(xs, torch.full((len(xs),), row.t, device=x.device), ys)
-    known = list(model.updates)[:updates]
+    if guidance != 1 and null_class is not None:
+        x, labels = both_halves(x, labels, null_class)
+    wanted = model.update(x, torch.full((len(x),), row.t, device=x.device), labels)
+    known = list(model.updates)[:UPDATES]
     weights = padded(row.weights, len(known))
     missing = wanted - sum(w * u for w, u in zip(weights.tolist(), known, strict=True))
-    return replace(row, weights=tuple((weights + least_squares([], known, missing, ridge)).tolist()))
+    return replace(row, weights=tuple((weights + least_squares([], known, missing, RIDGE)).tolist()))
 
 
-def with_move(
-    row: Row, x: Tensor, noise: Tensor, made: Sequence[Tensor], wanted: Tensor, outputs: int, ridge: float
-) -> Row:
+def with_move(row: Row, x: Tensor, noise: Tensor, made: Sequence[Tensor], wanted: Tensor) -> Row:
     """The row with its move fitted to where the sample should be next."""
-    known = list(made[:outputs])
+    known = list(made[:OUTPUTS])
     missing = wanted - moved(row, x, noise, made)
-    found = least_squares([x, noise], known, missing, ridge)
+    found = least_squares([x, noise], known, missing, RIDGE)
     coefficients = padded(row.outputs, max(len(known), len(row.outputs)))
     coefficients[: len(known)] += found[2:]
     return replace(

@@ -54,8 +54,21 @@ class Row:
         return not self.weights
 
 
+class Batched:
+    """A sampler whose `run` can be made on a few samples at a time."""
+
+    run: Callable[..., Tensor]
+
+    def run_batches(
+        self, new_model: Callable[[], Model], noise: Tensor, labels: Tensor, batch: int, **options: Any
+    ) -> Tensor:
+        """`run` on `batch` samples at a time, each batch with a model of its own; options as `run` has them."""
+        pairs = zip(noise.split(batch), labels.split(batch), strict=True)
+        return torch.cat([self.run(new_model(), x, y, **options) for x, y in pairs])
+
+
 @dataclass(frozen=True)
-class RunTable:
+class RunTable(Batched):
     """The steps of a run, from noise to image. `prediction` "flow" or "eps"; `guidance`: the scale it was made for.
 
     UsageError for a table that cannot be run: numbers that are not finite, a step that needs outputs or updates from
@@ -115,13 +128,6 @@ class RunTable:
         """Tokens that each step computes [steps]: all or none."""
         return np.array([planner.spec.tokens if row.full else 0 for row in self.rows])
 
-    def run_batches(
-        self, new_model: Callable[[], Model], noise: Tensor, labels: Tensor, batch: int, **options: Any
-    ) -> Tensor:
-        """`run` on `batch` samples at a time, each batch with a model of its own; options as `run` has them."""
-        pairs = zip(noise.split(batch), labels.split(batch), strict=True)
-        return torch.cat([self.run(new_model(), x, y, **options) for x, y in pairs])
-
     def run(
         self,
         model: Model,
@@ -153,8 +159,7 @@ class RunTable:
     ) -> Iterator[Tensor]:
         """What a run has after each of its steps; arguments as in `run`."""
         scale = self.guidance if guidance is None else guidance
-        if scale != 1 and null_class is None:
-            raise UsageError("guidance needs a model with an unconditional class")
+        check_guidance(scale, null_class)
         outputs: deque[Tensor] = deque(maxlen=max(len(row.outputs) for row in self.rows))
         x, skips = noise, self.updates > 0
         for row in self.rows:
@@ -192,15 +197,32 @@ def evaluated(
 
     `skips`: whether the table has steps that skip the trunk.
     """
-    channels, weights = x.shape[1], (row.weights,) if skips else ()
-    if scale == 1 or null_class is None:
-        made = model(x, torch.full((len(x),), row.t, device=x.device), y, *weights)[:, :channels]
-    else:
-        levels = torch.full((2 * len(x),), row.t, device=x.device)
-        both = model(torch.cat([x, x]), levels, torch.cat([y, torch.full_like(y, null_class)]), *weights)
-        conditional, unconditional = both[:, :channels].chunk(2)
-        made = unconditional + scale * (conditional - unconditional)
+    made = guided(model, x, row.t, y, scale, null_class, *((row.weights,) if skips else ()))
     return made if (row.scale, row.shift) == (1, 0) else row.scale * made + row.shift * x
+
+
+def guided(
+    model: Model, x: Tensor, t: float, y: Tensor, scale: float, null_class: int | None, *weights: tuple[float, ...]
+) -> Tensor:
+    """What a model returns at timestep `t`, in the channels of x; both halves in one batch where there is guidance."""
+    channels = x.shape[1]
+    if scale == 1 or null_class is None:
+        return model(x, torch.full((len(x),), t, device=x.device), y, *weights)[:, :channels]
+    both, labels = both_halves(x, y, null_class)
+    made = model(both, torch.full((len(both),), t, device=x.device), labels, *weights)
+    conditional, unconditional = made[:, :channels].chunk(2)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def both_halves(x: Tensor, y: Tensor, null_class: int) -> tuple[Tensor, Tensor]:
+    """Samples and labels of the conditional and then of the unconditional half of guidance."""
+    return torch.cat([x, x]), torch.cat([y, torch.full_like(y, null_class)])
+
+
+def check_guidance(scale: float, null_class: int | None) -> None:
+    """UsageError for guidance of a model that has no unconditional class."""
+    if scale != 1 and null_class is None:
+        raise UsageError("guidance needs a model with an unconditional class")
 
 
 def moved(row: Row, x: Tensor, noise: Tensor, outputs: Iterable[Tensor]) -> Tensor:

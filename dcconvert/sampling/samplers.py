@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.sampling.run_table import Batched, check_guidance, guided
 from dcconvert.sampling.solver_rows import TRAIN_STEPS
 
 SOLVERS = ("euler", "dpm++", "unipc")
@@ -41,7 +42,7 @@ class Guidance:
         return 1 if self.scale == 1 else 2
 
 
-class Sampler:
+class Sampler(Batched):
     """A deterministic sampling run of `steps` evaluations, each at a lower noise level than the one before.
 
     `prediction` "flow": the model sees t = 1000 sigma and predicts noise - data (rectified flow, arXiv 2209.03003).
@@ -64,6 +65,11 @@ class Sampler:
         self.steps = steps
         self.solver = solver
         self.scheduler = flow_scheduler(steps, solver) if prediction == "flow" else eps_scheduler(steps, solver)
+
+    @property
+    def evaluations(self) -> int:
+        """Steps that are computed in full: all of them."""
+        return self.steps
 
     @property
     def timesteps(self) -> np.ndarray:
@@ -127,31 +133,13 @@ class Sampler:
         `step(x, t, y)` is the model. With `guidance` other than 1 the conditional and unconditional halves run
         in one batch of 2B, y = `null_class` for the second (classifier-free guidance, arXiv 2207.12598).
         """
-        if guidance != 1 and null_class is None:
-            raise UsageError("guidance needs a model with an unconditional class")
+        check_guidance(guidance, null_class)
         scheduler = copy.deepcopy(self.scheduler)  # it counts the steps it has made
         x = noise
         for i, t in enumerate(scheduler.timesteps):
-            x = scheduler.step(self._predict(step, x, float(t), labels, guidance, null_class), t, x).prev_sample
+            x = scheduler.step(guided(step, x, float(t), labels, guidance, null_class), t, x).prev_sample
             on_step(i)
         return x
-
-    def run_batches(
-        self, new_step: Callable[[], Step], noise: Tensor, labels: Tensor, batch: int, **options: Any
-    ) -> Tensor:
-        """`run` on `batch` samples at a time, each batch with a step function of its own; options as `run` has them."""
-        pairs = zip(noise.split(batch), labels.split(batch), strict=True)
-        return torch.cat([self.run(new_step(), x, y, **options) for x, y in pairs])
-
-    @staticmethod
-    def _predict(step: Step, x: Tensor, t: float, y: Tensor, guidance: float, null_class: int | None) -> Tensor:
-        channels, batch = x.shape[1], len(x)
-        if guidance == 1 or null_class is None:
-            return step(x, torch.full((batch,), t, device=x.device), y)[:, :channels]
-        levels = torch.full((2 * batch,), t, device=x.device)
-        both = step(torch.cat([x, x]), levels, torch.cat([y, torch.full_like(y, null_class)]))
-        conditional, unconditional = both[:, :channels].chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
 
 
 def flow_scheduler(steps: int, solver: str) -> Any:

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcconvert.passes.ir.ops import attention_flops
-from dcconvert.passes.ir.spec import WEIGHTS
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan
 from dcconvert.passes.planning.layout import Bucket
@@ -154,15 +153,12 @@ def converted_bytes(model: DynamicModel, inputs: dict[str, Any], kept: int) -> T
 
 def step_calls(model: DynamicModel, inputs: dict[str, Any], kept: int) -> list[tuple[GraphModule, tuple[Any, ...]]]:
     """The graphs that a step calls when every sample keeps `kept` tokens, with their arguments."""
-    batch = batch_size(inputs)
     if not model.spec.updates:
-        route, denoise = step_args(model, inputs, even_plan(model, batch, kept))
+        route, denoise = step_args(model, inputs, even_plan(model, batch_size(inputs), kept))
         return [(model.route_graph, route), (model.denoise_graph, denoise)]
     if kept:
         return [(model.full_graph, tuple(model.feed("full", inputs).values()))]
-    weights = torch.zeros(model.spec.updates, batch)
-    skip = model.feed("skip", {**inputs, WEIGHTS: weights}, state=model.empty_state(batch))
-    return [(model.skip_graph, tuple(skip.values()))]
+    return [(model.skip_graph, tuple(model.skip_feed(inputs).values()))]
 
 
 def step_args(

@@ -92,8 +92,7 @@ def export_denoise(
 
 def export_skip(model: DynamicModel, path: Path, inputs: dict[str, Any], lowerings: Lowerings = PORTABLE) -> None:
     """`skip.onnx`: model inputs, weights [P, B] and the trunk's last P updates [B, N, D] -> the model's output."""
-    weights = torch.zeros(model.spec.updates, EXAMPLE_BATCH)
-    feed = model.feed("skip", {**inputs, WEIGHTS: weights}, state=model.empty_state(EXAMPLE_BATCH))
+    feed = model.skip_feed(inputs)
     axes = [
         ("", "batch") if name == WEIGHTS else axis
         for name, axis in zip(feed, batch_axes(model, list(feed)), strict=True)

@@ -23,6 +23,17 @@ Doubles = NDArray[np.float64]
 REACH = 2.0
 
 
+def check_falling(before: Doubles, tau: Doubles, who: str) -> None:
+    """UsageError if the noise of a sample rose from its last step to this one; `who` needs that it does not."""
+    rose = np.flatnonzero(tau > before[: len(tau)] + 1e-6)
+    if len(rose):
+        sample = int(rose[0])
+        raise UsageError(
+            f"the noise level of sample {sample} rose from {before[sample]:.4g} to {tau[sample]:.4g} within a "
+            f"run: {who} a sampler whose timesteps only fall; for another image, start a new run"
+        )
+
+
 class History:
     """Bookkeeping of one batch of samples on their way through a sampling run.
 
@@ -50,13 +61,7 @@ class History:
 
     def check(self, tau: Doubles) -> None:
         """UsageError if the noise of a sample rose since its last step."""
-        rose = np.flatnonzero(tau > self.tau[: len(tau)] + 1e-6)
-        if len(rose):
-            sample = int(rose[0])
-            raise UsageError(
-                f"the noise level of sample {sample} rose from {self.tau[sample]:.4g} to {tau[sample]:.4g} within a "
-                "run: carry needs a sampler whose timesteps only fall; for another image, start a new run"
-            )
+        check_falling(self.tau, tau, "carry needs")
 
     def elapsed(self, tau: Doubles) -> Doubles:
         """Noise levels passed since each token was computed [B, N]."""

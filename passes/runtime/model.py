@@ -117,8 +117,9 @@ class DynamicModel(nn.Module, Runtime):
         return dict(zip(self.spec.inputs, leaves, strict=True))
 
     def graph(self, name: str) -> GraphModule:
-        """One of the graphs; KeyError for one that the model does not have."""
-        return self.graphs.named()[name]
+        """One of the graphs; AttributeError for one that the model does not have."""
+        found: GraphModule = getattr(self, f"{name}_graph")
+        return found
 
     def call(
         self,
@@ -130,6 +131,13 @@ class DynamicModel(nn.Module, Runtime):
         """A graph's outputs by name; torch takes every shape, and its states are new tensors."""
         results = self.graph(graph)(*(feed[name] for name in self.spec.inputs_of(graph)))
         return dict(zip(self.spec.outputs_of(graph, len(results)), results, strict=True))
+
+    def skip_feed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a skipped step takes of a run that remembers nothing: the right shapes, and zeros."""
+        batch = len(inputs[self.spec.image])
+        state = self.empty_state(batch)
+        weights = state.values[update_name(0)].new_zeros(self.spec.updates, batch)
+        return self.feed("skip", {**inputs, WEIGHTS: weights}, state=state)
 
     def array(self, value: Tensor) -> np.ndarray:
         return value.detach().float().cpu().numpy()
@@ -175,10 +183,8 @@ class DynamicModel(nn.Module, Runtime):
         follow("original", self.feed("original", inputs))
         state = self.empty_state(batch)
         if self.spec.updates:
-            weights = np.zeros((self.spec.updates, batch), np.float32)
             follow("full", self.feed("full", inputs))
-            beside = self.beside(weights, state.values[update_name(0)])
-            follow("skip", self.feed("skip", {**inputs, WEIGHTS: beside}, state=state))
+            follow("skip", self.skip_feed(inputs))
             return
         live = follow("route", self.feed("route", inputs))
         if self.spec.constants:

@@ -51,14 +51,14 @@ class Runtime(ABC):
     ) -> dict[str, Any]:
         """Outputs by name, in the graph's order (`ModelSpec.outputs_of`).
 
-        `graph`: "route", "prepare" or "denoise". `feed`: its inputs by name, as the caller or an earlier call gave
+        `graph`: one of `ModelSpec.graphs`. `feed`: its inputs by name, as the caller or an earlier call gave
         them; plan inputs are numpy arrays. `bucket`: the shape that holds the batch. `into`: buffers that some outputs
         must be written to, as the state asks.
         """
 
     @abstractmethod
     def empty_state(self, batch: int) -> State:
-        """What `batch` samples remember before their first step: zeros in the shapes of `ModelSpec.states`."""
+        """What `batch` samples remember before their first step: zeros in the shapes of `ModelSpec.state_shapes`."""
 
     @abstractmethod
     def array(self, value: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the samples of a run remember (mode carry), in a runtime's own memory."""
+"""What the samples of a run remember, in a runtime's own memory."""
 
 from __future__ import annotations
 

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.nearest_kept import Ints, Mask
-from dcconvert.passes.planning.token_history import REACH, Doubles
+from dcconvert.passes.planning.token_history import REACH, Doubles, check_falling
 
 
 class UpdateHistory:
@@ -35,13 +34,7 @@ class UpdateHistory:
 
     def check(self, tau: Doubles) -> None:
         """UsageError if the noise of a sample rose since its last step."""
-        rose = np.flatnonzero(tau > self.tau + 1e-6)
-        if len(rose):
-            sample = int(rose[0])
-            raise UsageError(
-                f"the noise level of sample {sample} rose from {self.tau[sample]:.4g} to {tau[sample]:.4g} within a "
-                "run: forecasts need a sampler whose timesteps only fall; for another image, start a new run"
-            )
+        check_falling(self.tau, tau, "forecasts need")
 
     def due(self, fraction: Doubles) -> Mask:
         """Which samples [B] a step computes, where `fraction` [B] of the steps are to be; the first always is.

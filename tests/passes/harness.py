@@ -23,6 +23,8 @@ from dcconvert.passes.planning.chunk_plan import Plan, Planner
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.rewrite.pack_trunk import PackTrunk
 from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.runtime.run import Runtime
+from dcconvert.passes.runtime.state import TensorState
 
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
@@ -192,6 +194,28 @@ def larger(planner: Planner, keep: np.ndarray, tile: int = 4) -> Bucket:
     tiled = int((-(-keep.sum(1) // tile)).sum()) * tile
     rows = len(keep) + (2 if planner.packing == "bins" else 0)
     return Bucket(len(keep), tiled + 3 * tile, rows, keep.shape[1] + 5, tile)
+
+
+class InTorch(Runtime):
+    """A converted model as another runtime than its own, for tests to change what they need."""
+
+    def __init__(self, model: DynamicModel) -> None:
+        self.model, self.planner, self.bucket_set = model, model.planner, None
+
+    def call(self, graph: str, feed: Any, bucket: Bucket | None, into: Any) -> dict[str, Any]:
+        return self.model.call(graph, feed)
+
+    def array(self, value: Any) -> np.ndarray:
+        return self.model.array(value)
+
+    def result(self, value: Any) -> Any:
+        return value
+
+    def beside(self, array: np.ndarray, value: Any) -> Any:
+        return self.model.beside(array, value)
+
+    def empty_state(self, batch: int) -> TensorState:
+        return self.model.empty_state(batch)
 
 
 def plan_tensors(plan: Plan, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

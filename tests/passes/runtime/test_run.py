@@ -17,10 +17,10 @@ from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.runtime.model import DynamicModel
-from dcconvert.passes.runtime.run import Run, Runtime, fill_batch
+from dcconvert.passes.runtime.run import Run, fill_batch
 from dcconvert.passes.runtime.state import TensorState
 from tests.passes.carry_harness import CALLS, TAUS, SlowRun, at, carried, flat, plain, slow_step, tiny_call
-from tests.passes.harness import BATCH, TOKENS, Call, first_tensor, pick, relative
+from tests.passes.harness import BATCH, TOKENS, Call, InTorch, first_tensor, pick, relative
 
 TOLERANCE = 1e-5
 HALF = Schedule("constant", 2)
@@ -45,12 +45,12 @@ def spoil(run: Run, value: float, samples: Sequence[int] = range(BATCH)) -> None
         tensor[:, list(samples)] = value
 
 
-class Counting(Runtime):
+class Counting(InTorch):
     """A converted model in larger batches and buckets, as exported ones run; counts what is computed once."""
 
     def __init__(self, model: DynamicModel, size: int = BATCH) -> None:
-        self.model, self.size = model, size
-        self.planner, self.bucket_set = model.planner, None
+        super().__init__(model)
+        self.size = size
         self.prepared = 0
 
     def padded(self, batch: int) -> int:
@@ -61,19 +61,7 @@ class Counting(Runtime):
 
     def call(self, graph: str, feed: Any, bucket: Bucket | None, into: Any) -> dict[str, Any]:
         self.prepared += graph == "prepare"
-        return self.model.call(graph, feed)
-
-    def array(self, value: Any) -> np.ndarray:
-        return self.model.array(value)
-
-    def result(self, value: Any) -> Any:
-        return value
-
-    def beside(self, array: np.ndarray, value: Any) -> Any:
-        return self.model.beside(array, value)
-
-    def empty_state(self, batch: int) -> TensorState:
-        return self.model.empty_state(batch)
+        return super().call(graph, feed, bucket, into)
 
 
 # Steps

@@ -11,12 +11,11 @@ import torch
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
+from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.runtime.model import DynamicModel
-from dcconvert.passes.runtime.run import Runtime
-from dcconvert.passes.runtime.state import TensorState
 from dcconvert.passes.runtime.step_run import StepRun
-from tests.passes.harness import dit_call
+from tests.passes.harness import InTorch, dit_call
 
 TOKENS, BATCH = 16, 3
 
@@ -148,28 +147,15 @@ def test_too_many_weights_are_refused(model):
         step(run, at(model, 0.4), 0, 0, 0, weights=(1.0, 1, 1, 1))
 
 
-class Failing(Runtime):
+class Failing(InTorch):
     """Runs out of memory in the middle of a step when told to."""
 
-    def __init__(self, model: DynamicModel) -> None:
-        self.model, self.planner, self.bucket_set, self.fails = model, model.planner, None, False
+    fails = False
 
-    def call(self, graph: str, feed: Any, bucket: Any, into: Any) -> dict[str, Any]:
+    def call(self, graph: str, feed: Any, bucket: Bucket | None, into: Any) -> dict[str, Any]:
         if self.fails:
             raise MemoryError
-        return self.model.call(graph, feed)
-
-    def array(self, value: Any) -> np.ndarray:
-        return self.model.array(value)
-
-    def result(self, value: Any) -> Any:
-        return value
-
-    def beside(self, array: np.ndarray, value: Any) -> Any:
-        return self.model.beside(array, value)
-
-    def empty_state(self, batch: int) -> TensorState:
-        return self.model.empty_state(batch)
+        return super().call(graph, feed, bucket, into)
 
 
 def test_after_a_step_that_failed_the_run_starts_anew(model):
