@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.graph_tools import fake_result, placeholders
+from dcconvert.passes.ir.graph_tools import add_input, emit, fake_mode, placeholders
 
 if TYPE_CHECKING:
     from dcconvert.passes.methods.method import Method
@@ -76,7 +76,7 @@ class Program:
 
     @property
     def fake_mode(self) -> FakeTensorMode:
-        return placeholders(self.graph)[0].meta["val"].fake_mode
+        return fake_mode(self.graph)
 
     @property
     def device(self) -> torch.device:
@@ -114,15 +114,9 @@ class Program:
 
     def emit(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
         """Insert a call at the graph's insertion point, with its fake value computed."""
-        node = self.graph.call_function(target, args, kwargs or {})
-        node.meta["val"] = fake_result(self.fake_mode, node)
-        return node
+        return emit(self.graph, target, args, kwargs)
 
     def placeholder(self, name: str, shape: Sequence[int | torch.SymInt], dtype: torch.dtype) -> Node:
         """Add a graph input with a symbolic shape after the existing ones."""
-        with self.graph.inserting_after(placeholders(self.graph)[-1]):
-            node = self.graph.placeholder(name)
-        node.name = name  # without the suffix that an input renamed by capture would leave
-        with self.fake_mode:
-            node.meta["val"] = torch.empty(tuple(shape), dtype=dtype, device=self.device)
-        return node
+        like = torch.empty(0, dtype=dtype, device=self.device)
+        return add_input(self.graph, name, shape, like, after=placeholders(self.graph)[-1])

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from dcconvert.passes.frontend.token_stream import ATTENTION, dependents
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
-from dcconvert.passes.ir.graph_tools import give_tensor, remove_dead_code, where
+from dcconvert.passes.ir.graph_tools import give_tensor, read_tensor, remove_dead_code, where
 from dcconvert.passes.ir.node_args import operand
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
 from dcconvert.passes.ir.plan_inputs import CHUNK_INPUTS
@@ -194,7 +194,4 @@ def weight(program: Program, name: str, value: torch.Tensor) -> Node:
     like = program.found_stream().boundaries[0].meta["val"]
     parameter = nn.Parameter(value.to(like.device, like.dtype), requires_grad=False)
     give_tensor(program.graph_module, f"{RECOVERY}.{name}", parameter)
-    node = program.graph.get_attr(f"{RECOVERY}.{name}")
-    with program.fake_mode:
-        node.meta["val"] = torch.empty(value.shape, dtype=like.dtype, device=like.device)
-    return node
+    return read_tensor(program.graph_module, f"{RECOVERY}.{name}")

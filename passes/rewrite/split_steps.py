@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from dcconvert.passes.frontend.token_stream import ATTENTION
 from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
-from dcconvert.passes.ir.graph_tools import fake_result, placeholders, remove_dead_code
+from dcconvert.passes.ir.graph_tools import add_input, emit, placeholders, remove_dead_code
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
 from dcconvert.passes.ir.program import Program
 
@@ -54,12 +54,6 @@ class SplitSteps(Pass):
             raise CheckFailedError("SplitSteps made no graphs; this is a bug of dcconvert")
 
 
-def emit(program: Program, graph: Graph, target: torch._ops.OpOverload, *args: Any) -> Node:
-    node = graph.call_function(target, args)
-    node.meta["val"] = fake_result(program.fake_mode, node)
-    return node
-
-
 def copied(program: Program) -> tuple[Graph, dict[Node, Node], tuple[Node, ...]]:
     """The program's graph once more, where its nodes went, and its outputs."""
     graph = Graph()
@@ -72,7 +66,7 @@ def full_graph(program: Program) -> GraphModule:
     graph, places, outputs = copied(program)
     start, end = (places[node] for node in program.found_trunk())
     with graph.inserting_before(end.next):
-        update = emit(program, graph, aten.sub.Tensor, end, start)
+        update = emit(graph, aten.sub.Tensor, (end, start))
     graph.output((*outputs, update))
     return GraphModule(program.graph_module, graph, class_name="Full")
 
@@ -81,25 +75,18 @@ def skip_graph(program: Program, updates: int) -> GraphModule:
     graph, places, outputs = copied(program)
     start, end = (places[node] for node in program.found_trunk())
     value = start.meta["val"]
-    last = placeholders(graph)[-1]
-    with graph.inserting_after(last):
-        weights = graph.placeholder(WEIGHTS)
-    with program.fake_mode:
-        weights.meta["val"] = torch.empty((updates, program.batch), dtype=value.dtype, device=value.device)
-    previous, given = weights, []
+    weights = add_input(graph, WEIGHTS, (updates, program.batch), value, after=placeholders(graph)[-1])
+    given = [weights]
     for number in range(updates):
-        with graph.inserting_after(previous):
-            previous = graph.placeholder(f"{UPDATE}_{number}")
-        previous.meta["val"] = value
-        given.append(previous)
+        given.append(add_input(graph, f"{UPDATE}_{number}", value.shape, value, after=given[-1]))
     with graph.inserting_before(end.next):
         tokens = start
-        for number, update in enumerate(given):
-            weight = emit(program, graph, aten.select.int, weights, 0, number)
+        for number, update in enumerate(given[1:]):
+            weight = emit(graph, aten.select.int, (weights, 0, number))
             for axis in (1, 2):
-                weight = emit(program, graph, aten.unsqueeze.default, weight, axis)
-            part = emit(program, graph, aten.mul.Tensor, update, weight)
-            tokens = emit(program, graph, aten.add.Tensor, tokens, part)
+                weight = emit(graph, aten.unsqueeze.default, (weight, axis))
+            part = emit(graph, aten.mul.Tensor, (update, weight))
+            tokens = emit(graph, aten.add.Tensor, (tokens, part))
     end.replace_all_uses_with(tokens)
     outputs = tuple(tokens if node is end else node for node in outputs)
     graph.output(outputs)

@@ -73,7 +73,7 @@ def test_unused_nodes_and_guards_go():
     program = capture(Of(lambda x: x + 1), (torch.randn(3, 4),))
     with program.graph.inserting_after(placeholders(program.graph)[0]):
         program.emit(aten.exp.default, (placeholders(program.graph)[0],))
-    Normalise().call(program)
+    Normalise().call(program.graph_module)
     assert calls(program) == ["aten.add.Tensor"]
     assert not any(node.op == "call_module" for node in program.graph.nodes)
 
@@ -86,7 +86,7 @@ def test_what_changes_values_stays():
     assert "aten.to.dtype" in " ".join(calls(normalised(lambda x: x.double().float())))
 
     program = capture(Of(lambda x: F.dropout(x, 0.5, training=True)), (torch.randn(3, 4),))
-    Normalise().call(program)
+    Normalise().call(program.graph_module)
     assert calls(program) == ["aten.dropout.default"]
 
 
@@ -126,4 +126,4 @@ def test_a_submodule_call_left_in_the_graph_is_refused():
     with program.graph.inserting_before(add):
         add.replace_input_with(placeholders(program.graph)[0], program.graph.call_module("left_over", (add.args[0],)))
     with pytest.raises(UnsupportedModelError, match="left_over"):
-        Normalise().call(program)
+        Normalise().call(program.graph_module)
