@@ -22,7 +22,7 @@ from dcconvert.passes.pipeline import captured, copy_graph
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.rewrite.retarget import retype, to_device
+from dcconvert.passes.rewrite.retarget import retarget
 from dcconvert.passes.rewrite.split_steps import SplitSteps
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.run import Runtime
@@ -150,17 +150,16 @@ class Steps:
         for graph in self.graphs.values():
             graph.to(device, dtype)
         for name, graph in self.graphs.items():
-            to_device(graph, device)
-            if dtype != torch.float32:
-                retype(graph, self.example(name, dtype), torch.float32, dtype)
+            old, new = torch.empty(0), torch.empty(0, dtype=dtype, device=device)
+            retarget(graph, self.example(name, dtype, device), old, new)
         return self
 
-    def example(self, name: str, dtype: torch.dtype) -> list[Tensor]:
-        """Inputs of a graph by their captured shapes, batch 2."""
-        found = []
+    def example(self, name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Inputs of a graph by name and in their captured shapes, batch 2."""
+        found = {}
         for node in placeholders(self.graphs[name].graph):
             value = node.meta["val"]
             shape = [size if isinstance(size, int) else 2 for size in value.shape]
             kept = node.name == "t" or not value.is_floating_point()
-            found.append(torch.zeros(shape, dtype=value.dtype if kept else dtype, device=value.device))
+            found[node.name] = torch.zeros(shape, dtype=value.dtype if kept else dtype, device=device)
         return found
