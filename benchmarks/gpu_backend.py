@@ -19,8 +19,6 @@ from dcconvert.passes.ir.graph_tools import placeholders
 from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import captured, copy_graph
-from dcconvert.passes.planning.carry_plan import CarryPlan
-from dcconvert.passes.planning.chunk_plan import Plan
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.rewrite.retarget import retarget
 from dcconvert.passes.rewrite.split_steps import SplitSteps
@@ -104,8 +102,8 @@ class TorchRuntime(Runtime):
     def result(self, value: Tensor) -> Tensor:
         return value
 
-    def plan_values(self, plan: Plan | CarryPlan, live: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return self.model.plan_values(plan, live)
+    def beside(self, array: np.ndarray, value: Tensor) -> Tensor:
+        return self.model.beside(array, value)
 
     def empty_state(self, batch: int) -> TensorState:
         return self.model.empty_state(batch)

@@ -33,7 +33,7 @@ from dcconvert.export.engines.build import (
     profile,
 )
 from dcconvert.export.engines.index import Index, write_index
-from dcconvert.export.onnx.export import export_onnx, export_original, graph_names
+from dcconvert.export.onnx.export import export_onnx, export_original
 from dcconvert.export.onnx.mixed_precision import in_precision
 from dcconvert.export.runtimes.ort import CPU, CUDA, make_session
 from dcconvert.export.runtimes.ort_static import StaticModel, bound
@@ -131,7 +131,7 @@ def tensorrt(exported: Exported, batch: int, ratio: float, runs: int) -> dict[st
     whole = Engine("original", path, file_hash(path), (full,), (shapes,), "fp16", device)
     with tempfile.TemporaryDirectory() as work:
         engines = Path(work)
-        planned = plan_engines(folder, graph_names(model.spec), buckets, "fp16", device)
+        planned = plan_engines(folder, model.spec.graphs, buckets, "fp16", device)
         *built, _ = entries = [build_engine(engine, engines) for engine in (*planned, whole)]
         write_index(engines, Index(device, False, tuple(built)))
         backend = TrtModel(engines, folder.parent, model.planner)

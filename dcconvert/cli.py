@@ -20,7 +20,7 @@ from dcconvert.options.conversion import convert_options, demo_options, inspect_
 from dcconvert.options.deployment import build_options, triton_options
 from dcconvert.options.images import evaluate_options, sample_options, stress_options
 from dcconvert.options.shared import PATH
-from dcconvert.options.training import calibrate_options, upcycle_options
+from dcconvert.options.training import calibrate_options, tune_options, upcycle_options
 from dcconvert.passes.ir.errors import DcconvertError, UsageError
 from dcconvert.passes.methods import PRESETS, find, method_of
 from dcconvert.passes.methods.method import Method
@@ -124,6 +124,20 @@ def calibrate(bundle: Path, **values: Any) -> None:
     from dcconvert.commands.calibrate import Settings, calibrate_bundle
 
     calibrate_bundle(Settings(bundle, command=command_line(), **values), Console())
+
+
+@commands.command()
+@click.argument("bundle", type=PATH)
+@tune_options
+def tune(bundle: Path, **values: Any) -> None:
+    """Fit a bundle's run table to its model, for a budget.
+
+    For a bundle in mode steps. Fits the noise levels' moves and the forecasts by least squares to a converged run of
+    the original, judges every candidate and the original's own solvers on other images, and stores the best table.
+    """
+    from dcconvert.commands.tune import Settings, tune_bundle
+
+    tune_bundle(Settings(bundle, command=command_line(), **values), Console())
 
 
 @commands.command()

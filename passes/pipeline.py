@@ -14,7 +14,6 @@ from torch.fx import GraphModule
 from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.capture import capture, opened
 from dcconvert.passes.frontend.complex_to_real import RealNumbers
-from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.ir.graph_tools import copied
 from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.program import Program
@@ -68,11 +67,9 @@ def rewrite(
     beside = copy_graph(program if original is None else captured(original, args, kwargs, method, timestep))
     run_passes(replace(program, graph_module=beside), (Normalise(), RealNumbers()))
     records = run_passes(program, method.pipeline(), dump, NumericGate(program))
-    if program.route is None or program.denoise is None:
-        raise CheckFailedError("the pipeline ended without route and denoise graphs; this is a bug of dcconvert")
     spec = ModelSpec.of(program)
     schedule.check(spec.tokens)
-    graphs = Graphs(program.route, program.denoise, beside, program.prepare)
+    graphs = Graphs(beside, program.route, program.denoise, program.prepare, program.full, program.skip)
     return DynamicModel(graphs, StepPlanner(spec, method, schedule), records)
 
 

@@ -72,10 +72,10 @@ class Task:
     def read(cls, settings: Settings) -> Task:
         """UsageError for a bundle that cannot be calibrated, or a budget that leaves nothing to search."""
         bundle = read_bundle(settings.folder)
-        if not bundle.model.method.stateful:
+        if bundle.model.method.remembers != "tokens":
             raise UsageError(
-                f"{bundle.folder} is in mode {bundle.model.method.mode}: calibrate is for mode carry; convert the "
-                "checkpoint again with --mode carry"
+                f"{bundle.folder} is in mode {bundle.model.method.mode}: calibrate is for mode carry, tune for mode "
+                "steps; convert the checkpoint again with the other --mode"
             )
         sampler, planner = run_planner(bundle, None)
         own = sampler.steps / planner.schedule.ratio

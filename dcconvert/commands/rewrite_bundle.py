@@ -103,7 +103,7 @@ class Rescheduled:
                 "buckets": [dict(vars(bucket)) for bucket in self.bucket_set.buckets],
                 "expected_waste": self.bucket_set.expected_waste,
             },
-            "compute": compute_section(self.model, self.planner, self.sampler.taus),
+            "compute": compute_section(self.model, self.planner.run_counts(self.sampler.taus), self.sampler.taus),
             "machine": machine(),
         }
 
@@ -126,7 +126,7 @@ class Rescheduled:
         effort = Effort(max(self.bucket_set.batches), LATENCY_RUNS, images, reference_steps, threads, seed)
         for stale in ("latency", "memory", "fidelity"):
             report.pop(stale, None)
-        subject = Subject(self.model, self.planner, self.bucket_set, bundle.onnx, self.sampler, config)
+        subject = Subject(self.model, self.planner, self.bucket_set, bundle.onnx, self.sampler, self.sampler, config)
         measured = measure(subject, effort, scratch, report["compute"], stages)
         report |= measured.added_to(report)
         result = measured.fidelity

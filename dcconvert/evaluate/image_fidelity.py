@@ -13,6 +13,7 @@ from dcconvert.evaluate.measure_steps import Tick
 from dcconvert.images.pixels import is_latent, psnr_mean
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.run import Runtime
+from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Sampler, Step
 from dcconvert.sampling.steps import ConvertedStep, silent
 
@@ -25,7 +26,7 @@ class Contestant:
     """
 
     name: str
-    sampler: Sampler
+    sampler: Sampler | RunTable
     new_step: Callable[[], Step]  # a step function for one run of one batch
     gmacs: float
     latency_ms: float | None = None
@@ -52,10 +53,16 @@ class Fidelity:
         return {"velocity_error": self.velocity_error, "images": facts}
 
 
-def original_contestant(step: Step, sampler: Sampler, gmacs: float, latency_ms: float | None) -> Contestant:
-    """The original with so many steps; `gmacs` and `latency_ms` are those of one step and image."""
+def original_contestant(
+    step: Step, sampler: Sampler | RunTable, gmacs: float, latency_ms: float | None, how: str = ""
+) -> Contestant:
+    """The original with so many steps; `gmacs` and `latency_ms` are those of one step and image.
+
+    `how`: the solver, where the row's name has to say it.
+    """
     cost = None if latency_ms is None else latency_ms * sampler.steps
-    return Contestant(f"original, {sampler.steps} steps", sampler, lambda: step, gmacs * sampler.steps, cost)
+    name = f"original, {how}, {sampler.steps} steps" if how else f"original, {sampler.steps} steps"
+    return Contestant(name, sampler, lambda: step, gmacs * sampler.steps, cost)
 
 
 def compare_images(
@@ -133,11 +140,10 @@ class Recorder:
         if self.result.keep:
             return converted
 
-        def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            output = converted(x, t, y)
+        def step(x: Tensor, t: Tensor, y: Tensor, weights: tuple[float, ...] | None = None) -> Tensor:
+            output = converted(x, t, y, weights)
             assert converted.run is not None
-            assert converted.run.last_plan is not None
-            self.result.keep.append(converted.run.last_plan.keep[: len(x)].reshape(len(x), *self.model.spec.grid))
+            self.result.keep.append(converted.run.keep.reshape(len(x), *self.model.spec.grid))
             self.result.mid.append(x)
             return output
 

@@ -15,10 +15,9 @@ from dcconvert.export.buckets import BucketSet
 from dcconvert.export.checks.flops import converted_gmacs, original_gmacs, prepare_gmacs
 from dcconvert.export.checks.latency import interleaved, peak_memory, spread
 from dcconvert.export.checks.parity import as_array
-from dcconvert.export.onnx.export import graph_names
 from dcconvert.export.runtimes.ort import pick
+from dcconvert.passes.ir.spec import WEIGHTS
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.run import Run
 from dcconvert.sampling.steps import OrtPair, silent
@@ -26,11 +25,17 @@ from dcconvert.sampling.steps import OrtPair, silent
 Tick = Callable[[str], None]
 
 
-def compute_section(model: DynamicModel, planner: StepPlanner, taus: np.ndarray) -> dict[str, Any]:
-    """GMACs a sample: of the original's forward, of every step of a run, and of the whole run."""
+def compute_section(
+    model: DynamicModel, counts: np.ndarray, taus: np.ndarray, original_steps: int | None = None
+) -> dict[str, Any]:
+    """GMACs a sample: of the original's forward, of every step of a run, and of the whole run.
+
+    `counts`: kept tokens at each step [steps], at noise levels `taus`. `original_steps`: of the original's run that
+    this one stands for, if not as many.
+    """
     inputs = model.spec.example(2)
     original = original_gmacs(model, inputs)
-    counts = planner.run_counts(taus)
+    before = original_steps or len(taus)
     per_count = {int(kept): converted_gmacs(model, inputs, int(kept)) for kept in np.unique(counts)}
     steps = [
         {"tau": float(tau), "kept": int(kept), "gmacs": per_count[int(kept)]}
@@ -40,8 +45,8 @@ def compute_section(model: DynamicModel, planner: StepPlanner, taus: np.ndarray)
     return {
         "original_gmacs": original,
         "per_step": steps,
-        "run_gmacs": {"original": original * len(taus), "converted": total, "steps": len(taus)},
-        "ratio": original * len(taus) / total,
+        "run_gmacs": {"original": original * before, "converted": total, "steps": len(taus), "original_steps": before},
+        "ratio": original * before / total,
     }
 
 
@@ -57,12 +62,18 @@ class Shape:
 
 def shapes_of(bucket_set: BucketSet, counts: np.ndarray) -> list[Shape]:
     """The buckets that a run of kept tokens [steps, rows] uses."""
-    used: dict[Bucket, list[np.ndarray]] = {}
+    used: dict[tuple[Bucket, bool], list[np.ndarray]] = {}
     for row in counts:
-        used.setdefault(bucket_set.choose(len(row), row), []).append(row)
+        skipped = not row.any()
+        used.setdefault((bucket_set.choose(len(row), bucket_set.tokens if skipped else row), skipped), []).append(row)
     return [
-        Shape(f"{bucket.row_tokens} tokens", bucket, np.max(rows, axis=0), len(rows) / len(counts))
-        for bucket, rows in used.items()
+        Shape(
+            "skipped" if skipped else f"{bucket.row_tokens} tokens",
+            bucket,
+            np.max(rows, axis=0),
+            len(rows) / len(counts),
+        )
+        for (bucket, skipped), rows in used.items()
     ]
 
 
@@ -164,7 +175,7 @@ def on_ort(runtime: OrtPair, feed: dict[str, np.ndarray], batch: int) -> Timed:
 
 
 def on_torch(runtime: OrtPair, inputs: dict[str, Any], batch: int) -> Timed:
-    run = Run(runtime.model, batch)
+    run = runtime.model.start(batch)
     flat = tuple(inputs[name] for name in runtime.model.spec.inputs)
 
     def converted(counts: np.ndarray) -> Run:
@@ -182,7 +193,8 @@ def timed_row(
     converted = {"": (timed.converted, shapes)}
     original, found = take_turns(timed.original, converted, runs, lambda: tick(timed.name))
     times = found[""]
-    speedup = float(np.median(original) / np.median(times.weighted))
+    run = compute["run_gmacs"]
+    speedup = float(np.median(original) * run["original_steps"] / (np.median(times.weighted) * run["steps"]))
     return {
         "runtime": timed.name,
         "batch": batch,
@@ -219,13 +231,20 @@ def converted_memory(runtime: OrtPair, onnx: Path, counts: np.ndarray, bucket: B
     """Peak megabytes of a fresh process that runs one step of a bundle whose samples keep `counts` [B] tokens."""
     model, batch = runtime.model, len(counts)
     inputs = model.spec.example(batch)
+    if model.spec.updates:
+        weights = torch.zeros(model.spec.updates, batch)
+        skip = model.feed("skip", {**inputs, WEIGHTS: weights}, state=model.empty_state(batch))
+        return feeds_memory(runtime, onnx, {"full": model.feed("full", inputs), "skip": skip})
     with torch.no_grad():
         scores, live = model.route(inputs)
     planner = runtime.converted.planner
     plan = planner.of_mask(planner.planner.select(scores.numpy(), counts), bucket)
-    feeds = {
-        graph: model.feed(graph, inputs, live, plan, model.empty_state(batch)) for graph in graph_names(model.spec)
-    }
+    state = model.empty_state(batch)
+    return feeds_memory(runtime, onnx, {g: model.feed(g, inputs, live, plan, state) for g in model.spec.graphs})
+
+
+def feeds_memory(runtime: OrtPair, onnx: Path, feeds: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Peak megabytes of a fresh process that runs each of a bundle's graphs once on what it is fed."""
     arrays = [
         pick(runtime.converted.sessions[graph], {name: as_array(value) for name, value in feed.items()})
         for graph, feed in feeds.items()

@@ -30,6 +30,7 @@ from dcconvert.report.sections import (
 )
 from dcconvert.report.stress import BRIGHTEST, FAILURES_FIGURE, Stress
 from dcconvert.report.tables import shown
+from dcconvert.report.tuning import Tuning
 
 CAPTIONS = {
     "samples": "Final images. Images in the same place have the same seed and class.",
@@ -62,6 +63,7 @@ class ConversionReport(Record):
     compute: Compute | None = None
     fidelity: Fidelity | None = None
     calibration: Calibration | None = None
+    tuning: Tuning | None = None
     upcycling: Upcycling | None = None
     stress: Stress | None = None
     memory: Memory = field(default_factory=Memory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from dcconvert.report import plots
 from dcconvert.report.reading import Record, Rows
@@ -387,6 +387,8 @@ BUCKETS: tuple[Column[Bucket], ...] = (
 @dataclass(frozen=True)
 class Buckets(Record):
     """The static shapes of the exported model, and how much of them is padding."""
+
+    renamed: ClassVar[dict[str, str]] = {"rungs": "buckets"}
 
     buckets: tuple[Bucket, ...]
     expected_waste: float | None

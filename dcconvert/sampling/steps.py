@@ -17,6 +17,7 @@ from dcconvert.export.runtimes.ort import CPU, OrtModel, make_session, pick
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.run import Run, Runtime
+from dcconvert.passes.runtime.step_run import StepRun
 
 
 def silent(_: str) -> None:
@@ -80,13 +81,19 @@ class ConvertedStep:
         """Those of both halves of guidance, where they differ."""
         return [] if self.unconditional is None else [self.runtime.planner, self.unconditional]
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, weights: tuple[float, ...] | None = None) -> Tensor:
+        """`weights`: what a run table says of a step (see `run_table.Model`); None: the schedule decides."""
         if self.run is None:
-            self.run = Run(self.runtime, len(x), self.groups)
+            self.run = self.runtime.start(len(x), self.groups)
         in_torch = isinstance(self.runtime, DynamicModel)
         values = dict(zip(self.model.spec.inputs, (x, t, y), strict=True))
         inputs = values if in_torch else arrays_of(self.model, x, t, y)
-        output = self.run.step(inputs, self.counts(self.run, inputs), self.planners)[0]
+        if weights is None:
+            output = self.run.step(inputs, self.counts(self.run, inputs), self.planners)[0]
+        else:
+            assert isinstance(self.run, StepRun)
+            tokens = 0 if weights else self.model.spec.tokens
+            output = self.run.step(inputs, np.full(len(x), tokens), weights=weights)[0]
         self.kept.append(self.run.kept)
         return output if in_torch else torch.from_numpy(output)
 

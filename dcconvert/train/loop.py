@@ -94,6 +94,10 @@ class Task:
         """UsageError for a bundle that cannot be trained, or a place that cannot be written to."""
         bundle = read_bundle(settings.folder)
         method, recipe = bundle.model.method, settings.recipe
+        if not method.trains:
+            raise UsageError(
+                f"{bundle.folder} is in mode {method.mode}, which has nothing to train: use 'dcconvert tune'"
+            )
         if method.stateful and settings.data is not None:
             raise UsageError(
                 f"{bundle.folder} is in mode {method.mode}, which learns on its own runs: leave out --data"

@@ -30,6 +30,8 @@ ISOLATION_TOLERANCE = 1e-6  # relative, a sample's output when another one is re
 OTHER_MATCHES = "other_matches"  # of token merging
 RUNTIME_TOLERANCE = 1e-4  # torch against ONNX Runtime in fp32: relative to a value, or to the output's scale
 IDENTITY = "keep everything equals the original"
+ISOLATION = "no sample sees another"
+INVARIANCE = "a sample does not depend on its batch"
 LOUD = 1e4  # what another sample is replaced with
 
 
@@ -131,7 +133,7 @@ def check_isolation(model: DynamicModel, inputs: dict[str, Any]) -> Check:
     router = relative_error(louder[:-1], torch.from_numpy(scores[:-1]))
     after = model.denoise(shouted, loud, plan, loud_state)[0][:-1]
     error = largest([relative_error(after, before), router])
-    return Check("no sample sees another", error, ISOLATION_TOLERANCE, f"input and trunk of another set to {LOUD:g}")
+    return Check(ISOLATION, error, ISOLATION_TOLERANCE, f"input and trunk of another set to {LOUD:g}")
 
 
 def with_loud_sample(state: Tensor) -> Tensor:
@@ -166,7 +168,7 @@ def check_batch_invariance(model: DynamicModel, inputs: dict[str, Any]) -> Check
         single = model.denoise(alone, {n: v[i : i + 1] for n, v in live.items()}, own, own_state)[0]
         errors.append(relative_error(single[0], together[i]))
     detail = f"{len(scores)} samples, torch"
-    return Check("a sample does not depend on its batch", largest(errors), allowed(model, IDENTITY_TOLERANCE), detail)
+    return Check(INVARIANCE, largest(errors), allowed(model, IDENTITY_TOLERANCE), detail)
 
 
 def check_runtime(

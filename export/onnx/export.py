@@ -18,7 +18,7 @@ from dcconvert.export.onnx.trt_attention_op import add_function
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.ir.graph_tools import placeholders
 from dcconvert.passes.ir.plan_inputs import PLAN_INPUTS, symbolic_axes
-from dcconvert.passes.ir.spec import EXAMPLE_BATCH, ModelSpec, count_outputs
+from dcconvert.passes.ir.spec import EXAMPLE_BATCH, WEIGHTS, count_outputs
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan
 from dcconvert.passes.planning.layout import Bucket
@@ -28,13 +28,9 @@ EXTERNAL_DATA_BYTES = 1_000_000_000  # above this, weights go to a file of their
 STACK_TRACE = "pkg.torch.onnx.stack_trace"  # what the exporter notes at every node: paths of this machine
 
 
-def graph_names(spec: ModelSpec) -> tuple[str, ...]:
-    """The graphs that a model is exported as; `prepare` only where there is something constant over a run."""
-    return ("route", "prepare", "denoise") if spec.constants else ("route", "denoise")
-
-
 def export_onnx(model: DynamicModel, folder: Path, lowerings: Lowerings = PORTABLE) -> None:
-    """Write `route.onnx`, `denoise.onnx` and, for models with text, `prepare.onnx`.
+    """Write the graphs that a run calls: `route.onnx` and `denoise.onnx`, with `prepare.onnx` for models with text, or
+    `full.onnx` and `skip.onnx`.
 
     UsageError for a model that has no form in ONNX.
     """
@@ -42,6 +38,10 @@ def export_onnx(model: DynamicModel, folder: Path, lowerings: Lowerings = PORTAB
         raise UsageError("packing varlen is for torch only: convert with packing rows to export ONNX")
     folder.mkdir(parents=True, exist_ok=True)
     inputs = model.spec.example(EXAMPLE_BATCH)
+    if model.spec.updates:
+        export_plain(model, "full", folder / "full.onnx", inputs, lowerings)
+        export_skip(model, folder / "skip.onnx", inputs, lowerings)
+        return
     export_route(model, folder / "route.onnx", inputs, lowerings)
     export_prepare(model, folder / "prepare.onnx", inputs, lowerings)
     with torch.no_grad():
@@ -90,6 +90,18 @@ def export_denoise(
     export_graph(model.denoise_graph, path, list(feed.values()), axes, outputs, lowerings)
 
 
+def export_skip(model: DynamicModel, path: Path, inputs: dict[str, Any], lowerings: Lowerings = PORTABLE) -> None:
+    """`skip.onnx`: model inputs, weights [P, B] and the trunk's last P updates [B, N, D] -> the model's output."""
+    weights = torch.zeros(model.spec.updates, EXAMPLE_BATCH)
+    feed = model.feed("skip", {**inputs, WEIGHTS: weights}, state=model.empty_state(EXAMPLE_BATCH))
+    axes = [
+        ("", "batch") if name == WEIGHTS else axis
+        for name, axis in zip(feed, batch_axes(model, list(feed)), strict=True)
+    ]
+    outputs = model.spec.outputs_of("skip", count_outputs(model.skip_graph))
+    export_graph(model.skip_graph, path, list(feed.values()), axes, outputs, lowerings)
+
+
 def export_original(model: DynamicModel, path: Path, inputs: dict[str, Any]) -> None:
     """The fixed-token original, to be measured beside the converted model."""
     export_plain(model, "original", path, inputs)
@@ -123,7 +135,8 @@ def export_graph(
     symbols = {axis for named in axes for axis in named if axis}
     dims = {name: torch.export.Dim(name, min=1, max=1 << 22) for name in symbols}
     shapes = tuple({i: dims[name] for i, name in enumerate(named) if name} or None for named in axes)
-    names = [node.name for node in placeholders(graph_module.graph)]
+    inputs = zip(placeholders(graph_module.graph), args, strict=True)
+    names = [node.name for node, value in inputs if isinstance(value, Tensor)]  # others become constants
     size = sum(t.numel() * t.element_size() for t in graph_module.state_dict().values())
     with quiet_exporter(), torch.no_grad():
         exported = torch.onnx.export(

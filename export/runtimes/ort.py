@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from dcconvert.export.onnx.export import graph_names
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.passes.ir.spec import state_output
+from dcconvert.passes.ir.spec import UPDATE, state_output
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.run import Buckets, Runtime
@@ -62,12 +62,23 @@ class OrtState(State):
     only reader of a state in the graph is the node that writes it, and that node copies only between two buffers.
     """
 
+    in_place: ClassVar[bool] = True
+
     @property
     def into(self) -> dict[str, Any]:
         return {state_output(name): value for name, value in self.values.items()}
 
     def advance(self, made: Mapping[str, Any], distance: np.ndarray | None) -> None:
         self.distance = distance  # the buffers hold the rest
+
+    def rows(self, name: str, samples: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self.values[name].numpy()[samples]
+        return found
+
+    def put(self, name: str, samples: np.ndarray, made: Any, rows: np.ndarray) -> None:
+        array = self.values[name].numpy()
+        array[samples] = made.numpy()[rows]
+        self.values[name].update_inplace(array)
 
     def clear(self, samples: Sequence[int]) -> None:
         for value in self.values.values():
@@ -107,7 +118,7 @@ class OrtModel(Runtime):
         self.device = "cpu" if provider == CPU else "cuda"
         self.sessions = {
             graph: make_session(folder / f"{graph}.onnx", provider, threads, None if graph == "prepare" else settings)
-            for graph in graph_names(planner.spec)
+            for graph in planner.spec.graphs
         }
 
     def with_shapes(self, bucket_set: Buckets | None) -> OrtModel:
@@ -119,7 +130,7 @@ class OrtModel(Runtime):
     def call(
         self, graph: str, feed: Mapping[str, Any], bucket: Bucket | None, into: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Outputs by name: those of `denoise` on the host, others left on the device for later calls."""
+        """Outputs by name: those of the model on the host, others left on the device for later calls."""
         session = self.sessions[graph]
         binding = session.io_binding()
         for node in session.get_inputs():
@@ -133,20 +144,21 @@ class OrtModel(Runtime):
             if name in into:
                 binding.bind_ortvalue_output(name, into[name])
             else:
-                binding.bind_output(name, "cpu" if graph == "denoise" else self.device)
+                binding.bind_output(name, self.device if name in self.kept_there else "cpu")
         session.run_with_iobinding(binding)
         return dict(zip(names, binding.get_outputs(), strict=True))
+
+    @cached_property
+    def kept_there(self) -> set[str]:
+        """Outputs that later calls read on the device."""
+        return {UPDATE, *self.spec.live, *self.spec.constants}
 
     def array(self, value: Any) -> np.ndarray:
         return np.asarray(value.numpy())
 
     def empty_state(self, batch: int) -> OrtState:
-        return OrtState(
-            {
-                spec.name: on_device(np.zeros(spec.shape(batch, self.spec.tokens), spec.dtype), self.device)
-                for spec in self.spec.states
-            }
-        )
+        shapes = self.spec.state_shapes(batch).items()
+        return OrtState({name: on_device(np.zeros(shape, dtype), self.device) for name, (shape, dtype) in shapes})
 
 
 def pick(session: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -118,11 +118,13 @@ class StaticModel(OrtModel):
             return super().call(graph, feed, bucket, into)
         session = self.sessions[graph]
         given = {node.name: feed[node.name] for node in session.get_inputs()}
+        copied = [name for name in self.spec.constants if name in given]
+        # States are never freed, so that the identity of a buffer says which one it is.
+        buffers = (id(v) for n, v in given.items() if n not in copied and not isinstance(v, np.ndarray))
         shapes = tuple(value.shape for value in given.values() if isinstance(value, np.ndarray))
-        key = (graph, shapes, *map(id, into.values()))  # states are never freed, so that an id stays what it was
+        key = (graph, shapes, *buffers, *map(id, into.values()))
         if key not in self.steps or not self.steps[key].reads(given):
-            copied = [name for name in self.spec.constants if name in given]
-            batch = batch_of(feed[self.spec.image if graph == "route" else self.spec.live[0]])
+            batch = batch_of(feed[self.spec.live[0] if graph == "denoise" else self.spec.image])
             self.steps[key] = bound(session, given, batch, self.graphs, into, copied)
         self.steps[key](given)
         return {node.name: self.steps[key].outputs[node.name] for node in session.get_outputs()}

@@ -20,7 +20,7 @@ from dcconvert.passes.ir.spec import state_output
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.run import Runtime
-from dcconvert.passes.runtime.state import TensorState
+from dcconvert.passes.runtime.state import TensorState, zeros
 
 
 class TrtState(TensorState):
@@ -173,8 +173,7 @@ class TrtModel(Runtime):
         return value.cpu().numpy().copy()
 
     def empty_state(self, batch: int) -> TrtState:
-        shapes = {spec.name: (spec.shape(batch, self.spec.tokens), spec.torch_dtype) for spec in self.spec.states}
-        return TrtState({n: torch.zeros(s, dtype=dtype, device=self.device) for n, (s, dtype) in shapes.items()})
+        return TrtState(zeros(self.spec, batch, self.device).values)
 
 
 def open_engines(bundle: Path, onnx: Path, planner: StepPlanner) -> TrtModel:

@@ -23,7 +23,7 @@ from dcconvert.passes.ir.spec import output_names
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.run import Run, Runtime
-from dcconvert.passes.runtime.state import TensorState
+from dcconvert.passes.runtime.state import TensorState, zeros
 from dcconvert.passes.serialise.graph_json import planner_from_dict
 
 IDLE_SECONDS = 60.0  # after which a sampling run that sends nothing more is forgotten
@@ -62,8 +62,7 @@ class TritonModel(Runtime):
         return value.cpu().numpy()
 
     def empty_state(self, batch: int) -> TensorState:
-        shapes = {spec.name: (spec.shape(batch, self.spec.tokens), spec.torch_dtype) for spec in self.spec.states}
-        return TensorState({name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()})
+        return zeros(self.spec, batch)
 
     def tensor(self, name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -110,14 +109,14 @@ class Served:
             inputs[item.name] = value
         batch = len(inputs[spec.image])
         if not self.model.planner.carries:
-            return Run(self.model, batch).step(inputs)
+            return self.model.start(batch).step(inputs)
         key, start, end = (self.control(request, name) for name in (CORRELATION, START, END))
         self.forget_idle()
         if start:
             self.runs.pop(key, None)
         elif key not in self.runs:
             raise UsageError(f"sequence {key} is not known (or was silent too long): begin it with START")
-        run = self.runs[key][0] if key in self.runs else Run(self.model, batch)
+        run = self.runs[key][0] if key in self.runs else self.model.start(batch)
         self.runs[key] = run, time.monotonic()
         try:
             return run.step(inputs)

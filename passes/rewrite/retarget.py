@@ -46,7 +46,8 @@ def retyped_spec(spec: ModelSpec, old: torch.dtype, new: torch.dtype) -> ModelSp
         return replace(item, dtype=now) if item.dtype == was and item.name != spec.timestep else item
 
     states = tuple(replace(state, dtype=now) if state.dtype == was else state for state in spec.states)
-    return replace(spec, input_specs=tuple(map(cast, spec.input_specs)), states=states)
+    updates = now if spec.update_dtype == was else spec.update_dtype
+    return replace(spec, input_specs=tuple(map(cast, spec.input_specs)), states=states, update_dtype=updates)
 
 
 class Retarget(GraphPass):

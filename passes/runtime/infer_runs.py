@@ -42,10 +42,10 @@ class FollowedRun:
         specs = self.runtime.planner.spec.input_specs
         batch = next(len(inputs[spec.name]) for spec in specs if spec.batched)
         planner = self.runtime.planner
-        if not (planner.carries or planner.watches):
-            return Run(self.runtime, batch).step(inputs)
+        if not (planner.method.stateful or planner.watches):
+            return self.runtime.start(batch).step(inputs)
         if self.run is None or self.run.batch != batch or self._elsewhere(inputs):
-            self.run = Run(self.runtime, batch)
+            self.run = self.runtime.start(batch)
         else:
             self._restart_others(inputs, batch)
         try:

@@ -15,16 +15,14 @@ from torch.utils import _pytree as pytree
 
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.pass_runner import PassRecord
-from dcconvert.passes.ir.spec import ModelSpec
-from dcconvert.passes.planning.carry_plan import CarryPlan
-from dcconvert.passes.planning.chunk_plan import Plan
+from dcconvert.passes.ir.spec import WEIGHTS, ModelSpec, update_name
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.rewrite.retarget import retarget, retyped_spec
 from dcconvert.passes.runtime.infer_runs import FollowedRun
 from dcconvert.passes.runtime.run import Runtime
-from dcconvert.passes.runtime.state import TensorState
+from dcconvert.passes.runtime.state import TensorState, zeros
 
 if TYPE_CHECKING:
     from dcconvert.passes.methods.method import Method
@@ -32,15 +30,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Graphs:
-    """The graphs of a converted model, over one set of weights: route, plan on the host, denoise.
+    """The graphs of a converted model, over one set of weights. `original` is the fixed-token model.
 
-    `prepare` makes what stays the same over a run, where there is such; `original` is the fixed-token model.
+    `route` scores the tokens and `denoise` computes those that the host then chose; `prepare` makes what stays the same
+    over a run, where there is such. Or `full` computes all tokens, and `skip` none.
     """
 
-    route: GraphModule
-    denoise: GraphModule
     original: GraphModule
+    route: GraphModule | None = None
+    denoise: GraphModule | None = None
     prepare: GraphModule | None = None
+    full: GraphModule | None = None
+    skip: GraphModule | None = None
 
     def named(self) -> dict[str, GraphModule]:
         """Those that there are, by name."""
@@ -50,16 +51,21 @@ class Graphs:
 class DynamicModel(nn.Module, Runtime):
     """A converted model in torch: call it like the original, or step through a run that `start` gives.
 
-    `route_graph` and `denoise_graph` are GraphModules over the original's parameters; between them the plan is made on
-    the host from the scores, once per call.
+    Its graphs are GraphModules over the original's parameters, called `route_graph` and so on; those that its method
+    does not have are not there.
     """
+
+    original_graph: GraphModule
+    route_graph: GraphModule
+    denoise_graph: GraphModule
+    full_graph: GraphModule
+    skip_graph: GraphModule
 
     def __init__(self, graphs: Graphs, planner: StepPlanner, records: Sequence[PassRecord] = ()) -> None:
         super().__init__()
-        self.route_graph = graphs.route
-        self.denoise_graph = graphs.denoise
-        self.original_graph = graphs.original
-        self.prepare_graph = graphs.prepare
+        self.prepare_graph: GraphModule | None = None
+        for name, graph in graphs.named().items():
+            setattr(self, f"{name}_graph", graph)
         self.planner, self.bucket_set = planner, None
         self.records = list(records)
         self.target = place_of(self)
@@ -67,7 +73,7 @@ class DynamicModel(nn.Module, Runtime):
 
     @property
     def graphs(self) -> Graphs:
-        return Graphs(self.route_graph, self.denoise_graph, self.original_graph, self.prepare_graph)
+        return Graphs(**{item.name: getattr(self, f"{item.name}_graph", None) for item in fields(Graphs)})  # type: ignore[arg-type]
 
     @property
     def method(self) -> Method:
@@ -131,15 +137,11 @@ class DynamicModel(nn.Module, Runtime):
     def result(self, value: Tensor) -> Tensor:
         return value
 
-    def plan_values(self, plan: Plan | CarryPlan, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The arrays of a plan that denoise takes, by name, on the device and in the precision of the live values."""
-        found, like = {}, live[self.spec.live[0]]
-        for name, array in plan.arrays().items():
-            if name in self.spec.denoise_inputs:
-                tensor = torch.from_numpy(array)
-                tensor = tensor.to(like.dtype) if tensor.is_floating_point() else tensor
-                found[name] = tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor
-        return found
+    def beside(self, array: np.ndarray, value: Tensor) -> Tensor:
+        """The array on the device and, if it is of floats, in the precision of another value."""
+        tensor = torch.from_numpy(array)
+        tensor = tensor.to(value.dtype) if tensor.is_floating_point() else tensor
+        return tensor.pin_memory().to(value.device, non_blocking=True) if value.is_cuda else tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicModel:
         """What `to`, `cuda`, `half` and the like come down to: the graphs follow the weights.
@@ -167,15 +169,20 @@ class DynamicModel(nn.Module, Runtime):
             return dict(zip(self.spec.outputs_of(graph, len(made)), made, strict=True))
 
         follow("original", self.feed("original", inputs))
+        state = self.empty_state(batch)
+        if self.spec.updates:
+            weights = np.zeros((self.spec.updates, batch), np.float32)
+            follow("full", self.feed("full", inputs))
+            beside = self.beside(weights, state.values[update_name(0)])
+            follow("skip", self.feed("skip", {**inputs, WEIGHTS: beside}, state=state))
+            return
         live = follow("route", self.feed("route", inputs))
         if self.spec.constants:
             inputs |= follow("prepare", self.feed("prepare", inputs))
-        follow("denoise", self.feed("denoise", inputs, live, self.planner.full_plan(batch), self.empty_state(batch)))
+        follow("denoise", self.feed("denoise", inputs, live, self.planner.full_plan(batch), state))
 
     def empty_state(self, batch: int) -> TensorState:
-        place, tokens = place_of(self), self.spec.tokens
-        shapes = {spec.name: (spec.shape(batch, tokens), spec.torch_dtype) for spec in self.spec.states}
-        return TensorState({n: place.new_zeros(shape, dtype=dtype) for n, (shape, dtype) in shapes.items()})
+        return zeros(self.spec, batch, place_of(self).device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's call. In mode carry, calls that go on from the last one share its run (see `FollowedRun`)."""

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from dcconvert.passes.ir.graph_tools import copied, placeholders
 from dcconvert.passes.ir.output_gate import OutputGate
 from dcconvert.passes.ir.pass_runner import GraphPass, run_graph_passes
+from dcconvert.passes.ir.spec import UPDATE, WEIGHTS, update_name
 from dcconvert.passes.runtime.model import DynamicModel
 
 BATCH = 2  # samples of the example
@@ -41,11 +43,17 @@ def rewritten(
 
 @torch.no_grad()
 def example_of(model: DynamicModel) -> dict[str, Any]:
-    """What graphs of a model take in a step that keeps every token, by name; all arrays of its plan included."""
+    """What graphs of a model take in a step that gives what the original gives, by name.
+
+    All arrays of the step's plan are there, also those that no graph takes yet.
+    """
     inputs = model.spec.example(BATCH)
+    if model.spec.updates:
+        update = model.call("full", model.feed("full", inputs))[UPDATE]
+        own = np.eye(model.spec.updates, dtype=np.float32)[:, [0] * BATCH]  # the step's own update, no forecast
+        updates = {update_name(number): update for number in range(model.spec.updates)}
+        return {**inputs, WEIGHTS: model.beside(own, update), **updates}
     _, live = model.route(inputs)
-    arrays = model.planner.full_plan(BATCH).arrays()
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     hidden = live[model.spec.live[0]]
-    plan = {name: t.to(hidden) if t.is_floating_point() else t.to(hidden.device) for name, t in tensors.items()}
+    plan = {n: model.beside(array, hidden) for n, array in model.planner.full_plan(BATCH).arrays().items()}
     return {**inputs, **model.prepare(inputs), **live, **plan, **model.empty_state(BATCH).values}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.planning.token_history import History
 from dcconvert.passes.runtime.state import State
+from dcconvert.passes.runtime.update_history import UpdateHistory
 
 
 class Buckets(Protocol):
@@ -69,11 +70,11 @@ class Runtime(ABC):
 
     def start(self, batch: int, groups: int = 1) -> Run:
         """A new sampling run of `batch` samples; call its `step` for every timestep. `groups` as in `Run`."""
-        return Run(self, batch, groups)
+        return self.planner.method.run(self, batch, groups)
 
-    def plan_values(self, plan: Plan | CarryPlan, live: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A plan's arrays, where `live` values of the same step are."""
-        return plan.arrays()
+    def beside(self, array: np.ndarray, value: Any) -> Any:
+        """An array of the host where another value of the runtime is, for graphs that take both."""
+        return array
 
     @property
     def spec(self) -> ModelSpec:
@@ -105,11 +106,12 @@ class Runtime(ABC):
         `route` made. `plan` and `state` as in `denoise`.
         """
         given = {**inputs, **(live or {}), **(state.values if state else {})}
-        if plan is not None:
-            given |= self.plan_values(plan, live or {})
         names, constants = self.spec.inputs_of(graph), self.spec.constants
         if graph == "denoise" and constants and constants[0] not in given:
             given |= self.prepare(inputs)
+        if plan is not None and live:
+            hidden = live[self.spec.live[0]]
+            given |= {name: self.beside(array, hidden) for name, array in plan.arrays().items() if name in names}
         return {name: given[name] for name in names}
 
     def prepare(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +180,7 @@ class Run:
         self.last_times: StageTimes | None = None
         planner = runtime.planner
         self.history = History(self.size, planner.spec.tokens) if planner.carries else None
-        self.state = runtime.empty_state(self.size) if planner.carries else None
+        self.state = runtime.empty_state(self.size)
         self.watch = ThirdDifference(self.size) if planner.watches else None
         self._constants: dict[str, Any] | None = None
 
@@ -189,7 +191,13 @@ class Run:
         return self.last_plan.counts[: self.batch]
 
     @property
-    def remembered(self) -> History | ThirdDifference | None:
+    def keep(self) -> np.ndarray:
+        """Which tokens each sample computed at the last step, bool [B, N]."""
+        assert self.last_plan is not None
+        return self.last_plan.keep[: self.batch]
+
+    @property
+    def remembered(self) -> History | ThirdDifference | UpdateHistory | None:
         """What a run keeps of its earlier steps on the host."""
         return self.history or self.watch
 
@@ -202,12 +210,16 @@ class Run:
         chosen = sorted({sample % part + group * part for sample in named for group in range(self.groups)})
         if self.batch - 1 in chosen:
             chosen += range(self.batch, self.size)  # the copies that fill up the batch
-        if self.history is not None and self.state is not None:
+        self.forget(chosen)
+
+    def forget(self, samples: Sequence[int]) -> None:
+        """Drop what these samples remember, of the filled-up batch."""
+        if self.history is not None:
             self._constants = None
-            self.history.restart(chosen)
-            self.state.clear(chosen)
+            self.history.restart(samples)
+            self.state.clear(samples)
         if self.watch is not None:
-            self.watch.restart(chosen)
+            self.watch.restart(samples)
 
     def step(
         self, inputs: dict[str, Any], counts: np.ndarray | None = None, planners: Sequence[StepPlanner] = ()
@@ -224,11 +236,14 @@ class Run:
             return self._step(inputs, counts, planners)
         self.history.check(self.runtime.planner.taus(inputs, self.size))
         try:
-            with nullcontext() if self.gradients else torch.no_grad():
+            with self._gradients():
                 return self._step(inputs, counts, planners)
         except BaseException:
             self.restart()
             raise
+
+    def _gradients(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.gradients else torch.no_grad()
 
     def _step(self, inputs: dict[str, Any], counts: np.ndarray | None, planners: Sequence[StepPlanner]) -> list[Any]:
         planner, history = self.runtime.planner, self.history
@@ -257,7 +272,7 @@ class Run:
         if self._constants is None:
             self._constants = self.runtime.prepare(inputs)
         outputs = self.runtime.denoise({**inputs, **self._constants}, live, plan, self.state)
-        if history is not None and self.state is not None and self.state.distance is not None:
+        if history is not None and self.state.distance is not None:
             history.distance = self.state.distance
         self.last_plan = plan
         self.last_times = StageTimes(routed - start, planned - routed, time.perf_counter() - planned)
@@ -297,3 +312,13 @@ def fill_batch(value: Any, batch: int) -> Any:
     if isinstance(value, torch.Tensor):
         return torch.cat([value, value[-1:].expand(batch - len(value), *value.shape[1:])])
     return np.concatenate([value, np.repeat(value[-1:], batch - len(value), axis=0)])
+
+
+def rows_of(value: Any, samples: np.ndarray) -> Any:
+    """Some samples of an array or tensor, in the order given."""
+    return value[torch.as_tensor(samples, device=value.device)] if isinstance(value, torch.Tensor) else value[samples]
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """Arrays or tensors one after the other, along the batch."""
+    return torch.cat(list(parts)) if isinstance(parts[0], torch.Tensor) else np.concatenate(parts)

@@ -30,7 +30,7 @@ from dcconvert.passes.methods.method import Method
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel, Graphs
-from dcconvert.passes.serialise.interface_checks import PREPARE, check_seams, damaged
+from dcconvert.passes.serialise.interface_checks import check_seams, damaged
 from dcconvert.passes.serialise.treespec import shown, treespec_fault
 
 VERSION = 4  # 3: a method and its options; before, one set of options for all methods. 4: ops under their new names
@@ -42,7 +42,7 @@ RENAMED = {
     "remember": "cache_write",
     "recall": "cache_read",
 }  # dcconvert's ops in files of format 2 and 3
-GRAPHS = ("route", "denoise", "original")  # and prepare, where a model has it
+ORIGINAL = "original"  # beside the graphs that a run calls
 STATE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_STATE = 1 << 20  # numbers a token and value
 NAMESPACES = ("aten", "dcconvert")
@@ -101,9 +101,8 @@ def model_from_dict(data: Any, tensors: Mapping[str, Tensor]) -> DynamicModel:
         planner = StepPlanner(*read_facts(data))
         records = [plainly(PassRecord(**{**r, "notes": tuple(map(str, r["notes"]))})) for r in data["passes"]]
         pool = dict(tensors)
-        route, denoise, original = (read_graph(data["graphs"][name], pool) for name in GRAPHS)
-        prepare = read_graph(data["graphs"][PREPARE], pool) if planner.spec.constants else None
-        model = DynamicModel(Graphs(route, denoise, original, prepare), planner, records)
+        names = (*planner.spec.graphs, ORIGINAL)
+        model = DynamicModel(Graphs(**{n: read_graph(data["graphs"][n], pool) for n in names}), planner, records)
         check_seams(model, model.graphs.named())
         return model
 

@@ -13,7 +13,6 @@ from dcconvert import api
 from dcconvert.api import Converted
 from dcconvert.commands import convert as job
 from dcconvert.export.bundle import Bundle, read_bundle
-from dcconvert.passes.methods import MODES
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.sampling.bundle_runs import run_planner
 from dcconvert.sampling.steps import OrtPair
@@ -40,7 +39,8 @@ class MainJob:
 
 SHARED = ("--ratio", "4x", "--schedule", "falling", "--batch", 1, "--batch", 2, "--images", 3, "--reference-steps", 14)
 WORDS = {
-    "carry": ("--steps", 12),
+    "carry": ("--mode", "carry", "--steps", 12),
+    "steps": ("--mode", "steps", "--steps", 50),
     "chunk": ("--mode", "chunk", "--steps", 4, "--solver", "dpm++"),
 }
 
@@ -70,7 +70,7 @@ def run_job(mode: str, folder: Path) -> MainJob:
 
 @pytest.fixture(scope="session")
 def main_job(tmp_path_factory: pytest.TempPathFactory) -> MainJob:
-    """In the default mode."""
+    """In mode carry."""
     return run_job("carry", tmp_path_factory.mktemp("main"))
 
 
@@ -79,7 +79,12 @@ def chunk_job(tmp_path_factory: pytest.TempPathFactory) -> MainJob:
     return run_job("chunk", tmp_path_factory.mktemp("chunk"))
 
 
-@pytest.fixture(params=MODES)
+@pytest.fixture(scope="session")
+def steps_job(tmp_path_factory: pytest.TempPathFactory) -> MainJob:
+    return run_job("steps", tmp_path_factory.mktemp("steps"))
+
+
+@pytest.fixture(params=("carry", "chunk"))
 def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

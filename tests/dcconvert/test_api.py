@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dcconvert
-from dcconvert import Converted, UnsupportedModelError, UsageError, convert, load
+from dcconvert import Converted, Options, UnsupportedModelError, UsageError, convert, load
 from dcconvert.environment import machine
 from dcconvert.export.bundle import read_bundle
 from dcconvert.export.runtimes.ort import OrtModel
@@ -34,7 +34,7 @@ def by_name() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 @pytest.fixture(scope="module")
 def from_diffusers(by_name) -> Converted:
     module, inputs = by_name
-    return convert(module, "2x", example_inputs=inputs)
+    return convert(module, "2x", example_inputs=inputs, options=Options("carry"))
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def test_saving_that_fails_leaves_nothing(from_diffusers, tmp_path, monkeypatch)
 
 
 def test_buckets_have_no_padding(main_job):
-    bucket_set = main_job.model.bucket_set(batches=(1, 4))
+    bucket_set = main_job.model.choose_buckets(batches=(1, 4))
     assert bucket_set.batches == (1, 4)
     assert bucket_set.tokens == TOKENS
     assert bucket_set.lengths[-1] == TOKENS

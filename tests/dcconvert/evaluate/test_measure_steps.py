@@ -141,7 +141,7 @@ def test_arrays_go_by_the_names_of_the_model(bundle):
 
 
 def test_compute_adds_up(bundle, planner, taus, mode):
-    compute = compute_section(bundle.model, planner, taus)
+    compute = compute_section(bundle.model, planner.run_counts(taus), taus)
     steps, run = compute["per_step"], compute["run_gmacs"]
     assert [step["tau"] for step in steps] == pytest.approx(taus.tolist())
     assert np.mean([step["kept"] for step in steps]) == pytest.approx(16, abs=0.5)
@@ -159,15 +159,15 @@ def test_compute_adds_up(bundle, planner, taus, mode):
 
 
 def test_what_is_made_once_in_a_run_counts_once(bundle, planner, taus, monkeypatch):
-    before = compute_section(bundle.model, planner, taus)["run_gmacs"]
+    before = compute_section(bundle.model, planner.run_counts(taus), taus)["run_gmacs"]
     monkeypatch.setattr(evaluate, "prepare_gmacs", lambda model, inputs: 0.5)
-    after = compute_section(bundle.model, planner, taus)["run_gmacs"]
+    after = compute_section(bundle.model, planner.run_counts(taus), taus)["run_gmacs"]
     assert after["converted"] == pytest.approx(before["converted"] + 0.5)
     assert after["original"] == before["original"]
 
 
 def test_compute_of_everything_is_hardly_more_than_the_original(everything, taus):
-    compute = compute_section(everything.model, everything.converted.planner, taus)
+    compute = compute_section(everything.model, everything.converted.planner.run_counts(taus), taus)
     assert {step["kept"] for step in compute["per_step"]} == {TOKENS}
     assert compute["ratio"] == pytest.approx(1, rel=0.05)
 
@@ -212,7 +212,7 @@ def test_a_row_weights_buckets_by_their_steps(monkeypatch):
 
 
 def test_every_bucket_of_the_run_is_timed(runtime, bundle, planner, taus):
-    compute = compute_section(bundle.model, planner, taus)
+    compute = compute_section(bundle.model, planner.run_counts(taus), taus)
     ticks: list[str] = []
     on_ort, on_torch = latency_section(runtime, compute, 2, 3, tick=ticks.append)
     assert (on_ort["runtime"], on_torch["runtime"]) == ("ONNX Runtime CPU", "torch CPU, eager")
@@ -255,7 +255,7 @@ def test_sparse_steps_are_timed_with_few_tokens(runtime, bundle, planner, taus, 
 
     monkeypatch.setattr(type(runtime.converted), "start", remember)
     monkeypatch.setattr(evaluate, "interleaved", watch)
-    latency_section(runtime, compute_section(bundle.model, planner, taus), 2, 2, in_torch=False)
+    latency_section(runtime, compute_section(bundle.model, planner.run_counts(taus), taus), 2, 2, in_torch=False)
     names = {name for name, _ in kept}
     assert len(names) > 1
     last = dict(kept)  # the last turn of each
@@ -264,18 +264,18 @@ def test_sparse_steps_are_timed_with_few_tokens(runtime, bundle, planner, taus, 
 
 
 def test_latency_without_torch(runtime, bundle, planner, taus):
-    compute = compute_section(bundle.model, planner, taus)
+    compute = compute_section(bundle.model, planner.run_counts(taus), taus)
     assert len(latency_section(runtime, compute, 1, 1, in_torch=False)) == 1
 
 
 def test_latency_needs_buckets(runtime, bundle, planner, taus):
     runtime.converted.bucket_set = None
-    with pytest.raises(ValueError, match="buckets"):
-        latency_section(runtime, compute_section(bundle.model, planner, taus), 2, 1)
+    with pytest.raises(ValueError, match="bucket set"):
+        latency_section(runtime, compute_section(bundle.model, planner.run_counts(taus), taus), 2, 1)
 
 
 def test_memory_is_that_of_fresh_processes(runtime, bundle, planner, taus, original_onnx):
-    compute = compute_section(bundle.model, planner, taus)
+    compute = compute_section(bundle.model, planner.run_counts(taus), taus)
     rows = memory_section(runtime, compute, bundle.onnx, original_onnx, 2)
     assert [row["model"] for row in rows] == ["original", "converted"]
     assert {row["runtime"] for row in rows} == {"ONNX Runtime CPU, batch 2"}
@@ -291,7 +291,7 @@ def test_memory_is_that_of_the_largest_step(runtime, bundle, planner, taus, orig
         return 1.0
 
     monkeypatch.setattr(evaluate, "peak_memory", look)
-    compute = compute_section(bundle.model, planner, taus)
+    compute = compute_section(bundle.model, planner.run_counts(taus), taus)
     memory_section(runtime, compute, bundle.onnx, original_onnx, 2)
     [original], [_, denoise] = feeds
     assert set(original) == {"x", "t", "y"}

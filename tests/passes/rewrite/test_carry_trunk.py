@@ -93,7 +93,7 @@ def test_a_scale_of_attention_is_kept():
             return x + self.proj(out) * c.unsqueeze(1)
 
     call: Call = TinyModel(Scaled() for _ in range(3)), tiny_inputs(), {}
-    model = rewrite(*call, method_of(), FULL, timestep_scale=1.0)
+    model = rewrite(*call, method_of("carry"), FULL, timestep_scale=1.0)
     assert relative(MaskedRun(model).step(call, all_of(TOKENS)), plain(call)) < TOLERANCE
 
 
@@ -342,10 +342,10 @@ class Nameless(TinyModel):
 def test_a_model_whose_timestep_is_unknown_is_refused():
     call: Call = Nameless(Block() for _ in range(3)), tiny_inputs(), {}
     with pytest.raises(UsageError, match=r"needs to know which input is the timestep: name it with timestep=\.\.\."):
-        rewrite(*call, method_of(), FULL)
-    assert rewrite(*call, method_of(), FULL, timestep="sigma").spec.timestep == "sigma"
+        rewrite(*call, method_of("carry"), FULL)
+    assert rewrite(*call, method_of("carry"), FULL, timestep="sigma").spec.timestep == "sigma"
     with pytest.raises(UsageError, match="no input 'time' to take the timestep from; it has x, sigma"):
-        rewrite(*call, method_of(), FULL, timestep="time")
+        rewrite(*call, method_of("carry"), FULL, timestep="time")
 
 
 class KeysElsewhere(Block):
@@ -363,4 +363,4 @@ class KeysElsewhere(Block):
 
 def test_keys_laid_out_otherwise_are_refused():
     with pytest.raises(UnsupportedModelError, match=r"keys and values must be laid out \[B, H, N, d\]"):
-        rewrite(TinyModel(KeysElsewhere() for _ in range(3)), tiny_inputs(), {}, method_of(), FULL)
+        rewrite(TinyModel(KeysElsewhere() for _ in range(3)), tiny_inputs(), {}, method_of("carry"), FULL)

@@ -69,8 +69,8 @@ class Counting(Runtime):
     def result(self, value: Any) -> Any:
         return value
 
-    def plan_values(self, plan: Any, live: Any) -> Any:
-        return self.model.plan_values(plan, live)
+    def beside(self, array: np.ndarray, value: Any) -> Any:
+        return self.model.beside(array, value)
 
     def empty_state(self, batch: int) -> TensorState:
         return self.model.empty_state(batch)
@@ -168,7 +168,8 @@ def test_steps_of_mode_chunk_know_nothing_of_each_other():
         assert torch.equal(step(run, model, now), step(model.start(BATCH), model, now))
         assert kept(run) == [TOKENS // 2] * BATCH
     run.restart()
-    assert (run.history, run.state) == (None, None)
+    assert run.history is None
+    assert run.state.values == {}
     step(run, model, now, [1, 2, 3])
     assert kept(run) == [1, 2, 3]
 

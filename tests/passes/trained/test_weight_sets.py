@@ -109,7 +109,7 @@ def test_features_are_what_leaves_the_trunk(model):
 def test_features_of_a_graph_without_dechunk():
     torch.manual_seed(0)
     module = TinyModel(Block() for _ in range(3))
-    carried = rewrite(module, tiny_inputs(), {}, method_of(), Schedule("constant", 2), timestep_scale=1.0)
+    carried = rewrite(module, tiny_inputs(), {}, method_of("carry"), Schedule("constant", 2), timestep_scale=1.0)
     with pytest.raises(CheckFailedError, match="0 dechunks"):
         with_features(carried)
 
