@@ -139,9 +139,7 @@ class Steps:
         run_passes(program, (Normalise(), RealNumbers(), FindTokenStream()))
         original = copy_graph(program)
         run_passes(program, (SplitSteps(),))
-        assert program.full is not None
-        assert program.skip is not None
-        return cls(original, program.full, program.skip)
+        return cls(original, **program.parts)
 
     def moved(self, device: torch.device, dtype: torch.dtype) -> Steps:
         """On a device and in a precision; the weights may be there already."""

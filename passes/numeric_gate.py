@@ -43,7 +43,7 @@ def full_plan(program: Program) -> list[Tensor]:
     if program.state:
         arrays = full_carry_plan(batch, stream.tokens).arrays()
     else:
-        arrays = program.chosen().planner(stream.grid).full_plan(batch).arrays()
+        arrays = program.method.planner(stream.grid).full_plan(batch).arrays()
     dtypes = {name: node.meta["val"].dtype for name, node in program.plan_inputs.items()}
     plan = [torch.from_numpy(arrays[name]).to(program.device, dtype) for name, dtype in dtypes.items()]
     states = [node.meta["val"] for node in program.state.values()]

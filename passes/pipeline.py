@@ -69,7 +69,7 @@ def rewrite(
     records = run_passes(program, method.pipeline(), dump, NumericGate(program))
     spec = ModelSpec.of(program)
     schedule.check(spec.tokens)
-    graphs = Graphs(beside, program.route, program.denoise, program.prepare, program.full, program.skip)
+    graphs = Graphs(beside, **program.parts)
     return DynamicModel(graphs, StepPlanner(spec, method, schedule), records)
 
 

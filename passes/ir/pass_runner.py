@@ -100,7 +100,7 @@ def run_passes(
     for number, current in enumerate(passes):
         if isinstance(current, Pass):
             records.append(run_one(current, program, live_modules, check_graph, gate))
-        elif live_modules(program) != [program.graph_module]:
+        elif program.parts:
             raise CheckFailedError(f"{current.name} is for one graph and the program was split; fix the pipeline order")
         else:
             whole = program.graph_module
@@ -165,11 +165,7 @@ def count_nodes(modules: Iterable[GraphModule]) -> int:
 
 
 def live_modules(program: Program) -> list[GraphModule]:
-    if program.route is not None and program.denoise is not None:
-        return [program.route, program.denoise, *([program.prepare] if program.prepare else [])]
-    if program.full is not None and program.skip is not None:
-        return [program.full, program.skip]
-    return [program.graph_module]
+    return list(program.parts.values()) or [program.graph_module]
 
 
 def check_graph(module: GraphModule, after: str) -> None:
@@ -187,8 +183,5 @@ def check_graph(module: GraphModule, after: str) -> None:
 
 def dump_graphs(program: Program, folder: Path, stem: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    modules = live_modules(program)
-    halves = ("full", "skip") if program.full is not None else ("route", "denoise", "prepare")
-    labels = ("graph",) if len(modules) == 1 else halves
-    for label, module in zip(labels, modules, strict=False):
+    for label, module in (program.parts or {"graph": program.graph_module}).items():
         (folder / f"{stem}.{label}.txt").write_text(readable(module))

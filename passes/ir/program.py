@@ -44,14 +44,14 @@ class Program:
     """One captured model on its way through the passes.
 
     `graph_module` takes the flat tensor inputs and returns the flat outputs; `batch` is the symbol of the
-    batch axis. `route` and `denoise` appear when SplitRoute has cut the graph in two.
+    batch axis. Once a pass has split the model there are `parts`, and they are what later passes rewrite.
     """
 
     graph_module: GraphModule
     batch: torch.SymInt
     in_spec: str
     out_spec: str
-    method: Method | None  # None only for a module that is captured to be copied into another program
+    method: Method
     example: tuple[Any, ...] = ()  # the flat inputs it was captured on
     stream: TokenStream | None = None
     trunk: tuple[Node, Node] | None = None  # trunk input and trunk output in the graph
@@ -59,11 +59,7 @@ class Program:
     scores: Node | None = None
     plan_inputs: dict[str, Node] = field(default_factory=dict)
     state: dict[str, Node] = field(default_factory=dict)  # graph inputs that hold what `carry` remembers
-    route: GraphModule | None = None
-    denoise: GraphModule | None = None
-    prepare: GraphModule | None = None
-    full: GraphModule | None = None
-    skip: GraphModule | None = None
+    parts: dict[str, GraphModule] = field(default_factory=dict)  # what it was split into, by the names of `Graphs`
     inputs: tuple[str, ...] = ()  # the original's flat inputs, in call order
     image: str = ""  # the one that patchify reads
     timestep: str | None = None  # the one that holds the timestep, where it is known
@@ -82,11 +78,6 @@ class Program:
     def device(self) -> torch.device:
         """Where the example inputs are."""
         return next((v.device for v in self.example if isinstance(v, Tensor)), torch.device("cpu"))
-
-    def chosen(self) -> Method:
-        if self.method is None:
-            raise CheckFailedError("this program was captured for no method; this is a bug of dcconvert")
-        return self.method
 
     def found_stream(self) -> TokenStream:
         if self.stream is None:

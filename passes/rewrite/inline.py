@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from dcconvert.passes.frontend.canonicalise import Normalise
-from dcconvert.passes.frontend.capture import capture
+from dcconvert.passes.frontend.capture import export, plain_graph
 from dcconvert.passes.ir.graph_tools import attributes, emit, give_tensor, output_node, placeholders, read_tensor
 from dcconvert.passes.ir.pass_runner import run_graph_passes
 
@@ -17,11 +17,11 @@ from dcconvert.passes.ir.pass_runner import run_graph_passes
 def inline(target: GraphModule, module: nn.Module, sources: Sequence[Node], name: str) -> Node:
     """Copy `module(*sources)` to the graph's insertion point; returns the result's node.
 
-    The module's tensors appear in `target` under `name`. Errors as `capture`.
+    The module's tensors appear in `target` under `name`. Errors as `export`.
     """
     values = [source.meta["val"] for source in sources]
     example = [torch.zeros(3, *map(int, v.shape[1:]), dtype=v.dtype, device=v.device) for v in values]
-    inner = capture(module.to(values[0].device), example).graph_module
+    inner = plain_graph(export(module.to(values[0].device), example))
     run_graph_passes(inner, (Normalise(),))
     for key, value in attributes(inner).items():
         give_tensor(target, f"{name}.{key}", value)

@@ -22,7 +22,7 @@ class InsertRouter(Pass):
     exact = True
 
     def call(self, program: Program) -> PassResult:
-        stream, (start, _), method = program.found_stream(), program.found_trunk(), program.chosen()
+        stream, (start, _), method = program.found_stream(), program.found_trunk(), program.method
         router = program.router
         if method.router != OWN:
             router = method.router_module(stream.grid)

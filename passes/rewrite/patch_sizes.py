@@ -74,7 +74,7 @@ class PatchSizes(Pass):
         body = trunk_nodes(program, start, (end,))
         outside = [user for user in end.users if user not in body]
         add_plan_inputs(program, CHUNK_INPUTS)
-        packer = PatchPacker(program, find_rule, stream.tokens, program.chosen().row_packing)
+        packer = PatchPacker(program, find_rule, stream.tokens, program.method.row_packing)
         with program.graph.inserting_before(end.next):
             members = (packer.plan_input("chunk_index"), packer.plan_input("chunk_weight"))
             embedded = embeddings(program, start, pixels.patch, scales)
@@ -102,7 +102,7 @@ class PatchSizes(Pass):
         fill = packer.plan_input("fill_index")
         taken = packer.emit(torch.ops.dcconvert.gather_tokens.default, rows, packer.emit(aten.select.int, fill, 2, 0))
         image, time = (input_of(program, name) for name in (program.image, program.timestep))
-        predicts = program.chosen().predicts
+        predicts = program.method.predicts
         if not predicts or time is None or image is None:
             return taken
         stream, known = program.found_stream(), (predicts, image.meta["val"].shape[1])

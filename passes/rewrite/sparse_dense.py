@@ -71,7 +71,7 @@ class SparseDense(Pass):
     """
 
     def call(self, program: Program) -> PassResult:
-        stream, method = program.found_stream(), program.chosen()
+        stream, method = program.found_stream(), program.method
         if any(stream.contexts.get(node) for node in stream.boundaries):
             raise UnsupportedModelError(
                 "sparse-dense blocks have no rule for tokens beside the grid (joint attention with text): use the "
@@ -95,7 +95,7 @@ class SparseDense(Pass):
 
 def rewrite_group(program: Program, number: int, group: Group, bodies: Sequence[list[Node]]) -> None:
     boundaries, width = program.found_stream().boundaries, program.found_stream().width
-    packer = Packer(program, find_rule, program.found_stream().tokens, program.chosen().row_packing)
+    packer = Packer(program, find_rule, program.found_stream().tokens, program.method.row_packing)
     dense = boundaries[group.generation]
     packer.whole_keys = True
     for block in (group.generation, *group.sparse):
@@ -148,7 +148,7 @@ def pool_values(program: Program, body: Sequence[Node]) -> None:
             raise UnsupportedModelError(f"{where(node)}: its values are no linear function of tokens")
         source = operand(layer)
         needed = [n for n in dependents(program, [source]) if n in path and n is not source]
-        packer = MeanPacker(program, find_rule, program.found_stream().tokens, program.chosen().row_packing)
+        packer = MeanPacker(program, find_rule, program.found_stream().tokens, program.method.row_packing)
         with program.graph.inserting_before(node):
             packer.start(source, packer.emit(aten.mean.dim, source, [1], True))
             for step in needed:

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from dcconvert.passes.frontend.token_stream import ATTENTION
-from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
+from dcconvert.passes.ir.errors import UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import add_input, emit, placeholders, remove_dead_code
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
 from dcconvert.passes.ir.program import Program
@@ -35,20 +35,15 @@ class SplitSteps(Pass):
         program.found_trunk()
 
     def call(self, program: Program) -> PassResult:
-        program.full = full_graph(program)
-        program.skip = skip_graph(program, self.updates)
-        left, whole = (sum(n.target is ATTENTION for n in g.graph.nodes) for g in (program.skip, program.full))
-        method = program.chosen()
+        program.parts = {"full": full_graph(program), "skip": skip_graph(program, self.updates)}
+        whole, left = (sum(n.target is ATTENTION for n in part.graph.nodes) for part in program.parts.values())
+        method = program.method
         if left and not (method.head_blocks or method.tail_blocks):
             raise UnsupportedModelError(
                 f"{left} of {whole} attention ops do not go through the tokens' update: a step that skips the trunk "
                 "would compute them all the same; use --mode carry"
             )
         return PassResult(whole - left, (f"{whole - left} of {whole} attention ops are skipped",))
-
-    def ensures(self, program: Program) -> None:
-        if program.full is None or program.skip is None:
-            raise CheckFailedError("SplitSteps made no graphs; this is a bug of dcconvert")
 
 
 def copied(program: Program) -> tuple[Graph, dict[Node, Node], tuple[Node, ...]]:
