@@ -11,7 +11,9 @@ on others. Time is that of whole runs on ONNX Runtime: original, computed and sk
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +28,27 @@ from dcconvert.evaluate.tuning import FittedStep, Images, Trial, Tuner
 from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
 from dcconvert.export.checks.latency import interleaved, spread
 from dcconvert.export.checks.parity import as_array
+from dcconvert.export.files import file_sha256
 from dcconvert.export.onnx.export import export_onnx, export_original
 from dcconvert.export.runtimes.ort import CPU, OrtModel, make_session, pick
 from dcconvert.models.load import shipped_model
 from dcconvert.passes.methods import method_of
 from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import initial_noise, labels_for
+from dcconvert.sampling.shipped_tables import TABLES
 
 NAME = "fitted"
 STEPS = 50  # of the run that budgets are shares of
 BUDGETS = (4, 6, 8, 12.5, 18.75, 25)
+GUIDED_BUDGETS = (12.5,)
+ASSET = Path(__file__).parent.parent / "dcconvert" / "assets" / TABLES
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fitted run tables of the shipped model.")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 4.0])
+    parser.add_argument("--guidance", type=float, default=4.0, help="the second scale, beside 1")
+    parser.add_argument("--guided-budgets", type=float, nargs="*", default=GUIDED_BUDGETS, help="budgets at that scale")
     parser.add_argument("--images", type=int, default=16, help="that tables are fitted to")
     parser.add_argument("--fresh", type=int, default=48, help="that every run is judged on")
     parser.add_argument("--reference-steps", type=int, default=200)
@@ -51,10 +58,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as tmp, torch.inference_mode(), Progress() as progress:
         bench = Bench(Path(tmp), args, progress)
         times = bench.times()
-        rows = [row for guidance in args.guidance for row in bench.rows(guidance, times)]
+        rows = bench.rows(1.0, args.budgets, times)
+        if args.guided_budgets:
+            rows += bench.rows(args.guidance, args.guided_budgets, times)
         settings = {"model": shipped_model().name, **vars(args), "runtime": "onnxruntime CPU, fp32", "steps": STEPS}
         path = write_result(NAME, {**settings, "times_ms": times}, rows)
-    print(f"Results: {path}")
+    ship(rows)
+    print(f"Results: {path}\nShipped tables: {ASSET}")
+
+
+def ship(rows: Sequence[dict[str, Any]]) -> None:
+    """Write the best fitted table of every budget without guidance, for the shipped model."""
+    best: dict[float, dict[str, Any]] = {}
+    for row in rows:
+        if row["guidance"] == 1 and row["table"] and row["psnr"] > best.get(row["budget"], {"psnr": 0})["psnr"]:
+            best[row["budget"]] = row
+    tables = {file_sha256([shipped_model()]): [row["table"] for _, row in sorted(best.items())]}
+    ASSET.write_text(json.dumps(tables, separators=(",", ":")) + "\n")
 
 
 class Bench:
@@ -91,7 +111,9 @@ class Bench:
         labels = labels_for(count, self.cfg.num_classes)
         return tuner.images(noise, labels, self.args.reference_steps, lambda: self.progress.advance(task))
 
-    def rows(self, guidance: float, times: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    def rows(
+        self, guidance: float, budgets: Sequence[float], times: dict[str, dict[str, float]]
+    ) -> list[dict[str, Any]]:
         halves = 1 if guidance == 1 else 2
         tuner = Tuner(
             lambda: FittedStep(self.model, self.session, halves),
@@ -104,8 +126,8 @@ class Bench:
         fresh = self.drawn(tuner, 0, self.args.fresh, f"guidance {guidance:g}: reference to judge by")
         converged = tuner.convergence(fresh, self.args.reference_steps // 2, lambda: None)
         rows = []
-        task = self.progress.add_task(f"guidance {guidance:g}: budgets", total=len(self.args.budgets))
-        for budget in self.args.budgets:
+        task = self.progress.add_task(f"guidance {guidance:g}: budgets", total=len(budgets))
+        for budget in budgets:
             trials = tuner.trials(budget, seen, fresh, lambda _: None)
             best = trials[0].psnr
             rows += [self.row(guidance, budget, trial, best, converged, times) for trial in trials]

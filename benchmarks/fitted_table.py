@@ -14,7 +14,7 @@ COLUMNS = {
     "original, unipc": "original, UniPC",
     "original, euler": "original, Euler",
 }
-SHORT = ("all steps computed", "original, unipc", "original, euler")
+SHORT = ("all steps computed, fitted", "all steps computed", "original, unipc", "original, euler")
 
 
 def cell(row: dict[str, Any] | None, error: bool, best: float) -> str:

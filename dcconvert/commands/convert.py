@@ -38,7 +38,7 @@ from dcconvert.report.notes import state_note
 from dcconvert.sampling.bundle_runs import run_of, write_table
 from dcconvert.sampling.fitting import fitted
 from dcconvert.sampling.run_table import RunTable
-from dcconvert.sampling.samplers import Sampler
+from dcconvert.sampling.samplers import SOLVERS, Sampler
 from dcconvert.terminal import Stages
 
 ASSUMED = (
@@ -112,10 +112,12 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
             with stages.stage("fit to the ratio on runs of the model") as tick:
                 model = fitted(model, sampler, source.config, tick)
         planner = StepPlanner(model.spec, model.method, model.schedule.fitted(taus))
-        run = run_of(model, sampler, settings.ratio) if source.config is not None else sampler
+        run = run_of(model, sampler, settings.ratio, source.sha256) if source.config is not None else sampler
         counts = planner.bucket_counts(taus)
         bucket_set = choose_buckets(settings.batches, counts, model.spec.tokens, settings.buckets - 1)
         report = describe(settings, source, model, planner, run, bucket_set)
+        if isinstance(run, RunTable) and settings.solver != SOLVERS[0]:
+            stages.note(f"Mode steps is sampled by its run table; {settings.solver} is the original's beside it.")
         if model.method.stateful:
             stages.note(state_note(model.spec.state_bytes, settings.batches))
         with stages.stage("verify in torch"):

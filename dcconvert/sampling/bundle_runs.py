@@ -20,6 +20,7 @@ from dcconvert.passes.runtime.run import Runtime
 from dcconvert.sampling.default_tables import default_table
 from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Sampler, Step
+from dcconvert.sampling.shipped_tables import shipped_table
 from dcconvert.sampling.steps import OrtPair
 
 RUN = "run.json"  # a run table, beside the manifest
@@ -35,9 +36,15 @@ def dit_config(bundle: Bundle) -> DiTConfig:
         ) from error
 
 
-def run_of(model: DynamicModel, sampler: Sampler, ratio: float) -> Sampler | RunTable:
-    """How a model is sampled at a ratio: by the sampler itself, or by a table that stands for its run."""
-    return default_table(sampler.prediction, sampler.steps, ratio) if model.method.remembers == "updates" else sampler
+def run_of(model: DynamicModel, sampler: Sampler, ratio: float, sha256: str = "") -> Sampler | RunTable:
+    """How a model is sampled at a ratio: by the sampler itself, or by a table that stands for its run.
+
+    `sha256`: of the checkpoint; a table that was fitted to it ships with some.
+    """
+    if model.method.remembers != "updates":
+        return sampler
+    made = default_table(sampler.prediction, sampler.steps, ratio)
+    return shipped_table(sha256, made.evaluations) or made
 
 
 def write_table(run: Sampler | RunTable, folder: Path) -> None:

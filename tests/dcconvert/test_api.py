@@ -132,7 +132,7 @@ def test_ratios_that_cannot_be(ratio):
     ("options", "words"),
     [
         ({"schedule": "sideways"}, "unknown schedule 'sideways'"),
-        ({"options": method_of(head_blocks=2, tail_blocks=1)}, "block"),
+        ({"options": method_of("carry", head_blocks=2, tail_blocks=1)}, "block"),
         ({"preset": "crystal ball"}, "unknown method"),
         ({"timestep": "when"}, "when"),
     ],

@@ -54,7 +54,7 @@ def carried(name: str, **options: Any) -> tuple[DynamicModel, Call]:
     torch.manual_seed(0)
     call = CALLS[name]()
     scale = 1.0 if name == "tiny" else 1000.0
-    return rewrite(*call, method_of(**options), Schedule("constant", 2), timestep_scale=scale), call
+    return rewrite(*call, method_of("carry", **options), Schedule("constant", 2), timestep_scale=scale), call
 
 
 def at(model: DynamicModel, call: Call, tau: float | Sequence[float], seed: int = 0) -> Call:

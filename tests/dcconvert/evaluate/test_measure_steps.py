@@ -153,9 +153,18 @@ def test_compute_adds_up(bundle, planner, taus, mode):
         assert step["gmacs"] == pytest.approx(converted_gmacs(bundle.model, bundle.model.spec.example(3), step["kept"]))
     total = sum(step["gmacs"] for step in steps)
     original = len(steps) * compute["original_gmacs"]
-    assert run == {"original": original, "converted": pytest.approx(total), "steps": len(steps)}
+    wanted = {"original": original, "converted": pytest.approx(total), "steps": len(steps)}
+    assert run == {**wanted, "original_steps": len(steps)}
     assert compute["ratio"] == pytest.approx(run["original"] / run["converted"])
     assert 1 < compute["ratio"] < 4
+
+
+def test_a_run_of_fewer_steps_stands_for_the_originals(bundle, planner, taus):
+    counts = planner.run_counts(taus)
+    same, longer = (compute_section(bundle.model, counts, taus, steps) for steps in (None, 2 * len(taus)))
+    assert longer["run_gmacs"]["original"] == 2 * same["run_gmacs"]["original"]
+    assert longer["run_gmacs"]["converted"] == same["run_gmacs"]["converted"]
+    assert longer["ratio"] == pytest.approx(2 * same["ratio"])
 
 
 def test_what_is_made_once_in_a_run_counts_once(bundle, planner, taus, monkeypatch):
@@ -179,6 +188,7 @@ def test_a_row_weights_buckets_by_their_steps(monkeypatch):
     """Three steps of four at 2 s, one at 6 s: 3 s on average."""
     few, many = Bucket(8, 128, 8, 16, 16), Bucket(8, 512, 8, 64, 64)
     compute: dict[str, Any] = {"ratio": 5.0, "per_step": [{"kept": 16}] * 3 + [{"kept": 64}]}
+    compute["run_gmacs"] = {"steps": 4, "original_steps": 4}
     shapes = [Shape("16 tokens", few, np.full(8, 16), 0.75), Shape("64 tokens", many, np.full(8, 64), 0.25)]
     times = {"original": [6.0, 6.0], "16 tokens": [2.0, 2.0], "64 tokens": [6.0, 6.0]}
     counts: list[list[int]] = []

@@ -343,7 +343,7 @@ def test_terminal_rows(report):
         "": ["original", "converted", "ratio"],
         "tokens in the trunk, mean": ["64", "16", "4.00x"],
         "GMACs per image, 2 steps": ["4.00", "1.60", "2.50x"],
-        "step, ONNX Runtime CPU, batch 8": ["16.0 ms", "8.0 ms", "2.00x (80% of 2.50x)"],
+        "step, mean, ONNX Runtime CPU, batch 8": ["16.0 ms", "8.0 ms", "2.00x (80% of 2.50x)"],
         "peak memory": ["1200 MB", "600 MB", "2.00x"],
         "PSNR, original, 1 steps": ["21.5 dB", "", "2.0 GMACs, 16 ms"],
         "PSNR, chunk 4x, 2 steps": ["", "17.2 dB", "1.6 GMACs"],

@@ -63,7 +63,7 @@ OLD = {  # the one set of options of format 2, as bundles hold it
         ({"packing": "bins", "members": 2}, method_of("chunk", packing="bins", members=2)),
         (
             {"mode": "carry", "router": "age", "state_dtype": "fp16", "head_blocks": 0, "tail_blocks": 0},
-            method_of(router="age", state_dtype="fp16"),
+            method_of("carry", router="age", state_dtype="fp16"),
         ),
         ({"router": "predictability", "dechunk": "smoothed", "members": 1}, method_of("dc-dit", head_blocks=1)),
         (

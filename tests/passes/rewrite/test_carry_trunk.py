@@ -252,7 +252,7 @@ def test_a_state_in_another_precision_than_the_model():
     outer.inner = module
     x, t = tiny_inputs()
     for dtype, wanted in (("model", torch.float64), ("fp32", torch.float32), ("fp16", torch.float16)):
-        model = rewrite(outer, (x, t), {}, method_of(state_dtype=dtype), FULL, timestep_scale=1.0)
+        model = rewrite(outer, (x, t), {}, method_of("carry", state_dtype=dtype), FULL, timestep_scale=1.0)
         assert {state.torch_dtype for state in model.spec.states} == {wanted}
         assert model(x, t).dtype == torch.float64
 
@@ -325,13 +325,13 @@ def test_the_result_says_how_often_it_fired():
     [
         ({"packing": "bins"}, "method carry has no option 'packing'"),
         ({"state_dtype": "int8"}, "unknown state dtype 'int8': choose one of model, fp16, fp32"),
-        ({"mode": "both"}, "unknown method 'both': choose one of carry, chunk"),
+        ({"mode": "both"}, "unknown method 'both': choose one of steps, carry, chunk"),
         ({"router": "norm"}, "method carry has no router 'norm': choose one of drift, age, pool, predictability"),
     ],
 )
 def test_options_that_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
-        rewrite(*tiny_call(), method_of(**options), FULL)
+        rewrite(*tiny_call(), method_of(**{"mode": "carry", **options}), FULL)
 
 
 class Nameless(TinyModel):

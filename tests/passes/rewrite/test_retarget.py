@@ -38,7 +38,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 
 def converted(dit: nn.Module, **options: Any) -> DynamicModel:
     """A quarter of 64 tokens is kept after the first step of a run."""
-    chosen, place = method_of(**options), next(dit.parameters())
+    chosen, place = method_of(**{"mode": "carry", **options}), next(dit.parameters())
     spending = Schedule("constant", 4, warm_up=int(chosen.mode == "carry"))
     x, t, y = inputs()
     return rewrite(dit, (x.to(place), t.to(place.device), y.to(place.device)), {}, chosen, spending)

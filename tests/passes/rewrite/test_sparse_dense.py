@@ -27,7 +27,7 @@ GRID = 8
 def sparse(call, **options):
     chosen = {"mode": "sparsedit", "fewest": 0.1, "head_blocks": 1, "tail_blocks": 1, **options}
     module, args, kwargs = call
-    return rewrite(module, args, kwargs, method_of(**chosen), Schedule("constant", 4))
+    return rewrite(module, args, kwargs, method_of(**{"mode": "carry", **chosen}), Schedule("constant", 4))
 
 
 def attend(block, x: Tensor, q: Tensor, kv: Tensor, c: Tensor) -> Tensor:

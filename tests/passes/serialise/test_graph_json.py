@@ -74,7 +74,7 @@ def test_a_carry_model_runs_bit_for_bit_after_files(name, dtype, tmp_path):
     """Every step of a run, and calls that follow each other."""
     module, args, kwargs = CALLS[name]()
     schedule = Schedule("falling", 2, warm_up=1, refresh=3).fitted(TAUS)
-    model = rewrite(module, args, kwargs, method_of(state_dtype=dtype), schedule)
+    model = rewrite(module, args, kwargs, method_of("carry", state_dtype=dtype), schedule)
     back = through_files(model, tmp_path)
     assert (back.spec, back.method, back.schedule) == (model.spec, model.method, schedule)
     runs = back.start(BATCH), model.start(BATCH)
