@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from dcconvert.export.checks.parity import relative_error
 from dcconvert.export.onnx.mixed_precision import HalfProducts, in_precision
-from dcconvert.passes.ir.graph_tools import copied, placeholders
+from dcconvert.passes.ir.graph_tools import copied
 from dcconvert.passes.ir.output_gate import OutputGate
 from dcconvert.passes.ir.pass_runner import run_graph_passes
 from dcconvert.passes.runtime.rewritten import example_of
@@ -136,11 +136,8 @@ def test_all_products_over_tokens_and_all_attention_are_in_half(request, mode):
     model = request.getfixturevalue(mode)
     changed, given = in_precision(model, "fp16"), inputs()
     _, live = model.route(given)
-    state = model.empty_state(len(given["x"])).values
-    plan = model.planner.full_plan(len(given["x"]))
-    arrays = {name: torch.from_numpy(array) for name, array in plan.arrays().items()}
-    known = {**given, **live, **arrays, **state}
-    args = [known[node.name] for node in placeholders(changed.denoise_graph.graph)]
+    plan, state = model.planner.full_plan(len(given["x"])), model.empty_state(len(given["x"]))
+    args = model.feed("denoise", given, live, plan, state).values()
     own = torch.ops.dcconvert
     for target, dtype in precisions(changed.denoise_graph, *args):
         if target in (own.padded_attention.default, own.segment_attention.default, aten.gelu.default):
