@@ -20,7 +20,7 @@ from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import captured, copy_graph
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.rewrite.retarget import retype, to_device
+from dcconvert.passes.rewrite.retarget import retarget
 from dcconvert.passes.rewrite.split_steps import SplitSteps
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.run import Runtime
@@ -139,26 +139,23 @@ class Steps:
         run_passes(program, (Normalise(), RealNumbers(), FindTokenStream()))
         original = copy_graph(program)
         run_passes(program, (SplitSteps(),))
-        assert program.full is not None
-        assert program.skip is not None
-        return cls(original, program.full, program.skip)
+        return cls(original, **program.parts)
 
     def moved(self, device: torch.device, dtype: torch.dtype) -> Steps:
         """On a device and in a precision; the weights may be there already."""
         for graph in self.graphs.values():
             graph.to(device, dtype)
         for name, graph in self.graphs.items():
-            to_device(graph, device)
-            if dtype != torch.float32:
-                retype(graph, self.example(name, dtype), torch.float32, dtype)
+            old, new = torch.empty(0), torch.empty(0, dtype=dtype, device=device)
+            retarget(graph, self.example(name, dtype, device), old, new)
         return self
 
-    def example(self, name: str, dtype: torch.dtype) -> list[Tensor]:
-        """Inputs of a graph by their captured shapes, batch 2."""
-        found = []
+    def example(self, name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Inputs of a graph by name and in their captured shapes, batch 2."""
+        found = {}
         for node in placeholders(self.graphs[name].graph):
             value = node.meta["val"]
             shape = [size if isinstance(size, int) else 2 for size in value.shape]
             kept = node.name == "t" or not value.is_floating_point()
-            found.append(torch.zeros(shape, dtype=value.dtype if kept else dtype, device=value.device))
+            found[node.name] = torch.zeros(shape, dtype=value.dtype if kept else dtype, device=device)
         return found

@@ -18,9 +18,10 @@ from dcconvert.export.checks.flops import converted_bytes, converted_gmacs, coun
 from dcconvert.export.checks.latency import interleaved, spread
 from dcconvert.models.dit import DiT
 from dcconvert.models.example_inputs import dit_inputs
+from dcconvert.passes.ir.pass_runner import run_graph_passes
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.planning.chunk_plan import Planner
-from dcconvert.passes.rewrite.retarget import in_place
+from dcconvert.passes.rewrite.write_in_place import WriteInPlace
 
 FORMS = {
     "carry": method_of("carry"),
@@ -99,7 +100,7 @@ class Models:
             gmacs = converted_gmacs(model, inputs, kept_tokens(model, ratio))
             self.flop_ratios[case, ratio] = round(whole / gmacs, 3)
         if case.form == "carry":
-            in_place(model.denoise_graph)
+            run_graph_passes(model.denoise_graph, [WriteInPlace()])
         return model
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.capture import capture, opened
 from dcconvert.passes.frontend.complex_to_real import RealNumbers
+from dcconvert.passes.ir.graph_tools import copied
 from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.ir.spec import ModelSpec, find_inputs
@@ -64,19 +65,14 @@ def rewrite(
     program = captured(module, args, kwargs, method, timestep, grid)
     program.router, program.timestep_scale = router, timestep_scale
     beside = copy_graph(program if original is None else captured(original, args, kwargs, method, timestep))
+    run_passes(replace(program, graph_module=beside), (Normalise(), RealNumbers()))
     records = run_passes(program, method.pipeline(), dump, NumericGate(program))
-    for tidy in (Normalise(), RealNumbers()):
-        tidy.call(replace(program, graph_module=beside))
-    beside.recompile()
     spec = ModelSpec.of(program)
     schedule.check(spec.tokens)
-    graphs = Graphs(beside, program.route, program.denoise, program.prepare, program.full, program.skip)
+    graphs = Graphs(beside, **program.parts)
     return DynamicModel(graphs, StepPlanner(spec, method, schedule), records)
 
 
 def copy_graph(program: Program) -> GraphModule:
     """The captured graph, before anything is rewritten; it shares the program's tensors."""
-    graph = Graph()
-    output = graph.graph_copy(program.graph, {})
-    graph.output(output)
-    return GraphModule(program.graph_module, graph, class_name="Original")
+    return copied(program.graph_module, "Original")

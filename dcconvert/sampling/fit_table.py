@@ -84,8 +84,8 @@ def fitted(
 ) -> RunTable:
     """The table with its numbers fitted on runs from `noise` [B, C, H, W]; its steps stay what they are.
 
-    Each step regresses on the sample, the noise, the last OUTPUTS outputs of the model and, where it skips the trunk, on
-    the last UPDATES updates. UsageError for a reference that is not finite.
+    Each step regresses on the sample, the noise, the last OUTPUTS outputs of the model and, where it skips the trunk,
+    on the last UPDATES updates. UsageError for a reference that is not finite.
     """
     if not torch.isfinite(reference.samples).all():
         raise UsageError("the reference run holds numbers that are not finite: the model cannot be sampled")

@@ -23,8 +23,8 @@ from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.trained.adapters import (
     GATE,
-    show_features,
     with_dechunk_adapter,
+    with_features,
     with_gate,
     with_router_adapter,
 )
@@ -282,9 +282,8 @@ class StepDistillation(Distillation):
         if self.inside:
             teacher = teacher_of(model)
             require([check_identity(teacher, teacher.spec.example(2))])
-            show_features(teacher)
-            show_features(student)
-            self.teacher = Passes(teacher).requires_grad_(False)
+            student = with_features(student)
+            self.teacher = Passes(with_features(teacher)).requires_grad_(False)
         super().__init__(model, Passes(student), recipe, taus, distributed or Distributed())
 
     def run_student(

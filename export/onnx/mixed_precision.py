@@ -8,16 +8,16 @@ transformers in plain fp16 are known to overflow there.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from dcconvert.passes.ir.graph_tools import emit, fake_mode, fake_result, give_tensor, tensor_at
+from dcconvert.passes.ir.pass_runner import GraphPass, PassResult
 from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.runtime.rewritten import rewritten
 
 aten, own = torch.ops.aten, torch.ops.dcconvert
 
@@ -59,75 +59,58 @@ PASSING = {
 }
 
 
-def in_precision(model: DynamicModel, precision: str, batch: int = 2) -> DynamicModel:
+def in_precision(model: DynamicModel, precision: str) -> DynamicModel:
     """The model with its matrix products in "fp16" or "bf16" and its weights shared where they stay in fp32.
 
     Inputs, outputs and what passes between the graphs keep their types. The original's graph is changed as well, so
-    that the two can be compared in the same precision.
+    that the two can be compared in the same precision. Errors as `rewritten`.
     """
-    inputs = model.spec.example(batch)
-    _, live = model.route(inputs)
-    plan, state = model.planner.full_plan(batch), model.empty_state(batch)
-    return model.with_graphs(
-        **{
-            name: half_products(graph, list(model.feed(name, inputs, live, plan, state).values()), HALVES[precision])
-            for name, graph in model.graphs.named().items()
-        }
-    )
+    return rewritten(model, {name: HalfProducts(HALVES[precision]) for name in model.graphs.named()})
 
 
-def half_products(module: GraphModule, args: Sequence[Any], half: torch.dtype) -> GraphModule:
-    """A copy of a graph whose matrix products over tokens run in `half`; its outputs keep their types.
+class HalfProducts(GraphPass):
+    """Let matrix products over tokens, and attention, run in `half`; a graph's outputs keep their types.
 
-    `args`: one call's inputs, of which only types and shapes matter.
+    1. A product's operands are cast to `half`; its weights are read as copies in half, called `*_half`.
+    2. What only moves values, or stands between two products, stays in half.
+    3. Everything else gets its operands in fp32, as before.
     """
-    graph, types = Graph(), known_types(module, args)
-    writer = HalfWriter(graph, types, half)
-    for node in module.graph.nodes:
-        writer.write(node)
-    graph.eliminate_dead_code()
-    graph.lint()
-    return GraphModule(attributes(module, graph, half), graph, module._get_name())
 
+    optional = True
+    exact = True
 
-def attributes(module: GraphModule, graph: Graph, half: torch.dtype) -> dict[str, Any]:
-    """What the nodes of a graph read, by name: the module's own, and copies in half of what is read so."""
-    found = {}
-    for name in {str(node.target) for node in graph.nodes if node.op == "get_attr"}:
-        value = fetch(module, name.removesuffix(HALF))
-        found[name] = nn.Parameter(value.to(half), requires_grad=False) if name.endswith(HALF) else value
-    return found
+    def __init__(self, half: torch.dtype) -> None:
+        self.half = self.rounds_to = half
 
-
-def fetch(module: nn.Module, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    value = getattr(module.get_submodule(path), leaf)
-    assert isinstance(value, Tensor)
-    return value.detach() if not isinstance(value, nn.Parameter) else value
-
-
-def known_types(module: GraphModule, args: Sequence[Any]) -> dict[Node, Any]:
-    """What every node gives, as fake tensors."""
-    graph = Graph()
-    pairs: dict[Node, Node] = {}
-    graph.output(graph.graph_copy(module.graph, pairs))
-    FakeTensorProp(GraphModule(module, graph), FakeTensorMode(allow_non_fake_inputs=True)).propagate(*args)
-    return {node: twin.meta.get("val") for node, twin in pairs.items()}
+    def call(self, module: GraphModule) -> PassResult:
+        writer = HalfWriter(module.graph, self.half)
+        for node in module.graph.nodes:
+            writer.write(node)
+        writer.graph.eliminate_dead_code()
+        for node in writer.halved.values():
+            name = str(node.target)
+            value = tensor_at(module, name.removesuffix(HALF)).to(self.half)
+            give_tensor(module, name, nn.Parameter(value, requires_grad=False))
+        module.graph = writer.graph
+        return PassResult(writer.products, (f"in {str(self.half).removeprefix('torch.')}",))
 
 
 class HalfWriter:
     """Writes the nodes of a graph into another; half-precision values stay so until something needs fp32."""
 
-    def __init__(self, graph: Graph, types: dict[Node, Any], half: torch.dtype) -> None:
-        self.graph, self.types, self.half = graph, types, half
+    def __init__(self, source: Graph, half: torch.dtype) -> None:
+        self.graph, self.mode, self.half = Graph(), fake_mode(source), half
         self.nodes: dict[Node, Node] = {}
         self.in_half: set[Node] = set()  # of the old graph
+        self.halved: dict[Node, Node] = {}  # weights of the old graph, and their reads in half
+        self.products = 0
         self._casts: dict[tuple[Node, torch.dtype], Node] = {}
 
     def write(self, node: Node) -> None:
         if self.is_product(node):
             self.emit(node, self.as_half)
             self.in_half.add(node)
+            self.products += 1
         elif node.target in PASSING and node.all_input_nodes[0] in self.in_half:
             self.emit(node, self.nodes.__getitem__)
             self.in_half.add(node)
@@ -137,22 +120,19 @@ class HalfWriter:
             self.emit(node, self.as_before)
 
     def emit(self, node: Node, operand: Callable[[Node], Node]) -> None:
-        self.nodes[node] = self.graph.node_copy(node, operand)
-        self.nodes[node].meta.pop("val", None)
+        made = self.nodes[node] = self.graph.node_copy(node, operand)
+        if made.op == "call_function":
+            made.meta["val"] = fake_result(self.mode, made)
 
     def is_product(self, node: Node) -> bool:
         if node.target in ATTENTION:
-            return self.is_single(node)
-        if node.target not in PRODUCTS or not self.is_single(node):
+            return is_single(node)
+        if node.target not in PRODUCTS or not is_single(node):
             return False
-        return all(self.types[operand].ndim > 2 for operand in node.all_input_nodes[:1])
-
-    def is_single(self, node: Node) -> bool:
-        value = self.types[node]
-        return isinstance(value, Tensor) and value.dtype == torch.float32
+        return all(source.meta["val"].ndim > 2 for source in node.all_input_nodes[:1])
 
     def as_half(self, node: Node) -> Node:
-        if node in self.in_half or not self.is_single(node):
+        if node in self.in_half or not is_single(node):
             return self.nodes[node]
         if node.op == "get_attr":
             return self.half_parameter(node)
@@ -160,19 +140,26 @@ class HalfWriter:
 
     def as_before(self, node: Node) -> Node:
         """In the precision that the value had in the old graph."""
-        if node not in self.in_half or not isinstance(self.types[node], Tensor):
+        if node not in self.in_half or not isinstance(node.meta["val"], Tensor):
             return self.nodes[node]  # of several values, each is looked at where it is taken out
         return self.cast(node, torch.float32)
 
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         key = (node, dtype)
         if key not in self._casts:
-            self._casts[key] = self.graph.call_function(aten.to.dtype, (self.nodes[node], dtype))
+            self._casts[key] = emit(self.graph, aten.to.dtype, (self.nodes[node], dtype))
         return self._casts[key]
 
     def half_parameter(self, node: Node) -> Node:
-        key = (node, self.half)
-        if key not in self._casts:
+        if node not in self.halved:
             with self.graph.inserting_before(self.nodes[node]):
-                self._casts[key] = self.graph.get_attr(f"{node.target}{HALF}")
-        return self._casts[key]
+                made = self.halved[node] = self.graph.get_attr(f"{node.target}{HALF}")
+            with self.mode:
+                made.meta["val"] = node.meta["val"].to(self.half)
+        return self.halved[node]
+
+
+def is_single(node: Node) -> bool:
+    """Whether a node gives a tensor in fp32."""
+    value = node.meta["val"]
+    return isinstance(value, Tensor) and value.dtype == torch.float32

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -13,12 +12,16 @@ from torch.fx import Graph, GraphModule, Node
 
 from dcconvert.export.engines.build import Engine, build_engine
 from dcconvert.export.engines.index import Device
-from dcconvert.export.onnx.mixed_precision import PASSING, known_types
+from dcconvert.export.onnx.mixed_precision import PASSING
 from dcconvert.export.onnx.trt_attention_op import INPUTS, PROBE_TOKENS, probe
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.graph_tools import placeholders
+from dcconvert.passes.ir.fake_values import renew_fake_values
+from dcconvert.passes.ir.graph_tools import add_input, placeholders
+from dcconvert.passes.ir.node_args import operand
+from dcconvert.passes.ir.pass_runner import GraphPass, PassResult
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.runtime.rewritten import rewritten
 
 aten, own = torch.ops.aten, torch.ops.dcconvert
 
@@ -34,51 +37,69 @@ def with_packed_attention(model: DynamicModel) -> DynamicModel:
         raise UsageError(
             f"mode {model.method.mode} with packing {model.method.row_packing} has no packed attention: use masks"
         )
-    graph = packed_graph(model.denoise_graph)
-    denoise = GraphModule(model.denoise_graph, graph, model.denoise_graph._get_name())
-    spec = replace(model.spec, denoise_inputs=tuple(node.name for node in placeholders(graph)))
-    return model.with_graphs(spec, denoise=denoise)
+    return rewritten(model, {"denoise": PackAttention()})
 
 
-def packed_graph(module: GraphModule) -> Graph:
-    """A copy of a `denoise` graph that lays nothing out in rows."""
-    graph = Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    given = {node.name: node for node in placeholders(graph)}
-    rows, packed = given.get("grid_index"), given["packed_index"]
-    check_only_moves(graph, rows)
-    with graph.inserting_after(packed):
-        lengths = [graph.placeholder(name) for name in reversed(LENGTHS)][::-1]
-    for node in list(graph.nodes):
-        if node.target is own.gather_tokens.default and node.args[1] in (rows, packed):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif node.target is aten.sym_size.int and node.args[0] in (rows, packed):
-            node.replace_input_with(node.args[0], given["chunk_index"])
-        elif node.target is own.padded_attention.default:
-            with graph.inserting_before(node):
-                node.replace_all_uses_with(packed_call(graph, node, lengths))
-            graph.erase_node(node)
-    for node in given.values():
-        if not node.users and node.name in ("grid_index", "packed_index", "row_lengths"):
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-    graph.lint()
-    return graph
+class PackAttention(GraphPass):
+    """Let nothing in a `denoise` graph be laid out in rows.
+
+    1. Where packed tokens were laid out in rows, and rows taken apart, they stay as they are.
+    2. Attention over rows becomes attention over segments of the packed tokens. Their bounds are two new inputs.
+    3. Inputs that only described the rows go.
+    """
+
+    exact = True
+
+    def requires(self, module: GraphModule) -> None:
+        """UsageError if anything but self-attention and moves happens to values that are laid out in rows."""
+        laid: set[Node] = set()
+        rows = inputs_of(module.graph).get("grid_index")
+        for node in module.graph.nodes:
+            if node.target is own.gather_tokens.default and node.args[1] is rows:
+                laid.add(node)
+            elif node.target is own.gather_tokens.default or not laid.intersection(node.all_input_nodes):
+                continue
+            elif node.target in PASSING or node.target is own.padded_attention.default:
+                laid.add(node)
+            else:
+                raise UsageError(f"this model has no packed attention, because of {node.target} over rows: use masks")
+        if not any(node.target is own.padded_attention.default for node in module.graph.nodes):
+            raise UsageError("this model has no self-attention over packed tokens: use masks")
+
+    def call(self, module: GraphModule) -> PassResult:
+        graph, given = module.graph, inputs_of(module.graph)
+        rows, packed = given.get("grid_index"), given["packed_index"]
+        attentions = [node for node in graph.nodes if node.target is own.padded_attention.default]
+        lengths = add_lengths(graph, packed, operand(attentions[0], 3).meta["val"])
+        for node in list(graph.nodes):
+            if node.target is own.gather_tokens.default and node.args[1] in (rows, packed):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+            elif node.target is aten.sym_size.int and node.args[0] in (rows, packed):
+                node.replace_input_with(node.args[0], given["chunk_index"])
+            elif node in attentions:
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(packed_call(graph, node, lengths))
+                graph.erase_node(node)
+        for node in given.values():
+            if not node.users and node.name in ("grid_index", "packed_index", "row_lengths"):
+                graph.erase_node(node)
+        graph.eliminate_dead_code()
+        renew_fake_values(module)  # of moves: they have packed tokens where they had rows
+        return PassResult(len(attentions))
 
 
-def check_only_moves(graph: Graph, rows: Node | None) -> None:
-    """UsageError if anything but self-attention and moves happens to values that are laid out in rows."""
-    laid: set[Node] = set()
-    for node in graph.nodes:
-        if node.target is own.gather_tokens.default and node.args[1] is rows:
-            laid.add(node)
-        elif node.target is own.gather_tokens.default or not laid.intersection(node.all_input_nodes):
-            continue
-        elif node.target in PASSING or node.target is own.padded_attention.default:
-            laid.add(node)
-        else:
-            raise UsageError(f"this model has no packed attention, because of {node.target} over rows: use masks")
+def inputs_of(graph: Graph) -> dict[str, Node]:
+    return {node.name: node for node in placeholders(graph)}
+
+
+def add_lengths(graph: Graph, packed: Node, row_lengths: Tensor) -> list[Node]:
+    """Inputs for the bounds of the segments of queries and of keys [R + 1], behind `packed`."""
+    like = torch.empty(0, dtype=torch.int32, device=row_lengths.device)
+    found = [packed]
+    for name in LENGTHS:
+        found.append(add_input(graph, name, (row_lengths.shape[0] + 1,), like, after=found[-1]))
+    return found[1:]
 
 
 def packed_call(graph: Graph, node: Node, lengths: list[Node]) -> Node:
@@ -106,13 +127,7 @@ def refusal(model: DynamicModel, precision: str, device: Device) -> str:
 
 
 def attention_sizes(model: DynamicModel) -> tuple[int, int]:
-    """Heads and their width in the trunk's self-attention; UsageError for a model that has none in packed form."""
-    inputs = model.spec.example(2)
-    _, live = model.route(inputs)
-    plan = model.planner.full_plan(2)
-    types = known_types(model.denoise_graph, list(model.feed("denoise", inputs, live, plan).values()))
-    for node, value in types.items():
-        if node.target is own.packed_attention.default:
-            assert isinstance(value, Tensor)
-            return int(value.shape[2]), int(value.shape[3])
-    raise UsageError("this model has no self-attention over packed tokens: use masks")
+    """Heads and their width in the self-attention of a model with packed attention."""
+    graph = model.denoise_graph.graph
+    value = next(node.meta["val"] for node in graph.nodes if node.target is own.packed_attention.default)
+    return int(value.shape[2]), int(value.shape[3])

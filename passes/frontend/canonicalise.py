@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from dcconvert.passes.ir.errors import UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import remove_dead_code, where
-from dcconvert.passes.ir.pass_runner import Pass, PassResult
-from dcconvert.passes.ir.program import Program
+from dcconvert.passes.ir.pass_runner import GraphPass, PassResult
 
 aten = torch.ops.aten
 
@@ -23,7 +22,7 @@ CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.defa
 DROPOUTS = {aten.dropout.default, aten.feature_dropout.default}
 
 
-class Normalise(Pass):
+class Normalise(GraphPass):
     """Drop what has no effect on values, and rename aliases.
 
     1. Input guards and metadata assertions go.
@@ -36,32 +35,32 @@ class Normalise(Pass):
     optional = True
     exact = True
 
-    def call(self, program: Program) -> PassResult:
+    def call(self, module: GraphModule) -> PassResult:
         matches = 0
-        for node in list(program.graph.nodes):
+        for node in list(module.graph.nodes):
             if node.op == "call_module" or node.target in GUARDS:
                 if node.users:
                     raise UnsupportedModelError(f"a submodule call was left in the captured graph: {where(node)}")
-                program.graph.erase_node(node)
+                module.graph.erase_node(node)
             elif node.target in VIEWS:
                 node.target = aten.reshape.default
             elif node.target is aten.copy.default and is_like(node, node.args[1]):
                 node.replace_all_uses_with(node.args[1])
-                program.graph.erase_node(node)
+                module.graph.erase_node(node)
             elif is_identity(node):
                 node.replace_all_uses_with(node.all_input_nodes[0])
-                program.graph.erase_node(node)
+                module.graph.erase_node(node)
             else:
                 continue
             matches += 1
-        remove_dead_code(program.graph)
-        for name in list(program.graph_module._modules):
+        remove_dead_code(module.graph)
+        for name in list(module._modules):
             if name == "_guards_fn":
-                delattr(program.graph_module, name)
+                delattr(module, name)
         return PassResult(matches)
 
-    def ensures(self, program: Program) -> None:
-        for node in program.graph.nodes:
+    def ensures(self, module: GraphModule) -> None:
+        for node in module.graph.nodes:
             schema = getattr(node.target, "_schema", None)
             if node.op == "call_function" and schema is not None and schema.is_mutable:
                 raise UnsupportedModelError(

@@ -28,19 +28,21 @@ MAX_BATCH = 4096
 RESERVED = re.compile("|".join((r"h|live_\d+|scores", *PLAN_ARRAYS)))
 
 
-def capture(
-    module: nn.Module,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    method: Method | None = None,
-) -> Program:
-    """Export `module` in training IR (linear, layer_norm and attention stay whole) with a dynamic batch.
+def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, method: Method) -> Program:
+    """The Program of a module, with a dynamic batch; `method` is carried along in it. Arguments and errors as `export`.
+
+    Training IR: linear, layer_norm and attention stay whole.
+    """
+    return program_of(export(module, args, kwargs), (tuple(args), dict(kwargs or {})), method)
+
+
+def export(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> ExportedProgram:
+    """Export `module` with a dynamic batch.
 
     Args:
         module: any module that `torch.export` accepts; it is put in eval mode.
         args, kwargs: example inputs of one call. Every tensor whose first axis equals the batch size (the
             first axis of the first tensor, at least 2) is dynamic along it.
-        method: carried along in the Program.
 
     Raises:
         UsageError: the example inputs hold no batch of at least two.
@@ -71,10 +73,10 @@ def capture(
     except Exception as error:  # torch.export raises many unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(f"torch.export cannot capture {type(module).__name__}: {reason}") from error
-    return program_of(exported, (tuple(args), kwargs), method)
+    return exported
 
 
-def opened(exported: ExportedProgram, method: Method | None = None) -> Program:
+def opened(exported: ExportedProgram, method: Method) -> Program:
     """The Program of a model that was exported already, with a batch axis of any size, and with its example inputs.
 
     UsageError for one without example inputs or with a batch of fixed size.
@@ -92,11 +94,16 @@ def opened(exported: ExportedProgram, method: Method | None = None) -> Program:
     return program_of(exported, example, method)
 
 
-def program_of(exported: ExportedProgram, example: Any, method: Method | None) -> Program:
-    """An exported program as a plain graph with flat inputs and outputs."""
+def plain_graph(exported: ExportedProgram) -> GraphModule:
+    """An exported program as a graph with flat inputs and outputs."""
     root = exported.module()
     root.graph.set_codegen(CodeGen())  # flat inputs and outputs from here on
-    graph_module = GraphModule(root, root.graph)  # a plain module: same tensors, none of export's hooks
+    return GraphModule(root, root.graph)  # a plain module: same tensors, none of export's hooks
+
+
+def program_of(exported: ExportedProgram, example: Any, method: Method) -> Program:
+    """The Program of an exported program; inputs with names that a converted model uses get others."""
+    graph_module = plain_graph(exported)
     for node in placeholders(graph_module.graph):
         if RESERVED.fullmatch(node.name):
             node.name = node.target = f"{node.name}_input"

@@ -56,7 +56,7 @@ class FindTokenStream(Pass):
         stream = TokenStream(patchify, grid, width, [c.node for c in cuts], [b.node for b in boundaries], contexts)
         program.stream = stream
         program.image = image_input(patchify)
-        program.trunk = choose_trunk(stream, program.chosen().head_blocks, program.chosen().tail_blocks)
+        program.trunk = choose_trunk(stream, program.method.head_blocks, program.method.tail_blocks)
         note = f"{grid[0]}x{grid[1]} tokens of width {width}, {len(cuts)} cut points, {stream.depth} blocks"
         beside = max(count_tokens(contexts[node]) for node in stream.boundaries)
         return PassResult(len(cuts), (f"{note}, {beside} tokens beside the grid" if beside else note,))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Interpreter, Node
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from dcconvert.passes.ir.errors import UnsupportedModelError
 
@@ -36,11 +36,53 @@ def placeholders(graph: torch.fx.Graph) -> list[Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
+def output_node(graph: Graph) -> Any:
+    """The last node, whose only argument is the tuple of what the graph returns."""
+    return next(iter(reversed(graph.nodes)))
+
+
+def copied(module: GraphModule, name: str = "") -> GraphModule:
+    """A graph of its own on the same tensors, those that it does not read left out; `name`: of its class."""
+    graph = Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return GraphModule(module, graph, name or module._get_name())
+
+
+def fake_mode(graph: Graph) -> FakeTensorMode:
+    """The mode that the fake values of a graph's inputs belong to."""
+    return next(n.meta["val"].fake_mode for n in placeholders(graph) if isinstance(n.meta.get("val"), FakeTensor))
+
+
 def fake_result(mode: FakeTensorMode, node: Node) -> Any:
     """Run a node on the fake values of its arguments."""
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     with enable_python_dispatcher(), mode, torch.no_grad():  # some ops take symbolic sizes no other way
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def emit(graph: Graph, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
+    """Insert a call at the graph's insertion point, with its fake value computed."""
+    node = graph.call_function(target, args, kwargs or {})
+    node.meta["val"] = fake_result(fake_mode(graph), node)
+    return node
+
+
+def read_tensor(module: GraphModule, name: str) -> Node:
+    """Insert a read of one of the module's tensors at the graph's insertion point, with its fake value."""
+    node, value = module.graph.get_attr(name), tensor_at(module, name)
+    with fake_mode(module.graph):
+        node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    return node
+
+
+def add_input(graph: Graph, name: str, shape: Sequence[int | torch.SymInt], like: Tensor, after: Node) -> Node:
+    """Add a graph input behind another one; its fake value is of the shape, and of the type and device of `like`."""
+    with graph.inserting_after(after):
+        node = graph.placeholder(name)
+    node.name = name  # without the suffix that an input renamed by capture would leave
+    with fake_mode(graph):
+        node.meta["val"] = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+    return node
 
 
 def owner_of(root: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -78,11 +120,16 @@ def where(node: Node) -> str:
     return f"{node.target} in {module_path(node) or 'the model'}{line}"
 
 
+def tensor_at(root: nn.Module, name: str) -> Any:
+    """What a dotted name stands for."""
+    return reduce(getattr, name.split("."), root)
+
+
 def attributes(graph_module: GraphModule) -> dict[str, Tensor]:
     """The tensors that a graph's `get_attr` nodes read, by name."""
     found: dict[str, Any] = {}
     for path in (node.target for node in graph_module.graph.nodes if node.op == "get_attr"):
-        found[path] = reduce(getattr, path.split("."), graph_module)
+        found[path] = tensor_at(graph_module, path)
         if not isinstance(found[path], Tensor):
             raise UnsupportedModelError(f"the graph reads {path}, which is no tensor and cannot be written to a bundle")
     return found

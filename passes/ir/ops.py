@@ -189,7 +189,7 @@ def _(state: Tensor, values: Tensor, index: Tensor) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::cache_write_", mutates_args=("state",))
 def cache_write_(state: Tensor, values: Tensor, index: Tensor) -> None:
-    """`cache_write` without a copy: the state given is written to. For inference only, see `in_place`."""
+    """`cache_write` without a copy: the state given is written to. For inference only, see `WriteInPlace`."""
     state[index.unbind(-1)] = values
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import torch
 from torch.fx import GraphModule
 
 from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
+from dcconvert.passes.ir.fake_values import check_fake_values, give_fake_values
 from dcconvert.passes.ir.graph_tools import readable
 from dcconvert.passes.ir.program import Program
 
 log = logging.getLogger(__name__)
+
+Subject = TypeVar("Subject")
 
 
 @dataclass(frozen=True)
@@ -41,75 +45,131 @@ class PassRecord:
         return {**self.__dict__, "notes": list(self.notes)}
 
 
-class Pass:
-    """A rewrite of a Program in place: one file, one class, `requires / call / ensures`.
+class Rewrite(Generic[Subject]):
+    """A change in place, `requires / call / ensures`: a `Pass` rewrites a Program, a `GraphPass` a single graph.
 
-    `optional` passes may match nothing; any other pass that matches nothing is an error. After an `exact` pass
-    the graph still gives the original's outputs (with every token kept), which the numeric gate checks.
+    `optional` ones may match nothing; any other that matches nothing is an error. After an `exact` one the graph still
+    gives the original's outputs (with every token kept), which the numeric gate checks. `rounds_to`: the precision that
+    an exact one rounds values to.
     """
 
     optional = False
     exact = False
+    rounds_to: torch.dtype | None = None
 
     @property
     def name(self) -> str:
         return type(self).__name__
 
-    def requires(self, program: Program) -> None:
-        """Raise if the program is not ready for this pass."""
+    def requires(self, subject: Subject) -> None:
+        """Raise if the program or graph is not ready for this."""
 
-    def call(self, program: Program) -> PassResult:
+    def call(self, subject: Subject) -> PassResult:
         raise NotImplementedError
 
-    def ensures(self, program: Program) -> None:
-        """Raise if the rewritten program breaks what this pass promises."""
+    def ensures(self, subject: Subject) -> None:
+        """Raise if what came out breaks what this promises."""
+
+
+class Pass(Rewrite[Program]):
+    """A rewrite of a Program: one file, one class."""
+
+
+class GraphPass(Rewrite[GraphModule]):
+    """A rewrite of one graph that needs to know of nothing else, in a pipeline or in a finished model."""
+
+
+Passes = tuple[Pass | GraphPass, ...]
+Gate = Callable[[Any, Any], None]  # is given the program or graph, and the exact pass that ran
+
+
+def no_gate(subject: Any, current: Rewrite[Any]) -> None:
+    """For passes whose numbers are not looked at."""
 
 
 def run_passes(
-    program: Program,
-    passes: Iterable[Pass],
-    dump: Path | None = None,
-    gate: Callable[[Program, str], None] = lambda program, after: None,
+    program: Program, passes: Iterable[Pass | GraphPass], dump: Path | None = None, gate: Gate = no_gate
 ) -> list[PassRecord]:
     """Run passes in order; after each one recompile, lint and check that every value has a fake tensor.
 
-    `dump`: a folder that receives the readable graph after each pass. `gate` is called after each exact pass
-    with its name. Raises CheckFailedError when a pass
-    breaks an invariant, and UnsupportedModelError when one that should have fired did not.
+    `dump`: a folder that receives the readable graph after each pass. `gate` is called with the program after each
+    exact pass. Raises CheckFailedError when a pass breaks an invariant, and UnsupportedModelError when one that should
+    have fired did not.
     """
     records: list[PassRecord] = []
     for number, current in enumerate(passes):
-        before, start = len(program.graph.nodes), time.perf_counter()
-        current.requires(program)
-        result = current.call(program)
-        if result.matches == 0 and not current.optional:
-            reason = "; ".join(result.notes) or "no reason recorded"
-            raise UnsupportedModelError(f"{current.name} found nothing to do in this model: {reason}")
-        for module in live_modules(program):
-            check_graph(module, current.name)
-        current.ensures(program)
-        if current.exact:
-            gate(program, current.name)
-        after = sum(len(m.graph.nodes) for m in live_modules(program))
-        records.append(
-            PassRecord(current.name, result.matches, result.notes, before, after, time.perf_counter() - start)
-        )
-        log.info("%s: %d matches, %d -> %d nodes", current.name, result.matches, before, after)
+        if isinstance(current, Pass):
+            records.append(run_one(current, program, live_modules, check_graph, gate))
+        elif program.parts:
+            raise CheckFailedError(f"{current.name} is for one graph and the program was split; fix the pipeline order")
+        else:
+            whole = program.graph_module
+            records.append(run_one(current, whole, alone, check_graph, lambda _, done: gate(program, done)))
         if dump is not None:
             dump_graphs(program, dump, f"{number:02d}_{current.name}")
     return records
 
 
+def run_graph_passes(
+    module: GraphModule,
+    passes: Iterable[GraphPass],
+    example: Mapping[str, Any] | None = None,
+    gate: Gate = no_gate,
+) -> list[PassRecord]:
+    """Run passes over a graph that is in no Program. Checks and errors are those of `run_passes`, and one more: the
+    fake values must be what the calls give.
+
+    `example`: values of the graph's inputs by name, on which every node gets its fake value first. Without one the
+    graph has them already, or the first pass gives them.
+    """
+    if example is not None:
+        give_fake_values(module, example)
+
+    def check(graph: GraphModule, after: str) -> None:
+        check_graph(graph, after)
+        check_fake_values(graph, after)
+
+    return [run_one(current, module, alone, check, gate) for current in passes]
+
+
+def alone(module: GraphModule) -> list[GraphModule]:
+    return [module]
+
+
+def run_one(
+    current: Rewrite[Subject],
+    subject: Subject,
+    graphs: Callable[[Subject], list[GraphModule]],
+    check: Callable[[GraphModule, str], None],
+    gate: Gate,
+) -> PassRecord:
+    """Run one pass and check what it left; `graphs` are those that its subject consists of."""
+    before, start = count_nodes(graphs(subject)), time.perf_counter()
+    current.requires(subject)
+    result = current.call(subject)
+    if result.matches == 0 and not current.optional:
+        reason = "; ".join(result.notes) or "no reason recorded"
+        raise UnsupportedModelError(f"{current.name} found nothing to do in this model: {reason}")
+    for module in graphs(subject):
+        check(module, current.name)
+    current.ensures(subject)
+    if current.exact:
+        gate(subject, current)
+    after, seconds = count_nodes(graphs(subject)), time.perf_counter() - start
+    log.info("%s: %d matches, %d -> %d nodes", current.name, result.matches, before, after)
+    return PassRecord(current.name, result.matches, result.notes, before, after, seconds)
+
+
+def count_nodes(modules: Iterable[GraphModule]) -> int:
+    return sum(len(module.graph.nodes) for module in modules)
+
+
 def live_modules(program: Program) -> list[GraphModule]:
-    if program.route is not None and program.denoise is not None:
-        return [program.route, program.denoise, *([program.prepare] if program.prepare else [])]
-    if program.full is not None and program.skip is not None:
-        return [program.full, program.skip]
-    return [program.graph_module]
+    return list(program.parts.values()) or [program.graph_module]
 
 
 def check_graph(module: GraphModule, after: str) -> None:
-    """Lint and recompile; every call must carry a fake value."""
+    """Lint and recompile; every value must have a fake one."""
     try:
         module.graph.lint()
     except RuntimeError as error:
@@ -117,14 +177,11 @@ def check_graph(module: GraphModule, after: str) -> None:
         raise CheckFailedError(message) from error
     module.recompile()
     for node in module.graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta:
+        if node.op in ("placeholder", "get_attr", "call_function") and "val" not in node.meta:
             raise CheckFailedError(f"{after} left {node.name} without a fake value; this is a bug of dcconvert")
 
 
 def dump_graphs(program: Program, folder: Path, stem: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    modules = live_modules(program)
-    halves = ("full", "skip") if program.full is not None else ("route", "denoise", "prepare")
-    labels = ("graph",) if len(modules) == 1 else halves
-    for label, module in zip(labels, modules, strict=False):
+    for label, module in (program.parts or {"graph": program.graph_module}).items():
         (folder / f"{stem}.{label}.txt").write_text(readable(module))

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.graph_tools import fake_result, placeholders
+from dcconvert.passes.ir.graph_tools import add_input, emit, fake_mode, placeholders
 
 if TYPE_CHECKING:
     from dcconvert.passes.methods.method import Method
@@ -44,14 +44,14 @@ class Program:
     """One captured model on its way through the passes.
 
     `graph_module` takes the flat tensor inputs and returns the flat outputs; `batch` is the symbol of the
-    batch axis. `route` and `denoise` appear when SplitRoute has cut the graph in two.
+    batch axis. Once a pass has split the model there are `parts`, and they are what later passes rewrite.
     """
 
     graph_module: GraphModule
     batch: torch.SymInt
     in_spec: str
     out_spec: str
-    method: Method | None  # None only for a module that is captured to be copied into another program
+    method: Method
     example: tuple[Any, ...] = ()  # the flat inputs it was captured on
     stream: TokenStream | None = None
     trunk: tuple[Node, Node] | None = None  # trunk input and trunk output in the graph
@@ -59,11 +59,7 @@ class Program:
     scores: Node | None = None
     plan_inputs: dict[str, Node] = field(default_factory=dict)
     state: dict[str, Node] = field(default_factory=dict)  # graph inputs that hold what `carry` remembers
-    route: GraphModule | None = None
-    denoise: GraphModule | None = None
-    prepare: GraphModule | None = None
-    full: GraphModule | None = None
-    skip: GraphModule | None = None
+    parts: dict[str, GraphModule] = field(default_factory=dict)  # what it was split into, by the names of `Graphs`
     inputs: tuple[str, ...] = ()  # the original's flat inputs, in call order
     image: str = ""  # the one that patchify reads
     timestep: str | None = None  # the one that holds the timestep, where it is known
@@ -76,17 +72,12 @@ class Program:
 
     @property
     def fake_mode(self) -> FakeTensorMode:
-        return placeholders(self.graph)[0].meta["val"].fake_mode
+        return fake_mode(self.graph)
 
     @property
     def device(self) -> torch.device:
         """Where the example inputs are."""
         return next((v.device for v in self.example if isinstance(v, Tensor)), torch.device("cpu"))
-
-    def chosen(self) -> Method:
-        if self.method is None:
-            raise CheckFailedError("this program was captured for no method; this is a bug of dcconvert")
-        return self.method
 
     def found_stream(self) -> TokenStream:
         if self.stream is None:
@@ -114,15 +105,9 @@ class Program:
 
     def emit(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
         """Insert a call at the graph's insertion point, with its fake value computed."""
-        node = self.graph.call_function(target, args, kwargs or {})
-        node.meta["val"] = fake_result(self.fake_mode, node)
-        return node
+        return emit(self.graph, target, args, kwargs)
 
     def placeholder(self, name: str, shape: Sequence[int | torch.SymInt], dtype: torch.dtype) -> Node:
         """Add a graph input with a symbolic shape after the existing ones."""
-        with self.graph.inserting_after(placeholders(self.graph)[-1]):
-            node = self.graph.placeholder(name)
-        node.name = name  # without the suffix that an input renamed by capture would leave
-        with self.fake_mode:
-            node.meta["val"] = torch.empty(tuple(shape), dtype=dtype, device=self.device)
-        return node
+        like = torch.empty(0, dtype=dtype, device=self.device)
+        return add_input(self.graph, name, shape, like, after=placeholders(self.graph)[-1])

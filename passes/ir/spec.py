@@ -194,32 +194,34 @@ class ModelSpec:
             timestep_scale=program.timestep_scale,
             image=program.image,
         )
-        return facts.with_steps(program) if program.full is not None else facts.with_plan(program, added)
+        if "skip" in program.parts:
+            return facts.with_steps(program.parts["skip"])
+        if "denoise" in program.parts:
+            return facts.with_plan(program, added)
+        raise CheckFailedError("the program was not split; fix the pipeline order")
 
-    def with_steps(self, program: Program) -> ModelSpec:
+    def with_steps(self, skip: GraphModule) -> ModelSpec:
         """The same with what a run of full and skipped steps needs."""
-        if program.skip is None:
-            raise CheckFailedError("the program was not split into full and skip; fix the pipeline order")
-        last = placeholders(program.skip.graph)[-1].meta["val"]
-        updates = len(placeholders(program.skip.graph)) - len(self.inputs) - 1
-        return replace(self, updates=updates, update_dtype=str(last.dtype).removeprefix("torch."))
+        given = placeholders(skip.graph)
+        dtype = str(given[-1].meta["val"].dtype).removeprefix("torch.")
+        return replace(self, updates=len(given) - len(self.inputs) - 1, update_dtype=dtype)
 
     def with_plan(self, program: Program, added: Collection[str]) -> ModelSpec:
         """The same with what a run of plans needs; `added`: the names of the plan's inputs and of the states."""
-        if program.route is None or program.denoise is None:
-            raise CheckFailedError("the program was not split into route and denoise; fix the pipeline order")
-        constants = count_outputs(program.prepare) if program.prepare else 0
+        prepare = program.parts.get("prepare")
+        constants = count_outputs(prepare) if prepare else 0
         names = tuple(f"constant_{number}" for number in range(constants))
         known = {*program.inputs, *added, *names}
-        live = [n for n in placeholders(program.denoise.graph) if n.name not in known]
+        given = {name: placeholders(part.graph) for name, part in program.parts.items()}
+        live = [n for n in given["denoise"] if n.name not in known]
         return replace(
             self,
-            route_inputs=tuple(n.name for n in placeholders(program.route.graph)),
+            route_inputs=tuple(n.name for n in given["route"]),
             live=tuple(n.name for n in live),
             live_shapes=tuple(tuple(int(size) for size in n.meta["val"].shape[1:]) for n in live),
-            denoise_inputs=tuple(n.name for n in placeholders(program.denoise.graph)),
+            denoise_inputs=tuple(n.name for n in given["denoise"]),
             constants=names,
-            prepare_inputs=tuple(n.name for n in placeholders(program.prepare.graph)) if program.prepare else (),
+            prepare_inputs=tuple(n.name for n in given.get("prepare", ())),
             states=tuple(StateSpec.of(node) for node in program.state.values()),
         )
 
@@ -236,9 +238,9 @@ def find_inputs(program: Program, timestep: str | None) -> None:
     elif timestep not in program.inputs:
         found = ", ".join(program.inputs)
         raise UsageError(f"the model has no input '{timestep}' to take the timestep from; it has {found}")
-    if timestep is None and program.chosen().stateful:
+    if timestep is None and program.method.stateful:
         raise UsageError(
-            f"method {program.chosen().name} needs to know which input is the timestep: name it with timestep=..., "
+            f"method {program.method.name} needs to know which input is the timestep: name it with timestep=..., "
             "or use mode chunk"
         )
     program.timestep = timestep

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.pass_runner import Pass
+from dcconvert.passes.ir.pass_runner import Passes
 from dcconvert.passes.ir.spec import STATE_DTYPES
 from dcconvert.passes.methods.method import FRONTEND, Method
 from dcconvert.passes.modules.routers import CARRY_ROUTERS
@@ -57,7 +57,7 @@ class Carry(Method):
     def remembered_as(self) -> str:
         return self.state_dtype
 
-    def pipeline(self) -> tuple[Pass, ...]:
+    def pipeline(self) -> Passes:
         return (
             *FRONTEND,
             InsertRouter(),  #    h -> scores

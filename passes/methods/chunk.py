@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.pass_runner import Pass
+from dcconvert.passes.ir.pass_runner import Passes
 from dcconvert.passes.methods.method import FRONTEND, Method
 from dcconvert.passes.modules.routers import PLAIN_ROUTERS
 from dcconvert.passes.planning.chunk_plan import Planner
@@ -50,7 +50,7 @@ class Chunk(Method):
     def row_packing(self) -> str:
         return self.packing
 
-    def pipeline(self) -> tuple[Pass, ...]:
+    def pipeline(self) -> Passes:
         return (
             *FRONTEND,
             InsertRouter(),  # h -> scores

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.graph_tools import attributes
-from dcconvert.passes.ir.pass_runner import Pass
+from dcconvert.passes.ir.pass_runner import Passes
 from dcconvert.passes.ir.spec import ROUTER
 from dcconvert.passes.methods.chunk import WHAT_CHUNK_NEEDS
 from dcconvert.passes.methods.method import FRONTEND, Method, Model
@@ -71,7 +71,7 @@ class DcDit(Method):
         """DC-DiT's recipe for a refined grid leaves the embedders of time and class alone."""
         return EMBEDDERS if self.refined else ()
 
-    def pipeline(self) -> tuple[Pass, ...]:
+    def pipeline(self) -> Passes:
         return (
             *FRONTEND,
             InsertRouter(),  # h -> scores

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.graph_tools import attributes
-from dcconvert.passes.ir.pass_runner import Pass
+from dcconvert.passes.ir.pass_runner import Passes
 from dcconvert.passes.methods.chunk import WHAT_CHUNK_NEEDS
 from dcconvert.passes.methods.method import FRONTEND, Method, Model
 from dcconvert.passes.methods.runs import Runs, expecting, kept
@@ -73,7 +73,7 @@ class DDiT(Method):
     def predicts(self) -> str:
         return self.prediction
 
-    def pipeline(self) -> tuple[Pass, ...]:
+    def pipeline(self) -> Passes:
         return (
             *FRONTEND,
             InsertRouter(),  # h -> scores

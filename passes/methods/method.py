@@ -12,7 +12,7 @@ from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.complex_to_real import RealNumbers
 from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.pass_runner import Pass
+from dcconvert.passes.ir.pass_runner import Passes
 from dcconvert.passes.ir.spec import DECHUNK
 from dcconvert.passes.modules.routers import make_router
 from dcconvert.passes.planning.chunk_plan import Planner
@@ -24,7 +24,7 @@ from dcconvert.passes.runtime.run import Run
 
 Model = TypeVar("Model", bound=DynamicModel)
 
-FRONTEND: tuple[Pass, ...] = (
+FRONTEND: Passes = (
     Normalise(),  #       one spelling for each op
     RealNumbers(),  #     no complex ones
     FindTokenStream(),  # patchify, cut points, blocks, trunk
@@ -141,7 +141,7 @@ class Method:
         """How the names of those weights begin that training leaves alone."""
         return ()
 
-    def pipeline(self) -> tuple[Pass, ...]:
+    def pipeline(self) -> Passes:
         """The passes, in order."""
         raise NotImplementedError
 

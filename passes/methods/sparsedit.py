@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.pass_runner import Pass
+from dcconvert.passes.ir.pass_runner import Passes
 from dcconvert.passes.methods.chunk import WHAT_CHUNK_NEEDS
 from dcconvert.passes.methods.method import FRONTEND, Method
 from dcconvert.passes.planning.chunk_plan import Planner
@@ -59,7 +59,7 @@ class SparseDiT(Method):
     def keeps_original(self) -> bool:
         return False
 
-    def pipeline(self) -> tuple[Pass, ...]:
+    def pipeline(self) -> Passes:
         return (
             *FRONTEND,
             SplitProjections(),  # queries, keys and values apart

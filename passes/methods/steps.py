@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from dcconvert.passes.ir.pass_runner import Pass
+from dcconvert.passes.ir.pass_runner import Passes
 from dcconvert.passes.ir.spec import UPDATES
 from dcconvert.passes.methods.method import FRONTEND, Method
 from dcconvert.passes.planning.chunk_plan import Planner
@@ -38,7 +38,7 @@ class Steps(Method):
     trains: ClassVar[tuple[str, ...]] = ()
     learns_router: ClassVar[bool] = False
 
-    def pipeline(self) -> tuple[Pass, ...]:
+    def pipeline(self) -> Passes:
         return (*FRONTEND, SplitSteps())
 
     def run_counts(self, planner: StepPlanner, taus: np.ndarray) -> np.ndarray:

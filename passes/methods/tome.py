@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.pass_runner import Pass
+from dcconvert.passes.ir.pass_runner import Passes
 from dcconvert.passes.methods.chunk import WHAT_CHUNK_NEEDS
 from dcconvert.passes.methods.method import FRONTEND, Method
 from dcconvert.passes.modules.routers import MergeRouter, merge_cell
@@ -49,7 +49,7 @@ class ToMe(Method):
     def router_module(self, grid: tuple[int, int]) -> nn.Module:
         return MergeRouter(grid, merge_cell(self.fewest))
 
-    def pipeline(self) -> tuple[Pass, ...]:
+    def pipeline(self) -> Passes:
         return (
             *FRONTEND,
             InsertRouter(),  # h -> scores and matches

@@ -66,7 +66,7 @@ class Memory:
         """Packed values [G, C, L, E] of the kept tokens -> those of all tokens [B, C, N, E]."""
         program, value = self.program, values.meta["val"]
         _, channels, _, width = value.shape
-        dtype = STATE_DTYPES[program.chosen().remembered_as] or value.dtype
+        dtype = STATE_DTYPES[program.method.remembered_as] or value.dtype
         shape = (SLOTS, program.batch, int(channels), program.found_stream().tokens, int(width))
         state = program.state[name] = program.placeholder(name, shape, dtype)
         if dtype != value.dtype:

@@ -33,17 +33,16 @@ class HoistConstants(Pass):
     optional = True
 
     def requires(self, program: Program) -> None:
-        if program.denoise is None:
+        if "denoise" not in program.parts:
             raise CheckFailedError("HoistConstants needs SplitRoute before it; fix the pipeline order")
 
     def call(self, program: Program) -> PassResult:
-        assert program.denoise is not None
-        graph = program.denoise.graph
+        graph = program.parts["denoise"].graph
         constant = constant_nodes(program, graph)
         chosen = [node for node in graph.nodes if node in constant and worth_keeping(program, node, constant)]
         if not any(is_batched_input(node) for node in ancestors(chosen) & constant):
             return PassResult(0, ("nothing costly is the same at every step",))
-        program.prepare = build_prepare(program, chosen)
+        program.parts["prepare"] = build_prepare(program, chosen)
         last = placeholders(graph)[-1]
         for number, node in enumerate(chosen):
             with graph.inserting_after(last):
@@ -54,7 +53,6 @@ class HoistConstants(Pass):
         for node in placeholders(graph):
             if not node.users and node.name in program.inputs:
                 graph.erase_node(node)
-        program.denoise.recompile()
         return PassResult(len(chosen), (f"{len(chosen)} values are computed once in a run",))
 
 

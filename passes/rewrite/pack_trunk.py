@@ -38,7 +38,7 @@ class PackTrunk(Pass):
 
     def call(self, program: Program) -> PassResult:
         start, end = program.found_trunk()
-        if program.chosen().by_values:
+        if program.method.by_values:
             end = closing_norm(end)
         contexts = program.found_stream().contexts.get(end, ())
         nodes = trunk_nodes(program, start, (end, *contexts))
@@ -50,7 +50,7 @@ class PackTrunk(Pass):
             for node in nodes:
                 packer.visit(node)
             update = packer.get(end, "packed").node
-            if not program.chosen().by_values:
+            if not program.method.by_values:
                 update = packer.emit(aten.sub.Tensor, update, packed)
             result = self.leave(packer, start, update)
         for value, outside in users.items():
@@ -64,7 +64,7 @@ class PackTrunk(Pass):
     def prepare(self, program: Program) -> Packer:
         """The packer of this trunk, the plan's inputs declared."""
         add_plan_inputs(program, CHUNK_INPUTS)
-        return Packer(program, find_rule, program.found_stream().tokens, program.chosen().row_packing)
+        return Packer(program, find_rule, program.found_stream().tokens, program.method.row_packing)
 
     def enter(self, packer: Packer, start: Node) -> Node:
         """The trunk's input [B, N, D] packed [G, L, D]."""
@@ -73,7 +73,7 @@ class PackTrunk(Pass):
 
     def leave(self, packer: Packer, start: Node, update: Node) -> Node:
         """The trunk's output [B, N, D] from its packed update [G, L, D], or packed values."""
-        if packer.program.chosen().by_values:
+        if packer.program.method.by_values:
             start = packer.emit(aten.zeros_like.default, start)
         fill = (packer.plan_input("fill_index"), packer.plan_input("fill_weight"))
         return packer.emit(torch.ops.dcconvert.dechunk.default, start, update, *fill)
@@ -111,7 +111,7 @@ def trunk_nodes(program: Program, start: Node, ends: Sequence[Node]) -> list[Nod
 
 def add_plan_inputs(program: Program, wanted: Mapping[str, PlanInput]) -> None:
     """Graph inputs for the plan; their symbolic sizes are of this program, and shared by inputs with the same axis."""
-    stream, method = program.found_stream(), program.chosen()
+    stream, method = program.found_stream(), program.method
     planner = method.planner(stream.grid)
     sizes: dict[str, int | torch.SymInt] = {name: program.new_size(hint) for name, hint in HINTS.items()}
     if method.row_packing != "bins":

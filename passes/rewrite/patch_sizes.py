@@ -21,7 +21,7 @@ from dcconvert.passes.modules.patch_resize import PatchEmbedding, PatchOutput, P
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules import find_rule
 from dcconvert.passes.planning.patch_planner import scales_of
-from dcconvert.passes.rewrite.insert_router import inline
+from dcconvert.passes.rewrite.inline import inline
 from dcconvert.passes.rewrite.pack_trunk import add_plan_inputs, drop_unused_inputs, trunk_nodes
 from dcconvert.passes.rewrite.split_route import ancestors
 
@@ -74,7 +74,7 @@ class PatchSizes(Pass):
         body = trunk_nodes(program, start, (end,))
         outside = [user for user in end.users if user not in body]
         add_plan_inputs(program, CHUNK_INPUTS)
-        packer = PatchPacker(program, find_rule, stream.tokens, program.chosen().row_packing)
+        packer = PatchPacker(program, find_rule, stream.tokens, program.method.row_packing)
         with program.graph.inserting_before(end.next):
             members = (packer.plan_input("chunk_index"), packer.plan_input("chunk_weight"))
             embedded = embeddings(program, start, pixels.patch, scales)
@@ -96,18 +96,18 @@ class PatchSizes(Pass):
         own, source = (packer.get(node, "packed").node for node in (end, operand(end)))
         tensors = [tensor_of(program, node) for node in end.args[1:] if isinstance(node, Node)]
         module = PatchOutput(tensors[0], tensors[1] if len(tensors) > 1 else None, pixels.order, pixels.patch, scales)
-        coarse = inline(program, module, (source,), f"{NAME}.output")
+        coarse = inline(program.graph_module, module, (source,), f"{NAME}.output")
         both = packer.emit(aten.cat.default, [own, coarse], -1)
         rows = packer.emit(aten.reshape.default, both, [packer.groups("packed"), -1, features])
         fill = packer.plan_input("fill_index")
         taken = packer.emit(torch.ops.dcconvert.gather_tokens.default, rows, packer.emit(aten.select.int, fill, 2, 0))
         image, time = (input_of(program, name) for name in (program.image, program.timestep))
-        predicts = program.chosen().predicts
+        predicts = program.method.predicts
         if not predicts or time is None or image is None:
             return taken
         stream, known = program.found_stream(), (predicts, image.meta["val"].shape[1])
         skip = PatchSkip(stream.grid, pixels.order, pixels.patch, scales, *known, program.timestep_scale)
-        details = inline(program, skip, (image, time), f"{NAME}.skip")
+        details = inline(program.graph_module, skip, (image, time), f"{NAME}.skip")
         which = packer.emit(aten.select.int, fill, 2, 1)
         return packer.emit(
             aten.add.Tensor, taken, packer.emit(torch.ops.dcconvert.gather_tokens.default, details, which)
@@ -173,7 +173,7 @@ def embeddings(program: Program, start: Node, patch: int, scales: Sequence[int])
     module = PatchEmbedding(weight, resized(base, stream.grid, scales), scales)
     image = input_of(program, program.image)
     assert image is not None
-    coarse = inline(program, module, (image,), f"{NAME}.embedding")
+    coarse = inline(program.graph_module, module, (image,), f"{NAME}.embedding")
     return program.emit(aten.cat.default, ([start, coarse], 1))
 
 

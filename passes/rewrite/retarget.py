@@ -6,17 +6,19 @@ cast to, and that two types were equal and needed no cast. `Module.to` moves the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from dcconvert.passes.ir import ops  # noqa: F401  (registers torch.ops.dcconvert)
 from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.ir.fake_values import give_leaf_values, results_like
+from dcconvert.passes.ir.graph_tools import emit, fake_mode, fake_result
+from dcconvert.passes.ir.pass_runner import GraphPass, PassResult, run_graph_passes
 from dcconvert.passes.ir.spec import InputSpec, ModelSpec
 
 aten = torch.ops.aten
@@ -29,19 +31,6 @@ MIXING = {
     aten.type_as.default,
     torch.ops.dcconvert.cache_read.default,
 }
-
-
-def to_device(graph_module: GraphModule, device: torch.device) -> None:
-    """Make the tensors that a graph creates on `device`."""
-
-    def moved(value: Any) -> Any:
-        return device if isinstance(value, torch.device) else value
-
-    for node in graph_module.graph.nodes:
-        if node.op == "call_function":
-            node.args = tuple(map(moved, node.args))
-            node.kwargs = {name: moved(value) for name, value in node.kwargs.items()}
-    graph_module.recompile()
 
 
 def retyped_spec(spec: ModelSpec, old: torch.dtype, new: torch.dtype) -> ModelSpec:
@@ -57,63 +46,65 @@ def retyped_spec(spec: ModelSpec, old: torch.dtype, new: torch.dtype) -> ModelSp
         return replace(item, dtype=now) if item.dtype == was and item.name != spec.timestep else item
 
     states = tuple(replace(state, dtype=now) if state.dtype == was else state for state in spec.states)
-    return replace(spec, input_specs=tuple(map(cast, spec.input_specs)), states=states)
+    updates = now if spec.update_dtype == was else spec.update_dtype
+    return replace(spec, input_specs=tuple(map(cast, spec.input_specs)), states=states, update_dtype=updates)
 
 
-class Retype(Interpreter):
-    """Runs a graph on fake values and casts operands where ops that take one type only now see several.
+class Retarget(GraphPass):
+    """Let a graph follow its weights, which are on another device or in another precision than before.
 
-    Casts to a half precision that the model no longer has become casts to the new one; those to float32 stay, because a
-    model asks for them where it needs the range.
+    1. Tensors are made on the new device.
+    2. Casts to a half precision that the model no longer has become casts to the new one. Those to float32 stay,
+       because a model asks for them where it needs the range.
+    3. Where an op that takes one type only sees several, operands are cast.
+    4. Fake values become those on an example of the graph's inputs, by name.
     """
 
-    def __init__(self, graph_module: GraphModule, old: torch.dtype, new: torch.dtype) -> None:
-        super().__init__(graph_module, garbage_collect_values=False)
-        self.old, self.new = old, new
-        self.casts: list[tuple[Node, Node, torch.dtype]] = []  # user, operand, type
+    optional = True
+    exact = True
 
-    def run_node(self, n: Node) -> Any:
-        if n.op == "call_function" and self.old != torch.float32:
-            n.args = tuple(self.new if value is self.old else value for value in n.args)
-            n.kwargs = {k: self.new if value is self.old else value for k, value in n.kwargs.items()}
-        for operand, dtype in self.wrong(n):
-            self.casts.append((n, operand, dtype))
-        return super().run_node(n)
+    def __init__(self, example: Mapping[str, Any], old: Tensor, new: Tensor) -> None:
+        """`old`, `new`: tensors like the weights before and now, of which device and type matter."""
+        self.example, self.device = example, new.device
+        self.old, self.new = old.dtype, new.dtype
+        self.rounds_to = None if old.dtype == new.dtype else new.dtype
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if takes_one_type(target) and len(types(args)) > 1:
-            wanted = args[0].dtype if target is torch.ops.dcconvert.cache_write.default else self.new
-            args = torch.utils._pytree.tree_map(lambda v: v.to(wanted) if is_float(v) else v, args)
-        return super().call_function(target, args, kwargs)
+    def call(self, module: GraphModule) -> PassResult:
+        give_leaf_values(module, self.example)
+        mode, changed = fake_mode(module.graph), 0
+        casts: dict[tuple[Node, torch.dtype], Node] = {}
+        for node in [n for n in module.graph.nodes if n.op == "call_function"]:
+            before = (node.args, node.kwargs)
+            node.args = tuple(map(self.followed, node.args))
+            node.kwargs = {name: self.followed(value) for name, value in node.kwargs.items()}
+            for source, dtype in self.wrong(node):
+                if (source, dtype) not in casts:
+                    with module.graph.inserting_after(source):
+                        casts[source, dtype] = emit(module.graph, aten.to.dtype, (source, dtype))
+                node.replace_input_with(source, casts[source, dtype])
+            node.meta["val"] = fake_result(mode, node)
+            changed += (node.args, node.kwargs) != before
+        return PassResult(changed, (f"{len(casts)} casts",))
 
-    def wrong(self, node: Node) -> Iterator[tuple[Node, torch.dtype]]:
+    def followed(self, value: Any) -> Any:
+        """An argument of a call as it is now."""
+        if isinstance(value, torch.device):
+            return self.device
+        return self.new if value is self.old and self.old not in (torch.float32, self.new) else value
+
+    def wrong(self, node: Node) -> list[tuple[Node, torch.dtype]]:
         """Operands of a node that need a cast, and to what."""
-        if node.op != "call_function" or not takes_one_type(node.target):
-            return
-        operands = [n for n in node.all_input_nodes if is_float(self.env[n])]
-        if len({self.env[n].dtype for n in operands}) > 1:
-            # A state may be kept in a precision of its own: what is written to it follows.
-            wanted = self.env[operands[0]].dtype if node.target is torch.ops.dcconvert.cache_write.default else self.new
-            yield from ((n, wanted) for n in operands if self.env[n].dtype != wanted)
-
-    def finish(self) -> None:
-        """Write the casts into the graph."""
-        known: dict[tuple[Node, torch.dtype], Node] = {}
-        for user, operand, dtype in self.casts:
-            if (operand, dtype) not in known:
-                with self.graph.inserting_after(operand):
-                    known[operand, dtype] = self.graph.call_function(aten.to.dtype, (operand, dtype))
-            user.replace_input_with(operand, known[operand, dtype])
-        self.graph.lint()
+        operands = [source for source in node.all_input_nodes if is_float(source.meta["val"])]
+        types = [source.meta["val"].dtype for source in operands]
+        if not takes_one_type(node.target) or len(set(types)) < 2:
+            return []
+        # A state may be kept in a precision of its own: what is written to it follows.
+        wanted = types[0] if node.target is torch.ops.dcconvert.cache_write.default else self.new
+        return [(source, wanted) for source, dtype in zip(operands, types, strict=True) if dtype != wanted]
 
 
 def is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def types(args: Sequence[Any]) -> set[torch.dtype]:
-    """Floating types among a call's operands."""
-    return {value.dtype for value in torch.utils._pytree.tree_leaves(args) if is_float(value)}
 
 
 def takes_one_type(target: Callable[..., Any] | str) -> bool:
@@ -121,29 +112,10 @@ def takes_one_type(target: Callable[..., Any] | str) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target not in MIXING and torch.Tag.pointwise not in target.tags
 
 
-def retype(graph_module: GraphModule, args: Sequence[Any], old: torch.dtype, new: torch.dtype) -> list[Any]:
-    """Rewrite a graph whose weights were cast from `old` to `new`; its results on fake values shaped like `args`."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    retyping = Retype(graph_module, old, new)
-    with mode, torch.no_grad():
-        found = retyping.run(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
-    retyping.finish()
-    graph_module.recompile()
-    return [torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, Tensor) else v for v in found]
+def retarget(module: GraphModule, example: Mapping[str, Any], old: Tensor, new: Tensor) -> list[Any]:
+    """Run Retarget over a graph; its results on the example, zeros.
 
-
-def in_place(graph_module: GraphModule) -> None:
-    """Let a `denoise` graph of mode carry write to the states it is given instead of copying them first.
-
-    What it returns are the same tensors. For inference in torch: gradients need the states as they were, and exported
-    graphs get the same from the runtime, which shares the buffers.
+    The numbers are not looked at: that takes two runs of the whole model, one of them before its weights go.
     """
-    cache_write = torch.ops.dcconvert.cache_write
-    for node in list(graph_module.graph.nodes):
-        if node.op == "call_function" and node.target is cache_write.default:
-            with graph_module.graph.inserting_before(node):
-                graph_module.graph.call_function(torch.ops.dcconvert.cache_write_.default, node.args)
-            node.replace_all_uses_with(node.args[0])
-            graph_module.graph.erase_node(node)
-    graph_module.graph.lint()
-    graph_module.recompile()
+    run_graph_passes(module, [Retarget(example, old, new)])
+    return results_like(module)

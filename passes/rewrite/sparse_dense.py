@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from dcconvert.passes.frontend.token_stream import ATTENTION, dependents
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
-from dcconvert.passes.ir.graph_tools import give_tensor, remove_dead_code, where
+from dcconvert.passes.ir.graph_tools import give_tensor, read_tensor, remove_dead_code, where
 from dcconvert.passes.ir.node_args import operand
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
 from dcconvert.passes.ir.plan_inputs import CHUNK_INPUTS
@@ -71,7 +71,7 @@ class SparseDense(Pass):
     """
 
     def call(self, program: Program) -> PassResult:
-        stream, method = program.found_stream(), program.chosen()
+        stream, method = program.found_stream(), program.method
         if any(stream.contexts.get(node) for node in stream.boundaries):
             raise UnsupportedModelError(
                 "sparse-dense blocks have no rule for tokens beside the grid (joint attention with text): use the "
@@ -95,7 +95,7 @@ class SparseDense(Pass):
 
 def rewrite_group(program: Program, number: int, group: Group, bodies: Sequence[list[Node]]) -> None:
     boundaries, width = program.found_stream().boundaries, program.found_stream().width
-    packer = Packer(program, find_rule, program.found_stream().tokens, program.chosen().row_packing)
+    packer = Packer(program, find_rule, program.found_stream().tokens, program.method.row_packing)
     dense = boundaries[group.generation]
     packer.whole_keys = True
     for block in (group.generation, *group.sparse):
@@ -148,7 +148,7 @@ def pool_values(program: Program, body: Sequence[Node]) -> None:
             raise UnsupportedModelError(f"{where(node)}: its values are no linear function of tokens")
         source = operand(layer)
         needed = [n for n in dependents(program, [source]) if n in path and n is not source]
-        packer = MeanPacker(program, find_rule, program.found_stream().tokens, program.chosen().row_packing)
+        packer = MeanPacker(program, find_rule, program.found_stream().tokens, program.method.row_packing)
         with program.graph.inserting_before(node):
             packer.start(source, packer.emit(aten.mean.dim, source, [1], True))
             for step in needed:
@@ -194,7 +194,4 @@ def weight(program: Program, name: str, value: torch.Tensor) -> Node:
     like = program.found_stream().boundaries[0].meta["val"]
     parameter = nn.Parameter(value.to(like.device, like.dtype), requires_grad=False)
     give_tensor(program.graph_module, f"{RECOVERY}.{name}", parameter)
-    node = program.graph.get_attr(f"{RECOVERY}.{name}")
-    with program.fake_mode:
-        node.meta["val"] = torch.empty(value.shape, dtype=like.dtype, device=like.device)
-    return node
+    return read_tensor(program.graph_module, f"{RECOVERY}.{name}")

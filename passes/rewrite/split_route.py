@@ -42,8 +42,10 @@ class SplitRoute(Pass):
         values = [n for n in program.graph.nodes if n in early and n is not scores and crosses(program, n, early)]
         values.sort(key=lambda n: n is not start)
         names = {node: HIDDEN if node is start else f"live_{i - 1}" for i, node in enumerate(values)}
-        program.route = build_route(program, early, values)
-        program.denoise = build_denoise(program, early, names)
+        program.parts = {
+            "route": build_route(program, early, values),
+            "denoise": build_denoise(program, early, names),
+        }
         return PassResult(1, (f"{len(values)} values pass from route to denoise",))
 
 

@@ -19,7 +19,7 @@ from dcconvert.passes.ir.spec import WEIGHTS, ModelSpec, update_name
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.passes.rewrite.retarget import retype, retyped_spec, to_device
+from dcconvert.passes.rewrite.retarget import retarget, retyped_spec
 from dcconvert.passes.runtime.infer_runs import FollowedRun
 from dcconvert.passes.runtime.run import Runtime
 from dcconvert.passes.runtime.state import TensorState, zeros
@@ -159,26 +159,22 @@ class DynamicModel(nn.Module, Runtime):
         """
         super()._apply(fn, recurse)
         old, new = self.target, place_of(self)
-        if new.device != old.device:
-            for graph in self.graphs.named().values():
-                to_device(graph, new.device)
-        if new.dtype != old.dtype:
-            self.retype(old.dtype, new.dtype)
         if (new.device, new.dtype) != (old.device, old.dtype):
+            self.retarget(old, new)
             self.target = new
             self.followed = FollowedRun(self)
         return self
 
-    def retype(self, old: torch.dtype, new: torch.dtype) -> None:
-        """Let graphs and spec follow weights that were cast from `old` to `new`."""
-        self.planner = StepPlanner(retyped_spec(self.spec, old, new), self.method, self.schedule)
-        batch, place = 2, place_of(self)
-        inputs = {n: v.to(place.device) if isinstance(v, Tensor) else v for n, v in self.spec.example(batch).items()}
+    def retarget(self, old: Tensor, new: Tensor) -> None:
+        """Let graphs and spec follow weights that were moved or cast: they were like `old` and are like `new`."""
+        self.planner = StepPlanner(retyped_spec(self.spec, old.dtype, new.dtype), self.method, self.schedule)
+        batch = 2
+        inputs = self.spec.example(batch)
 
         def follow(graph: str, feed: Mapping[str, Any]) -> dict[str, Any]:
-            made = retype(self.graph(graph), list(feed.values()), old, new)
-            names = self.spec.outputs_of(graph, len(made))
-            return dict(zip(names, (value.to(place.device) for value in made), strict=True))
+            there = {name: v.to(new.device) if isinstance(v, Tensor) else v for name, v in feed.items()}
+            made = retarget(self.graph(graph), there, old, new)
+            return dict(zip(self.spec.outputs_of(graph, len(made)), made, strict=True))
 
         follow("original", self.feed("original", inputs))
         state = self.empty_state(batch)

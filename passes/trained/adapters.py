@@ -6,27 +6,29 @@ parameters are called `router_adapter.*` and `dechunk_adapter.*`, in every graph
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from dcconvert.passes.frontend.canonicalise import Normalise
-from dcconvert.passes.frontend.capture import capture
 from dcconvert.passes.ir.errors import CheckFailedError
-from dcconvert.passes.ir.graph_tools import attributes, give_tensor, placeholders
-from dcconvert.passes.ir.spec import DECHUNK, NEW_PATHS, ROUTER, ModelSpec
+from dcconvert.passes.ir.graph_tools import add_input, attributes, emit, output_node, placeholders
+from dcconvert.passes.ir.node_args import operand
+from dcconvert.passes.ir.pass_runner import GraphPass, PassResult
+from dcconvert.passes.ir.spec import DECHUNK, NEW_PATHS, ROUTER
+from dcconvert.passes.rewrite.inline import inline
 from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.runtime.rewritten import BATCH, rewritten
 
 GATE = "gate"
 RANK = 4  # the width is divided by this inside an adapter, as in DC-DiT's router (arXiv 2603.06351)
 
 aten = torch.ops.aten
+
+Adapter = TypeVar("Adapter", bound=nn.Module)
 
 
 class RouterAdapter(nn.Module):
@@ -98,6 +100,70 @@ def has_adapter(model: DynamicModel, name: str) -> bool:
     return any(key.split(".")[0] == name for graph in graphs for key in attributes(graph))
 
 
+class AddRouterAdapter(GraphPass):
+    """Let an adapter change the scores of a `route` graph, which it does not do before it is trained."""
+
+    exact = True
+
+    def __init__(self, adapter: RouterAdapter) -> None:
+        self.adapter = adapter
+
+    def call(self, module: GraphModule) -> PassResult:
+        output = output_node(module.graph)
+        scores, hidden, *_ = output.args[0]
+        with module.graph.inserting_before(output):
+            found = inline(module, self.adapter, (scores, hidden), ROUTER)
+        output.args = ((found, *output.args[0][1:]),)
+        return PassResult(1)
+
+
+class AddDechunkAdapter(GraphPass):
+    """Let an adapter add to what dechunk gives in a `denoise` graph: nothing before it is trained."""
+
+    exact = True
+
+    def __init__(self, adapter: DechunkAdapter) -> None:
+        self.adapter = adapter
+
+    def call(self, module: GraphModule) -> PassResult:
+        filled: Any = dechunk_of(module.graph)
+        users = list(filled.users)
+        with module.graph.inserting_before(filled.next):
+            added = inline(module, self.adapter, (filled, filled.args[0]), DECHUNK)
+            result = emit(module.graph, aten.add.Tensor, (filled, added))
+        for user in users:
+            user.replace_input_with(filled, result)
+        return PassResult(1)
+
+
+class AddGate(GraphPass):
+    """Multiply the trunk's update in a `denoise` graph by one more input, `gate` [G, L, 1]; exact where that is 1."""
+
+    exact = True
+
+    def call(self, module: GraphModule) -> PassResult:
+        filled = dechunk_of(module.graph)
+        update = operand(filled, 1)
+        like = update.meta["val"]
+        gate = add_input(module.graph, GATE, (*like.shape[:2], 1), like, after=placeholders(module.graph)[-1])
+        with module.graph.inserting_before(filled):
+            filled.update_arg(1, emit(module.graph, aten.mul.Tensor, (update, gate)))
+        return PassResult(1)
+
+
+class ShowFeatures(GraphPass):
+    """Make what leaves the trunk, h' [B, N, D], the last output of a `denoise` graph."""
+
+    exact = True
+
+    def call(self, module: GraphModule) -> PassResult:
+        found, output = dechunk_of(module.graph), output_node(module.graph)
+        if any(name.startswith(f"{DECHUNK}.") for name in attributes(module)):
+            found = next(user for user in found.users if user.target is aten.add.Tensor)
+        output.args = ((*output.args[0], found),)
+        return PassResult(1)
+
+
 def with_router_adapter(model: DynamicModel, seed: int = 0) -> DynamicModel:
     """The model with a router adapter, which changes nothing yet; the model itself if it has one.
 
@@ -107,14 +173,7 @@ def with_router_adapter(model: DynamicModel, seed: int = 0) -> DynamicModel:
         raise CheckFailedError("mode carry has no learned router: its routers look at the history of a run")
     if has_adapter(model, ROUTER):
         return model
-    route = copied(model.route_graph)
-    output = output_of(route.graph)
-    scores, hidden, *_ = output.args[0]
-    module = made_for(model, RouterAdapter, seed)
-    with route.graph.inserting_before(output):
-        found = spliced(route, module, ROUTER, (scores, hidden), ((model.spec.tokens,), width_of(model)))
-    output.args = ((found, *output.args[0][1:]),)
-    return with_graphs(model, route, model.denoise_graph)
+    return rewritten(model, {"route": AddRouterAdapter(made_for(model, RouterAdapter, seed))})
 
 
 def with_dechunk_adapter(model: DynamicModel, seed: int = 0) -> DynamicModel:
@@ -124,48 +183,23 @@ def with_dechunk_adapter(model: DynamicModel, seed: int = 0) -> DynamicModel:
     """
     if has_adapter(model, DECHUNK):
         return model
-    denoise = copied(model.denoise_graph)
-    filled: Any = dechunk_of(denoise.graph)
-    module = made_for(model, DechunkAdapter, seed)
-    users = list(filled.users)
-    with denoise.graph.inserting_before(filled.next):
-        added = spliced(denoise, module, DECHUNK, (filled, filled.args[0]), (width_of(model),) * 2)
-        result = denoise.graph.call_function(aten.add.Tensor, (filled, added))
-    for user in users:
-        user.replace_input_with(filled, result)
-    return with_graphs(model, model.route_graph, denoise)
+    return rewritten(model, {"denoise": AddDechunkAdapter(made_for(model, DechunkAdapter, seed))})
 
 
 def with_gate(model: DynamicModel) -> DynamicModel:
     """The model whose `denoise` takes one more input, `gate` [G, L, 1]: the trunk's update is multiplied by it.
 
     For training only: a gate of 1 whose gradient goes to the scores is DC-DiT's straight-through estimator.
+    CheckFailedError for a model without a dechunk.
     """
-    denoise = copied(model.denoise_graph)
-    filled = dechunk_of(denoise.graph)
-    with denoise.graph.inserting_after(placeholders(denoise.graph)[-1]):
-        gate = denoise.graph.placeholder(GATE)
-    with denoise.graph.inserting_before(filled):
-        gated = denoise.graph.call_function(aten.mul.Tensor, (filled.args[1], gate))
-    filled.update_arg(1, gated)
-    spec = replace(model.spec, denoise_inputs=(*model.spec.denoise_inputs, GATE))
-    return with_graphs(model, model.route_graph, denoise, spec)
+    dechunk_of(model.denoise_graph.graph)
+    tiles = model.planner.full_plan(BATCH).arrays()["chunk_index"].shape[:2]
+    return rewritten(model, {"denoise": AddGate()}, {GATE: torch.ones(*tiles, 1)})
 
 
-def show_features(model: DynamicModel) -> None:
-    """Make what leaves the trunk, h' [B, N, D], the last output of `denoise`; CheckFailedError without a dechunk."""
-    graph = model.denoise_graph.graph
-    found = dechunk_of(graph)
-    if has_adapter(model, DECHUNK):
-        found = next(user for user in found.users if user.target is aten.add.Tensor)
-    output = output_of(graph)
-    output.args = ((*output.args[0], found),)
-    model.denoise_graph.recompile()
-
-
-def width_of(model: DynamicModel) -> tuple[int, int]:
-    """Shape of the trunk's input, without the batch axis."""
-    return model.spec.tokens, model.spec.width
+def with_features(model: DynamicModel) -> DynamicModel:
+    """The model whose `denoise` returns what leaves the trunk as well, last; CheckFailedError without a dechunk."""
+    return rewritten(model, {"denoise": ShowFeatures()})
 
 
 def dechunk_of(graph: Graph) -> Node:
@@ -175,54 +209,10 @@ def dechunk_of(graph: Graph) -> Node:
     return found[0]
 
 
-def output_of(graph: Graph) -> Any:
-    return next(iter(reversed(graph.nodes)))
-
-
-def with_graphs(
-    model: DynamicModel, route: GraphModule, denoise: GraphModule, spec: ModelSpec | None = None
-) -> DynamicModel:
-    for graph in (route, denoise):
-        graph.graph.lint()
-        graph.recompile()
-    return model.with_graphs(spec, route=route, denoise=denoise)
-
-
-def copied(source: GraphModule) -> GraphModule:
-    """A graph of its own on the same tensors."""
-    root = nn.Module()
-    for name, value in attributes(source).items():
-        give_tensor(root, name, value)
-    return GraphModule(root, copy.deepcopy(source.graph))
-
-
-def made_for(model: DynamicModel, kind: Callable[[tuple[int, int], int], nn.Module], seed: int) -> nn.Module:
+def made_for(model: DynamicModel, kind: Callable[[tuple[int, int], int], Adapter], seed: int) -> Adapter:
     """An adapter for a model's grid, width and precision; its values are those of the seed and of nothing else."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = kind(model.spec.grid, model.spec.width)
     weight = next(model.route_graph.parameters())
     return made.to(weight.device, weight.dtype).requires_grad_(False)
-
-
-def spliced(
-    target: GraphModule, module: nn.Module, name: str, inputs: Sequence[Node], shapes: Sequence[tuple[int, ...]]
-) -> Node:
-    """Copy `module(*inputs)` to where the graph's insertion point is; its tensors are called `name.*`.
-
-    `shapes`: those of the inputs, without the batch axis.
-    """
-    weight = next(module.parameters())
-    inner = capture(module, [weight.new_zeros((2, *shape)) for shape in shapes])
-    Normalise().call(inner)
-    for key, value in attributes(inner.graph_module).items():
-        give_tensor(target, f"{name}.{key}", value)
-    mapping: dict[Node, Any] = dict(zip(placeholders(inner.graph), inputs, strict=True))
-    for node in inner.graph.nodes:
-        if node.op == "get_attr":
-            mapping[node] = target.graph.get_attr(f"{name}.{node.target}")
-        elif node.op == "call_function":
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), mapping.__getitem__)
-            mapping[node] = target.graph.call_function(node.target, args, kwargs)
-    result: Node = mapping[output_of(inner.graph).args[0][0]]
-    return result

@@ -15,8 +15,9 @@ import torch
 import dcconvert
 from benchmarks import gpu, gpu_cases, gpu_table, tables
 from benchmarks.gpu_backend import TorchRuntime
+from dcconvert.passes.ir.pass_runner import run_graph_passes
 from dcconvert.passes.methods import method_of
-from dcconvert.passes.rewrite.retarget import in_place
+from dcconvert.passes.rewrite.write_in_place import WriteInPlace
 from tests.passes.harness import dit_call
 
 ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="its reasons are those of a machine without a GPU")
@@ -245,7 +246,7 @@ def test_captured_and_compiled_steps_on_a_gpu(runtime, mode):
     model = dcconvert.convert(dit, 2, options=method_of(mode, router="pool"), steps=3)
     assert isinstance(model, dcconvert.Converted)
     if mode == "carry":
-        in_place(model.denoise_graph)
+        run_graph_passes(model.denoise_graph, [WriteInPlace()])
     model.to("cuda")
     x, t, y = (value.cuda() for value in inputs)
     runs = [TorchRuntime(model, name).start(3) for name in ("eager", runtime)]

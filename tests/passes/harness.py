@@ -176,7 +176,7 @@ def tiny_program(module: nn.Module | None = None, **options: Any) -> Program:
         {},
         method_of(**{"mode": "chunk", **options}),
     )
-    Normalise().call(program)
+    Normalise().call(program.graph_module)
     return program
 
 
@@ -248,7 +248,7 @@ class Body(nn.Module):
 def trunk_program(body: Callable[..., Tensor], h: Tensor, outside: tuple[Tensor, ...], packing: str) -> Program:
     """The program whose whole graph is the trunk `body(h, *outside)`, captured and ready for PackTrunk."""
     program = capture(Body(body), (h, outside), {}, method_of("chunk", packing=packing, members=2, neighbours=2))
-    Normalise().call(program)
+    Normalise().call(program.graph_module)
     start = placeholders(program.graph)[0]
     (end,) = next(iter(reversed(program.graph.nodes))).args[0]
     program.stream = TokenStream(start, GRID, h.shape[2], [start, end], [start, end])

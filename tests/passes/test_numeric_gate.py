@@ -10,10 +10,11 @@ from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.capture import capture
 from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.errors import CheckFailedError
+from dcconvert.passes.ir.output_gate import HALF_PRECISION
 from dcconvert.passes.ir.pass_runner import Pass, PassResult, run_passes
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.methods import method_of
-from dcconvert.passes.numeric_gate import HALF_PRECISION, NumericGate, outputs
+from dcconvert.passes.numeric_gate import NumericGate, outputs
 from dcconvert.passes.rewrite.carry_trunk import CarryTrunk
 from dcconvert.passes.rewrite.insert_router import InsertRouter
 from dcconvert.passes.rewrite.pack_trunk import PackTrunk
@@ -54,9 +55,9 @@ def test_exact_passes_come_through(mode: str) -> None:
     seen: list[str] = []
     gate = NumericGate(program)
 
-    def noting(current: Program, after: str) -> None:
-        seen.append(after)
-        gate(current, after)
+    def noting(subject: Program, current: Pass) -> None:
+        seen.append(current.name)
+        gate(subject, current)
 
     run_passes(program, BEFORE[mode], gate=noting)
     assert seen == ["Normalise", "InsertRouter", BEFORE[mode][-1].name]

@@ -11,8 +11,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from dcconvert.export.checks.parity import relative_error
-from dcconvert.export.onnx.mixed_precision import half_products, in_precision
+from dcconvert.export.onnx.mixed_precision import HalfProducts, in_precision
+from dcconvert.passes.ir.graph_tools import copied
+from dcconvert.passes.ir.output_gate import OutputGate
+from dcconvert.passes.ir.pass_runner import run_graph_passes
+from dcconvert.passes.runtime.rewritten import example_of
 from tests.export.harness import convert, inputs
+from tests.passes.contract_harness import check_contract
 
 aten = torch.ops.aten
 
@@ -65,8 +70,15 @@ def precisions(module: GraphModule, *args: Any) -> Iterator[tuple[Any, torch.dty
             yield node.target, value.dtype
 
 
+def in_half(block: GraphModule, example: tuple[Tensor, Tensor]) -> GraphModule:
+    """A copy of the graph after the pass."""
+    graph, given = copied(block), dict(zip("xc", example, strict=True))
+    run_graph_passes(graph, [HalfProducts(torch.float16)], given, OutputGate(graph, given))
+    return copied(graph)
+
+
 def test_casts_stand_only_where_the_precision_changes(block, example):
-    changed = half_products(block, example, torch.float16)
+    changed = in_half(block, example)
     found = list(precisions(changed, *example))
     expected = [
         (aten.to.dtype, torch.float16),
@@ -86,7 +98,7 @@ def test_casts_stand_only_where_the_precision_changes(block, example):
 @torch.no_grad()
 def test_the_original_graph_stays_as_it_is(block, example):
     before, wanted = str(block.graph), block(*example)
-    changed = half_products(block, example, torch.float16)
+    changed = in_half(block, example)
     assert str(block.graph) == before
     assert torch.equal(block(*example), wanted)
     [found] = changed(*example)
@@ -94,7 +106,7 @@ def test_the_original_graph_stays_as_it_is(block, example):
 
 
 def test_weights_are_halved_once_and_shared_otherwise(block, example):
-    changed = half_products(block, example, torch.float16)
+    changed = in_half(block, example)
     state = changed.state_dict()
     halves = {name for name, value in state.items() if value.dtype == torch.float16}
     assert halves == {f"{layer}.{part}_half" for layer in ("up", "down") for part in ("weight", "bias")}
@@ -141,3 +153,15 @@ def test_a_state_in_half_is_written_without_a_detour():
     keys = [node for node in written if "key" in str(node.args[0]) or "value" in str(node.args[0])]
     assert keys
     assert all(node.args[1].target is not aten.to.dtype for node in keys)
+
+
+@pytest.mark.parametrize("graph", ["route", "denoise", "original"])
+def test_a_broken_one_is_stopped(carry_model, graph):
+    check_contract(HalfProducts(torch.float16), carry_model.graph(graph), example_of(carry_model))
+
+
+def test_the_records_say_what_is_in_half(carry_model):
+    new = in_precision(carry_model, "bf16").records[len(carry_model.records) :]
+    assert [record.name for record in new] == ["HalfProducts"] * 3
+    assert [record.notes for record in new] == [(f"in {graph}", "in bfloat16") for graph in carry_model.graphs.named()]
+    assert [bool(record.matches) for record in new] == [False, True, True]  # mode carry has no block before its trunk

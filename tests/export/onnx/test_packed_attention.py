@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dcconvert.export.engines.index import Device
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.export.onnx.lowerings import TENSORRT
-from dcconvert.export.onnx.packed_attention import attention_sizes, refusal, with_packed_attention
+from dcconvert.export.onnx.packed_attention import PackAttention, attention_sizes, refusal, with_packed_attention
 from dcconvert.export.onnx.trt_attention_op import probe
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.methods import method_of
@@ -24,7 +24,9 @@ from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.runtime.rewritten import example_of
 from tests.export.harness import TOKENS, convert
+from tests.passes.contract_harness import check_contract
 from tests.passes.harness import pixart_call
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
@@ -100,6 +102,10 @@ def test_cross_attention_needs_rows():
     model = rewrite(module, args, kwargs, method_of("chunk"), Schedule("constant", 2))
     with pytest.raises(UsageError, match=r"because of aten\.scaled_dot_product_attention"):
         with_packed_attention(model)
+
+
+def test_a_broken_one_is_stopped(rows_model):
+    check_contract(PackAttention(), rows_model.denoise_graph, example_of(rows_model))
 
 
 @needs_rtx

@@ -15,9 +15,11 @@ from dcconvert.passes.ir.errors import UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import placeholders
 from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.program import Program
+from dcconvert.passes.methods import method_of
 from tests.passes.harness import count
 
 aten = torch.ops.aten
+CHUNK = method_of("chunk")
 
 
 class Of(nn.Module):
@@ -31,7 +33,7 @@ class Of(nn.Module):
 
 def normalised(function: Callable[[Tensor], Tensor]) -> Program:
     x = torch.randn(3, 4, 6)
-    program = capture(Of(function), (x,))
+    program = capture(Of(function), (x,), {}, CHUNK)
     run_passes(program, (Normalise(),))
     torch.testing.assert_close(program.graph_module(x)[0], function(x), rtol=0, atol=0)
     return program
@@ -70,10 +72,10 @@ def test_views_become_reshapes():
 
 
 def test_unused_nodes_and_guards_go():
-    program = capture(Of(lambda x: x + 1), (torch.randn(3, 4),))
+    program = capture(Of(lambda x: x + 1), (torch.randn(3, 4),), {}, CHUNK)
     with program.graph.inserting_after(placeholders(program.graph)[0]):
         program.emit(aten.exp.default, (placeholders(program.graph)[0],))
-    Normalise().call(program)
+    Normalise().call(program.graph_module)
     assert calls(program) == ["aten.add.Tensor"]
     assert not any(node.op == "call_module" for node in program.graph.nodes)
 
@@ -85,8 +87,8 @@ def test_a_squeeze_that_drops_an_axis_stays():
 def test_what_changes_values_stays():
     assert "aten.to.dtype" in " ".join(calls(normalised(lambda x: x.double().float())))
 
-    program = capture(Of(lambda x: F.dropout(x, 0.5, training=True)), (torch.randn(3, 4),))
-    Normalise().call(program)
+    program = capture(Of(lambda x: F.dropout(x, 0.5, training=True)), (torch.randn(3, 4),), {}, CHUNK)
+    Normalise().call(program.graph_module)
     assert calls(program) == ["aten.dropout.default"]
 
 
@@ -104,7 +106,7 @@ def test_what_is_written_in_place_is_captured_out_of_place():
         return y
 
     x = torch.randn(3, 4)
-    program = capture(Of(body), (x,))
+    program = capture(Of(body), (x,), {}, CHUNK)
     run_passes(program, (Normalise(),))
     torch.testing.assert_close(program.graph_module(x)[0], body(x), rtol=0, atol=0)
     assert not any(call.endswith("_.Tensor") for call in calls(program))
@@ -112,7 +114,7 @@ def test_what_is_written_in_place_is_captured_out_of_place():
 
 
 def test_in_place_ops_are_refused_by_name():
-    program = capture(Of(lambda x: (x * 2).add(1)), (torch.randn(3, 4),))
+    program = capture(Of(lambda x: (x * 2).add(1)), (torch.randn(3, 4),), {}, CHUNK)
     [add] = [node for node in program.graph.nodes if node.target is aten.add.Tensor]
     add.target = aten.add_.Tensor
     with pytest.raises(UnsupportedModelError, match=r"in-place op aten\.add_\.Tensor in .*out-of-place"):
@@ -120,10 +122,10 @@ def test_in_place_ops_are_refused_by_name():
 
 
 def test_a_submodule_call_left_in_the_graph_is_refused():
-    program = capture(Of(lambda x: x + 1), (torch.randn(3, 4),))
+    program = capture(Of(lambda x: x + 1), (torch.randn(3, 4),), {}, CHUNK)
     add = next(node for node in program.graph.nodes if node.target is aten.add.Tensor)
     program.graph_module.add_submodule("left_over", nn.Identity())
     with program.graph.inserting_before(add):
         add.replace_input_with(placeholders(program.graph)[0], program.graph.call_module("left_over", (add.args[0],)))
     with pytest.raises(UnsupportedModelError, match="left_over"):
-        Normalise().call(program)
+        Normalise().call(program.graph_module)

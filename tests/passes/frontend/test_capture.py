@@ -15,6 +15,7 @@ from dcconvert.passes.methods import method_of
 from tests.passes.harness import WIDTH, Block, TinyModel, count, pixart_call, tiny_inputs
 
 aten = torch.ops.aten
+CHUNK = method_of("chunk")
 
 
 class Plain(nn.Module):
@@ -35,7 +36,7 @@ def plain_call(batch: int) -> tuple[tuple[Tensor, dict[str, Tensor]], dict[str, 
 @pytest.mark.parametrize("batch", [1, 2, 7])
 def test_the_graph_runs_at_any_batch_on_flat_inputs(batch):
     module = Plain()
-    program = capture(module, *plain_call(3))
+    program = capture(module, *plain_call(3), CHUNK)
     args, kwargs = plain_call(batch)
     flat, _ = pytree.tree_flatten((args, kwargs))
     outputs = program.graph_module(*flat)
@@ -44,13 +45,13 @@ def test_the_graph_runs_at_any_batch_on_flat_inputs(batch):
 
 
 def test_only_axes_of_the_batch_are_dynamic():
-    program = capture(Plain(), *plain_call(3))
+    program = capture(Plain(), *plain_call(3), CHUNK)
     shapes = [[str(size) for size in node.meta["val"].shape] for node in placeholders(program.graph)]
     assert shapes == [[str(program.batch), "5", "4"], [str(program.batch), "4"], ["4"]]
 
 
 def test_ops_stay_whole():
-    program = capture(TinyModel([Block(), Block()]), tiny_inputs())
+    program = capture(TinyModel([Block(), Block()]), tiny_inputs(), {}, CHUNK)
     assert count(program.graph_module, aten.scaled_dot_product_attention.default) == 2
     assert count(program.graph_module, aten.layer_norm.default) == 2
     assert count(program.graph_module, aten.linear.default) == 4 * 2 + 1
@@ -70,14 +71,14 @@ def test_structured_specs_and_options_survive():
 def test_the_weights_are_shared_not_copied():
     module = TinyModel([Block(), Block()])
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    program = capture(module, tiny_inputs())
+    program = capture(module, tiny_inputs(), {}, CHUNK)
     name = "blocks.0.qkv.weight"
     assert program.graph_module.get_parameter(name).data_ptr() == module.get_parameter(name).data_ptr()
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
 def test_dropout_is_captured_switched_off():
-    program = capture(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4)).train(), (torch.ones(3, 4),))
+    program = capture(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4)).train(), (torch.ones(3, 4),), {}, CHUNK)
     x = torch.ones(3, 4)
     torch.testing.assert_close(program.graph_module(x), program.graph_module(x))
 
@@ -87,12 +88,12 @@ def test_dropout_is_captured_switched_off():
 )
 def test_examples_without_a_batch_are_a_usage_error(args):
     with pytest.raises(UsageError, match="batch of at least 2"):
-        capture(nn.Linear(4, 4), args)
+        capture(nn.Linear(4, 4), args, {}, CHUNK)
 
 
 def test_examples_that_do_not_fit_the_signature_are_a_usage_error():
     with pytest.raises(UsageError, match=r"do not fit TinyModel\.forward: .*'t'"):
-        capture(TinyModel([Block()]), tiny_inputs()[:1])
+        capture(TinyModel([Block()]), tiny_inputs()[:1], {}, CHUNK)
 
 
 class LooksAtData(nn.Module):
@@ -109,5 +110,5 @@ class FixedBatch(nn.Module):
 def test_a_module_that_does_not_export_is_unsupported(module):
     message = rf"torch\.export cannot capture {type(module).__name__}: \S"
     with pytest.raises(UnsupportedModelError, match=message) as error:
-        capture(module, (torch.randn(3, WIDTH),))
+        capture(module, (torch.randn(3, WIDTH),), {}, CHUNK)
     assert "\n" not in str(error.value)

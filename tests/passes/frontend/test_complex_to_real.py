@@ -15,8 +15,10 @@ from dcconvert.passes.frontend.complex_to_real import RealNumbers
 from dcconvert.passes.ir.errors import UnsupportedModelError
 from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.program import Program
+from dcconvert.passes.methods import method_of
 
 aten = torch.ops.aten
+CHUNK = method_of("chunk")
 
 
 class Turned(nn.Module):
@@ -36,7 +38,7 @@ X = torch.randn(3, 5, 2, 6)
 
 
 def program_of(turn: Callable[[Tensor, Tensor], Tensor]) -> Program:
-    program = capture(Turned(turn), (X,))
+    program = capture(Turned(turn), (X,), {}, CHUNK)
     run_passes(program, (Normalise(),))
     return program
 
@@ -72,7 +74,7 @@ def test_one_table_serves_every_use():
 
 
 def test_real_graphs_stay_as_they_are():
-    program = capture(nn.Linear(6, 6), (X,))
+    program = capture(nn.Linear(6, 6), (X,), {}, CHUNK)
     run_passes(program, (Normalise(),))
     before = [node.name for node in program.graph.nodes]
     assert run_passes(program, (RealNumbers(),))[0].matches == 0

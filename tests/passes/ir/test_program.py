@@ -11,8 +11,10 @@ from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import module_path, placeholders, readable, where
 from dcconvert.passes.ir.pass_runner import Pass, PassResult, run_passes
 from dcconvert.passes.ir.program import Program
+from dcconvert.passes.methods import method_of
 
 aten = torch.ops.aten
+CHUNK = method_of("chunk")
 
 
 class Model(nn.Module):
@@ -25,7 +27,7 @@ class Model(nn.Module):
 
 
 def program() -> Program:
-    return capture(Model(), (torch.randn(3, 4),))
+    return capture(Model(), (torch.randn(3, 4),), {}, CHUNK)
 
 
 def linear_of(given: Program) -> torch.fx.Node:

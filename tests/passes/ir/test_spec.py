@@ -136,5 +136,5 @@ def test_carry_through_json_and_back(name):
 def test_a_program_that_was_not_split_has_no_spec():
     program = tiny_program()
     run_passes(program, (FindTokenStream(),))
-    with pytest.raises(CheckFailedError, match="not split into route and denoise"):
+    with pytest.raises(CheckFailedError, match="was not split"):
         ModelSpec.of(program)

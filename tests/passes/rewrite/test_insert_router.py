@@ -11,7 +11,8 @@ from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.modules.routers import CARRY_ROUTERS, PLAIN_ROUTERS
-from dcconvert.passes.rewrite.insert_router import InsertRouter, inline
+from dcconvert.passes.rewrite.inline import inline
+from dcconvert.passes.rewrite.insert_router import InsertRouter
 from tests.passes.harness import BATCH, GRID, TOKENS, Block, TinyModel, tiny_inputs, tiny_program
 
 
@@ -67,7 +68,7 @@ def test_a_router_with_parameters_of_its_own():
     run_passes(program, (FindTokenStream(),))
     output = list(program.graph.nodes)[-1]
     with program.graph.inserting_before(output):
-        program.scores = inline(program, router, (program.found_trunk()[0],), "learned")
+        program.scores = inline(program.graph_module, router, (program.found_trunk()[0],), "learned")
     output.args = ((program.scores,),)
     program.graph_module.recompile()
     with torch.no_grad():

@@ -7,14 +7,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
 
-from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.ir.errors import CheckFailedError, UsageError
+from dcconvert.passes.ir.output_gate import OutputGate
+from dcconvert.passes.ir.pass_runner import run_graph_passes
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
-from dcconvert.passes.rewrite.retarget import in_place, to_device
+from dcconvert.passes.rewrite.retarget import Retarget, retarget
 from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.runtime.rewritten import example_of
+from tests.passes.contract_harness import check_contract
 from tests.passes.harness import dit_call, relative
 
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float64: 1e-6, torch.float32: 1e-6}
@@ -83,20 +87,6 @@ def test_each_model_on_shared_weights_follows():
         steps(model.to(torch.bfloat16), torch.bfloat16)
 
 
-def test_a_state_that_is_written_in_place():
-    model = converted(tiny_dit())
-    wanted = steps(model, torch.float32)
-    in_place(model.denoise_graph)
-    for found, was in zip(steps(model, torch.float32), wanted, strict=True):
-        torch.testing.assert_close(found, was, rtol=0, atol=0)
-    state = model.empty_state(3)
-    tensors = dict(state.values)
-    with torch.no_grad():
-        given = dict(zip("xty", inputs(), strict=True))
-        model.denoise(given, model.route(given)[1], model.planner.full_plan(3), state)
-    assert all(state.values[name] is tensor and tensor.any() for name, tensor in tensors.items())
-
-
 def test_a_cast_model_is_saved_and_loaded(tmp_path):
     from dcconvert.passes.serialise.graph_json import model_from_dict, model_tensors, model_to_dict
 
@@ -112,32 +102,57 @@ def test_only_precisions_that_models_run_in():
         model.to(torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize("mode", ["carry", "chunk"])
-def test_graphs_follow_to_another_device(mode):
-    """On fake tensors of a GPU: an op that meets a tensor left on the CPU raises."""
+def prepared(graph: str = "denoise", mode: str = "chunk") -> tuple[GraphModule, dict[str, Any]]:
+    """A graph of a converted model, and what it takes."""
     model = converted(tiny_dit(), mode=mode)
-    graphs = (model.route_graph, model.denoise_graph, model.original_graph)
-    cuda = torch.device("cuda", 0)
-    for graph in graphs:
-        to_device(graph, cuda)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    names, example = model.spec.inputs_of(graph), example_of(model)
+    return model.graph(graph), {name: example[name] for name in names}
 
-    def there(value: Tensor) -> Tensor:
-        return torch.empty(value.shape, dtype=value.dtype, device=cuda)
 
-    def run(graph: nn.Module, given: list[Tensor]) -> list[Tensor]:
-        weights = {name: there(tensor) for name, tensor in graph.state_dict().items()}
-        return torch.func.functional_call(graph, weights, tuple(map(there, given)))
+CPU, META, HALF = torch.empty(0), torch.empty(0, device="meta"), torch.empty(0, dtype=torch.bfloat16)
 
-    values = dict(zip("xty", inputs(), strict=True))
-    with fake, torch.no_grad():
-        (original,) = run(model.original_graph, [values[name] for name in model.spec.inputs])
-        _, *live = run(model.route_graph, [values[name] for name in model.spec.route_inputs])
-        arrays = {n: torch.from_numpy(a) for n, a in model.planner.full_plan(3).arrays().items()}
-        given = {**values, **dict(zip(model.spec.live, live, strict=True)), **arrays, **model.empty_state(3).values}
-        found = run(model.denoise_graph, [given[name] for name in model.spec.denoise_inputs])
-    assert {value.device for value in (original, *live, *found)} == {cuda}
-    assert found[0].shape == original.shape
+
+@pytest.mark.parametrize("mode", ["carry", "chunk"])
+@pytest.mark.parametrize("name", ["original", "route", "denoise"])
+def test_graphs_follow_to_another_device(mode, name):
+    """Device `meta` has no numbers and needs no GPU: a call that meets a tensor left on the CPU raises."""
+    graph, example = prepared(name, mode)
+    with torch.no_grad():
+        wanted = graph(*example.values())
+    there = {key: value.to("meta") for key, value in example.items()}
+    found = retarget(graph.to("meta"), there, CPU, META)
+    assert [(value.shape, value.device.type) for value in found] == [(value.shape, "meta") for value in wanted]
+
+
+def test_a_model_on_another_device_keeps_its_spec():
+    model = converted(tiny_dit())
+    spec = model.spec
+    assert model.to("meta").spec == spec
+
+
+def cast(name: str, mode: str = "chunk") -> tuple[GraphModule, dict[str, Any], OutputGate]:
+    """A graph whose weights were cast to bfloat16, what it takes now, and what it gave before."""
+    graph, example = prepared(name, mode)
+    gate = OutputGate(graph, example)
+    half = {key: v.bfloat16() if v.is_floating_point() and key != "t" else v for key, v in example.items()}
+    return graph.to(torch.bfloat16), half, gate
+
+
+@pytest.mark.parametrize("mode", ["carry", "chunk"])
+@pytest.mark.parametrize("name", ["original", "denoise"])
+def test_a_broken_cast_is_stopped(mode, name):
+    graph, half, gate = cast(name, mode)
+    check_contract(Retarget(half, CPU, HALF), graph, gate=gate)
+
+
+def test_a_cast_that_is_forgotten_is_stopped():
+    class Forgetful(Retarget):
+        def wrong(self, node: Node) -> list[tuple[Node, torch.dtype]]:
+            return []
+
+    graph, half, gate = cast("original")
+    with pytest.raises(CheckFailedError, match=r"Forgetful left a graph that does not run \(.* dtype"):
+        run_graph_passes(graph, [Forgetful(half, CPU, HALF)], gate=gate)
 
 
 @pytest.mark.gpu

@@ -50,18 +50,16 @@ def run_halves(
     program: Program, batch: int, counts: tuple[int, ...], timestep: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of the unsplit graph, and of route followed by denoise; scores first."""
-    assert program.route is not None
-    assert program.denoise is not None
     x, t = tiny_inputs(batch)
     plan = plan_tensors(Planner(GRID, 4, 4).plan(random_keep(counts, 8)))
     given = {"x": x, "t": t if timestep is None else timestep, **plan}
     program.graph_module.recompile()
     with torch.no_grad():
         whole = program.graph_module(*(given[name] for name in inputs_of(program.graph_module)))
-        scores, *live = program.route(*(given[name] for name in inputs_of(program.route)))
-        names = [name for name in inputs_of(program.denoise) if name not in given]
+        scores, *live = program.parts["route"](*(given[name] for name in inputs_of(program.parts["route"])))
+        names = [name for name in inputs_of(program.parts["denoise"]) if name not in given]
         given.update(zip(names, live, strict=True))
-        late = program.denoise(*(given[name] for name in inputs_of(program.denoise)))
+        late = program.parts["denoise"](*(given[name] for name in inputs_of(program.parts["denoise"])))
     return list(whole), [scores, *late]
 
 
@@ -75,18 +73,17 @@ def test_the_halves_make_the_whole(head, batch):
 
 def test_h_comes_first_then_the_other_live_values():
     program = split()
-    assert program.denoise is not None
-    live = [name for name in inputs_of(program.denoise) if name not in program.plan_inputs]
+    live = [name for name in inputs_of(program.parts["denoise"]) if name not in program.plan_inputs]
     assert live == ["h", "live_0"]  # the hidden state, and c for the modulation of the later blocks
-    shapes = [tuple(node.meta["val"].shape[1:]) for node in placeholders(program.denoise.graph)[:2]]
+    shapes = [tuple(node.meta["val"].shape[1:]) for node in placeholders(program.parts["denoise"].graph)[:2]]
     assert shapes == [(8, WIDTH), (WIDTH,)]
 
 
 def test_placeholders_are_only_where_they_are_used():
     program = split()
-    assert inputs_of(program.route) == ["x", "t"]
-    assert sorted(inputs_of(program.denoise)) == sorted(["h", "live_0", *program.plan_inputs])
-    for half in (program.route, program.denoise):
+    assert inputs_of(program.parts["route"]) == ["x", "t"]
+    assert sorted(inputs_of(program.parts["denoise"])) == sorted(["h", "live_0", *program.plan_inputs])
+    for half in (program.parts["route"], program.parts["denoise"]):
         assert half is not None
         assert all(node.users for node in placeholders(half.graph))
 
@@ -97,7 +94,7 @@ def test_an_input_needed_late_is_taken_late():
             return super().forward(x, t) + x.mean((1, 2, 3)).reshape(-1, 1, 1)
 
     program = split(Gained(Block() for _ in range(3)))
-    assert inputs_of(program.denoise)[2] == "x"
+    assert inputs_of(program.parts["denoise"])[2] == "x"
     whole, halves = run_halves(program, 2, (3, 4))
     torch.testing.assert_close(halves, whole, rtol=0, atol=0)
 
@@ -111,9 +108,8 @@ def test_sizes_are_read_again_from_h():
             return super().forward(x, t).reshape(b * 8, 8).reshape(b, 2, 4, 8)
 
     program = split(Reshaped(Block() for _ in range(3)))
-    assert "x" not in inputs_of(program.denoise)
-    assert program.denoise is not None
-    sizes = [n for n in program.denoise.graph.nodes if n.target is aten.sym_size.int and n.args[0].name == "h"]
+    assert "x" not in inputs_of(program.parts["denoise"])
+    sizes = [n for n in program.parts["denoise"].graph.nodes if n.target is aten.sym_size.int and n.args[0].name == "h"]
     assert len(sizes) == 1
     for batch in (1, 4):
         whole, halves = run_halves(program, batch, (3,) * batch)
@@ -181,7 +177,7 @@ def test_values_without_a_batch_axis_are_computed_again():
     """One timestep for the whole batch: its embedding is made in both halves, and only h passes."""
     program = capture(TinyModel(Block() for _ in range(3)), (tiny_inputs()[0], torch.rand(1)), {}, method_of("chunk"))
     run_passes(program, (Normalise(), FindTokenStream(), InsertRouter(), PackTrunk(), SplitRoute()))
-    live = [name for name in inputs_of(program.denoise) if name not in program.plan_inputs]
+    live = [name for name in inputs_of(program.parts["denoise"]) if name not in program.plan_inputs]
     assert live == ["h", "t"]
     whole, halves = run_halves(program, 2, (3, 4), torch.rand(1))
     torch.testing.assert_close(halves, whole, rtol=0, atol=0)

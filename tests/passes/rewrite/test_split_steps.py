@@ -37,9 +37,7 @@ class Split:
 
 def split(program: Program, updates: int = 3) -> Split:
     run_passes(program, (Normalise(), RealNumbers(), FindTokenStream(), SplitSteps(updates)))
-    assert program.full is not None
-    assert program.skip is not None
-    return Split(program.graph_module, program.full, program.skip, program.example)
+    return Split(program.graph_module, program.parts["full"], program.parts["skip"], program.example)
 
 
 def split_dit(**options: int) -> tuple[Split, tuple[torch.Tensor, ...]]:

@@ -12,7 +12,7 @@ from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.serialise.graph_json import model_from_dict, model_tensors, model_to_dict
-from dcconvert.passes.trained.adapters import show_features
+from dcconvert.passes.trained.adapters import with_features
 from dcconvert.passes.trained.weight_sets import (
     PREFIX,
     all_tensors,
@@ -97,8 +97,7 @@ def test_a_trained_weight_whose_original_is_gone(model):
 
 
 def test_features_are_what_leaves_the_trunk(model):
-    teacher = teacher_of(model)
-    show_features(teacher)
+    teacher = with_features(teacher_of(model))
     inputs = named_inputs(model)
     scores, live = teacher.route(inputs)
     outputs = teacher.denoise(inputs, live, teacher.planner.full_plan(len(scores)))
@@ -112,7 +111,7 @@ def test_features_of_a_graph_without_dechunk():
     module = TinyModel(Block() for _ in range(3))
     carried = rewrite(module, tiny_inputs(), {}, method_of("carry"), Schedule("constant", 2), timestep_scale=1.0)
     with pytest.raises(CheckFailedError, match="0 dechunks"):
-        show_features(carried)
+        with_features(carried)
 
 
 def test_linear_weights_are_matrices(model):

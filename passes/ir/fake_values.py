@@ -1,0 +1,79 @@
+"""Fake values of a graph: what every node gives, as a tensor with a shape, a type and a device but no numbers.
+
+They are in `node.meta["val"]`. Capture gives them to a graph, a bundle does not store them, and those of a graph whose
+weights were moved or cast are out of date.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+
+from dcconvert.passes.ir.errors import CheckFailedError
+from dcconvert.passes.ir.graph_tools import fake_mode, fake_result, output_node, tensor_at
+
+
+def give_fake_values(module: GraphModule, example: Mapping[str, Any]) -> None:
+    """Give every node its fake value on an example: values of the graph's inputs by name, and maybe others.
+
+    KeyError if an input is missing; what an op raises if the example does not fit the graph.
+    """
+    give_leaf_values(module, example)
+    renew_fake_values(module)
+
+
+def give_leaf_values(module: GraphModule, example: Mapping[str, Any]) -> None:
+    """Give inputs the fake values of an example, and weights those of the module's tensors."""
+    mode = FakeTensorMode()
+    for node in module.graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            value = example[node.name] if node.op == "placeholder" else tensor_at(module, node.target)
+            node.meta["val"] = mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+
+def renew_fake_values(module: GraphModule) -> None:
+    """Give every call its fake value on those of its operands."""
+    mode = fake_mode(module.graph)
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            node.meta["val"] = fake_result(mode, node)
+
+
+def results_like(module: GraphModule) -> list[Any]:
+    """What a graph returns, with zeros in the place of fake values."""
+    values = [node.meta["val"] if isinstance(node, Node) else node for node in output_node(module.graph).args[0]]
+    return [torch.zeros(v.shape, dtype=v.dtype, device=v.device) if isinstance(v, Tensor) else v for v in values]
+
+
+def check_fake_values(module: GraphModule, after: str) -> None:
+    """CheckFailedError that names the pass if a value is not what the call or the weight gives."""
+    mode = fake_mode(module.graph)
+    for node in module.graph.nodes:
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        known = node.meta["val"]
+        try:
+            value = fake_result(mode, node) if node.op == "call_function" else tensor_at(module, node.target)
+        except Exception as error:  # ops raise many unrelated types
+            reason = " ".join(str(error).split())[:200]
+            message = f"{after} left {node.name}, which cannot be called ({reason}); this is a bug of dcconvert"
+            raise CheckFailedError(message) from error
+        if described(value) != described(known):
+            raise CheckFailedError(
+                f"{after} says that {node.name} gives {described(known)}, and it gives {described(value)}; "
+                "this is a bug of dcconvert"
+            )
+
+
+def described(value: Any) -> str:
+    """Shape, type and device of a tensor, or of each one of several; any other value as it is written."""
+    if isinstance(value, Tensor):
+        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(described, value))
+    return str(value)
