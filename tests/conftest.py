@@ -1,6 +1,6 @@
 """Settings of the whole test suite: the same random numbers in every test, one thread, no examples database.
 
-What takes long and is the same in many tests is shared by all test processes of a run (`shared_exports`).
+What takes long and is the same in many tests is shared by all test processes of a run (tests/sharing.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from hypothesis import settings
 
 from dcconvert.export.onnx import export
-from tests.shared_exports import SharedExports
+from tests.sharing import SharedExports
 
 # Times vary on shared machines; a failing example is printed, and found again because the search is seeded.
 settings.register_profile("dcconvert", deadline=None, derandomize=True, database=None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +15,9 @@ from torch.fx import Graph, GraphModule
 
 from dcconvert.export.onnx import export
 from dcconvert.export.onnx.lowerings import TENSORRT
-from tests.shared_exports import REAL, SharedExports
+from tests.sharing import REAL, SharedExports, made_once
 
+ROOT = Path(__file__).resolve().parent.parent
 AXES = (("batch",),)
 
 
@@ -85,17 +89,37 @@ def test_an_exporter_of_a_test_is_asked_every_time(
         shared(scaled(), tmp_path / "g.onnx", (torch.ones(3, 4),), AXES, ("y",))
 
 
-def test_an_export_that_fails_is_not_kept(
-    shared: SharedExports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError("disk full")
+def test_a_folder_is_filled_once_and_not_by_halves(tmp_path: Path) -> None:
+    tries: list[int] = []
 
-    def write(path: Path) -> None:
-        path.write_bytes(b"whole")
+    def fail_first(folder: Path) -> None:
+        tries.append(len(tries))
+        (folder / f"half-{len(tries)}").touch()
+        if len(tries) == 1:
+            raise OSError("disk full")
 
+    folder = tmp_path / "shared" / "one"
     with pytest.raises(OSError, match="disk full"):
-        shared.share("key", tmp_path / "g.onnx", fail)
-    shared.share("key", tmp_path / "g.onnx", write)
-    assert (tmp_path / "g.onnx").read_bytes() == b"whole"
+        made_once(folder, fail_first)
+    assert [made_once(folder, fail_first) for _ in range(2)] == [folder] * 2
+    assert [path.name for path in folder.iterdir()] == ["half-2"]
+    assert len(tries) == 2
+
+
+def test_processes_wait_for_each_other(tmp_path: Path) -> None:
+    code = """if True:
+        import sys, time
+        from pathlib import Path
+        from tests.sharing import made_once
+        def fill(folder):
+            time.sleep(0.5)
+            (folder / sys.argv[2]).touch()
+        print(*(path.name for path in made_once(Path(sys.argv[1]), fill).iterdir()))
+    """
+    words = [sys.executable, "-c", code, str(tmp_path / "one")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    asked = [
+        subprocess.Popen([*words, name], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env) for name in ("a", "b")
+    ]
+    said = {process.communicate()[0].strip() for process in asked}
+    assert said in ({"a"}, {"b"})

@@ -1,16 +1,15 @@
-"""ONNX exports shared by all tests of a run: a graph that one process has exported is copied by the others.
+"""What the tests of a run share, also between test processes: folders that are filled once, and ONNX exports.
 
 Most of the suite's time went into exporting the same few tiny models again and again: in every test file, every
 conversion from the command line and every test process. Here `export_graph` first looks whether exactly this graph,
-with these weights and for these arguments, was exported before in this run. The folder is that of the run and nothing
-is kept for the next one, so that every run exports every graph that it tests.
+with these weights and for these arguments, was exported before in this run. Everything is in the folder of the run and
+nothing is kept for the next one, so that every run exports every graph that it tests.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,25 @@ REAL = export.export_graph
 EXPORTER = torch.onnx.export
 
 
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """The folder, filled by the first process that asks for it; the others wait. Nobody may change what is in it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    done = folder.with_name(f"{folder.name}.done")
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 class SharedExports:
     """`export_graph` with a folder of what it has written; `made` and `copied` count its calls."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.made = self.copied = 0
-        folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(
         self,
@@ -56,16 +67,10 @@ class SharedExports:
             self.share(digest(text, graph_module), path, make)
 
     def share(self, key: str, path: Path, make: Callable[[Path], None]) -> None:
-        """Put the files of an export at `path` (and beside it), made by the first process that asks for them."""
-        kept = self.folder / f"{key}-{path.name}"
-        with FileLock(self.folder / f"{key}.lock"):
-            if not kept.is_dir():
-                work = self.folder / uuid.uuid4().hex
-                work.mkdir()
-                make(work / path.name)
-                work.rename(kept)
-            else:
-                self.copied += 1
+        """Put the files of an export at `path` and beside it."""
+        before = self.made
+        kept = made_once(self.folder / f"{key}-{path.name}", lambda folder: make(folder / path.name))
+        self.copied += self.made == before
         for file in kept.iterdir():
             shutil.copyfile(file, path.parent / file.name)
 
