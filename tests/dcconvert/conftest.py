@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class MainJob:
 
     @property
     def run(self) -> Run:
-        return Run(**json.loads((self.work / "run.json").read_text()))
+        return Run.read(self.work)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def run_job(mode: str, shared: Path, own: Path) -> MainJob:
             patch.chdir(folder)
             run = run_cli(CHECKPOINT, *SHARED, *WORDS[mode], "--dump-graphs", "graphs")
         assert run.code == 0, run.err
-        (folder / "run.json").write_text(json.dumps(asdict(run)))
+        run.write(folder)
 
     return MainJob(mode, shutil.copytree(made_once(shared / f"job-{mode}", make), own, dirs_exist_ok=True))
 
