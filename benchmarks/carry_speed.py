@@ -22,9 +22,10 @@ from dcconvert.evaluate.measure_steps import compute_section, latency_section
 from dcconvert.export.buckets import choose_buckets
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.passes.ir.spec import SLOTS
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.planning.schedule import AUTO, Schedule, noise_levels
 from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.sampling.steps import Runtime
+from dcconvert.sampling.steps import OrtPair
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def measure_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    model = dcconvert.convert(random_dit(size, 2, args.pixels), 4)
+    model = dcconvert.convert(random_dit(size, 2, args.pixels), 4, options=method_of("carry"))
     taus = noise_levels(args.steps)
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
@@ -54,9 +55,9 @@ def measure_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         for ratio in args.ratios:
             schedule = Schedule("falling", ratio, warm_up=AUTO).fitted(taus)
             planner = StepPlanner(model.spec, model.method, schedule)
-            compute = compute_section(model, planner, taus)
+            compute = compute_section(model, planner.run_counts(taus), taus)
             bucket_set = choose_buckets((args.batch,), planner.run_counts(taus), model.spec.tokens)
-            runtime = Runtime.open(model, planner, bucket_set, folder, folder, args.threads)
+            runtime = OrtPair.open(model, planner, bucket_set, folder, folder, args.threads)
             row = latency_section(runtime, compute, args.batch, args.runs, in_torch=False)[0]
             dense = row["by_bucket_ms"][f"{model.spec.tokens} tokens"]["median"]
             state = dense - row["original_ms"]["median"]

@@ -66,7 +66,7 @@ def main() -> None:
         reference = images(dit, args.reference_steps)
         control_steps = [args.steps, args.steps // 2, args.steps // 3, args.steps // 4]
         unchanged = dcconvert.convert(dit, 1, options=BASE)
-        gmacs = compute_section(unchanged, planner_of(unchanged, sampler), sampler.taus)
+        gmacs = compute_section(unchanged, planner_of(unchanged, sampler).run_counts(sampler.taus), sampler.taus)
         one_step = gmacs["original_gmacs"]
         rows: list[dict[str, Any]] = [
             {"name": "original", "steps": n, "gmacs": n * one_step, "psnr": psnr_mean(images(dit, n), reference)}
@@ -112,7 +112,7 @@ def measure(
     return {
         "name": ", ".join(f"{key} {value}" for key, value in {"ratio": ratio, **change}.items()),
         "steps": args.steps,
-        "gmacs": compute_section(model, planner, sampler.taus)["run_gmacs"]["converted"],
+        "gmacs": compute_section(model, planner.run_counts(sampler.taus), sampler.taus)["run_gmacs"]["converted"],
         "psnr": psnr_mean(result, reference),
         "one_step_error": sum(errors) / len(errors),
     }

@@ -89,7 +89,7 @@ def measure(
     model = bench.model
     schedule = Schedule("falling", ratio or 1, warm_up=AUTO).fitted(sampler.taus)
     planner = bench.converted.planner = StepPlanner(model.spec, model.method, schedule)
-    run = compute_section(model, planner, sampler.taus)["run_gmacs"]
+    run = compute_section(model, planner.run_counts(sampler.taus), sampler.taus)["run_gmacs"]
     kind = "original" if ratio is None else f"carry {ratio:g}x"
     name = f"{kind}, {sampler.solver}, {sampler.steps} steps"
 

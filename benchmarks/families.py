@@ -28,6 +28,7 @@ from dcconvert.export.checks.parity import (
     check_runtime,
     keeps_original,
 )
+from dcconvert.export.checks.step_parity import check_step_runtime, check_steps
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.models.dit import DiT, DiTConfig
 from dcconvert.passes.ir.errors import DcconvertError
@@ -293,11 +294,13 @@ def converted(family: Family, mode: str) -> DynamicModel:
 def checks(model: DynamicModel) -> dict[str, Any]:
     """What torch and ONNX Runtime give, as relative errors; CheckFailedError if ONNX cannot be written."""
     inputs, tokens = model.spec.example(BATCH), model.spec.tokens
+    if model.spec.updates:
+        return step_checks(model)
     found = {ISOLATION: check_isolation(model, inputs), INVARIANCE: check_batch_invariance(model, inputs)}
     if keeps_original(model):
         found = {IDENTITY: check_identity(model, inputs), **found}
     half, few = tokens // 2, Bucket(4, 64, 4, 9, 4)
-    if sizes := model.step_planner.sizes:  # the only numbers of tokens there are
+    if sizes := model.planner.sizes:  # the only numbers of tokens there are
         half, few = min(sizes), Bucket(4, 4 * min(sizes), 4, min(sizes), min(sizes))
     buckets = (Bucket(1, half, 1, half, half), Bucket(4, 4 * tokens, 4, tokens, tokens), few)
     with tempfile.TemporaryDirectory() as folder:
@@ -306,6 +309,19 @@ def checks(model: DynamicModel) -> dict[str, Any]:
     worst = max(compared, key=lambda check: check.value / check.tolerance)
     failed = [check.name for check in (*found.values(), *compared) if not check.passed]
     errors = {name: check.value for name, check in found.items()}
+    return {**errors, "onnxruntime": worst.value, "failed": failed}
+
+
+def step_checks(model: DynamicModel) -> dict[str, Any]:
+    """The same of a model in mode steps."""
+    found = check_steps(model, model.spec.example(BATCH))
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(model, Path(folder))
+        compared = check_step_runtime(model, Path(folder), model.spec.example, (1, 4))
+    worst = max(compared, key=lambda check: check.value / check.tolerance)
+    failed = [check.name for check in (*found, *compared) if not check.passed]
+    identity, _, isolation, invariance = (check.value for check in found)
+    errors = {IDENTITY: identity, ISOLATION: isolation, INVARIANCE: invariance}
     return {**errors, "onnxruntime": worst.value, "failed": failed}
 
 

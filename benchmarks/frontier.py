@@ -33,11 +33,12 @@ from dcconvert.export.onnx.export import export_onnx
 from dcconvert.export.runtimes.ort import pick
 from dcconvert.images.pixels import psnr
 from dcconvert.models.load import shipped_model
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.planning.schedule import AUTO, Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.report.plots import frontier
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
-from dcconvert.sampling.steps import ConvertedStep, Runtime
+from dcconvert.sampling.steps import ConvertedStep, OrtPair
 
 NAME = "frontier"
 BASE_STEPS = 50  # the run whose compute is 100 %
@@ -84,9 +85,9 @@ class Bench:
         self.args = args
         dit = dcconvert.load_checkpoint(shipped_model())
         self.prediction = dit.checkpoint_info.prediction
-        self.model = dcconvert.convert(dit, 4)
+        self.model = dcconvert.convert(dit, 4, options=method_of("carry"))
         export_onnx(self.model, folder)
-        runtime = Runtime.open(self.model, self.model.step_planner, None, folder, folder)
+        runtime = OrtPair.open(self.model, self.model.planner, None, folder, folder)
         self.original, self.converted, self.original_step = runtime.original, runtime.converted, runtime.original_step
         self.noise = initial_noise(0, args.images, dit.cfg.in_channels, dit.cfg.image_size)
         self.labels = labels_for(args.images, dit.cfg.num_classes)
@@ -128,7 +129,7 @@ class Bench:
     def row(self, sampler: Sampler, schedule: Schedule | None, reference: Tensor) -> dict[str, Any]:
         """One way of sampling; a schedule of None is the original."""
         planner = StepPlanner(self.model.spec, self.model.method, schedule or Schedule("constant", 1))
-        compute = compute_section(self.model, planner, sampler.taus)
+        compute = compute_section(self.model, planner.run_counts(sampler.taus), sampler.taus)
         name = f"original, {sampler.solver}, {sampler.steps} steps"
         new_step: Callable[[], Step] = lambda: self.original_step  # noqa: E731
         if schedule is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,12 @@ from dcconvert.passes.ir.graph_tools import placeholders
 from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import captured, copy_graph
-from dcconvert.passes.planning.carry_plan import CarryPlan
-from dcconvert.passes.planning.chunk_plan import Plan
-from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.rewrite.retarget import retype, to_device
 from dcconvert.passes.rewrite.split_steps import SplitSteps
-from dcconvert.passes.runtime.model import DynamicModel, TorchState
-from dcconvert.passes.runtime.run import Run
+from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.runtime.run import Runtime
+from dcconvert.passes.runtime.state import TensorState
 
 RUNTIMES = ("eager", "CUDA graph", "compiled", "compiled, CUDA graph")
 
@@ -64,43 +63,31 @@ def in_runtime(function: Callable[..., Sequence[Any]], runtime: str) -> Callable
     return torch.compile(function, dynamic=False) if runtime.startswith("compiled") else function
 
 
-class TorchRuntime:
+class TorchRuntime(Runtime):
     """Route and denoise of a converted model in one of RUNTIMES, for shapes that stay what they are.
 
     Captured, it is the backend of one run only, and of mode carry the model's graph must write in place.
     """
 
     def __init__(self, model: DynamicModel, runtime: str) -> None:
-        self.model = model
+        self.model, self.planner, self.bucket_set = model, model.planner, None
         self.captures = runtime.endswith("CUDA graph")
-        self._route = in_runtime(model.route_graph, runtime)
-        self._denoise = in_runtime(model.denoise_graph, runtime)
+        self._functions = {name: in_runtime(graph, runtime) for name, graph in model.graphs.named().items()}
         self._captured: dict[Any, Captured] = {}
 
-    @property
-    def planner(self) -> StepPlanner:
-        return self.model.step_planner
+    def call(
+        self, graph: str, feed: Mapping[str, Any], bucket: Bucket | None, into: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        results = self.results(graph, list(feed.values()))
+        return dict(zip(self.spec.outputs_of(graph, len(results)), results, strict=True))
 
-    def padded(self, batch: int) -> int:
-        return batch
-
-    def bucket(self, counts: np.ndarray) -> None:
-        """Shapes as they come; a graph is captured for each."""
-
-    def start(self, batch: int) -> Run:
-        return Run(self, batch)
-
-    def prepare(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return dict(self.model.prepare(inputs))
-
-    def new_state(self, batch: int) -> TorchState:
-        return self.model.new_state(batch)
-
-    def call(self, name: str, function: Callable[..., Sequence[Any]], args: Sequence[Any], states: int = 0) -> Any:
-        """Results of one half; the last `states` arguments are written to in place."""
-        if not self.captures:
+    def results(self, graph: str, args: list[Any]) -> Any:
+        """Results of a graph; the states, which are the last arguments of denoise, are written to in place."""
+        function = self._functions[graph]
+        if not self.captures or graph == "prepare":
             return function(*args)
-        key = (name, *(tuple(a.shape) if isinstance(a, Tensor) else a for a in args))
+        key = (graph, *(tuple(a.shape) if isinstance(a, Tensor) else a for a in args))
+        states = len(self.spec.states) if graph == "denoise" else 0
         if key not in self._captured:
             before = [a.clone() for a in args[len(args) - states :]]  # trial runs of the capture write to them
             fixed = [False] * (len(args) - states) + [True] * states
@@ -109,25 +96,17 @@ class TorchRuntime:
                 own.copy_(was)
         return self._captured[key](*args)
 
-    def route(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        spec = self.model.spec
-        scores, *live = self.call("route", self._route, [inputs[name] for name in spec.route_inputs])
-        return scores, dict(zip(spec.live, live, strict=True))
+    def array(self, value: Tensor) -> np.ndarray:
+        return self.model.array(value)
 
-    def denoise(
-        self, inputs: dict[str, Any], live: dict[str, Tensor], plan: Plan | CarryPlan, state: TorchState | None = None
-    ) -> Any:
-        spec = self.model.spec
-        arrays = self.model.plan_tensors(plan, live[spec.live[0]])
-        given = {**inputs, **live, **arrays, **(state.tensors if state else {})}
-        args = [given[name] for name in spec.denoise_inputs]
-        results = self.call("denoise", self._denoise, args, len(spec.states))
-        if state is None:
-            return results
-        count = len(spec.states)
-        state.tensors = dict(zip(state.tensors, results[len(results) - count :], strict=True))
-        state.distance = results[len(results) - count - 1].double().cpu().numpy()
-        return results[: len(results) - count - 1]
+    def result(self, value: Tensor) -> Tensor:
+        return value
+
+    def beside(self, array: np.ndarray, value: Tensor) -> Tensor:
+        return self.model.beside(array, value)
+
+    def empty_state(self, batch: int) -> TensorState:
+        return self.model.empty_state(batch)
 
 
 class OriginalRuntime:

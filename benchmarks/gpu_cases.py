@@ -195,7 +195,7 @@ def latency(
 
     with torch.inference_mode() if "compiled" not in runtime else torch.no_grad():
         converted_step()  # of a run of mode carry the first step computes everything; it needs no other runtime
-        run.backend = TorchRuntime(model, runtime)
+        run.runtime = TorchRuntime(model, runtime)
         calls = {"original": original_step, "converted": converted_step}
         times = interleaved(calls, runs, warm_up=3)
         memory = {} if runtime.endswith("CUDA graph") else peaks(calls, model, batch, device)

@@ -33,7 +33,7 @@ from dcconvert.export.engines.build import (
     profile,
 )
 from dcconvert.export.engines.index import Index, write_index
-from dcconvert.export.onnx.export import export_onnx, export_original, graph_names
+from dcconvert.export.onnx.export import export_onnx, export_original
 from dcconvert.export.onnx.mixed_precision import in_precision
 from dcconvert.export.runtimes.ort import CPU, CUDA, make_session
 from dcconvert.export.runtimes.ort_static import StaticModel, bound
@@ -97,7 +97,7 @@ def onnx_runtime(exported: Exported, batch: int, ratio: float, on_gpu: bool, run
     model, provider = exported.model, CUDA if on_gpu else CPU
     folder, tokens = exported.folder("ort-cuda"), model.spec.tokens
     session = StaticModel(
-        folder, model.step_planner, choose_buckets((batch,), [kept_tokens(model, ratio)], tokens), provider
+        folder, model.planner, choose_buckets((batch,), [kept_tokens(model, ratio)], tokens), provider
     )
     feed = exported.feed(batch)
     settings = {"enable_cuda_graph": "1"} if on_gpu else None
@@ -131,10 +131,10 @@ def tensorrt(exported: Exported, batch: int, ratio: float, runs: int) -> dict[st
     whole = Engine("original", path, file_hash(path), (full,), (shapes,), "fp16", device)
     with tempfile.TemporaryDirectory() as work:
         engines = Path(work)
-        planned = plan_engines(folder, graph_names(model.spec), buckets, "fp16", device)
+        planned = plan_engines(folder, model.spec.graphs, buckets, "fp16", device)
         *built, _ = entries = [build_engine(engine, engines) for engine in (*planned, whole)]
         write_index(engines, Index(device, False, tuple(built)))
-        backend = TrtModel(engines, folder.parent, model.step_planner)
+        backend = TrtModel(engines, folder.parent, model.planner)
         trt = backend_module(device, engines)
         runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         original = LoadedEngine(load_engine(runtime, engines / whole.file), trt, "cuda")

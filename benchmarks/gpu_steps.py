@@ -27,7 +27,7 @@ from benchmarks.gpu_cases import (
 )
 from dcconvert.export.checks.flops import GIGA, count_bytes, count_macs
 from dcconvert.export.checks.latency import interleaved, spread
-from dcconvert.passes.rewrite.split_steps import UPDATES
+from dcconvert.passes.ir.spec import UPDATES
 
 
 def ceilings(device: torch.device, runs: int) -> dict[str, Any]:

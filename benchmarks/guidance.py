@@ -22,10 +22,11 @@ from dcconvert.evaluate.measure_steps import compute_section
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.images.pixels import psnr_mean
 from dcconvert.models.load import shipped_model
+from dcconvert.passes.methods import method_of
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
-from dcconvert.sampling.steps import ConvertedStep, Runtime
+from dcconvert.sampling.steps import ConvertedStep, OrtPair
 
 ORIGINAL_STEPS = (6, 9, 13, 25)
 RUNS = ((50, 4.0, 5), (25, 3.0, 3))  # steps, ratio, warm-up steps
@@ -43,13 +44,13 @@ def main() -> None:
     args = parser.parse_args()
     dit = dcconvert.load_checkpoint(shipped_model())
     prediction, null_class = dit.checkpoint_info.prediction, dit.cfg.num_classes
-    model = dcconvert.convert(dit, 4)
+    model = dcconvert.convert(dit, 4, options=method_of("carry"))
     noise = initial_noise(0, args.images, dit.cfg.in_channels, dit.cfg.image_size)
     labels = labels_for(args.images, dit.cfg.num_classes)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as tmp:
         export_onnx(model, Path(tmp))
-        runtime = Runtime.open(model, model.step_planner, None, Path(tmp), Path(tmp))
+        runtime = OrtPair.open(model, model.planner, None, Path(tmp), Path(tmp))
         for guidance in args.guidance:
 
             def draw(sampler: Sampler, step: Step, guidance: float = guidance) -> Any:
@@ -65,7 +66,9 @@ def main() -> None:
                 sampler = Sampler(prediction, steps)
                 schedule = Schedule("constant", ratio, warm_up=warm_up).fitted(sampler.taus)
                 planner = runtime.converted.planner = StepPlanner(model.spec, model.method, schedule)
-                full_steps = round(steps / compute_section(model, planner, sampler.taus)["ratio"], 2)
+                full_steps = round(
+                    steps / compute_section(model, planner.run_counts(sampler.taus), sampler.taus)["ratio"], 2
+                )
                 for groups, choice in ((1, "separate"), (2, "shared")):
                     images = draw(sampler, ConvertedStep(model, runtime.converted, groups))
                     name = f"carry {ratio:g}x, {steps} steps, {choice}"

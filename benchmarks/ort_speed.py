@@ -58,7 +58,7 @@ def measure_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         folder = Path(tmp)
         export_onnx(model, folder)
         export_original(model, folder / "original.onnx", model.spec.example(3))
-        session = OrtModel(folder, model.step_planner, threads=args.threads)
+        session = OrtModel(folder, model.planner, threads=args.threads)
         original = make_session(folder / "original.onnx", CPU, args.threads)
         return [measure_case(size, name, counts, model, session, original, args) for name, counts in cases.items()]
 

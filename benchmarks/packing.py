@@ -103,7 +103,7 @@ def measured(batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
         sessions = {}
         for packing, other in models.items():
             export_onnx(other, Path(tmp) / packing)
-            sessions[packing] = OrtModel(Path(tmp) / packing, other.step_planner, threads=args.threads)
+            sessions[packing] = OrtModel(Path(tmp) / packing, other.planner, threads=args.threads)
         export_original(model, Path(tmp) / "original.onnx", model.spec.example(3))
         original = make_session(Path(tmp) / "original.onnx", CPU, args.threads)
         rows = []

@@ -25,8 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the pictures of the README and the model card.")
     parser.add_argument("demo", type=Path, help="the bundle that `dcconvert demo` wrote")
     args = parser.parse_args()
-    for name in ("samples.png", "token_maps.png"):
-        write_whole(ROOT / "docs" / name, (args.demo / name).read_bytes())
+    write_whole(ROOT / "docs" / "samples.png", (args.demo / "samples.png").read_bytes())
     dit = dcconvert.load_checkpoint(shipped_model())
     classes = dit.cfg.num_classes
     noise = initial_noise(0, ROWS * classes, dit.cfg.in_channels, dit.cfg.image_size)

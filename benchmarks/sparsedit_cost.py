@@ -46,7 +46,7 @@ def measured(size: int, most: int, fewest: int, published: float, config: DiTCon
         model, ratio, example_inputs=dit_inputs(model, 2), schedule=Schedule(CURVE, ratio, knots=knots), options=method
     )
     tokens = converted.spec.tokens
-    planner = converted.step_planner.planner
+    planner = converted.planner.planner
     assert isinstance(planner, PooledPlanner)
     counts = planner.allowed(np.interp(taus, *np.transpose(knots)) * tokens + 1e-6)
     inputs = converted.spec.example(2)

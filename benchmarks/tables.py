@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.family_table import family_table
+from benchmarks.fitted_table import fitted_rows, note, short_rows
 from benchmarks.gpu_table import gpu_table
 from benchmarks.preset_table import sparsedit_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-DOCS = ("results", "models", "choices", "carry", "stress", "upcycle", "packing", "presets")
+DOCS = ("steps", "results", "models", "choices", "carry", "stress", "upcycle", "packing", "presets")
 PAGES = ("README.md", *(f"docs/{page}.md" for page in DOCS))
 MARKER = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -103,11 +104,10 @@ def demo() -> str:
     reference = result["fidelity"]["images"]["reference"].removesuffix(", reference")
     headers = ["shipped model", "GMACs an image", "ms an image", f"PSNR to the {reference}, dB"]
     text = markdown(headers, rows)
-    before, after = latency["original_ms"]["median"], latency["converted_ms"]["median"]
     count = result["fidelity"]["images"]["count"]
     return (
-        f"{text}\nOne step at batch {latency['batch']} on ONNX Runtime: {before:.1f} ms before, {after:.1f} ms after, "
-        f"{latency['speedup']:.2f} times faster for {compute['ratio']:.2f} times fewer operations. {count} images.\n"
+        f"{text}\nWhole runs at batch {latency['batch']} on ONNX Runtime: {latency['speedup']:.2f} times faster for "
+        f"{compute['ratio']:.2f} times fewer operations. {count} images.\n"
         f"{machine_note(result)}"
     )
 
@@ -320,12 +320,27 @@ def stress() -> str:
     return markdown(headers, rows) + note + machine_note(result)
 
 
+def fitted() -> str:
+    result = read("fitted")
+    headers, rows = fitted_rows(result["rows"])
+    return markdown(headers, rows) + note(result["settings"], result["rows"]) + machine_note(result)
+
+
+def fitted_short() -> str:
+    result = read("fitted")
+    rows = [row for row in result["rows"] if row["guidance"] == 1]
+    headers, cells = short_rows(rows, result["settings"]["steps"])
+    return markdown(headers, cells) + note(result["settings"], rows) + machine_note(result)
+
+
 def gpu() -> str:
     """One line while there is no result."""
     return gpu_table(read("gpu"), markdown) if (RESULTS / "gpu.json").is_file() else "On a GPU: not measured yet.\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "fitted": fitted,
+    "fitted_short": fitted_short,
     "speed": speed,
     "demo": demo,
     "scale": scale,

@@ -48,8 +48,7 @@ class Converted(DynamicModel):
 
     @classmethod
     def of(cls, model: DynamicModel, facts: dict[str, Any]) -> Converted:
-        parts = (model.route_graph, model.denoise_graph, model.original_graph, model.spec, model.method)
-        made = cls(*parts, model.schedule, model.records, model.prepare_graph)
+        made = cls(model.graphs, model.planner, model.records)
         made.facts = facts
         return made
 
@@ -203,7 +202,7 @@ def convert_call(
     if model.spec.timestep is not None:
         check_scale(model.flat_inputs(tuple(args), kwargs)[model.spec.timestep], timestep_scale)
     model = method.finished(model)
-    model = model.with_schedule(model.step_planner.levelled(noise_levels(steps), buckets))
+    model = model.with_schedule(model.planner.levelled(noise_levels(steps), buckets))
     if fit and info:
         model = fitted(model, Sampler(predicts, steps), info.config)
     return Converted.of(model, {"steps": steps, **sampling_facts(module, steps)})

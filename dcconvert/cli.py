@@ -30,12 +30,13 @@ def options_of(command: str) -> Callable[[], Callable[[Any], Any]]:
         from dcconvert.options.conversion import convert_options, demo_options, inspect_options
         from dcconvert.options.deployment import build_options, triton_options
         from dcconvert.options.images import evaluate_options, sample_options, stress_options
-        from dcconvert.options.training import calibrate_options, upcycle_options
+        from dcconvert.options.training import calibrate_options, tune_options, upcycle_options
 
         found = {
             "convert": convert_options,
             "inspect": inspect_options,
             "calibrate": calibrate_options,
+            "tune": tune_options,
             "upcycle": upcycle_options,
             "sample": sample_options,
             "evaluate": evaluate_options,
@@ -143,6 +144,19 @@ def calibrate(bundle: Path, **values: Any) -> None:
     from dcconvert.commands.calibrate import Settings, calibrate_bundle
 
     calibrate_bundle(Settings(bundle, command=command_line(), **values), Console())
+
+
+@commands.command(late=options_of("tune"))
+@click.argument("bundle", type=PATH)
+def tune(bundle: Path, **values: Any) -> None:
+    """Fit a bundle's run table to its model, for a budget.
+
+    For a bundle in mode steps. Fits the noise levels' moves and the forecasts by least squares to a converged run of
+    the original, judges every candidate and the original's own solvers on other images, and stores the best table.
+    """
+    from dcconvert.commands.tune import Settings, tune_bundle
+
+    tune_bundle(Settings(bundle, command=command_line(), **values), Console())
 
 
 @commands.command(late=options_of("upcycle"))

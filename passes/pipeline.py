@@ -14,14 +14,14 @@ from torch.fx import Graph, GraphModule
 from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.capture import capture, opened
 from dcconvert.passes.frontend.complex_to_real import RealNumbers
-from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.ir.spec import ModelSpec, find_inputs
 from dcconvert.passes.methods.method import Method
 from dcconvert.passes.numeric_gate import NumericGate
 from dcconvert.passes.planning.schedule import Schedule
-from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.runtime.model import DynamicModel, Graphs
 
 
 def captured(
@@ -68,11 +68,10 @@ def rewrite(
     for tidy in (Normalise(), RealNumbers()):
         tidy.call(replace(program, graph_module=beside))
     beside.recompile()
-    if program.route is None or program.denoise is None:
-        raise CheckFailedError("the pipeline ended without route and denoise graphs; this is a bug of dcconvert")
     spec = ModelSpec.of(program)
     schedule.check(spec.tokens)
-    return DynamicModel(program.route, program.denoise, beside, spec, method, schedule, records, program.prepare)
+    graphs = Graphs(beside, program.route, program.denoise, program.prepare, program.full, program.skip)
+    return DynamicModel(graphs, StepPlanner(spec, method, schedule), records)
 
 
 def copy_graph(program: Program) -> GraphModule:

@@ -33,7 +33,6 @@ from dcconvert.export.engines.build import (
 from dcconvert.export.engines.index import INDEX, Built, Device, Index, read_index, write_index
 from dcconvert.export.engines.worker import RTX
 from dcconvert.export.files import put_in_place
-from dcconvert.export.onnx.export import graph_names
 from dcconvert.export.onnx.packed_attention import refusal, with_packed_attention
 from dcconvert.export.variants import VARIANTS, Variant, write_variant
 from dcconvert.passes.ir.errors import CheckFailedError, StoppedError, UsageError
@@ -71,6 +70,11 @@ def build_bundle(settings: Settings, console: Console) -> Path:
     """
     stages = Stages(Console(stderr=True))
     bundle = read_bundle(settings.bundle)
+    if bundle.model.spec.updates:
+        raise UsageError(
+            f"{settings.bundle} is in mode steps, for which no other graphs and no engines are made yet: it runs on "
+            "ONNX Runtime and in torch as it is"
+        )
     if settings.target != "trt":
         refuse_others(settings)
         graphs = exported(bundle, VARIANTS[settings.target], stages, bundle.onnx)
@@ -121,7 +125,7 @@ def engines_for(
     """The engines of a bundle in a variant, whose graphs are written into `place` if the bundle has none."""
     return plan_engines(
         exported(bundle, variant, stages, place),
-        graph_names(bundle.model.spec),
+        bundle.model.spec.graphs,
         bundle.bucket_set.buckets,
         variant.precision,
         device,
@@ -220,7 +224,7 @@ def this_gpu() -> tuple[str, str] | None:
 def exported(bundle: Bundle, variant: Variant, stages: Stages, place: Path) -> Path:
     """The graphs of a bundle in a variant; written into `place` and checked if the bundle does not have them all."""
     folder = bundle.onnx / variant.name
-    if all((folder / f"{graph}.onnx").is_file() for graph in graph_names(bundle.model.spec)):
+    if all((folder / f"{graph}.onnx").is_file() for graph in bundle.model.spec.graphs):
         return folder
     remove_old(place, ".variant-*")
     with (

@@ -31,7 +31,7 @@ from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.report.calibration import Calibration
 from dcconvert.sampling.bundle_runs import dit_config, run_planner
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
-from dcconvert.sampling.steps import ConvertedStep, Runtime, silent
+from dcconvert.sampling.steps import ConvertedStep, OrtPair, silent
 from dcconvert.terminal import Stages
 
 SHOWN = 5  # candidates in the table
@@ -72,10 +72,10 @@ class Task:
     def read(cls, settings: Settings) -> Task:
         """UsageError for a bundle that cannot be calibrated, or a budget that leaves nothing to search."""
         bundle = read_bundle(settings.folder)
-        if not bundle.model.method.stateful:
+        if bundle.model.method.remembers != "tokens":
             raise UsageError(
-                f"{bundle.folder} is in mode {bundle.model.method.mode}: calibrate is for mode carry; convert the "
-                "checkpoint again with --mode carry"
+                f"{bundle.folder} is in mode {bundle.model.method.mode}: calibrate is for mode carry, tune for mode "
+                "steps; convert the checkpoint again with the other --mode"
             )
         sampler, planner = run_planner(bundle, None)
         own = sampler.steps / planner.schedule.ratio
@@ -136,8 +136,8 @@ class Bench:
 
     def __init__(self, task: Task, scratch: Path) -> None:
         self.model = task.bundle.model
-        parts = (self.model, self.model.step_planner, None, task.bundle.onnx, scratch, task.settings.threads)
-        self.runtime = Runtime.open(*parts)
+        parts = (self.model, self.model.planner, None, task.bundle.onnx, scratch, task.settings.threads)
+        self.runtime = OrtPair.open(*parts)
         self.sampler = cache(lambda steps, solver: Sampler(task.sampler.prediction, steps, solver))
         inputs = self.model.spec.example(2)
         self.original_gmacs = original_gmacs(self.model, inputs)

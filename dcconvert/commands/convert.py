@@ -24,6 +24,7 @@ from dcconvert.export.checks.parity import (
     keeps_original,
     require,
 )
+from dcconvert.export.checks.step_parity import check_step_runtime, check_steps
 from dcconvert.export.files import MANIFEST, new_folder, write_json
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.models.example_inputs import Size
@@ -34,8 +35,10 @@ from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.report.conversion import write_report
 from dcconvert.report.figures import sample_figure, token_map_figure
 from dcconvert.report.notes import state_note
+from dcconvert.sampling.bundle_runs import run_of, write_table
 from dcconvert.sampling.fitting import fitted
-from dcconvert.sampling.samplers import Sampler
+from dcconvert.sampling.run_table import RunTable
+from dcconvert.sampling.samplers import SOLVERS, Sampler
 from dcconvert.terminal import Stages
 
 ASSUMED = (
@@ -104,30 +107,37 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
             )
         sampler = Sampler(source.prediction, settings.steps, settings.solver)
         taus = sampler.taus
-        model = model.with_schedule(model.step_planner.levelled(taus, settings.buckets))
+        model = model.with_schedule(model.planner.levelled(taus, settings.buckets))
         if model.schedule.data_dependent and source.config is not None:
             with stages.stage("fit to the ratio on runs of the model") as tick:
                 model = fitted(model, sampler, source.config, tick)
         planner = StepPlanner(model.spec, model.method, model.schedule.fitted(taus))
+        run = run_of(model, sampler, settings.ratio, source.sha256) if source.config is not None else sampler
         counts = planner.bucket_counts(taus)
         bucket_set = choose_buckets(settings.batches, counts, model.spec.tokens, settings.buckets - 1)
-        report = describe(settings, source, model, planner, bucket_set)
-        if model.spec.states:
+        report = describe(settings, source, model, planner, run, bucket_set)
+        if isinstance(run, RunTable) and settings.solver != SOLVERS[0]:
+            stages.note(f"Mode steps is sampled by its run table; {settings.solver} is the original's beside it.")
+        if model.method.stateful:
             stages.note(state_note(model.spec.state_bytes, settings.batches))
         with stages.stage("verify in torch"):
             checks = check_torch(model)
         with stages.stage("export ONNX"):
             write_model(model, work)
             export_onnx(model, work / ONNX)
+            write_table(run, work)
         with stages.stage("compare with ONNX Runtime") as tick:
-            checks += check_runtime(model, work / ONNX, model.spec.example, bucket_set.buckets, tick)
+            if model.spec.updates:
+                checks += check_step_runtime(model, work / ONNX, model.spec.example, bucket_set.batches, tick)
+            else:
+                checks += check_runtime(model, work / ONNX, model.spec.example, bucket_set.buckets, tick)
             require(checks)
         report["checks"] = [check.as_dict() for check in checks]
         with stages.stage("count operations"):
-            report["compute"] = compute_section(model, planner, taus)
+            report["compute"] = compute_section(model, run.run_counts(planner), run.taus, settings.steps)
         figures: dict[str, bytes] = {}
         if settings.measure:
-            subject = Subject(model, planner, bucket_set, work / ONNX, sampler, source.config, source.dit)
+            subject = Subject(model, planner, bucket_set, work / ONNX, run, sampler, source.config, source.dit)
             figures = measured_figures(subject, settings, work, report, stages)
         else:
             report["limits"].append("Latency, memory and fidelity were not measured (--no-measure).")
@@ -154,12 +164,12 @@ def limits_of(source: Source, model: Converted) -> list[str]:
 
 
 def state_facts(model: Converted, batch: int) -> dict[str, Any]:
-    """What mode carry remembers, in MB of a sample and of a full batch."""
-    if not model.spec.states:
+    """What a run remembers, in MB of a sample and of a full batch."""
+    if not model.method.stateful:
         return {}
     megabytes = model.spec.state_bytes / 1e6
     return {
-        "state_dtype": model.spec.states[0].dtype,
+        "state_dtype": next(dtype for _, dtype in model.spec.state_shapes(1).values()),
         "state_mb_a_sample": megabytes,
         f"state_mb_batch_{batch}": megabytes * batch,
     }
@@ -168,6 +178,10 @@ def state_facts(model: Converted, batch: int) -> dict[str, Any]:
 def check_torch(model: Converted) -> list[Check]:
     """The promises that torch alone can show; raises CheckFailedError if one is broken."""
     inputs = model.spec.example(2)
+    if model.spec.updates:
+        checks = check_steps(model, inputs)
+        require(checks)
+        return checks
     exact = [check_identity] if keeps_original(model) else []
     checks = [check(model, inputs) for check in (*exact, check_isolation, check_batch_invariance)]
     require(checks)
@@ -175,7 +189,12 @@ def check_torch(model: Converted) -> list[Check]:
 
 
 def describe(
-    settings: Settings, source: Source, model: Converted, planner: StepPlanner, bucket_set: BucketSet
+    settings: Settings,
+    source: Source,
+    model: Converted,
+    planner: StepPlanner,
+    run: Sampler | RunTable,
+    bucket_set: BucketSet,
 ) -> dict[str, Any]:
     """The parts of the report that need no measurement."""
     spec, method = model.spec, model.method
@@ -196,13 +215,13 @@ def describe(
             "schedule": model.schedule.kind,
             "warm_up_steps": planner.schedule.dense_first,
             "refresh_every": planner.schedule.refresh,
-            "sampler": f"{settings.solver}, {settings.steps} steps",
+            "sampler": f"{run.solver}, {run.steps} steps",
             "router": method.router,
             "head_blocks": method.head_blocks,
             "tail_blocks": method.tail_blocks,
             "packing": method.row_packing,
             "seed": method.seed,
-            "kept_tokens_mean": spec.tokens * model.schedule.expected,
+            "kept_tokens_mean": kept_mean(model, planner, run, settings.steps),
             **state_facts(model, max(settings.batches)),
             "passes": [record.as_dict() for record in model.records],
         },
@@ -213,6 +232,13 @@ def describe(
         "limits": limits_of(source, model),
         "machine": machine(),
     }
+
+
+def kept_mean(model: Converted, planner: StepPlanner, run: Sampler | RunTable, steps: int) -> float:
+    """Tokens computed a step of the original's run that this one stands for."""
+    if isinstance(run, RunTable):
+        return float(run.run_counts(planner).sum() / steps)
+    return model.spec.tokens * model.schedule.expected
 
 
 def measured_figures(

@@ -46,8 +46,8 @@ class Rescheduled:
         """CheckFailedError if ONNX Runtime does not give what torch does in the new buckets."""
         most, model = most_buckets(bundle), bundle.model.with_schedule(schedule)
         if not schedule.data_dependent:
-            model = model.with_schedule(model.step_planner.levelled(sampler.taus, most))
-        counts = model.step_planner.bucket_counts(sampler.taus)
+            model = model.with_schedule(model.planner.levelled(sampler.taus, most))
+        counts = model.planner.bucket_counts(sampler.taus)
         bucket_set = choose_buckets(bundle.bucket_set.batches, counts, model.spec.tokens, most - 1)
         with stages.stage("compare with ONNX Runtime") as tick:
             checks = check_runtime(model, bundle.onnx, model.spec.example, bucket_set.buckets, tick)
@@ -56,7 +56,7 @@ class Rescheduled:
 
     @property
     def planner(self) -> StepPlanner:
-        return self.model.step_planner
+        return self.model.planner
 
     def conversion(self) -> dict[str, Any]:
         """What a manifest says about the schedule."""
@@ -103,7 +103,7 @@ class Rescheduled:
                 "buckets": [dict(vars(bucket)) for bucket in self.bucket_set.buckets],
                 "expected_waste": self.bucket_set.expected_waste,
             },
-            "compute": compute_section(self.model, self.planner, self.sampler.taus),
+            "compute": compute_section(self.model, self.planner.run_counts(self.sampler.taus), self.sampler.taus),
             "machine": machine(),
         }
 
@@ -126,7 +126,7 @@ class Rescheduled:
         effort = Effort(max(self.bucket_set.batches), LATENCY_RUNS, images, reference_steps, threads, seed)
         for stale in ("latency", "memory", "fidelity"):
             report.pop(stale, None)
-        subject = Subject(self.model, self.planner, self.bucket_set, bundle.onnx, self.sampler, config)
+        subject = Subject(self.model, self.planner, self.bucket_set, bundle.onnx, self.sampler, self.sampler, config)
         measured = measure(subject, effort, scratch, report["compute"], stages)
         report |= measured.added_to(report)
         result = measured.fidelity

@@ -15,8 +15,9 @@ from dcconvert.export.bundle import read_bundle
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.report.figures import save_comparison
 from dcconvert.report.notes import state_note
-from dcconvert.sampling.bundle_runs import dit_config, opened, run_planner
-from dcconvert.sampling.samplers import Guidance, Step, initial_noise, labels_for
+from dcconvert.sampling.bundle_runs import bundle_run, dit_config, opened, run_planner
+from dcconvert.sampling.run_table import RunTable
+from dcconvert.sampling.samplers import Guidance, Sampler, Step, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep
 from dcconvert.terminal import Stages
 
@@ -40,7 +41,7 @@ def sample_bundle(
     """Sample a bundle, on request beside the original, and write a PNG grid."""
     bundle = read_bundle(folder)
     config = dit_config(bundle)
-    sampler, planner = run_planner(bundle, steps, solver)
+    sampler, planner = bundle_run(bundle, steps, solver)
     noise = initial_noise(seed, count, config.in_channels, config.image_size)
     classes = torch.tensor(labels).repeat(count)[:count] if labels else labels_for(count, config.num_classes)
     if int(classes.max()) >= config.num_classes or int(classes.min()) < 0:
@@ -51,18 +52,20 @@ def sample_bundle(
 
     model = bundle.model
     groups = 1 if separate_halves else guidance.halves
+    if guidance.ratio is not None and isinstance(sampler, RunTable):
+        raise UsageError(f"{folder} is in mode steps, whose halves of guidance share their steps: leave out --lite-cfg")
     lite = None if guidance.ratio is None else planner.at_ratio(guidance.ratio, sampler.taus)
     name = f"{model.method.mode}, {model.schedule.ratio:g}x"
-    if model.spec.states:
+    if model.method.stateful:
         console.print(state_note(model.spec.state_bytes, (count * guidance.halves,)), highlight=False)
     with tempfile.TemporaryDirectory(prefix="dcconvert-") as scratch:
         backend, original, batch = opened(runtime, bundle, planner, Path(scratch) if compare else None)
     if batch is not None and batch < guidance.halves:
         raise UsageError(f"{folder} has no bucket for the two halves of guidance: convert with --batch 2 or more")
 
-    def draw(name: str, new_step: Callable[[], Step]) -> None:
+    def draw(name: str, run: Sampler | RunTable, new_step: Callable[[], Step]) -> None:
         with stages.stage(f"sample {name}") as tick, torch.inference_mode():
-            images[name] = sampler.run_batches(
+            images[name] = run.run_batches(
                 new_step,
                 noise,
                 classes,
@@ -72,8 +75,8 @@ def sample_bundle(
                 on_step=lambda *_: tick("steps"),
             )
 
-    draw(name, lambda: ConvertedStep(model, backend, groups, lite))
+    draw(name, sampler, lambda: ConvertedStep(model, backend, groups, lite))
     if compare:
-        draw("original", lambda: original)
+        draw("original", run_planner(bundle, steps, solver)[0], lambda: original)
     save_comparison(dict(reversed(images.items())), out, vae)
     console.print(escape(f"Images: {out}"), highlight=False, soft_wrap=True)

@@ -187,7 +187,7 @@ def run_at(bundle: Bundle, planner: StepPlanner, cases: Cases, where: tuple[int,
     part = cases.part
     watcher = Watcher(bundle, planner, where)
     images = cases.run(part, watcher.new_step, tick)
-    compute = compute_section(bundle.model, planner, part.taus)
+    compute = compute_section(bundle.model, planner.run_counts(part.taus), part.taus)
     cost = compute["run_gmacs"]["converted"] / compute["original_gmacs"]
     fewer = sorted({min(part.steps, max(1, steps)) for steps in (math.floor(cost), math.ceil(cost))})
     controls = {n: cases.run(part.tail(0, n), lambda: original_step(bundle), tick) for n in fewer}

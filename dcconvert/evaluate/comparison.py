@@ -30,26 +30,32 @@ from dcconvert.export.runtimes.ort import OrtModel, pick
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.passes.runtime.run import Backend, Run
-from dcconvert.sampling.bundle_runs import dit_config, run_planner
-from dcconvert.sampling.samplers import TRAIN_STEPS, Guidance, Sampler, Step
-from dcconvert.sampling.steps import ConvertedStep, Runtime
+from dcconvert.passes.runtime.run import Run, Runtime
+from dcconvert.sampling.bundle_runs import bundle_run, dit_config, run_planner
+from dcconvert.sampling.default_tables import GRADED, original_run
+from dcconvert.sampling.run_table import RunTable
+from dcconvert.sampling.samplers import Guidance, Sampler, Step
+from dcconvert.sampling.solver_rows import TRAIN_STEPS
+from dcconvert.sampling.steps import ConvertedStep, OrtPair
 
 MEGABYTE = 1e6
 PHASES = 4  # moments at which a batch of runs begun one after the other is timed
 NO_GUIDANCE = Guidance()
+BEST = ("unipc", GRADED)  # what fewer steps of the original do best with, beside the run's own solver
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A bundle in its run: which sampler, and how many tokens its samples keep at every step, int64 [steps].
 
+    `reference`: the original's run that this one stands for.
     `unconditional`: the planner of the unconditional half, where that has its own.
     """
 
     name: str
     bundle: Bundle
-    sampler: Sampler
+    sampler: Sampler | RunTable
+    reference: Sampler
     planner: StepPlanner
     guidance: Guidance
     unconditional: StepPlanner | None = None
@@ -66,13 +72,18 @@ class Candidate:
         """The bundle in its own run, or with other steps, another solver or at another ratio.
 
         UsageError for a bundle that does not say how to sample it, or a ratio it cannot have."""
-        sampler, planner = run_planner(bundle, steps, solver)
+        sampler, planner = bundle_run(bundle, steps, solver)
+        if isinstance(sampler, RunTable) and (guidance.ratio is not None or ratio is not None):
+            raise UsageError(
+                f"{bundle.folder} is in mode steps, whose run was made for one ratio: leave out --ratio and --lite-cfg"
+            )
+        reference, _ = run_planner(bundle, steps, solver)
         lite = None
         if guidance.ratio is not None:
             lite = planner.at_ratio(guidance.ratio, sampler.taus)
         planner = planner if ratio is None else planner.at_ratio(ratio, sampler.taus)
         name = f"{bundle.model.method.mode} {planner.schedule.ratio:g}x, {sampler.steps} steps"
-        return cls(name, bundle, sampler, planner, guidance, lite)
+        return cls(name, bundle, sampler, reference, planner, guidance, lite)
 
     @property
     def mode(self) -> str:
@@ -81,7 +92,7 @@ class Candidate:
     @property
     def halves(self) -> list[np.ndarray]:
         """Kept tokens at every step of each half of guidance, or of the one there is."""
-        first = self.planner.run_counts(self.sampler.taus)
+        first = self.sampler.run_counts(self.planner)
         if self.guidance.halves == 1:
             return [first]
         return [first, first if self.unconditional is None else self.unconditional.run_counts(self.sampler.taus)]
@@ -98,9 +109,9 @@ class Candidate:
         shapes = self.planner.bucket_counts(self.sampler.taus)
         return choose_buckets((images * len(halves),), shapes, tokens)
 
-    def new_step(self, backend: Backend) -> ConvertedStep:
+    def new_step(self, runtime: Runtime) -> ConvertedStep:
         """The step function of one run of one batch."""
-        return ConvertedStep(self.bundle.model, backend, self.guidance.halves, self.unconditional)
+        return ConvertedStep(self.bundle.model, runtime, self.guidance.halves, self.unconditional)
 
     def cost_of(self, counts: np.ndarray) -> float:
         """GMACs of steps of one sample each that keep so many tokens."""
@@ -111,9 +122,8 @@ class Candidate:
 
     def compute(self) -> dict[str, float]:
         """GMACs of an image: of one step of the original, and of both runs."""
-        model, taus = self.bundle.model, self.sampler.taus
-        planners = [self.planner, self.unconditional or self.planner][: self.guidance.halves]
-        parts = [compute_section(model, planner, taus) for planner in planners]
+        model, before = self.bundle.model, self.reference.steps
+        parts = [compute_section(model, half, self.sampler.taus, before) for half in self.halves]
         return {
             "original_step": sum(part["original_gmacs"] for part in parts),
             "original": sum(part["run_gmacs"]["original"] for part in parts),
@@ -155,7 +165,7 @@ class Row:
 
     name: str
     mode: str
-    sampler: Sampler
+    sampler: Sampler | RunTable
     gmacs: float
     new_step: Callable[[], Step]  # a step function for one run of one batch
     step_seconds: list[float] = field(default_factory=list)
@@ -185,14 +195,14 @@ class Comparison:
         self.candidates, self.batch, self.scratch = list(candidates), batch, scratch
         first = candidates[0]
         self.halves = first.guidance.halves
-        opened = Runtime.open(
+        opened = OrtPair.open(
             first.bundle.model, first.planner, first.bucket_set(batch), first.bundle.onnx, scratch, threads
         )
         self.original = opened
         self.runtimes = {first.name: opened}
         for candidate in candidates[1:]:
             session = OrtModel(candidate.bundle.onnx, candidate.planner, candidate.bucket_set(batch), threads=threads)
-            self.runtimes[candidate.name] = Runtime(candidate.bundle.model, session, opened.original)
+            self.runtimes[candidate.name] = OrtPair(candidate.bundle.model, session, opened.original)
 
     @property
     def rows(self) -> int:
@@ -235,7 +245,8 @@ class Comparison:
         padding but in the attention's rows, shapes as they come.
         """
         calls: dict[tuple[str, str, int], Callable[[], Run]] = {}
-        for candidate in self.candidates:
+        packed = [c for c in self.candidates if not c.bundle.model.spec.updates]  # others have nothing to pack
+        for candidate in packed:
             session, counts = self.runtimes[candidate.name].converted, self.staggered(candidate)
             tokens = candidate.bundle.model.spec.tokens
             forms: dict[str, Any] = {
@@ -263,7 +274,7 @@ class Comparison:
         candidates |= {name: counted(key) for key, name in names.items()}
         times = interleaved(candidates, runs, tick=lambda: tick("turns"))
         result = []
-        for candidate in self.candidates:
+        for candidate in packed:
             kept = float(self.staggered(candidate).sum(1).mean())
             for form in dict.fromkeys(key[1] for key in calls):
                 keys = [key for key in calls if key[:2] == (candidate.name, form)]
@@ -339,10 +350,12 @@ def comparison_rows(comparison: Comparison, runs: int, tick: Tick) -> list[Row]:
     converted = []
     for candidate in comparison.candidates:
         cost, taken = costs[candidate.name], times[candidate.name]
-        faster = float(np.median(seconds) / np.median(taken.weighted))
-        for steps, name in control_steps(candidate.sampler.steps, faster, cost["original"] / cost["converted"]).items():
-            names = controls.setdefault((candidate.sampler.solver, steps), [])
-            names += [f"{name} {candidate.name.split()[0]}" if len(costs) > 1 else name] if name else []
+        before = candidate.reference
+        faster = float(np.median(seconds) * before.steps / (np.median(taken.weighted) * candidate.sampler.steps))
+        for steps, name in control_steps(before.steps, faster, cost["original"] / cost["converted"]).items():
+            for solver in (before.solver, *(BEST if name else ())):
+                names = controls.setdefault((solver, steps), [])
+                names += [f"{name} {candidate.name.split()[0]}" if len(costs) > 1 else name] if name else []
         facts = {"stages_ms": taken.stages_ms, "kept": [half.tolist() for half in candidate.halves]}
         new_step = partial(candidate.new_step, comparison.runtimes[candidate.name].converted)
         converted.append(
@@ -359,10 +372,10 @@ def comparison_rows(comparison: Comparison, runs: int, tick: Tick) -> list[Row]:
     first, step = comparison.candidates[0], comparison.original.original_step
     gmacs = costs[first.name]["original_step"]
     rows = []
+    several = len({solver for solver, _ in controls}) > 1
     for solver, steps in sorted(controls, key=lambda key: (key[0], -key[1])):
-        sampler = Sampler(first.sampler.prediction, steps, solver)
-        control = "; ".join(controls[solver, steps])
-        several = len({candidate.sampler.solver for candidate in comparison.candidates}) > 1
+        sampler = original_run(first.sampler.prediction, steps, solver)
+        control = "; ".join(dict.fromkeys(controls[solver, steps]))
         name = f"original, {f'{solver}, ' if several else ''}{steps} steps"
         rows.append(Row(name, "original", sampler, gmacs * steps, lambda: step, seconds, control))
     return [*rows, *converted]

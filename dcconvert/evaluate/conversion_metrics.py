@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dcconvert.api import convert
+from dcconvert.evaluate.comparison import BEST
 from dcconvert.evaluate.image_fidelity import Contestant, Fidelity, compare_images, original_contestant
 from dcconvert.evaluate.measure_steps import compute_section, latency_section, memory_section
 from dcconvert.export.buckets import BucketSet, choose_buckets
@@ -16,8 +17,10 @@ from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.sampling.default_tables import ADAMS, original_run
+from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
-from dcconvert.sampling.steps import ConvertedStep, Runtime
+from dcconvert.sampling.steps import ConvertedStep, OrtPair
 from dcconvert.terminal import Stages
 
 LATENCY_RUNS = 9
@@ -30,13 +33,17 @@ NO_SAMPLER = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A converted model on disk, and how it is sampled. `original` is there while a checkpoint is being converted."""
+    """A converted model on disk, and how it is sampled. `original` is there while a checkpoint is being converted.
+
+    `reference`: the original's run that `sampler`'s stands for.
+    """
 
     model: DynamicModel
     planner: StepPlanner
     bucket_set: BucketSet
     onnx: Path
-    sampler: Sampler
+    sampler: Sampler | RunTable
+    reference: Sampler
     config: DiTConfig | None
     original: DiT | None = None
 
@@ -79,7 +86,7 @@ def measure(subject: Subject, effort: Effort, scratch: Path, compute: dict[str, 
     with stages.stage("export original"):
         export_original(subject.model, scratch / "original.onnx", subject.model.spec.example(3))
     parts = (subject.model, subject.planner, subject.bucket_set, subject.onnx, scratch, effort.threads)
-    runtime = Runtime.open(*parts)
+    runtime = OrtPair.open(*parts)
     with stages.stage("measure latency") as tick:
         latency = latency_section(runtime, compute, effort.batch, effort.runs, tick=tick)
     with stages.stage("measure memory"):
@@ -105,7 +112,7 @@ def no_images(subject: Subject, effort: Effort, latency: dict[str, Any]) -> str:
         return NO_SAMPLER
     if effort.images < 1:
         return "Fidelity was not measured (--images 0)."
-    passes = effort.reference_steps + 4 * subject.sampler.steps
+    passes = effort.reference_steps + 4 * subject.reference.steps
     needed = passes * effort.images / latency["batch"] * latency["original_ms"]["median"] / 1e3
     if effort.image_budget_s is None or needed <= effort.image_budget_s:
         return ""
@@ -118,7 +125,7 @@ def no_images(subject: Subject, effort: Effort, latency: dict[str, Any]) -> str:
 def image_fidelity(
     subject: Subject,
     effort: Effort,
-    runtime: Runtime,
+    runtime: OrtPair,
     compute: dict[str, Any],
     row: dict[str, Any],
     others: list[Contestant],
@@ -128,31 +135,33 @@ def image_fidelity(
 
     `row`: the first one of the latency section.
     """
-    config, sampler = subject.config, subject.sampler
+    config, sampler, before = subject.config, subject.sampler, subject.reference
     assert config is not None
     per_image = row["original_ms"]["median"] / row["batch"]
-    steps = sampler.steps
+    steps = before.steps
 
-    def original(count: int, solver: str = sampler.solver) -> Contestant:
-        made = Sampler(sampler.prediction, count, solver)
-        return original_contestant(runtime.original_step, made, compute["original_gmacs"], per_image)
+    def original(count: int, solver: str = before.solver) -> Contestant:
+        made, how = original_run(before.prediction, count, solver), "" if solver == before.solver else solver
+        return original_contestant(runtime.original_step, made, compute["original_gmacs"], per_image, how)
 
     converted = Contestant(
-        f"{subject.model.method.mode} {subject.planner.schedule.ratio:g}x, {steps} steps",
+        f"{subject.model.method.mode} {subject.planner.schedule.ratio:g}x, {sampler.steps} steps",
         sampler,
         lambda: ConvertedStep(subject.model, runtime.converted),
         compute["run_gmacs"]["converted"],
-        row["converted_ms"]["median"] / row["batch"] * steps,
+        row["converted_ms"]["median"] / row["batch"] * sampler.steps,
         subject.model.method.mode,
     )
     at_latency = max(1, round(steps / row["speedup"]))
     at_compute = max(1, round(steps / compute["ratio"]))
     fewer = [original(count) for count in sorted({at_latency, at_compute} - {steps}, reverse=True)]
+    equal = at_latency if at_latency < steps else at_compute
+    if equal < steps:
+        others = [*(original(equal, solver) for solver in BEST if solver != before.solver), *others]
     noise = initial_noise(effort.seed, effort.images, config.in_channels, config.image_size)
     labels = labels_for(effort.images, config.num_classes)
-    # Of first order whatever the run's solver: it needs no more than more steps to be exact.
     reference = replace(
-        original(effort.reference_steps, "euler"), name=f"original, {effort.reference_steps} steps, reference"
+        original(effort.reference_steps, ADAMS), name=f"original, {effort.reference_steps} steps, reference"
     )
     size = min(max(subject.bucket_set.batches), effort.images)
     return compare_images(
@@ -172,15 +181,15 @@ def image_fidelity(
 def chunk_contestant(subject: Subject, effort: Effort, scratch: Path, tick: Any) -> Contestant:
     """The same checkpoint at the same ratio in mode chunk, exported and timed for the comparison."""
     assert subject.original is not None
-    sampler = subject.sampler
+    sampler = subject.reference
     method = method_of("chunk", seed=subject.model.method.seed)
     ratio = subject.planner.schedule.ratio
     model = convert(subject.original, ratio, schedule="constant", options=method)
     planner = StepPlanner(model.spec, method, model.schedule.fitted(sampler.taus))
     bucket_set = choose_buckets((effort.batch,), planner.bucket_counts(sampler.taus), model.spec.tokens)
     export_onnx(model, scratch / "chunk")
-    compute = compute_section(model, planner, sampler.taus)
-    runtime = Runtime.open(model, planner, bucket_set, scratch / "chunk", scratch, effort.threads)
+    compute = compute_section(model, planner.run_counts(sampler.taus), sampler.taus)
+    runtime = OrtPair.open(model, planner, bucket_set, scratch / "chunk", scratch, effort.threads)
     row = latency_section(runtime, compute, effort.batch, OTHER_MODE_RUNS, in_torch=False, tick=tick)[0]
     return Contestant(
         f"chunk {ratio:g}x, {sampler.steps} steps",

@@ -12,7 +12,8 @@ from torch import Tensor
 from dcconvert.evaluate.measure_steps import Tick
 from dcconvert.images.pixels import is_latent, psnr_mean
 from dcconvert.passes.runtime.model import DynamicModel
-from dcconvert.passes.runtime.run import Backend
+from dcconvert.passes.runtime.run import Runtime
+from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Sampler, Step
 from dcconvert.sampling.steps import ConvertedStep, silent
 
@@ -25,7 +26,7 @@ class Contestant:
     """
 
     name: str
-    sampler: Sampler
+    sampler: Sampler | RunTable
     new_step: Callable[[], Step]  # a step function for one run of one batch
     gmacs: float
     latency_ms: float | None = None
@@ -52,15 +53,21 @@ class Fidelity:
         return {"velocity_error": self.velocity_error, "images": facts}
 
 
-def original_contestant(step: Step, sampler: Sampler, gmacs: float, latency_ms: float | None) -> Contestant:
-    """The original with so many steps; `gmacs` and `latency_ms` are those of one step and image."""
+def original_contestant(
+    step: Step, sampler: Sampler | RunTable, gmacs: float, latency_ms: float | None, how: str = ""
+) -> Contestant:
+    """The original with so many steps; `gmacs` and `latency_ms` are those of one step and image.
+
+    `how`: the solver, where the row's name has to say it.
+    """
     cost = None if latency_ms is None else latency_ms * sampler.steps
-    return Contestant(f"original, {sampler.steps} steps", sampler, lambda: step, gmacs * sampler.steps, cost)
+    name = f"original, {how}, {sampler.steps} steps" if how else f"original, {sampler.steps} steps"
+    return Contestant(name, sampler, lambda: step, gmacs * sampler.steps, cost)
 
 
 def compare_images(
     model: DynamicModel,
-    backend: Backend,
+    runtime: Runtime,
     reference: Contestant,
     original: Contestant,
     converted: Contestant,
@@ -72,11 +79,11 @@ def compare_images(
 ) -> Fidelity:
     """Final images of every contestant, `batch` at a time, against those of the reference.
 
-    `backend` is the converted model's, whose steps are recorded: its keep masks, and the error of one step, measured
+    `runtime` is the converted model's, whose steps are recorded: its keep masks, and the error of one step, measured
     along the original's own trajectory (same input, relative L2).
     """
     result = Fidelity(reference.name, original.name, converted.name)
-    probe, recorder = Probe(model, backend, original), Recorder(model, backend, result)
+    probe, recorder = Probe(model, runtime, original), Recorder(model, runtime, result)
     watched: dict[str, Callable[[], Step]] = {original.name: probe.new_step, converted.name: recorder.new_step}
     for contestant in (reference, original, *others, converted):
         name = contestant.name
@@ -102,12 +109,12 @@ def compare_images(
 class Probe:
     """Runs the converted model along the original's trajectory and notes how far its steps are off."""
 
-    def __init__(self, model: DynamicModel, backend: Backend, original: Contestant) -> None:
-        self.model, self.backend, self.original = model, backend, original
+    def __init__(self, model: DynamicModel, runtime: Runtime, original: Contestant) -> None:
+        self.model, self.runtime, self.original = model, runtime, original
         self.errors: dict[float, list[float]] = {}
 
     def new_step(self) -> Step:
-        known, tried = self.original.new_step(), ConvertedStep(self.model, self.backend)
+        known, tried = self.original.new_step(), ConvertedStep(self.model, self.runtime)
 
         def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             wanted, found = known(x, t, y), tried(x, t, y)
@@ -125,19 +132,18 @@ class Probe:
 class Recorder:
     """Runs the converted model and keeps what it saw and kept for the first batch: enough to show."""
 
-    def __init__(self, model: DynamicModel, backend: Backend, result: Fidelity) -> None:
-        self.model, self.backend, self.result = model, backend, result
+    def __init__(self, model: DynamicModel, runtime: Runtime, result: Fidelity) -> None:
+        self.model, self.runtime, self.result = model, runtime, result
 
     def new_step(self) -> Step:
-        converted = ConvertedStep(self.model, self.backend)
+        converted = ConvertedStep(self.model, self.runtime)
         if self.result.keep:
             return converted
 
-        def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            output = converted(x, t, y)
+        def step(x: Tensor, t: Tensor, y: Tensor, weights: tuple[float, ...] | None = None) -> Tensor:
+            output = converted(x, t, y, weights)
             assert converted.run is not None
-            assert converted.run.last_plan is not None
-            self.result.keep.append(converted.run.last_plan.keep[: len(x)].reshape(len(x), *self.model.spec.grid))
+            self.result.keep.append(converted.run.keep.reshape(len(x), *self.model.spec.grid))
             self.result.mid.append(x)
             return output
 

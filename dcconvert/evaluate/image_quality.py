@@ -29,6 +29,8 @@ from dcconvert.images.dataset import read_images
 from dcconvert.images.pixels import decode_latents, is_latent, psnr, to_images
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
+from dcconvert.sampling.default_tables import ADAMS, original_run
+from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Guidance, Sampler, Step, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep
 from dcconvert.terminal import Stages
@@ -122,10 +124,9 @@ class Judge:
         """Fill in the rows' figures of quality; what they were measured with."""
         settings, first = self.settings, comparison.candidates[0]
         step = comparison.original.original_step
-        reference = f"original, euler, {settings.reference_steps} steps"
+        reference = f"original, {ADAMS}, {settings.reference_steps} steps"
         with stages.stage("draw images") as tick:
-            # Of first order whatever the run's solver: it needs no more than more steps to be exact.
-            many = Sampler(first.sampler.prediction, settings.reference_steps, "euler")
+            many = original_run(first.sampler.prediction, settings.reference_steps, ADAMS)
             wanted = self.draw(many, lambda: step, comparison.batch, partial(tick, f"{reference}, the reference"))
             for row in rows:
                 kept: list[list[np.ndarray]] = []
@@ -151,7 +152,9 @@ class Judge:
         self.images = {reference: wanted, **self.images}
         return facts
 
-    def draw(self, sampler: Sampler, new_step: Callable[[], Step], batch: int, tick: Callable[[], None]) -> Tensor:
+    def draw(
+        self, sampler: Sampler | RunTable, new_step: Callable[[], Step], batch: int, tick: Callable[[], None]
+    ) -> Tensor:
         options: dict[str, Any] = {"guidance": self.guidance.scale, "null_class": self.null_class}
         return sampler.run_batches(new_step, self.noise, self.labels, batch, on_step=lambda _: tick(), **options)
 

@@ -16,20 +16,26 @@ from dcconvert.export.checks.flops import converted_gmacs, original_gmacs, prepa
 from dcconvert.export.checks.latency import interleaved, peak_memory, spread
 from dcconvert.export.checks.parity import as_array
 from dcconvert.export.runtimes.ort import pick
+from dcconvert.passes.ir.spec import WEIGHTS
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.run import Run
-from dcconvert.sampling.steps import Runtime, silent
+from dcconvert.sampling.steps import OrtPair, silent
 
 Tick = Callable[[str], None]
 
 
-def compute_section(model: DynamicModel, planner: StepPlanner, taus: np.ndarray) -> dict[str, Any]:
-    """GMACs a sample: of the original's forward, of every step of a run, and of the whole run."""
+def compute_section(
+    model: DynamicModel, counts: np.ndarray, taus: np.ndarray, original_steps: int | None = None
+) -> dict[str, Any]:
+    """GMACs a sample: of the original's forward, of every step of a run, and of the whole run.
+
+    `counts`: kept tokens at each step [steps], at noise levels `taus`. `original_steps`: of the original's run that
+    this one stands for, if not as many.
+    """
     inputs = model.spec.example(2)
     original = original_gmacs(model, inputs)
-    counts = planner.run_counts(taus)
+    before = original_steps or len(taus)
     per_count = {int(kept): converted_gmacs(model, inputs, int(kept)) for kept in np.unique(counts)}
     steps = [
         {"tau": float(tau), "kept": int(kept), "gmacs": per_count[int(kept)]}
@@ -39,8 +45,8 @@ def compute_section(model: DynamicModel, planner: StepPlanner, taus: np.ndarray)
     return {
         "original_gmacs": original,
         "per_step": steps,
-        "run_gmacs": {"original": original * len(taus), "converted": total, "steps": len(taus)},
-        "ratio": original * len(taus) / total,
+        "run_gmacs": {"original": original * before, "converted": total, "steps": len(taus), "original_steps": before},
+        "ratio": original * before / total,
     }
 
 
@@ -56,12 +62,18 @@ class Shape:
 
 def shapes_of(bucket_set: BucketSet, counts: np.ndarray) -> list[Shape]:
     """The buckets that a run of kept tokens [steps, rows] uses."""
-    used: dict[Bucket, list[np.ndarray]] = {}
+    used: dict[tuple[Bucket, bool], list[np.ndarray]] = {}
     for row in counts:
-        used.setdefault(bucket_set.choose(len(row), row), []).append(row)
+        skipped = not row.any()
+        used.setdefault((bucket_set.choose(len(row), bucket_set.tokens if skipped else row), skipped), []).append(row)
     return [
-        Shape(f"{bucket.row_tokens} tokens", bucket, np.max(rows, axis=0), len(rows) / len(counts))
-        for bucket, rows in used.items()
+        Shape(
+            "skipped" if skipped else f"{bucket.row_tokens} tokens",
+            bucket,
+            np.max(rows, axis=0),
+            len(rows) / len(counts),
+        )
+        for (bucket, skipped), rows in used.items()
     ]
 
 
@@ -122,7 +134,7 @@ def take_turns(
 
 
 def latency_section(
-    runtime: Runtime, compute: dict[str, Any], batch: int, runs: int, *, in_torch: bool = True, tick: Tick = silent
+    runtime: OrtPair, compute: dict[str, Any], batch: int, runs: int, *, in_torch: bool = True, tick: Tick = silent
 ) -> list[dict[str, Any]]:
     """Step latency of original and converted, interleaved, in ONNX Runtime and in torch.
 
@@ -152,7 +164,7 @@ def timing_inputs(model: DynamicModel, batch: int) -> dict[str, Any]:
     return {**given, spec.timestep: halfway.to(given[spec.timestep].dtype)}
 
 
-def on_ort(runtime: Runtime, feed: dict[str, np.ndarray], batch: int) -> Timed:
+def on_ort(runtime: OrtPair, feed: dict[str, np.ndarray], batch: int) -> Timed:
     run = runtime.converted.start(batch)
 
     def converted(counts: np.ndarray) -> Run:
@@ -162,8 +174,8 @@ def on_ort(runtime: Runtime, feed: dict[str, np.ndarray], batch: int) -> Timed:
     return Timed(runtime.name, lambda: runtime.original.run(None, pick(runtime.original, feed)), converted)
 
 
-def on_torch(runtime: Runtime, inputs: dict[str, Any], batch: int) -> Timed:
-    run = Run(runtime.model, batch)
+def on_torch(runtime: OrtPair, inputs: dict[str, Any], batch: int) -> Timed:
+    run = runtime.model.start(batch)
     flat = tuple(inputs[name] for name in runtime.model.spec.inputs)
 
     def converted(counts: np.ndarray) -> Run:
@@ -181,7 +193,8 @@ def timed_row(
     converted = {"": (timed.converted, shapes)}
     original, found = take_turns(timed.original, converted, runs, lambda: tick(timed.name))
     times = found[""]
-    speedup = float(np.median(original) / np.median(times.weighted))
+    run = compute["run_gmacs"]
+    speedup = float(np.median(original) * run["original_steps"] / (np.median(times.weighted) * run["steps"]))
     return {
         "runtime": timed.name,
         "batch": batch,
@@ -196,7 +209,7 @@ def timed_row(
 
 
 def memory_section(
-    runtime: Runtime, compute: dict[str, Any], onnx: Path, original: Path, batch: int
+    runtime: OrtPair, compute: dict[str, Any], onnx: Path, original: Path, batch: int
 ) -> list[dict[str, Any]]:
     """Peak resident memory of a fresh process that runs the step of a run that keeps most tokens, at the full batch."""
     counts = np.full(batch, max(step["kept"] for step in compute["per_step"]))
@@ -207,28 +220,35 @@ def memory_section(
     ]
 
 
-def original_memory(runtime: Runtime, original: Path, batch: int) -> float | None:
+def original_memory(runtime: OrtPair, original: Path, batch: int) -> float | None:
     """Peak megabytes of a fresh process that runs the original's step once."""
     given = {name: as_array(value) for name, value in runtime.model.spec.example(batch).items()}
     with tempfile.TemporaryDirectory() as tmp:
         return peak_memory([original], [pick(runtime.original, given)], Path(tmp))
 
 
-def converted_memory(runtime: Runtime, onnx: Path, counts: np.ndarray, bucket: Bucket | None = None) -> float | None:
+def converted_memory(runtime: OrtPair, onnx: Path, counts: np.ndarray, bucket: Bucket | None = None) -> float | None:
     """Peak megabytes of a fresh process that runs one step of a bundle whose samples keep `counts` [B] tokens."""
     model, batch = runtime.model, len(counts)
     inputs = model.spec.example(batch)
+    if model.spec.updates:
+        weights = torch.zeros(model.spec.updates, batch)
+        skip = model.feed("skip", {**inputs, WEIGHTS: weights}, state=model.empty_state(batch))
+        return feeds_memory(runtime, onnx, {"full": model.feed("full", inputs), "skip": skip})
     with torch.no_grad():
         scores, live = model.route(inputs)
     planner = runtime.converted.planner
     plan = planner.of_mask(planner.planner.select(scores.numpy(), counts), bucket)
-    state = model.new_state(batch).tensors
-    inputs = {**inputs, **model.prepare(inputs)}
-    given = {name: as_array(value) for name, value in {**inputs, **live, **plan.arrays(), **state}.items()}
-    files = [onnx / "route.onnx", onnx / "denoise.onnx"]
-    feeds = [pick(session, given) for session in (runtime.converted.route_session, runtime.converted.denoise_session)]
-    if model.spec.constants:
-        files.insert(0, onnx / "prepare.onnx")
-        feeds.insert(0, {name: given[name] for name in model.spec.prepare_inputs})
+    state = model.empty_state(batch)
+    return feeds_memory(runtime, onnx, {g: model.feed(g, inputs, live, plan, state) for g in model.spec.graphs})
+
+
+def feeds_memory(runtime: OrtPair, onnx: Path, feeds: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Peak megabytes of a fresh process that runs each of a bundle's graphs once on what it is fed."""
+    arrays = [
+        pick(runtime.converted.sessions[graph], {name: as_array(value) for name, value in feed.items()})
+        for graph, feed in feeds.items()
+    ]
+    files = [onnx / f"{graph}.onnx" for graph in feeds]
     with tempfile.TemporaryDirectory() as tmp:
-        return peak_memory(files, feeds, Path(tmp))
+        return peak_memory(files, arrays, Path(tmp))

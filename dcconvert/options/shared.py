@@ -128,7 +128,7 @@ STATE = option(
     "--state",
     "state_dtype",
     type=click.Choice(list(STATE_DTYPES)),
-    show_default=method_of().remembered_as,
+    show_default=method_of("carry").remembered_as,
     help="Precision of what is carried between steps; model: that of the model.",
 )
 

@@ -1,4 +1,4 @@
-"""Options of `dcconvert calibrate` and `upcycle`."""
+"""Options of `dcconvert tune`, `calibrate` and `upcycle`."""
 
 from __future__ import annotations
 
@@ -50,6 +50,28 @@ calibrate_options = options(
             help="Number of images to draw at a time.",
         ),
         seed("Seed of the first image; the final comparison uses fresh seeds."),
+    ),
+    section(OTHER, THREADS),
+)
+
+
+tune_options = options(
+    section(
+        "What to tune for",
+        option(
+            "--ratio",
+            type=RATIO,
+            show_default="the bundle's ratio",
+            help="Compute budget: that of the original with the bundle's steps, divided by this number.",
+        ),
+        option("--guidance", default=1.0, type=float, help="Classifier-free guidance scale that the run will have."),
+    ),
+    section(
+        "Measuring",
+        images(16, "Number of images that the tables are fitted to.", least=2),
+        option("--fresh", default=32, type=click.IntRange(2), help="Number of other images that they are judged on."),
+        reference_steps(),
+        seed("Seed of the first image."),
     ),
     section(OTHER, THREADS),
 )

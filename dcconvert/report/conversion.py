@@ -30,6 +30,7 @@ from dcconvert.report.sections import (
 )
 from dcconvert.report.stress import BRIGHTEST, FAILURES_FIGURE, Stress
 from dcconvert.report.tables import shown
+from dcconvert.report.tuning import Tuning
 
 CAPTIONS = {
     "samples": "Final images. Images in the same place have the same seed and class.",
@@ -62,6 +63,7 @@ class ConversionReport(Record):
     compute: Compute | None = None
     fidelity: Fidelity | None = None
     calibration: Calibration | None = None
+    tuning: Tuning | None = None
     upcycling: Upcycling | None = None
     stress: Stress | None = None
     memory: Memory = field(default_factory=Memory)
@@ -92,7 +94,7 @@ class ConversionReport(Record):
         kept = f"{self.model.tokens or 0} → {self.conversion.kept_tokens_mean:.0f}"
         found = [Card(kept, "tokens in the trunk (mean)")]
         for row in self.latency.rows[:1]:
-            found.append(Card(shown(row.speedup, ".2f", "x"), f"speed-up of a step, {row.runtime}, batch {row.batch}"))
+            found.append(Card(shown(row.speedup, ".2f", "x"), f"speed-up of a run, {row.runtime}, batch {row.batch}"))
             found.append(Card(shown(row.flop_ratio, ".2f", "x"), "fewer operations"))
         return [*found, Card(self.checks.score, "checks passed")] if self.checks else found
 
@@ -137,12 +139,15 @@ def terminal_table(data: Mapping[str, Any]) -> TerminalTable:
     if compute := report.compute:
         run = compute.run_gmacs
         gmacs = (shown(run.original, ".2f"), shown(run.converted, ".2f"), shown(compute.ratio, ".2f", "x"))
-        result.add_row(f"GMACs per image, {run.steps} steps", *gmacs)
+        same = run.before == run.steps
+        result.add_row(f"GMACs per image, {run.steps} steps" if same else "GMACs per image", *gmacs)
+        if not same:
+            result.add_row("steps of a run", f"{run.before}", f"{run.steps}", "")
     for row in report.latency.rows:
         times = (shown(spread.median, ".1f", " ms") for spread in (row.original_ms, row.converted_ms))
         reached = f"{shown(row.efficiency, '.0%')} of {shown(row.flop_ratio, '.2f', 'x')}"
         faster = f"{shown(row.speedup, '.2f', 'x')} ({reached})"
-        result.add_row(f"step, {row.runtime}, batch {row.batch}", *times, faster)
+        result.add_row(f"step, mean, {row.runtime}, batch {row.batch}", *times, faster)
     if peaks := report.memory.peaks:
         before, after = peaks
         result.add_row("peak memory", f"{before:.0f} MB", f"{after:.0f} MB", f"{before / after:.2f}x")

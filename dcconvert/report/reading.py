@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import NoneType, UnionType
-from typing import Any, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 
 class Record:
@@ -13,10 +13,13 @@ class Record:
     be read, which had fewer keys, or others.
     """
 
+    renamed: ClassVar[dict[str, str]] = {}  # keys of older versions, and the fields that they went to
+
     @classmethod
     def from_json(cls, data: Any) -> Self:
         """TypeError if a key is missing whose field has no default."""
-        kinds = get_type_hints(cls)
+        kinds = {name: kind for name, kind in get_type_hints(cls).items() if get_origin(kind) is not ClassVar}
+        data = {cls.renamed.get(name, name): value for name, value in data.items()}
         return cls(**{name: read(kind, data[name]) for name, kind in kinds.items() if name in data})
 
 

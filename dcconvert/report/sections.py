@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from dcconvert.report import plots
 from dcconvert.report.reading import Record, Rows
@@ -200,6 +200,11 @@ class RunCost(Record):
     original: float | None
     converted: float | None
     steps: int
+    original_steps: int | None = None  # of the original's run, where the converted one has other steps
+
+    @property
+    def before(self) -> int:
+        return self.original_steps or self.steps
 
 
 @dataclass(frozen=True)
@@ -216,7 +221,7 @@ class Compute(Record):
         run = self.run_gmacs
         rows = (
             ("original, one step, per sample", self.original_gmacs),
-            (f"original, {run.steps} steps, per sample", run.original),
+            (f"original, {run.before} steps, per sample", run.original),
             (f"converted, {run.steps} steps, per sample", run.converted),
         )
         return Table(("", "GMACs"), (False, True), tuple((name, number(gmacs)) for name, gmacs in rows))
@@ -387,6 +392,8 @@ BUCKETS: tuple[Column[Bucket], ...] = (
 @dataclass(frozen=True)
 class Buckets(Record):
     """The static shapes of the exported model, and how much of them is padding."""
+
+    renamed: ClassVar[dict[str, str]] = {"rungs": "buckets"}
 
     buckets: tuple[Bucket, ...]
     expected_waste: float | None

@@ -8,15 +8,22 @@ from typing import cast
 from torch import Tensor
 
 from dcconvert.export.bundle import Bundle
+from dcconvert.export.files import read_json, write_json
 from dcconvert.export.runtimes.ort import OrtModel
 from dcconvert.export.runtimes.ort_static import StaticModel
 from dcconvert.export.runtimes.trt import open_engines
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.passes.runtime.run import Backend
+from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.runtime.run import Runtime
+from dcconvert.sampling.default_tables import default_table
+from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Sampler, Step
-from dcconvert.sampling.steps import Runtime
+from dcconvert.sampling.shipped_tables import shipped_table
+from dcconvert.sampling.steps import OrtPair
+
+RUN = "run.json"  # a run table, beside the manifest
 
 
 def dit_config(bundle: Bundle) -> DiTConfig:
@@ -27,6 +34,39 @@ def dit_config(bundle: Bundle) -> DiTConfig:
         raise UsageError(
             f"{bundle.folder} was not made from a DiT checkpoint: use it from Python with dcconvert.load"
         ) from error
+
+
+def run_of(model: DynamicModel, sampler: Sampler, ratio: float, sha256: str = "") -> Sampler | RunTable:
+    """How a model is sampled at a ratio: by the sampler itself, or by a table that stands for its run.
+
+    `sha256`: of the checkpoint; a table that was fitted to it ships with some.
+    """
+    if model.method.remembers != "updates":
+        return sampler
+    made = default_table(sampler.prediction, sampler.steps, ratio)
+    return shipped_table(sha256, made.evaluations) or made
+
+
+def write_table(run: Sampler | RunTable, folder: Path) -> None:
+    """Write `run.json` beside a bundle's graphs, for a run that is a table."""
+    if isinstance(run, RunTable):
+        write_json(run.to_dict(), folder / RUN)
+
+
+def bundle_run(
+    bundle: Bundle, steps: int | None = None, solver: str | None = None
+) -> tuple[Sampler | RunTable, StepPlanner]:
+    """The run of a bundle, and its planner; arguments and errors as in `run_planner`.
+
+    In mode steps it is the table in `run.json`; one made for other steps, if they are given; or diffusers' solver with
+    the bundle's own schedule, if that is given.
+    """
+    sampler, planner = run_planner(bundle, steps, solver)
+    if bundle.model.method.remembers != "updates" or solver is not None:
+        return sampler, planner
+    if steps is None and (bundle.folder / RUN).is_file():
+        return RunTable.from_dict(read_json(bundle.folder / RUN)), planner
+    return run_of(bundle.model, sampler, bundle.model.schedule.ratio), planner
 
 
 def run_planner(bundle: Bundle, steps: int | None, solver: str | None = None) -> tuple[Sampler, StepPlanner]:
@@ -55,7 +95,7 @@ def run_planner(bundle: Bundle, steps: int | None, solver: str | None = None) ->
 
 def opened(
     runtime: str, bundle: Bundle, planner: StepPlanner, scratch: Path | None
-) -> tuple[Backend, Step, int | None]:
+) -> tuple[Runtime, Step, int | None]:
     """A bundle in a runtime, the original beside it, and the most samples it takes at once (None: any number).
 
     With `scratch` the original is exported there for ONNX Runtime on the CPU, to run in the same runtime; beside GPU
@@ -79,8 +119,8 @@ def opened(
                 f"{bundle.folder} has no graphs for {runtime}: 'dcconvert build --runtime {runtime}' makes them"
             )
         return StaticModel(graphs, planner, bundle.bucket_set), in_torch, most
-    # No bucket_set: guidance doubles the batch, each step has its own shape.
+    # No bucket set: guidance doubles the batch, each step has its own shape.
     if scratch is None:
         return OrtModel(bundle.onnx, planner), in_torch, None
-    beside = Runtime.open(model, planner, None, bundle.onnx, scratch)
+    beside = OrtPair.open(model, planner, None, bundle.onnx, scratch)
     return beside.converted, beside.original_step, None

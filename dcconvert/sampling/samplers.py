@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dcconvert.passes.ir.errors import UsageError
-
-TRAIN_STEPS = 1000  # timesteps run from 0 (clean) to 1000 (noise) in every published DiT and SiT
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.sampling.solver_rows import TRAIN_STEPS
 
 SOLVERS = ("euler", "dpm++", "unipc")
 
@@ -74,6 +74,10 @@ class Sampler:
     def taus(self) -> np.ndarray:
         """Noise level in [0, 1] at each step."""
         return self.timesteps / TRAIN_STEPS
+
+    def run_counts(self, planner: StepPlanner) -> np.ndarray:
+        """Kept tokens a sample at every step, by the planner's schedule."""
+        return planner.run_counts(self.taus)
 
     def times(self, levels: Tensor) -> Tensor:
         """What the model sees as t at noise levels (0, 1], float of their shape."""

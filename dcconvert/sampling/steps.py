@@ -16,7 +16,8 @@ from dcconvert.export.onnx.export import export_original
 from dcconvert.export.runtimes.ort import CPU, OrtModel, make_session, pick
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
-from dcconvert.passes.runtime.run import Backend, Run
+from dcconvert.passes.runtime.run import Run, Runtime
+from dcconvert.passes.runtime.step_run import StepRun
 
 
 def silent(_: str) -> None:
@@ -24,7 +25,7 @@ def silent(_: str) -> None:
 
 
 @dataclass
-class Runtime:
+class OrtPair:
     """Original and converted model on ONNX Runtime, with a step function each for the samplers."""
 
     model: DynamicModel
@@ -40,7 +41,7 @@ class Runtime:
         onnx: Path,
         work: Path,
         threads: int = 0,
-    ) -> Runtime:
+    ) -> OrtPair:
         """Sessions over a bundle's files; the original is exported to `work` if it is not there.
 
         Without a bucket set every step has its own shape.
@@ -66,37 +67,43 @@ class ConvertedStep:
     """
 
     def __init__(
-        self, model: DynamicModel, backend: Backend, groups: int = 1, unconditional: StepPlanner | None = None
+        self, model: DynamicModel, runtime: Runtime, groups: int = 1, unconditional: StepPlanner | None = None
     ) -> None:
         self.model = model
         self.groups = groups
         self.unconditional = unconditional
-        self.backend = backend
+        self.runtime = runtime
         self.run: Run | None = None
         self.kept: list[np.ndarray] = []  # tokens of each sample at every step so far
 
     @property
     def planners(self) -> list[StepPlanner]:
         """Those of both halves of guidance, where they differ."""
-        return [] if self.unconditional is None else [self.backend.planner, self.unconditional]
+        return [] if self.unconditional is None else [self.runtime.planner, self.unconditional]
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, weights: tuple[float, ...] | None = None) -> Tensor:
+        """`weights`: what a run table says of a step (see `run_table.Model`); None: the schedule decides."""
         if self.run is None:
-            self.run = Run(self.backend, len(x), self.groups)
-        in_torch = isinstance(self.backend, DynamicModel)
+            self.run = self.runtime.start(len(x), self.groups)
+        in_torch = isinstance(self.runtime, DynamicModel)
         values = dict(zip(self.model.spec.inputs, (x, t, y), strict=True))
         inputs = values if in_torch else arrays_of(self.model, x, t, y)
-        output = self.run.step(inputs, self.counts(self.run, inputs), self.planners)[0]
+        if weights is None:
+            output = self.run.step(inputs, self.counts(self.run, inputs), self.planners)[0]
+        else:
+            assert isinstance(self.run, StepRun)
+            tokens = 0 if weights else self.model.spec.tokens
+            output = self.run.step(inputs, np.full(len(x), tokens), weights=weights)[0]
         self.kept.append(self.run.kept)
         return output if in_torch else torch.from_numpy(output)
 
     def counts(self, run: Run, inputs: dict[str, Any]) -> np.ndarray | None:
-        """What the samples keep, if not what the backend's own planner says."""
+        """What the samples keep, if not what the runtime's own planner says."""
         if self.unconditional is None or self.unconditional.schedule.data_dependent:
             return None
         steps = None if run.history is None else run.history.steps[: run.batch]
         taus = self.unconditional.taus(inputs, run.batch)
-        first, second = (p.counts(taus, steps) for p in (self.backend.planner, self.unconditional))
+        first, second = (p.counts(taus, steps) for p in (self.runtime.planner, self.unconditional))
         return np.where(np.arange(run.batch) < run.batch // 2, first, second)
 
 

@@ -155,7 +155,7 @@ class Distillation:
         self.average = [part.detach().clone() for part in self.weights.parts]
         self.optimiser = torch.optim.AdamW(self.weights.parameters(), lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.99))
         ratios = recipe.ratios or model.method.training_ratios(model.schedule)
-        self.planners = [unrounded(model.step_planner.at_ratio(ratio, taus)) for ratio in ratios]
+        self.planners = [unrounded(model.planner.at_ratio(ratio, taus)) for ratio in ratios]
         known = {name for name, _ in self.student.named_parameters(remove_duplicate=False)}
         self.paths = {
             path: name for name in self.weights.names for path in known if read_as(path) == original_name(name)
@@ -252,11 +252,11 @@ class Passes(nn.Module):
         scores, live = self.model.route(inputs)
         host = scores.detach().float().cpu().numpy()
         if counts is None:
-            plan: Any = self.model.step_planner.full_plan(len(scores))
+            plan: Any = self.model.planner.full_plan(len(scores))
         else:
             if planner is not None and planner.schedule.data_dependent and not planner.watches:
                 counts = planner.found_counts(host, None)
-            plan = self.model.step_planner.plan(host, counts)
+            plan = self.model.planner.plan(host, counts)
         if GATE in self.model.spec.denoise_inputs:
             chosen = scores.flatten()[torch.from_numpy(plan.chunk_index[..., 0]).to(scores.device)].unsqueeze(-1)
             inputs = {**inputs, GATE: 1 + chosen - chosen.detach()}

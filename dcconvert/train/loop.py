@@ -94,6 +94,10 @@ class Task:
         """UsageError for a bundle that cannot be trained, or a place that cannot be written to."""
         bundle = read_bundle(settings.folder)
         method, recipe = bundle.model.method, settings.recipe
+        if not method.trains:
+            raise UsageError(
+                f"{bundle.folder} is in mode {method.mode}, which has nothing to train: use 'dcconvert tune'"
+            )
         if method.stateful and settings.data is not None:
             raise UsageError(
                 f"{bundle.folder} is in mode {method.mode}, which learns on its own runs: leave out --data"
@@ -104,7 +108,7 @@ class Task:
         settings = replace(settings, recipe=recipe, data=settings.data or (RUNS if method.stateful else TEACHER))
         sampler, planner = run_planner(bundle, None)
         for ratio in recipe.ratios:
-            bundle.model.step_planner.at_ratio(ratio, sampler.taus)  # raises before anything is drawn
+            bundle.model.planner.at_ratio(ratio, sampler.taus)  # raises before anything is drawn
         if recipe.ratios and not any(math.isclose(ratio, planner.schedule.ratio) for ratio in recipe.ratios):
             raise UsageError(
                 f"{bundle.folder} runs at {planner.schedule.ratio:g}x, which is not among the ratios to train for: "

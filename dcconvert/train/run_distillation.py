@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dcconvert.passes.runtime.model import DynamicModel, TorchState
+from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.run import Run
+from dcconvert.passes.runtime.state import TensorState
 from dcconvert.passes.trained.weight_sets import plainly_named
 from dcconvert.sampling.samplers import Sampler
 from dcconvert.train.distillation import Distillation, Recipe
@@ -59,7 +60,7 @@ class RunDistillation(Distillation):
         """One round from `noise` [B, C, H, W] under the planner of this number; mean losses and gradient norm."""
         student, names, channels = self.students[which], self.model.spec.inputs, noise.shape[1]
         run = Run(student.model, len(noise), gradients=True)
-        state = cast(TorchState, run.state)
+        state = cast(TensorState, run.state)
         window: list[Tensor] = []
         errors, drifts, norms = [], [], []
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcconvert.passes.ir.ops import attention_flops
+from dcconvert.passes.ir.spec import WEIGHTS
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan
 from dcconvert.passes.planning.layout import Bucket
@@ -121,9 +125,13 @@ def converted_attention(
     model: DynamicModel, inputs: dict[str, Any], counts: np.ndarray, bucket: Bucket | None
 ) -> AttentionMemory:
     """Of one step, route and denoise, whose samples keep `counts` [B] tokens in a bucket."""
-    keep = np.arange(model.spec.tokens) < counts[:, None]
-    route_args, denoise_args = step_args(model, inputs, model.step_planner.of_mask(keep, bucket))
-    return attention_memory(model.route_graph, route_args) | attention_memory(model.denoise_graph, denoise_args)
+    if model.spec.updates:
+        parts = [attention_memory(*call) for call in step_calls(model, inputs, int(counts.max()))]
+    else:
+        keep = np.arange(model.spec.tokens) < counts[:, None]
+        route, denoise = step_args(model, inputs, model.planner.of_mask(keep, bucket))
+        parts = [attention_memory(model.route_graph, route), attention_memory(model.denoise_graph, denoise)]
+    return reduce(operator.or_, parts)
 
 
 def original_gmacs(model: DynamicModel, inputs: dict[str, Any]) -> float:
@@ -134,28 +142,37 @@ def original_gmacs(model: DynamicModel, inputs: dict[str, Any]) -> float:
 
 def converted_gmacs(model: DynamicModel, inputs: dict[str, Any], kept: int) -> float:
     """GMACs a sample of one step, route and denoise together, when every sample keeps `kept` tokens."""
-    batch = batch_size(inputs)
-    route_args, denoise_args = step_args(model, inputs, even_plan(model, batch, kept))
-    macs = count_macs(model.route_graph, route_args) + count_macs(model.denoise_graph, denoise_args)
-    return macs / batch / GIGA
+    macs = sum(count_macs(graph, args) for graph, args in step_calls(model, inputs, kept))
+    return macs / batch_size(inputs) / GIGA
 
 
 def converted_bytes(model: DynamicModel, inputs: dict[str, Any], kept: int) -> Traffic:
     """Traffic of one step, route and denoise together, when every sample of the batch keeps `kept` tokens."""
-    route_args, denoise_args = step_args(model, inputs, even_plan(model, batch_size(inputs), kept))
-    route, denoise = count_bytes(model.route_graph, route_args), count_bytes(model.denoise_graph, denoise_args)
-    return Traffic(route.least + denoise.least, route.unfused + denoise.unfused)
+    parts = [count_bytes(graph, args) for graph, args in step_calls(model, inputs, kept)]
+    return Traffic(sum(part.least for part in parts), sum(part.unfused for part in parts))
+
+
+def step_calls(model: DynamicModel, inputs: dict[str, Any], kept: int) -> list[tuple[GraphModule, tuple[Any, ...]]]:
+    """The graphs that a step calls when every sample keeps `kept` tokens, with their arguments."""
+    batch = batch_size(inputs)
+    if not model.spec.updates:
+        route, denoise = step_args(model, inputs, even_plan(model, batch, kept))
+        return [(model.route_graph, route), (model.denoise_graph, denoise)]
+    if kept:
+        return [(model.full_graph, tuple(model.feed("full", inputs).values()))]
+    weights = torch.zeros(model.spec.updates, batch)
+    skip = model.feed("skip", {**inputs, WEIGHTS: weights}, state=model.empty_state(batch))
+    return [(model.skip_graph, tuple(skip.values()))]
 
 
 def step_args(
     model: DynamicModel, inputs: dict[str, Any], plan: Plan | CarryPlan
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Arguments of route and denoise in a step under a plan: the right shapes, and zeros where route's values go."""
-    batch, spec = batch_size(inputs), model.spec
-    live = dict(zip(spec.live, live_values(model, batch), strict=True))
-    arrays = {name: torch.from_numpy(a) for name, a in plan.arrays().items()}
-    given = {**inputs, **model.prepare(inputs), **live, **arrays, **model.new_state(batch).tensors}
-    return tuple(inputs[name] for name in spec.route_inputs), tuple(given[name] for name in spec.denoise_inputs)
+    batch = batch_size(inputs)
+    live = dict(zip(model.spec.live, live_values(model, batch), strict=True))
+    feeds = model.feed("route", inputs), model.feed("denoise", inputs, live, plan, model.empty_state(batch))
+    return tuple(feeds[0].values()), tuple(feeds[1].values())
 
 
 def prepare_gmacs(model: DynamicModel, inputs: dict[str, Any]) -> float:
@@ -176,7 +193,7 @@ def even_plan(model: DynamicModel, batch: int, kept: int) -> Plan | CarryPlan:
     """A plan in which every sample keeps its first `kept` tokens: the right shapes, and nothing else."""
     keep = np.zeros((batch, model.spec.tokens), bool)
     keep[:, :kept] = True
-    return model.step_planner.of_mask(keep)
+    return model.planner.of_mask(keep)
 
 
 def batch_size(inputs: dict[str, Any]) -> int:

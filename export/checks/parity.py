@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcconvert.export.onnx.export import DISTANCE_NAME, output_names, state_output
 from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.ir.spec import SCORES_NAME
 from dcconvert.passes.planning.carry_plan import CarryPlan, carry_plan
@@ -22,7 +21,8 @@ from dcconvert.passes.planning.chunk_plan import Plan
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.nearest_kept import Mask
 from dcconvert.passes.planning.token_history import History
-from dcconvert.passes.runtime.model import DynamicModel, TorchState
+from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.runtime.state import TensorState
 
 IDENTITY_TOLERANCE = 1e-5  # relative, keep-everything output against the original
 HALF_STATE_TOLERANCE = 1e-2  # the same where keys and values pass through a state in fp16
@@ -30,6 +30,8 @@ ISOLATION_TOLERANCE = 1e-6  # relative, a sample's output when another one is re
 OTHER_MATCHES = "other_matches"  # of token merging
 RUNTIME_TOLERANCE = 1e-4  # torch against ONNX Runtime in fp32: relative to a value, or to the output's scale
 IDENTITY = "keep everything equals the original"
+ISOLATION = "no sample sees another"
+INVARIANCE = "a sample does not depend on its batch"
 LOUD = 1e4  # what another sample is replaced with
 
 
@@ -82,7 +84,7 @@ def check_identity(model: DynamicModel, inputs: dict[str, Any]) -> Check:
     batch, tokens = len(wanted), model.spec.tokens
     loose = Bucket(batch, (batch + 1) * (tokens + 8), batch, tokens + 8, tokens + 8)
     tiled = Bucket(batch, batch * (tokens + 16 - tokens % 8), batch, tokens + 3, 8)
-    plans = [model.step_planner.full_plan(batch, bucket) for bucket in (None, loose, tiled)]
+    plans = [model.planner.full_plan(batch, bucket) for bucket in (None, loose, tiled)]
     worst = largest(relative_error(model.denoise(inputs, live, plan)[0], wanted) for plan in plans)
     tolerance = allowed(model, IDENTITY_TOLERANCE)
     return Check(IDENTITY, worst, tolerance, f"{len(plans)} packings, torch fp32")
@@ -93,24 +95,24 @@ def allowed(model: DynamicModel, tolerance: float) -> float:
     return max(tolerance, HALF_STATE_TOLERANCE) if model.method.remembered_as == "fp16" else tolerance
 
 
-def second_step(model: DynamicModel, inputs: dict[str, Any]) -> tuple[np.ndarray, dict[str, Tensor], TorchState | None]:
+def second_step(model: DynamicModel, inputs: dict[str, Any]) -> tuple[np.ndarray, dict[str, Tensor], TensorState]:
     """Scores, live values and (mode carry) the state of samples that have made one step, keeping everything."""
     scores, live = model.route(inputs)
-    state = model.new_state(len(scores)) if model.spec.states else None
-    if state is not None:
-        model.denoise(inputs, live, model.step_planner.full_plan(len(scores)), state)
+    state = model.empty_state(len(scores))
+    if model.spec.states:
+        model.denoise(inputs, live, model.planner.full_plan(len(scores)), state)
     return scores.numpy(), live, state
 
 
 def mixed_plan(model: DynamicModel, scores: np.ndarray, counts: np.ndarray) -> Plan | CarryPlan:
     """A plan in which samples keep different numbers of tokens; in mode carry that of a second step."""
-    keep = model.step_planner.planner.select(scores, np.maximum(counts, 1))
+    keep = model.planner.planner.select(scores, np.maximum(counts, 1))
     return plan_second(model, keep)
 
 
 def plan_second(model: DynamicModel, keep: Mask, bucket: Bucket | None = None) -> Plan | CarryPlan:
     if not model.spec.states:
-        return model.step_planner.of_mask(keep, bucket)
+        return model.planner.of_mask(keep, bucket)
     history = History(*keep.shape)
     carry_plan(history, np.ones_like(keep), np.full(len(keep), 1.0))
     return carry_plan(history, keep, np.full(len(keep), 0.9), bucket)
@@ -123,7 +125,7 @@ def check_isolation(model: DynamicModel, inputs: dict[str, Any]) -> Check:
     mixed = np.linspace(model.spec.tokens / 8, model.spec.tokens / 2, len(scores)).astype(np.int64)
     plan = mixed_plan(model, scores, mixed)
     loud = {name: torch.cat([value[:-1], torch.full_like(value[-1:], LOUD)]) for name, value in live.items()}
-    loud_state = state and TorchState({n: with_loud_sample(t) for n, t in state.tensors.items()})
+    loud_state = TensorState({n: with_loud_sample(t) for n, t in state.values.items()})
     before = model.denoise(inputs, live, plan, state)[0][:-1]
     batched = batched_inputs(model)
     shouted = {name: drown_last(value) if name in batched else value for name, value in inputs.items()}
@@ -131,7 +133,7 @@ def check_isolation(model: DynamicModel, inputs: dict[str, Any]) -> Check:
     router = relative_error(louder[:-1], torch.from_numpy(scores[:-1]))
     after = model.denoise(shouted, loud, plan, loud_state)[0][:-1]
     error = largest([relative_error(after, before), router])
-    return Check("no sample sees another", error, ISOLATION_TOLERANCE, f"input and trunk of another set to {LOUD:g}")
+    return Check(ISOLATION, error, ISOLATION_TOLERANCE, f"input and trunk of another set to {LOUD:g}")
 
 
 def with_loud_sample(state: Tensor) -> Tensor:
@@ -157,9 +159,7 @@ def check_batch_invariance(model: DynamicModel, inputs: dict[str, Any]) -> Check
     scores, live, state = second_step(model, inputs)
     mixed = np.linspace(model.spec.tokens / 2, model.spec.tokens / 8, len(scores)).astype(np.int64)
     plan = mixed_plan(model, scores, mixed)
-    alone_states = [
-        state and TorchState({n: t[:, i : i + 1] for n, t in state.tensors.items()}) for i in range(len(scores))
-    ]
+    alone_states = [TensorState({n: t[:, i : i + 1] for n, t in state.values.items()}) for i in range(len(scores))]
     together = model.denoise(inputs, live, plan, state)[0]
     errors, batched = [], batched_inputs(model)
     for i, own_state in enumerate(alone_states):
@@ -168,7 +168,7 @@ def check_batch_invariance(model: DynamicModel, inputs: dict[str, Any]) -> Check
         single = model.denoise(alone, {n: v[i : i + 1] for n, v in live.items()}, own, own_state)[0]
         errors.append(relative_error(single[0], together[i]))
     detail = f"{len(scores)} samples, torch"
-    return Check("a sample does not depend on its batch", largest(errors), allowed(model, IDENTITY_TOLERANCE), detail)
+    return Check(INVARIANCE, largest(errors), allowed(model, IDENTITY_TOLERANCE), detail)
 
 
 def check_runtime(
@@ -191,15 +191,15 @@ def check_runtime(
         inputs = inputs_of(batch)
         with torch.no_grad():
             scores, live, state = second_step(model, inputs)
-        feed = {name: as_array(inputs[name]) for name in model.spec.route_inputs}
+        feed = as_arrays(model.feed("route", inputs))
         routes.append(Case(f"route, batch {batch}", feed, {SCORES_NAME: scores, **as_arrays(live)}))
-        if made := as_arrays(model.prepare(inputs)):
-            taken = {name: as_array(inputs[name]) for name in model.spec.prepare_inputs}
-            prepares.append(Case(f"prepare, batch {batch}", taken, made))
+        if model.spec.constants:
+            taken, made = model.feed("prepare", inputs), model.prepare(inputs)
+            prepares.append(Case(f"prepare, batch {batch}", as_arrays(taken), as_arrays(made)))
         for bucket in (b for b in buckets if b.batch == batch):
             label = f"denoise, batch {batch}, {bucket.row_tokens} tokens a sample"
             tick(label)
-            keep = model.step_planner.planner.select(scores, uneven(batch, bucket.row_tokens))
+            keep = model.planner.planner.select(scores, uneven(batch, bucket.row_tokens))
             plan = plan_second(model, keep, bucket)
             denoises.append(denoise_case(label, model, inputs, live, plan, state))
     prepared = compare(folder / "prepare.onnx", prepares, tolerance) if prepares else []
@@ -219,21 +219,13 @@ def denoise_case(
     inputs: dict[str, Any],
     live: dict[str, Tensor],
     plan: Any,
-    state: TorchState | None,
+    state: TensorState,
 ) -> Case:
     """What goes into `denoise` for one plan, and what torch makes of it."""
-    known = dict(state.tensors) if state else {}
-    given = {**inputs, **model.prepare(inputs), **live, **plan.arrays(), **known}
-    feed = {name: as_array(given[name]) for name in model.spec.denoise_inputs}
-    after = TorchState(known)
+    feed = model.feed("denoise", inputs, live, plan, state)
     with torch.no_grad():
-        outputs = model.denoise(inputs, live, plan, after if state else None)
-    wanted = dict(zip(output_names(len(outputs)), map(as_array, outputs), strict=True))
-    if state:
-        assert after.distance is not None
-        wanted |= {DISTANCE_NAME: after.distance.astype(np.float32)}
-        wanted |= {state_output(name): as_array(value) for name, value in after.tensors.items()}
-    return Case(label, feed, wanted)
+        made = model.call("denoise", feed)
+    return Case(label, as_arrays(feed), as_arrays(made))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dcconvert.export.onnx.trt_attention_op import add_function
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.ir.graph_tools import placeholders
 from dcconvert.passes.ir.plan_inputs import PLAN_INPUTS, symbolic_axes
-from dcconvert.passes.ir.spec import EXAMPLE_BATCH, SCORES_NAME, ModelSpec, count_outputs
+from dcconvert.passes.ir.spec import EXAMPLE_BATCH, WEIGHTS, count_outputs
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan
 from dcconvert.passes.planning.layout import Bucket
@@ -27,16 +27,10 @@ from dcconvert.passes.runtime.model import DynamicModel
 EXTERNAL_DATA_BYTES = 1_000_000_000  # above this, weights go to a file of their own beside the graph
 STACK_TRACE = "pkg.torch.onnx.stack_trace"  # what the exporter notes at every node: paths of this machine
 
-DISTANCE_NAME = "distance"
-
-
-def graph_names(spec: ModelSpec) -> tuple[str, ...]:
-    """The graphs that a model is exported as; `prepare` only where there is something constant over a run."""
-    return ("route", "prepare", "denoise") if spec.constants else ("route", "denoise")
-
 
 def export_onnx(model: DynamicModel, folder: Path, lowerings: Lowerings = PORTABLE) -> None:
-    """Write `route.onnx`, `denoise.onnx` and, for models with text, `prepare.onnx`.
+    """Write the graphs that a run calls: `route.onnx` and `denoise.onnx`, with `prepare.onnx` for models with text, or
+    `full.onnx` and `skip.onnx`.
 
     UsageError for a model that has no form in ONNX.
     """
@@ -44,6 +38,10 @@ def export_onnx(model: DynamicModel, folder: Path, lowerings: Lowerings = PORTAB
         raise UsageError("packing varlen is for torch only: convert with packing rows to export ONNX")
     folder.mkdir(parents=True, exist_ok=True)
     inputs = model.spec.example(EXAMPLE_BATCH)
+    if model.spec.updates:
+        export_plain(model, "full", folder / "full.onnx", inputs, lowerings)
+        export_skip(model, folder / "skip.onnx", inputs, lowerings)
+        return
     export_route(model, folder / "route.onnx", inputs, lowerings)
     export_prepare(model, folder / "prepare.onnx", inputs, lowerings)
     with torch.no_grad():
@@ -53,26 +51,20 @@ def export_onnx(model: DynamicModel, folder: Path, lowerings: Lowerings = PORTAB
     # Five tiles of a length unlike any other size, so that export keeps the symbolic axes apart.
     tiles = EXAMPLE_BATCH * -(-row // tile) + 1
     bucket = Bucket(EXAMPLE_BATCH, tiles * tile, EXAMPLE_BATCH, row, tile)
-    keep = model.step_planner.planner.select(scores.numpy(), np.full(EXAMPLE_BATCH, max(1, row - 2)))
-    plan = model.step_planner.of_mask(keep, bucket)
+    keep = model.planner.planner.select(scores.numpy(), np.full(EXAMPLE_BATCH, max(1, row - 2)))
+    plan = model.planner.of_mask(keep, bucket)
     export_denoise(model, folder / "denoise.onnx", inputs, live, plan, lowerings)
 
 
 def export_route(model: DynamicModel, path: Path, inputs: dict[str, Any], lowerings: Lowerings = PORTABLE) -> None:
     """`route.onnx`: model inputs -> scores [B, N] and the values denoise needs."""
-    names = model.spec.route_inputs
-    args = tuple(inputs[name] for name in names)
-    axes = batch_axes(model, names)
-    export_graph(model.route_graph, path, args, axes, (SCORES_NAME, *model.spec.live), lowerings)
+    export_plain(model, "route", path, inputs, lowerings)
 
 
 def export_prepare(model: DynamicModel, path: Path, inputs: dict[str, Any], lowerings: Lowerings = PORTABLE) -> None:
     """`prepare.onnx`: model inputs -> what stays the same over a run. Only for models that have such values."""
-    if model.prepare_graph is None:
-        return
-    args = tuple(inputs[name] for name in model.spec.prepare_inputs)
-    axes = batch_axes(model, model.spec.prepare_inputs)
-    export_graph(model.prepare_graph, path, args, axes, model.spec.constants, lowerings)
+    if model.spec.constants:
+        export_plain(model, "prepare", path, inputs, lowerings)
 
 
 def export_denoise(
@@ -87,41 +79,48 @@ def export_denoise(
 
     In mode carry the states are inputs too, and after the model's output come `distance` and the new states.
     """
-    state = model.new_state(len(plan.counts)).tensors
-    arrays = {name: torch.from_numpy(a) for name, a in plan.arrays().items()}
-    given = {**inputs, **model.prepare(inputs), **live, **arrays, **state}
-    args = tuple(given[name] for name in model.spec.denoise_inputs)
+    state = model.empty_state(len(plan.counts))
+    feed = model.feed("denoise", inputs, live, plan, state)
     axes = []
     one_row = model.method.row_packing == "rows"
-    for name, plain in zip(model.spec.denoise_inputs, batch_axes(model, model.spec.denoise_inputs), strict=True):
-        named = ("", "batch") if name in state else symbolic_axes(name) if name in PLAN_INPUTS else plain
+    for name, plain in zip(feed, batch_axes(model, list(feed)), strict=True):
+        named = ("", "batch") if name in state.values else symbolic_axes(name) if name in PLAN_INPUTS else plain
         axes.append(tuple("batch" if axis == "rows" and one_row else axis for axis in named))
-    carried = (DISTANCE_NAME, *map(state_output, state)) if state else ()
-    names = output_names(count_outputs(model.denoise_graph) - len(carried))
-    export_graph(model.denoise_graph, path, args, axes, (*names, *carried), lowerings)
+    outputs = model.spec.outputs_of("denoise", count_outputs(model.denoise_graph))
+    export_graph(model.denoise_graph, path, list(feed.values()), axes, outputs, lowerings)
+
+
+def export_skip(model: DynamicModel, path: Path, inputs: dict[str, Any], lowerings: Lowerings = PORTABLE) -> None:
+    """`skip.onnx`: model inputs, weights [P, B] and the trunk's last P updates [B, N, D] -> the model's output."""
+    weights = torch.zeros(model.spec.updates, EXAMPLE_BATCH)
+    feed = model.feed("skip", {**inputs, WEIGHTS: weights}, state=model.empty_state(EXAMPLE_BATCH))
+    axes = [
+        ("", "batch") if name == WEIGHTS else axis
+        for name, axis in zip(feed, batch_axes(model, list(feed)), strict=True)
+    ]
+    outputs = model.spec.outputs_of("skip", count_outputs(model.skip_graph))
+    export_graph(model.skip_graph, path, list(feed.values()), axes, outputs, lowerings)
 
 
 def export_original(model: DynamicModel, path: Path, inputs: dict[str, Any]) -> None:
     """The fixed-token original, to be measured beside the converted model."""
-    args = tuple(inputs[name] for name in model.spec.inputs)
-    axes = batch_axes(model, model.spec.inputs)
-    export_graph(model.original_graph, path, args, axes, output_names(count_outputs(model.original_graph)))
+    export_plain(model, "original", path, inputs)
+
+
+def export_plain(
+    model: DynamicModel, graph: str, path: Path, inputs: dict[str, Any], lowerings: Lowerings = PORTABLE
+) -> None:
+    """A graph that takes the model's own inputs and nothing else."""
+    names, module = model.spec.inputs_of(graph), model.graph(graph)
+    args = tuple(inputs[name] for name in names)
+    outputs = model.spec.outputs_of(graph, count_outputs(module))
+    export_graph(module, path, args, batch_axes(model, names), outputs, lowerings)
 
 
 def batch_axes(model: DynamicModel, names: Sequence[str]) -> list[tuple[str, ...]]:
     """The leading symbolic axes of inputs of a model, or of values that its graphs hand on, which all have a batch."""
     once = {spec.name for spec in model.spec.input_specs if not spec.batched}
     return [() if name in once else ("batch",) for name in names]
-
-
-def state_output(name: str) -> str:
-    """What the new value of a state is called."""
-    return f"next_{name}"
-
-
-def output_names(count: int) -> tuple[str, ...]:
-    """What the model's own outputs are called."""
-    return ("output",) if count == 1 else tuple(f"output_{i}" for i in range(count))
 
 
 def export_graph(
@@ -136,7 +135,8 @@ def export_graph(
     symbols = {axis for named in axes for axis in named if axis}
     dims = {name: torch.export.Dim(name, min=1, max=1 << 22) for name in symbols}
     shapes = tuple({i: dims[name] for i, name in enumerate(named) if name} or None for named in axes)
-    names = [node.name for node in placeholders(graph_module.graph)]
+    inputs = zip(placeholders(graph_module.graph), args, strict=True)
+    names = [node.name for node, value in inputs if isinstance(value, Tensor)]  # others become constants
     size = sum(t.numel() * t.element_size() for t in graph_module.state_dict().values())
     with quiet_exporter(), torch.no_grad():
         exported = torch.onnx.export(

@@ -65,28 +65,14 @@ def in_precision(model: DynamicModel, precision: str, batch: int = 2) -> Dynamic
     Inputs, outputs and what passes between the graphs keep their types. The original's graph is changed as well, so
     that the two can be compared in the same precision.
     """
-    half, spec = HALVES[precision], model.spec
-    inputs = spec.example(batch)
+    inputs = model.spec.example(batch)
     _, live = model.route(inputs)
-    constants = model.prepare(inputs)
-    plan = model.step_planner.full_plan(batch)
-    state = model.new_state(batch).tensors if spec.states else {}
-    arrays = {name: torch.from_numpy(array) for name, array in plan.arrays().items()}
-    given = {**inputs, **live, **constants, **arrays, **state}
-
-    def changed(graph: GraphModule, names: Sequence[str]) -> GraphModule:
-        return half_products(graph, [given[name] for name in names], half)
-
-    prepare = model.prepare_graph and changed(model.prepare_graph, spec.prepare_inputs)
-    return DynamicModel(
-        changed(model.route_graph, spec.route_inputs),
-        changed(model.denoise_graph, spec.denoise_inputs),
-        changed(model.original_graph, spec.inputs),
-        spec,
-        model.method,
-        model.schedule,
-        model.records,
-        prepare,
+    plan, state = model.planner.full_plan(batch), model.empty_state(batch)
+    return model.with_graphs(
+        **{
+            name: half_products(graph, list(model.feed(name, inputs, live, plan, state).values()), HALVES[precision])
+            for name, graph in model.graphs.named().items()
+        }
     )
 
 

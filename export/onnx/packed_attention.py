@@ -37,16 +37,7 @@ def with_packed_attention(model: DynamicModel) -> DynamicModel:
     graph = packed_graph(model.denoise_graph)
     denoise = GraphModule(model.denoise_graph, graph, model.denoise_graph._get_name())
     spec = replace(model.spec, denoise_inputs=tuple(node.name for node in placeholders(graph)))
-    return DynamicModel(
-        model.route_graph,
-        denoise,
-        model.original_graph,
-        spec,
-        model.method,
-        model.schedule,
-        model.records,
-        model.prepare_graph,
-    )
+    return model.with_graphs(spec, denoise=denoise)
 
 
 def packed_graph(module: GraphModule) -> Graph:
@@ -118,10 +109,8 @@ def attention_sizes(model: DynamicModel) -> tuple[int, int]:
     """Heads and their width in the trunk's self-attention; UsageError for a model that has none in packed form."""
     inputs = model.spec.example(2)
     _, live = model.route(inputs)
-    plan = model.step_planner.full_plan(2)
-    arrays = model.plan_tensors(plan, next(iter(live.values())))
-    given = {**inputs, **live, **model.prepare(inputs), **arrays}
-    types = known_types(model.denoise_graph, [given[name] for name in model.spec.denoise_inputs])
+    plan = model.planner.full_plan(2)
+    types = known_types(model.denoise_graph, list(model.feed("denoise", inputs, live, plan).values()))
     for node, value in types.items():
         if node.target is own.packed_attention.default:
             assert isinstance(value, Tensor)

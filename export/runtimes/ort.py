@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from dcconvert.export.buckets import BucketSet, PaddedShapes
-from dcconvert.export.onnx.export import state_output
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.passes.ir.spec import SCORES_NAME, StateSpec
-from dcconvert.passes.planning.carry_plan import CarryPlan
-from dcconvert.passes.planning.chunk_plan import Plan
+from dcconvert.passes.ir.spec import UPDATE, state_output
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.passes.runtime.run import Run
+from dcconvert.passes.runtime.run import Buckets, Runtime
+from dcconvert.passes.runtime.state import State
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -57,29 +55,36 @@ def make_session(path: Path, provider: str = CPU, threads: int = 0, settings: Ma
     return session
 
 
-class OrtState:
-    """What a run remembers, in buffers on a session's device that it reads and writes in place.
+class OrtState(State):
+    """Buffers on a session's device, which steps read and write in place.
 
     Between steps nothing is copied: every step binds the same memory as input and output. That is safe because the
     only reader of a state in the graph is the node that writes it, and that node copies only between two buffers.
     """
 
-    def __init__(self, specs: Sequence[StateSpec], batch: int, tokens: int, device: str = "cpu") -> None:
-        shapes = {spec.name: (spec.shape(batch, tokens), spec.dtype) for spec in specs}
-        self.values = {name: on_device(np.zeros(shape, dtype), device) for name, (shape, dtype) in shapes.items()}
-        self.distance: np.ndarray | None = None
+    in_place: ClassVar[bool] = True
+
+    @property
+    def into(self) -> dict[str, Any]:
+        return {state_output(name): value for name, value in self.values.items()}
+
+    def advance(self, made: Mapping[str, Any], distance: np.ndarray | None) -> None:
+        self.distance = distance  # the buffers hold the rest
+
+    def rows(self, name: str, samples: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self.values[name].numpy()[samples]
+        return found
+
+    def put(self, name: str, samples: np.ndarray, made: Any, rows: np.ndarray) -> None:
+        array = self.values[name].numpy()
+        array[samples] = made.numpy()[rows]
+        self.values[name].update_inplace(array)
 
     def clear(self, samples: Sequence[int]) -> None:
         for value in self.values.values():
             array = value.numpy()
             array[:, list(samples)] = 0
             value.update_inplace(array)
-
-    def bind(self, binding: Any) -> None:
-        """Name the buffers as inputs and as outputs of a session's binding."""
-        for name, value in self.values.items():
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(state_output(name), value)
 
 
 def on_device(array: np.ndarray, device: str) -> Any:
@@ -91,111 +96,69 @@ def on_device(array: np.ndarray, device: str) -> Any:
     return value
 
 
-class OrtModel:
-    """A converted model on ONNX Runtime: the backend of a `Run` over the original's inputs as numpy arrays, by name.
+class OrtModel(Runtime):
+    """A converted model on ONNX Runtime; inputs are numpy arrays by name.
 
-    a batch size without buckets is filled up by repeating its last sample, and the copies are cut off
-    the result. Without a bucket set every step runs in the smallest shape that holds it.
+    A batch size without buckets is filled up by repeating its last sample, and the copies are cut off the result.
+    Without a bucket set every step runs in the smallest shape that holds it.
     """
 
     def __init__(
         self,
         folder: Path,
         planner: StepPlanner,
-        bucket_set: BucketSet | PaddedShapes | None = None,
+        bucket_set: Buckets | None = None,
         provider: str = CPU,
         threads: int = 0,
         settings: Mapping[str, str] | None = None,
     ) -> None:
-        def opened(graph: str) -> Any:
-            return make_session(folder / f"{graph}.onnx", provider, threads, settings)
-
-        self.route_session, self.denoise_session = opened("route"), opened("denoise")
-        self.prepare_session = (
-            make_session(folder / "prepare.onnx", provider, threads) if planner.spec.constants else None
-        )
         self.planner = planner
         self.bucket_set = bucket_set
         self.provider = provider
         self.device = "cpu" if provider == CPU else "cuda"
-        self._outputs = [output.name for output in self.denoise_session.get_outputs()]
-        states = {spec.name for spec in planner.spec.states}
-        self._plain_inputs = [node.name for node in self.denoise_session.get_inputs() if node.name not in states]
+        self.sessions = {
+            graph: make_session(folder / f"{graph}.onnx", provider, threads, None if graph == "prepare" else settings)
+            for graph in planner.spec.graphs
+        }
 
-    def with_shapes(self, bucket_set: BucketSet | PaddedShapes | None) -> OrtModel:
+    def with_shapes(self, bucket_set: Buckets | None) -> OrtModel:
         """The same sessions with other shapes for the steps."""
         other = copy.copy(self)
         other.bucket_set = bucket_set
         return other
 
-    def start(self, batch: int, groups: int = 1) -> Run:
-        """A new sampling run of `batch` samples; call its `step` for every timestep. `groups` as in `Run`."""
-        return Run(self, batch, groups)
-
-    def padded(self, batch: int) -> int:
-        """The smallest batch size in the set that holds `batch` samples; UsageError if none does."""
-        if self.bucket_set is None:
-            return batch
-        return self.bucket_set.choose(batch, self.planner.spec.tokens).batch
-
-    def bucket(self, counts: np.ndarray) -> Bucket | None:
-        return self.bucket_set.choose(len(counts), counts) if self.bucket_set else None
-
-    def prepare(self, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
-        """What stays the same over a run, by name, on the device; nothing for most models."""
-        if self.prepare_session is None:
-            return {}
-        return self._on_device(self.prepare_session, inputs)
-
-    def route(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, Any]]:
-        """Scores [B, N], and the values denoise needs, by name, on the device."""
-        live = self._on_device(self.route_session, inputs)
-        return live.pop(SCORES_NAME).numpy(), live
-
-    def _on_device(self, session: Any, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Outputs of a session, by name, left where they were made."""
+    def call(
+        self, graph: str, feed: Mapping[str, Any], bucket: Bucket | None, into: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Outputs by name: those of the model on the host, others left on the device for later calls."""
+        session = self.sessions[graph]
         binding = session.io_binding()
         for node in session.get_inputs():
-            binding.bind_cpu_input(node.name, np.ascontiguousarray(inputs[node.name]))
+            value = feed[node.name]
+            if isinstance(value, np.ndarray):
+                binding.bind_cpu_input(node.name, np.ascontiguousarray(value))
+            else:
+                binding.bind_ortvalue_input(node.name, value)
         names = [output.name for output in session.get_outputs()]
         for name in names:
-            binding.bind_output(name, self.device)
+            if name in into:
+                binding.bind_ortvalue_output(name, into[name])
+            else:
+                binding.bind_output(name, self.device if name in self.kept_there else "cpu")
         session.run_with_iobinding(binding)
         return dict(zip(names, binding.get_outputs(), strict=True))
 
-    def denoise(
-        self,
-        inputs: dict[str, np.ndarray],
-        live: dict[str, Any],
-        plan: Plan | CarryPlan,
-        state: OrtState | None = None,
-    ) -> list[np.ndarray]:
-        """Flat outputs of the model; in mode carry the state (None: an empty one) is brought forward."""
-        constants = self.planner.spec.constants
-        if constants and constants[0] not in inputs:
-            inputs = {**inputs, **self.prepare(inputs)}
-        given = {**inputs, **live, **plan.arrays()}
-        binding, plain = self.denoise_session.io_binding(), self._outputs
-        if self.planner.spec.states:
-            state = state or self.new_state(len(plan.counts))
-            state.bind(binding)
-            plain = self._outputs[: -len(self.planner.spec.states)]
-        for name in self._plain_inputs:
-            if isinstance(given[name], np.ndarray):
-                binding.bind_cpu_input(name, np.ascontiguousarray(given[name]))
-            else:
-                binding.bind_ortvalue_input(name, given[name])
-        for name in plain:
-            binding.bind_output(name)
-        self.denoise_session.run_with_iobinding(binding)
-        outputs = [value.numpy() for value in binding.get_outputs()[-len(plain) :]]
-        if state is not None:
-            state.distance = outputs.pop()
-        return outputs
+    @cached_property
+    def kept_there(self) -> set[str]:
+        """Outputs that later calls read on the device."""
+        return {UPDATE, *self.spec.live, *self.spec.constants}
 
-    def new_state(self, batch: int) -> OrtState:
-        """An empty state for `batch` samples."""
-        return OrtState(self.planner.spec.states, batch, self.planner.spec.tokens, self.device)
+    def array(self, value: Any) -> np.ndarray:
+        return np.asarray(value.numpy())
+
+    def empty_state(self, batch: int) -> OrtState:
+        shapes = self.spec.state_shapes(batch).items()
+        return OrtState({name: on_device(np.zeros(shape, dtype), self.device) for name, (shape, dtype) in shapes})
 
 
 def pick(session: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 
 from dcconvert.export.buckets import BucketSet
-from dcconvert.export.onnx.export import state_output
 from dcconvert.export.runtimes.ort import CPU, CUDA, OrtModel, OrtState, on_device
-from dcconvert.passes.ir.spec import SCORES_NAME
-from dcconvert.passes.planning.carry_plan import CarryPlan
-from dcconvert.passes.planning.chunk_plan import Plan
+from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.step_planner import StepPlanner
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 _graph_ids = itertools.count(1)
+
+
+def batch_of(value: Any) -> int:
+    return int(value.shape[0] if isinstance(value, np.ndarray) else value.shape()[0])
 
 
 class BoundStep:
@@ -92,14 +93,6 @@ def bound(
     return BoundStep(session, inputs, outputs, graphs, copied)
 
 
-class StaticState(OrtState):
-    """A state on loan: its buffers, and the steps that are bound to them, go to another run when this one is over."""
-
-    def __init__(self, values: dict[str, Any], steps: dict[Any, BoundStep]) -> None:
-        self.values, self.steps = values, steps
-        self.distance = None
-
-
 class StaticModel(OrtModel):
     """An `OrtModel` that allocates nothing after the first step in a bucket.
 
@@ -114,62 +107,36 @@ class StaticModel(OrtModel):
         self.graphs = provider != CPU
         settings = {"enable_cuda_graph": "1"} if self.graphs else None
         super().__init__(folder, planner, bucket_set, provider, threads, settings)
-        self._routes: dict[int, BoundStep] = {}
-        self._steps: dict[Any, BoundStep] = {}
-        self._free: dict[int, list[tuple[dict[str, Any], dict[Any, BoundStep]]]] = {}
+        self.steps: dict[Any, BoundStep] = {}
+        self._free: dict[int, list[dict[str, Any]]] = {}
 
-    def route(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, Any]]:
-        """Scores [B, N], and the values denoise needs, in the buffers of this batch size."""
-        given = {node.name: inputs[node.name] for node in self.route_session.get_inputs()}
-        batch = len(inputs[self.planner.spec.image])
-        if batch not in self._routes:
-            self._routes[batch] = bound(self.route_session, given, batch, self.graphs)
-        step = self._routes[batch]
-        step(given)
-        live = dict(step.outputs)
-        return live.pop(SCORES_NAME).numpy().copy(), live
+    def call(
+        self, graph: str, feed: Mapping[str, Any], bucket: Bucket | None, into: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Outputs by name, in the buffers of this shape, which the next call in this shape writes to."""
+        if graph == "prepare":  # once in a run
+            return super().call(graph, feed, bucket, into)
+        session = self.sessions[graph]
+        given = {node.name: feed[node.name] for node in session.get_inputs()}
+        copied = [name for name in self.spec.constants if name in given]
+        # States are never freed, so that the identity of a buffer says which one it is.
+        buffers = (id(v) for n, v in given.items() if n not in copied and not isinstance(v, np.ndarray))
+        shapes = tuple(value.shape for value in given.values() if isinstance(value, np.ndarray))
+        key = (graph, shapes, *buffers, *map(id, into.values()))
+        if key not in self.steps or not self.steps[key].reads(given):
+            batch = batch_of(feed[self.spec.live[0] if graph == "denoise" else self.spec.image])
+            self.steps[key] = bound(session, given, batch, self.graphs, into, copied)
+        self.steps[key](given)
+        return {node.name: self.steps[key].outputs[node.name] for node in session.get_outputs()}
 
-    def denoise(
-        self, inputs: dict[str, Any], live: dict[str, Any], plan: Plan | CarryPlan, state: OrtState | None = None
-    ) -> list[np.ndarray]:
-        """Flat outputs of the model; in mode carry the state (None: an empty one) is brought forward."""
-        spec = self.planner.spec
-        if spec.constants and spec.constants[0] not in inputs:
-            inputs = {**inputs, **self.prepare(inputs)}
-        if spec.states and state is None:
-            state = self.new_state(len(plan.counts))
-        held = state.values if state else {}
-        given = {**inputs, **live, **plan.arrays(), **held}
-        given = {node.name: given[node.name] for node in self.denoise_session.get_inputs()}
-        steps = state.steps if isinstance(state, StaticState) else self._steps
-        key = (plan.grid_index.shape, plan.packed_index.shape, len(plan.counts))
-        if key not in steps or not steps[key].reads(given):
-            written = {state_output(name): value for name, value in held.items()}
-            steps[key] = bound(self.denoise_session, given, len(plan.counts), self.graphs, written, self._constants)
-        steps[key](given)
-        outputs = [steps[key].outputs[name].numpy().copy() for name in self._outputs if name not in self._carried]
-        if state is not None:
-            state.distance = outputs.pop()
-        return outputs
+    def array(self, value: Any) -> np.ndarray:
+        return super().array(value).copy()
 
-    @property
-    def _constants(self) -> tuple[str, ...]:
-        taken = {node.name for node in self.denoise_session.get_inputs()}
-        return tuple(name for name in self.planner.spec.constants if name in taken)
-
-    @property
-    def _carried(self) -> set[str]:
-        return {state_output(spec.name) for spec in self.planner.spec.states}
-
-    def new_state(self, batch: int) -> StaticState:
-        """An empty state for `batch` samples, in buffers that no run uses any more where there are such."""
+    def empty_state(self, batch: int) -> OrtState:
+        """A state on loan: its buffers, and the steps that are bound to them, go to another run when this one ends."""
         free = self._free.setdefault(batch, [])
-        if free:
-            values, steps = free.pop()
-        else:
-            spec = self.planner.spec
-            values, steps = OrtState(spec.states, batch, spec.tokens, self.device).values, {}
-        state = StaticState(values, steps)
+        values = free.pop() if free else super().empty_state(batch).values
+        state = OrtState(values)
         state.clear(range(batch))
-        weakref.finalize(state, free.append, (values, steps))
+        weakref.finalize(state, free.append, values)
         return state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,32 +15,28 @@ from torch import Tensor
 from dcconvert.export.buckets import BucketSet
 from dcconvert.export.engines.build import ENGINES, MODULES, file_hash, full_buckets
 from dcconvert.export.engines.index import INDEX, Built, Device, read_index
-from dcconvert.export.onnx.export import DISTANCE_NAME, output_names, state_output
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.passes.ir.spec import SCORES_NAME, StateSpec
-from dcconvert.passes.planning.carry_plan import CarryPlan
-from dcconvert.passes.planning.chunk_plan import Plan
+from dcconvert.passes.ir.spec import state_output
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.passes.runtime.run import Run
+from dcconvert.passes.runtime.run import Runtime
+from dcconvert.passes.runtime.state import TensorState, zeros
 
 
-class TrtState:
+class TrtState(TensorState):
     """What a run remembers, twice on the GPU: a step reads one and writes the other, then they change places."""
 
-    def __init__(self, specs: Sequence[StateSpec], batch: int, tokens: int, device: str) -> None:
-        def empty() -> dict[str, Tensor]:
-            return {s.name: torch.zeros(s.shape(batch, tokens), dtype=s.torch_dtype, device=device) for s in specs}
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__(values)
+        self.spare = {name: torch.empty_like(value) for name, value in values.items()}
 
-        self.values, self.written = empty(), empty()
-        self.distance: np.ndarray | None = None
+    @property
+    def into(self) -> dict[str, Any]:
+        return {state_output(name): value for name, value in self.spare.items()}
 
-    def clear(self, samples: Sequence[int]) -> None:
-        for value in self.values.values():
-            value[:, list(samples)] = 0
-
-    def swap(self) -> None:
-        self.values, self.written = self.written, self.values
+    def advance(self, made: Mapping[str, Any], distance: np.ndarray | None) -> None:
+        self.spare = self.values
+        super().advance(made, distance)
 
 
 class LoadedEngine:
@@ -63,7 +59,7 @@ class LoadedEngine:
         self.dtypes = {name: torch_dtype(engine.get_tensor_dtype(name), trt) for name in names}
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
-    def __call__(self, profile: int, given: dict[str, Any], written: dict[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, profile: int, given: Mapping[str, Any], written: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name, in `written` where that has them.
 
         UsageError for an input of another type than the engine's; CheckFailedError if the engine does not run.
@@ -76,7 +72,9 @@ class LoadedEngine:
         torch.cuda.current_stream().wait_stream(self.stream)
         return found
 
-    def run(self, profile: int, given: dict[str, Any], written: dict[str, Tensor], stream: int) -> dict[str, Tensor]:
+    def run(
+        self, profile: int, given: Mapping[str, Any], written: Mapping[str, Tensor], stream: int
+    ) -> dict[str, Tensor]:
         if profile != self.profile:
             require(self.context.set_optimization_profile_async(profile, stream), f"has no profile {profile}")
             self.profile = profile
@@ -129,8 +127,8 @@ class Place:
     profile: int
 
 
-class TrtModel:
-    """A converted model on TensorRT or TensorRT-RTX: the backend of a `Run` over the original's inputs as numpy arrays.
+class TrtModel(Runtime):
+    """A converted model on TensorRT or TensorRT-RTX: inputs are numpy arrays by name.
 
     The bucket set holds the buckets that there are engines for: a batch whose own bucket is missing runs in the next
     larger one. `onnx`: the folder with the variants that they were built from. `device`: "cuda"; `trt`: the backend's
@@ -151,18 +149,9 @@ class TrtModel:
             loaded = LoadedEngine(load_engine(runtime, folder / entry.file), self.trt, device)
             for number, bucket in enumerate(entry.buckets):
                 self.places[entry.graph, bucket] = Place(loaded, number)
-        self.bucket_set = engine_buckets(self.places, planner, folder)
-        self.full = {bucket.batch: bucket for bucket in full_buckets(self.bucket_set.buckets)}
+        self.bucket_set: BucketSet = engine_buckets(self.places, planner, folder)
 
-    def start(self, batch: int, groups: int = 1) -> Run:
-        """A new sampling run of `batch` samples; call its `step` for every timestep. `groups` as in `Run`."""
-        return Run(self, batch, groups)
-
-    def padded(self, batch: int) -> int:
-        """The smallest batch size there are engines for that holds `batch` samples; UsageError if none does."""
-        return self.bucket_set.choose(batch, self.planner.spec.tokens).batch
-
-    def bucket(self, counts: np.ndarray) -> Bucket:
+    def plan_shape(self, counts: np.ndarray) -> Bucket:
         """The bucket of a batch; with ranges, as short as its longest sample in the profile of that bucket."""
         chosen = self.bucket_set.choose(len(counts), counts)
         if not self.ranges:
@@ -171,45 +160,20 @@ class TrtModel:
         length = max(int(np.max(counts)), max(below, default=0) + 1)
         return Bucket(chosen.batch, chosen.batch * length, chosen.rows, length, length)
 
-    def prepare(self, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
-        """What stays the same over a run, by name, on the device; nothing for most models."""
-        if not self.planner.spec.constants:
-            return {}
-        made = self.run("prepare", self.full[len(inputs[self.planner.spec.image])], inputs)
-        return {name: value.clone() for name, value in made.items()}  # the buffers are the next run's
-
-    def route(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, Any]]:
-        """Scores [B, N], and the values denoise needs, by name, on the device."""
-        live = self.run("route", self.full[len(inputs[self.planner.spec.image])], inputs)
-        return live.pop(SCORES_NAME).cpu().numpy(), live
-
-    def denoise(
-        self, inputs: dict[str, Any], live: dict[str, Any], plan: Plan | CarryPlan, state: TrtState | None = None
-    ) -> list[np.ndarray]:
-        """Flat outputs of the model; in mode carry the state (None: an empty one) is brought forward."""
-        spec = self.planner.spec
-        if spec.constants and spec.constants[0] not in inputs:
-            inputs = {**inputs, **self.prepare(inputs)}
-        if spec.states and state is None:
-            state = self.new_state(len(plan.counts))
-        given = {**inputs, **live, **plan.arrays(), **(state.values if state else {})}
-        written = {state_output(name): value for name, value in state.written.items()} if state else {}
-        made = self.run("denoise", self.bucket_set.choose(len(plan.counts), plan.counts), given, written)
-        found = {name: value.cpu().numpy().copy() for name, value in made.items() if name not in written}
-        if state is not None:
-            state.swap()
-            state.distance = found.pop(DISTANCE_NAME)
-        return [found[name] for name in output_names(len(found))]
-
-    def run(
-        self, graph: str, bucket: Bucket, given: dict[str, Any], written: dict[str, Tensor] | None = None
+    def call(
+        self, graph: str, feed: Mapping[str, Any], bucket: Bucket | None, into: Mapping[str, Any]
     ) -> dict[str, Tensor]:
+        """Outputs by name, in buffers that the next call in this shape writes to, or in `into`."""
+        assert bucket is not None
         place = self.places[graph, bucket]
-        return place.engine(place.profile, given, written or {})
+        made = place.engine(place.profile, feed, into)
+        return {name: value.clone() for name, value in made.items()} if graph == "prepare" else made
 
-    def new_state(self, batch: int) -> TrtState:
-        """An empty state for `batch` samples."""
-        return TrtState(self.planner.spec.states, batch, self.planner.spec.tokens, self.device)
+    def array(self, value: Tensor) -> np.ndarray:
+        return value.cpu().numpy().copy()
+
+    def empty_state(self, batch: int) -> TrtState:
+        return TrtState(zeros(self.spec, batch, self.device).values)
 
 
 def open_engines(bundle: Path, onnx: Path, planner: StepPlanner) -> TrtModel:

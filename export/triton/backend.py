@@ -7,7 +7,7 @@ inside the server (business logic scripting), through the module that the server
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from torch import Tensor
 from dcconvert.export.buckets import BucketSet
 from dcconvert.export.bundle import GRAPH, manifest_buckets
 from dcconvert.export.files import MANIFEST, read_json
-from dcconvert.export.onnx.export import DISTANCE_NAME, output_names, state_output
 from dcconvert.passes.ir.errors import CheckFailedError, DcconvertError, UsageError
-from dcconvert.passes.ir.spec import SCORES_NAME
+from dcconvert.passes.ir.spec import output_names
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.passes.runtime.run import Run
+from dcconvert.passes.runtime.run import Run, Runtime
+from dcconvert.passes.runtime.state import TensorState, zeros
 from dcconvert.passes.serialise.graph_json import planner_from_dict
 
 IDLE_SECONDS = 60.0  # after which a sampling run that sends nothing more is forgotten
@@ -31,77 +31,38 @@ OUTPUTS = "outputs.json"  # how many outputs the original has, beside manifest a
 CORRELATION, START, END = "CORRID", "START", "END"  # what sequence batching tells a request
 
 
-class TritonState:
-    """What a run remembers, as the server's own outputs of the step before, wherever they are."""
+class TritonModel(Runtime):
+    """The runtime whose graphs are models of the same server, `NAME_route` and so on.
 
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        self.values = values
-        self.distance: np.ndarray | None = None
-
-    def clear(self, samples: Sequence[int]) -> None:
-        index = torch.as_tensor(list(samples))  # the server's own memory is not written to
-        self.values = {name: value.index_fill(1, index.to(value.device), 0) for name, value in self.values.items()}
-
-
-class TritonBackend:
-    """The backend of a `Run` whose graphs are models of the same server, `NAME_route` and so on.
-
-    `outputs`: how many the original has. UsageError with the server's words if a model fails.
+    A state is made of the server's own outputs of the step before, wherever they are. `outputs`: how many the original
+    has. UsageError with the server's words if a model fails.
     """
 
     def __init__(self, planner: StepPlanner, bucket_set: BucketSet, name: str, outputs: int, server: Any) -> None:
         self.planner, self.bucket_set, self.server = planner, bucket_set, server
         self.name, self.outputs = name, outputs
 
-    def padded(self, batch: int) -> int:
-        return self.bucket_set.choose(batch, self.planner.spec.tokens).batch
-
-    def bucket(self, counts: np.ndarray) -> Bucket:
-        return self.bucket_set.choose(len(counts), counts)
-
-    def prepare(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What stays the same over a run, by name; nothing for most models."""
-        spec = self.planner.spec
-        return self.call("prepare", inputs, spec.prepare_inputs, spec.constants) if spec.constants else {}
-
-    def route(self, inputs: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
-        """Scores [B, N], and the values denoise needs, by name."""
-        spec = self.planner.spec
-        live = self.call("route", inputs, spec.route_inputs, (SCORES_NAME, *spec.live))
-        return live.pop(SCORES_NAME).cpu().numpy(), live
-
-    def denoise(self, inputs: dict[str, Any], live: dict[str, Any], plan: Any, state: Any = None) -> list[np.ndarray]:
-        """Flat outputs of the model; in mode carry the state is brought forward once the server has answered."""
-        spec = self.planner.spec
-        given = {**inputs, **live, **plan.arrays(), **(state.values if state else {})}
-        plain = output_names(self.outputs)
-        carried = (DISTANCE_NAME, *(state_output(s.name) for s in spec.states)) if state else ()
-        made = self.call("denoise", given, spec.denoise_inputs, (*plain, *carried))
-        if state is not None:
-            state.values = {s.name: made[state_output(s.name)] for s in spec.states}
-            state.distance = made[DISTANCE_NAME].cpu().numpy()
-        return [made[name].cpu().numpy() for name in plain]
-
-    def new_state(self, batch: int) -> TritonState:
-        """An empty state for `batch` samples."""
-        spec = self.planner.spec
-        return TritonState({s.name: torch.zeros(s.shape(batch, spec.tokens), dtype=s.torch_dtype) for s in spec.states})
-
     def call(
-        self, graph: str, given: Mapping[str, Any], inputs: Iterable[str], outputs: Iterable[str]
+        self, graph: str, feed: Mapping[str, Any], bucket: Bucket | None, into: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """Outputs of one of the server's models, in its memory."""
-        pb, wanted = self.server, list(outputs)
+        pb, wanted = self.server, list(self.spec.outputs_of(graph, self.outputs + len(self.spec.carried)))
         request = pb.InferenceRequest(
             model_name=f"{self.name}_{graph}",
             requested_output_names=wanted,
-            inputs=[self.tensor(name, given[name]) for name in inputs],
+            inputs=[self.tensor(name, value) for name, value in feed.items()],
         )
         response = request.exec()
         if response.has_error():
             raise UsageError(f"{self.name}_{graph}: {' '.join(response.error().message().split())}")
         found = {name: pb.get_output_tensor_by_name(response, name) for name in wanted}
         return {name: torch.from_dlpack(value.to_dlpack()) for name, value in found.items()}
+
+    def array(self, value: Tensor) -> np.ndarray:
+        return value.cpu().numpy()
+
+    def empty_state(self, batch: int) -> TensorState:
+        return zeros(self.spec, batch)
 
     def tensor(self, name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -121,7 +82,7 @@ class Served:
         planner = planner_from_dict(read_json(folder / GRAPH))
         self.server = server
         bucket_set = manifest_buckets(manifest)
-        self.backend = TritonBackend(planner, bucket_set, name, int(read_json(folder / OUTPUTS)), server)
+        self.model = TritonModel(planner, bucket_set, name, int(read_json(folder / OUTPUTS)), server)
         self.runs: dict[Any, tuple[Run, float]] = {}
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -139,7 +100,7 @@ class Served:
         return pb.InferenceResponse(output_tensors=tensors)
 
     def step(self, request: Any) -> list[np.ndarray]:
-        spec = self.backend.planner.spec
+        spec = self.model.planner.spec
         inputs: dict[str, Any] = {}
         for item in spec.input_specs:
             value = self.read(request, item.name) if item.dtype else item.value
@@ -147,15 +108,15 @@ class Served:
                 raise UsageError(f"the request has no input {item.name}: it needs {', '.join(spec.inputs)}")
             inputs[item.name] = value
         batch = len(inputs[spec.image])
-        if not self.backend.planner.carries:
-            return Run(self.backend, batch).step(inputs)
+        if not self.model.planner.carries:
+            return self.model.start(batch).step(inputs)
         key, start, end = (self.control(request, name) for name in (CORRELATION, START, END))
         self.forget_idle()
         if start:
             self.runs.pop(key, None)
         elif key not in self.runs:
             raise UsageError(f"sequence {key} is not known (or was silent too long): begin it with START")
-        run = self.runs[key][0] if key in self.runs else Run(self.backend, batch)
+        run = self.runs[key][0] if key in self.runs else self.model.start(batch)
         self.runs[key] = run, time.monotonic()
         try:
             return run.step(inputs)

@@ -13,7 +13,6 @@ from onnx import TensorProto
 from dcconvert.export.bundle import GRAPH, Bundle
 from dcconvert.export.engines.build import axis_sizes, full_buckets, onnx_parts, read_graph
 from dcconvert.export.files import MANIFEST, new_folder, write_json
-from dcconvert.export.onnx.export import graph_names
 from dcconvert.export.triton.backend import CORRELATION, END, IDLE_SECONDS, OUTPUTS, START
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.spec import count_outputs
@@ -34,7 +33,6 @@ from pathlib import Path
 
 import triton_python_backend_utils
 
-from dcconvert.export.onnx.export import graph_names
 from dcconvert.export.triton.backend import Served
 
 
@@ -65,7 +63,7 @@ def export_triton(bundle: Bundle, target: Path, name: str, device: str = "gpu", 
     source = bundle.onnx / "ort-cuda"
     source = source if device == "gpu" and source.is_dir() else bundle.onnx
     with new_folder(target, force, "Triton model repository of dcconvert", MARK) as work:
-        graphs = graph_names(bundle.model.spec)
+        graphs = bundle.model.spec.graphs
         for graph in graphs:
             buckets = bundle.bucket_set.buckets if graph == "denoise" else full_buckets(bundle.bucket_set.buckets)
             write_onnx_model(work / f"{name}_{graph}", source / f"{graph}.onnx", buckets, device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,9 @@ NEW_PATHS = (DECHUNK, "recovery", "patch_sizes")
 
 TIMESTEP_NAMES = ("t", "timestep", "timesteps")
 SCORES_NAME = "scores"
+DISTANCE_NAME = "distance"  # between the two last updates of each token [B, N]
+UPDATE, WEIGHTS = "update", "weights"  # of the trunk, in graphs of steps that compute it or skip it
+UPDATES = 3  # that a skipped step reads: enough for a parabola in time
 EXAMPLE_BATCH = 3  # above one and unlike any other size, so that export cannot mistake the axis
 
 
@@ -88,10 +92,6 @@ class ModelSpec:
     """Names and shapes at the seams of a rewritten model; all of it fits into JSON."""
 
     input_specs: tuple[InputSpec, ...]  # the original's flat inputs, in call order
-    route_inputs: tuple[str, ...]
-    live: tuple[str, ...]  # what route hands to denoise, `h` first
-    live_shapes: tuple[tuple[int, ...], ...]  # theirs, without the batch axis
-    denoise_inputs: tuple[str, ...]
     in_spec: str
     out_spec: str
     grid: tuple[int, int]
@@ -100,13 +100,56 @@ class ModelSpec:
     timestep: str | None
     timestep_scale: float  # the timestep that means pure noise
     image: str  # the input that patchify reads
+    route_inputs: tuple[str, ...] = ()
+    live: tuple[str, ...] = ()  # what route hands to denoise, `h` first
+    live_shapes: tuple[tuple[int, ...], ...] = ()  # theirs, without the batch axis
+    denoise_inputs: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()  # mode carry: what prepare makes once in a run and denoise takes at every step
     prepare_inputs: tuple[str, ...] = ()
     states: tuple[StateSpec, ...] = ()  # mode carry: last inputs and last outputs of denoise, in this order
+    updates: int = 0  # mode steps: how many of the trunk's last updates a step reads that skips it
+    update_dtype: str = ""
 
     @property
     def inputs(self) -> tuple[str, ...]:
         return tuple(spec.name for spec in self.input_specs)
+
+    def inputs_of(self, graph: str) -> tuple[str, ...]:
+        """Names of what a graph takes, in order."""
+        known = {"route": self.route_inputs, "prepare": self.prepare_inputs, "denoise": self.denoise_inputs}
+        if graph == "skip":
+            return (*self.inputs, WEIGHTS, *map(update_name, range(self.updates)))
+        return known.get(graph, self.inputs)
+
+    def outputs_of(self, graph: str, results: int) -> tuple[str, ...]:
+        """Names of the results of a graph that returns so many, in order."""
+        if graph == "route":
+            return (SCORES_NAME, *self.live)
+        if graph == "prepare":
+            return self.constants
+        if graph == "denoise":
+            return (*output_names(results - len(self.carried)), *self.carried)
+        if graph == "full":
+            return (*output_names(results - 1), UPDATE)
+        return output_names(results)
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The graphs that a run calls, in the order in which it needs them."""
+        if self.updates:
+            return ("full", "skip")
+        return ("route", "prepare", "denoise") if self.constants else ("route", "denoise")
+
+    def state_shapes(self, batch: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of everything that a run of `batch` samples remembers on the device, by name."""
+        update: tuple[int, ...] = (batch, self.tokens, self.width)
+        shapes = {update_name(number): (update, self.update_dtype) for number in range(self.updates)}
+        return shapes | {state.name: (state.shape(batch, self.tokens), state.dtype) for state in self.states}
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """Mode carry: what denoise returns after the model's own outputs."""
+        return (DISTANCE_NAME, *(state_output(state.name) for state in self.states)) if self.states else ()
 
     def example(self, batch: int, seed: int = 0) -> dict[str, Any]:
         """Inputs by name for `batch` samples: normal noise, timesteps over their whole range, class 0."""
@@ -116,8 +159,9 @@ class ModelSpec:
 
     @property
     def state_bytes(self) -> int:
-        """What mode carry remembers of one sample, in bytes."""
-        return sum(state.bytes(self.tokens) for state in self.states)
+        """What a run remembers of one sample on the device, in bytes."""
+        shapes = self.state_shapes(1).values()
+        return sum(math.prod(shape) * getattr(torch, dtype).itemsize for shape, dtype in shapes)
 
     @property
     def tokens(self) -> int:
@@ -138,30 +182,42 @@ class ModelSpec:
 
     @classmethod
     def of(cls, program: Program) -> ModelSpec:
-        stream = program.found_stream()
+        added = {*program.plan_inputs, *program.state}
+        facts = ModelSpec(
+            input_specs=tuple(InputSpec.of(n) for n in placeholders(program.graph) if n.name not in added),
+            in_spec=program.in_spec,
+            out_spec=program.out_spec,
+            grid=program.found_stream().grid,
+            width=program.found_stream().width,
+            depth=program.found_stream().depth,
+            timestep=program.timestep,
+            timestep_scale=program.timestep_scale,
+            image=program.image,
+        )
+        return facts.with_steps(program) if program.full is not None else facts.with_plan(program, added)
+
+    def with_steps(self, program: Program) -> ModelSpec:
+        """The same with what a run of full and skipped steps needs."""
+        if program.skip is None:
+            raise CheckFailedError("the program was not split into full and skip; fix the pipeline order")
+        last = placeholders(program.skip.graph)[-1].meta["val"]
+        updates = len(placeholders(program.skip.graph)) - len(self.inputs) - 1
+        return replace(self, updates=updates, update_dtype=str(last.dtype).removeprefix("torch."))
+
+    def with_plan(self, program: Program, added: Collection[str]) -> ModelSpec:
+        """The same with what a run of plans needs; `added`: the names of the plan's inputs and of the states."""
         if program.route is None or program.denoise is None:
             raise CheckFailedError("the program was not split into route and denoise; fix the pipeline order")
-        added = {*program.plan_inputs, *program.state}
-        specs = tuple(InputSpec.of(n) for n in placeholders(program.graph) if n.name not in added)
         constants = count_outputs(program.prepare) if program.prepare else 0
         names = tuple(f"constant_{number}" for number in range(constants))
         known = {*program.inputs, *added, *names}
         live = [n for n in placeholders(program.denoise.graph) if n.name not in known]
-        denoise_inputs = tuple(n.name for n in placeholders(program.denoise.graph))
-        return cls(
-            input_specs=specs,
+        return replace(
+            self,
             route_inputs=tuple(n.name for n in placeholders(program.route.graph)),
             live=tuple(n.name for n in live),
             live_shapes=tuple(tuple(int(size) for size in n.meta["val"].shape[1:]) for n in live),
-            denoise_inputs=denoise_inputs,
-            in_spec=program.in_spec,
-            out_spec=program.out_spec,
-            grid=stream.grid,
-            width=stream.width,
-            depth=stream.depth,
-            timestep=program.timestep,
-            timestep_scale=program.timestep_scale,
-            image=program.image,
+            denoise_inputs=tuple(n.name for n in placeholders(program.denoise.graph)),
             constants=names,
             prepare_inputs=tuple(n.name for n in placeholders(program.prepare.graph)) if program.prepare else (),
             states=tuple(StateSpec.of(node) for node in program.state.values()),
@@ -182,9 +238,25 @@ def find_inputs(program: Program, timestep: str | None) -> None:
         raise UsageError(f"the model has no input '{timestep}' to take the timestep from; it has {found}")
     if timestep is None and program.chosen().stateful:
         raise UsageError(
-            "mode carry needs to know which input is the timestep: name it with timestep=..., or use mode chunk"
+            f"method {program.chosen().name} needs to know which input is the timestep: name it with timestep=..., "
+            "or use mode chunk"
         )
     program.timestep = timestep
+
+
+def update_name(number: int) -> str:
+    """What the input of a skipped step is called that takes one of the last updates."""
+    return f"{UPDATE}_{number}"
+
+
+def state_output(name: str) -> str:
+    """What the output that continues a state is called."""
+    return f"next_{name}"
+
+
+def output_names(count: int) -> tuple[str, ...]:
+    """Names for the model's own outputs."""
+    return ("output",) if count == 1 else tuple(f"output_{i}" for i in range(count))
 
 
 def count_outputs(graph_module: GraphModule) -> int:

@@ -12,10 +12,12 @@ from dcconvert.passes.methods.dc_dit import DcDit
 from dcconvert.passes.methods.ddit import DDiT
 from dcconvert.passes.methods.method import Method
 from dcconvert.passes.methods.sparsedit import SparseDiT
+from dcconvert.passes.methods.steps import Steps
 from dcconvert.passes.methods.tome import ToMe
 
-METHODS: dict[str, type[Method]] = {found.name: found for found in (Carry, Chunk, DcDit, SparseDiT, DDiT, ToMe)}
-MODES = ("carry", "chunk")  # the project's own methods; the others are published ones
+METHODS: dict[str, type[Method]] = {found.name: found for found in (Steps, Carry, Chunk, DcDit, SparseDiT, DDiT, ToMe)}
+MODES = ("steps", "carry", "chunk")  # the project's own methods; the others are published ones
+DEFAULT = "steps"  # what wins at equal time without training (benchmarks/fitted.py)
 PRESETS = tuple(name for name in METHODS if name not in MODES)
 
 
@@ -26,7 +28,7 @@ def find(name: str) -> type[Method]:
     return METHODS[name]
 
 
-def method_of(mode: str = "carry", ratio: float | None = None, **options: Any) -> Method:
+def method_of(mode: str = DEFAULT, ratio: float | None = None, **options: Any) -> Method:
     """A method by its name, with its options; at a ratio, which decides some options of some methods.
 
     UsageError for an unknown method, an option that it does not have, or one that is out of range.

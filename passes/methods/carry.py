@@ -14,6 +14,7 @@ from dcconvert.passes.ir.spec import STATE_DTYPES
 from dcconvert.passes.methods.method import FRONTEND, Method
 from dcconvert.passes.modules.routers import CARRY_ROUTERS
 from dcconvert.passes.planning.chunk_plan import Planner
+from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.planning.token_history import Doubles, History
 from dcconvert.passes.rewrite.carry_trunk import CarryTrunk
 from dcconvert.passes.rewrite.hoist_constants import HoistConstants
@@ -33,6 +34,7 @@ class Carry(Method):
 
     name: ClassVar[str] = "carry"
     mode: ClassVar[str] = "carry"
+    remembers: ClassVar[str] = "tokens"
     title: ClassVar[str] = "tokens that a step does not compute are carried over from earlier steps; no training"
     limits: ClassVar[tuple[str, ...]] = (
         "Mode carry needs the steps of one image in order: a run keeps a state for every sample, and a sampler that "
@@ -66,6 +68,11 @@ class Carry(Method):
 
     def planner(self, grid: tuple[int, int]) -> Planner:
         return Planner(grid, members=1, neighbours=1)
+
+    def run_counts(self, planner: StepPlanner, taus: np.ndarray) -> np.ndarray:
+        counts = super().run_counts(planner, taus)
+        counts[0] = planner.spec.tokens  # there is nothing to carry over yet
+        return counts
 
     def urgency(self, history: History, scores: np.ndarray, counts: np.ndarray, taus: Doubles) -> Doubles:
         """How much each token needs computing [B, N]: noise levels since it was, times what the router says.

@@ -119,7 +119,7 @@ class DDiT(Method):
                 f"patch sizes are chosen from the fourth step on: more than {ORDER} sampling steps are needed"
             )
         set_detail(model, images)
-        patches, tokens, ratio = model.step_planner.patches, model.spec.tokens, model.schedule.ratio
+        patches, tokens, ratio = model.planner.patches, model.spec.tokens, model.schedule.ratio
 
         def fraction(threshold: float) -> float:
             tried = model.with_schedule(replace(model.schedule, threshold=threshold))
@@ -149,7 +149,7 @@ def set_detail(model: DynamicModel, images: Tensor) -> None:
     name = f"{NAME}.skip.detail"
     if name not in found:
         return
-    first = model.step_planner.patches[0]
+    first = model.planner.patches[0]
     for place, scale in enumerate(scales_of(model.spec.grid)[1:], 1):
         side = scale * first
         batch, channels, height, width = images.shape

@@ -20,6 +20,7 @@ from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.planning.token_history import Doubles, History
 from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.runtime.run import Run
 
 Model = TypeVar("Model", bound=DynamicModel)
 
@@ -49,7 +50,9 @@ class Method:
 
     # What it is.
     name: ClassVar[str]
-    mode: ClassVar[str] = "chunk"  # "carry" if its steps remember earlier ones, else "chunk"
+    mode: ClassVar[str] = "chunk"  # one of MODES
+    remembers: ClassVar[str] = ""  # what samples remember of earlier steps: "tokens", "updates" or nothing
+    run: ClassVar[type[Run]] = Run  # how its steps are made
     title: ClassVar[str] = ""  # with the paper, for the help
     limits: ClassVar[tuple[str, ...]] = ()  # what a report says before its figures
 
@@ -126,7 +129,7 @@ class Method:
     @property
     def stateful(self) -> bool:
         """Whether a run's samples remember something."""
-        return self.mode == "carry"
+        return bool(self.remembers)
 
     @property
     def keeps_original(self) -> bool:
@@ -154,6 +157,10 @@ class Method:
     def policy(cls, ratio: float) -> Schedule:
         """How many tokens each step keeps, unless the user chooses a schedule; 1/ratio of them on average."""
         return Schedule(cls.schedule, ratio)
+
+    def run_counts(self, planner: StepPlanner, taus: np.ndarray) -> np.ndarray:
+        """Kept tokens a sample at every step of a run at these noise levels."""
+        return planner.schedule.run_counts(taus, planner.spec.tokens)
 
     def found_counts(self, planner: StepPlanner, scores: np.ndarray, spread: np.ndarray | None) -> np.ndarray:
         """Kept tokens of each sample where a step finds them, from scores [B, N] or from `ThirdDifference.spread`."""

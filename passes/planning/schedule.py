@@ -207,6 +207,12 @@ class Schedule:
         sign = {"constant": 0, "rising": -1, "falling": 1}.get(self.kind, 0)
         return np.minimum(mean + sign * slope * (tau - self.centre), 1.0)
 
+    def step_fraction(self, tau: ArrayLike, step: ArrayLike) -> NDArray[np.float64]:
+        """Kept fraction, in (0, 1], at each ``tau`` and so many steps after a run began; 1 for the dense steps."""
+        return np.where(
+            self._dense(np.asarray(step), self.dense_first or max(self.warm_up, 0)), 1.0, self.fraction(tau)
+        )
+
     def counts(self, tau: ArrayLike, tokens: int, step: ArrayLike | None = None) -> NDArray[np.int64]:
         """Kept tokens a sample at each ``tau``, out of ``tokens``: rounded, at least 1, one of the levels if there are
         any. UsageError as ``check``.

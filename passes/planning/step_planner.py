@@ -66,6 +66,8 @@ class StepPlanner:
 
     def levelled(self, taus: np.ndarray, most: int) -> Schedule:
         """The schedule with at most `most` numbers of kept tokens, all of them such as the model can keep."""
+        if self.skips:  # all or none
+            return self.schedule
         return self.schedule.levelled(taus, self.spec.tokens, most, self.sizes)
 
     @property
@@ -87,7 +89,12 @@ class StepPlanner:
 
     @property
     def carries(self) -> bool:
-        return self.method.stateful
+        return self.method.remembers == "tokens"
+
+    @property
+    def skips(self) -> bool:
+        """Whether a step computes all tokens or none."""
+        return self.method.remembers == "updates"
 
     def taus(self, inputs: dict[str, Any], batch: int) -> Doubles:
         """Noise levels [B] of a step's inputs; 0.5 where the schedule is the same at all of them.
@@ -116,20 +123,23 @@ class StepPlanner:
         """Kept tokens of each sample at its noise level, `steps` [B] after its run began."""
         return self.schedule.counts(taus, self.spec.tokens, steps)
 
+    def fraction(self, taus: Doubles, steps: np.ndarray) -> Doubles:
+        """Mode steps: which fraction of the steps is to be computed at noise levels [B], `steps` [B] into the runs."""
+        return self.schedule.step_fraction(taus, steps)
+
     def found_counts(self, scores: np.ndarray, spread: np.ndarray | None) -> np.ndarray:
         """Kept tokens of each sample where a step finds them: from scores [B, N], or from `ThirdDifference.spread`."""
         return self.method.found_counts(self, scores, spread)
 
     def bucket_counts(self, taus: np.ndarray) -> np.ndarray:
         """The numbers of kept tokens that a run needs shapes for."""
+        if self.skips:
+            return np.array([self.spec.tokens])
         return np.array(self.schedule.levels) if self.schedule.data_dependent else self.run_counts(taus)
 
     def run_counts(self, taus: np.ndarray) -> np.ndarray:
-        """Kept tokens a sample at every step of a run; the first of mode carry has nothing to go by."""
-        counts = self.schedule.run_counts(taus, self.spec.tokens)
-        if self.carries:
-            counts[0] = self.spec.tokens
-        return counts
+        """Kept tokens a sample at every step of a run."""
+        return self.method.run_counts(self, taus)
 
     def plan(self, scores: np.ndarray, counts: np.ndarray, bucket: Bucket | None = None) -> Plan:
         """Mode chunk: a plan for scores [B, N]; CheckFailedError naming a sample whose scores are not finite."""

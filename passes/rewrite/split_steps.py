@@ -12,12 +12,9 @@ from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import fake_result, placeholders, remove_dead_code
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
 from dcconvert.passes.ir.program import Program
+from dcconvert.passes.ir.spec import UPDATES, WEIGHTS, update_name
 
 aten = torch.ops.aten
-
-UPDATE = "update"
-WEIGHTS = "weights"
-UPDATES = 3  # that a step without a trunk reads
 
 
 class SplitSteps(Pass):
@@ -45,7 +42,7 @@ class SplitSteps(Pass):
         if left and not (method.head_blocks or method.tail_blocks):
             raise UnsupportedModelError(
                 f"{left} of {whole} attention ops do not go through the tokens' update: a step that skips the trunk "
-                "would compute them all the same"
+                "would compute them all the same; use --mode carry"
             )
         return PassResult(whole - left, (f"{whole - left} of {whole} attention ops are skipped",))
 
@@ -89,7 +86,7 @@ def skip_graph(program: Program, updates: int) -> GraphModule:
     previous, given = weights, []
     for number in range(updates):
         with graph.inserting_after(previous):
-            previous = graph.placeholder(f"{UPDATE}_{number}")
+            previous = graph.placeholder(update_name(number))
         previous.meta["val"] = value
         given.append(previous)
     with graph.inserting_before(end.next):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcconvert.passes.runtime.run import Backend, Run
+from dcconvert.passes.runtime.run import Run, Runtime
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +29,9 @@ class FollowedRun:
     remembered, in noise level, conditioning and content. That is a judgement: a loop that can hold a `Run` should.
     """
 
-    def __init__(self, backend: Backend, limit: float | None = None) -> None:
+    def __init__(self, runtime: Runtime, limit: float | None = None) -> None:
         """`limit`: how far an image may move in any step, relative to its norm, where it is known who calls."""
-        self.backend = backend
+        self.runtime = runtime
         self.limit = limit
         self.run: Run | None = None
         self.last: dict[str, Any] = {}
@@ -39,13 +39,13 @@ class FollowedRun:
 
     def step(self, inputs: dict[str, Any]) -> list[Any]:
         """Flat outputs of one call."""
-        specs = self.backend.planner.spec.input_specs
+        specs = self.runtime.planner.spec.input_specs
         batch = next(len(inputs[spec.name]) for spec in specs if spec.batched)
-        planner = self.backend.planner
-        if not (planner.carries or planner.watches):
-            return Run(self.backend, batch).step(inputs)
+        planner = self.runtime.planner
+        if not (planner.method.stateful or planner.watches):
+            return self.runtime.start(batch).step(inputs)
         if self.run is None or self.run.batch != batch or self._elsewhere(inputs):
-            self.run = Run(self.backend, batch)
+            self.run = self.runtime.start(batch)
         else:
             self._restart_others(inputs, batch)
         try:
@@ -62,13 +62,13 @@ class FollowedRun:
 
     def _elsewhere(self, inputs: dict[str, Any]) -> bool:
         """Whether the image is on another device or of another type than that of the call before."""
-        now, before = (given[self.backend.planner.spec.image] for given in (inputs, self.last))
+        now, before = (given[self.runtime.planner.spec.image] for given in (inputs, self.last))
         return bool(now.device != before.device or now.dtype != before.dtype)
 
     def _restart_others(self, inputs: dict[str, Any], batch: int) -> None:
         assert self.run is not None
         assert self.run.remembered is not None
-        planner = self.backend.planner
+        planner = self.runtime.planner
         taus = planner.taus(inputs, batch)
         passed = self.run.remembered.tau[:batch] - taus
         goes_on = passed >= -1e-6

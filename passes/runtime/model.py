@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,73 +15,82 @@ from torch.utils import _pytree as pytree
 
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.pass_runner import PassRecord
-from dcconvert.passes.ir.spec import ModelSpec
-from dcconvert.passes.planning.carry_plan import CarryPlan
-from dcconvert.passes.planning.chunk_plan import Plan
+from dcconvert.passes.ir.spec import WEIGHTS, ModelSpec, update_name
+from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.rewrite.retarget import retype, retyped_spec, to_device
 from dcconvert.passes.runtime.infer_runs import FollowedRun
-from dcconvert.passes.runtime.run import Run
+from dcconvert.passes.runtime.run import Runtime
+from dcconvert.passes.runtime.state import TensorState, zeros
 
 if TYPE_CHECKING:
     from dcconvert.passes.methods.method import Method
 
 
-class TorchState:
-    """What a run remembers: a tensor [P, B, C, N, E] for every carried value."""
+@dataclass(frozen=True)
+class Graphs:
+    """The graphs of a converted model, over one set of weights. `original` is the fixed-token model.
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-        self.distance: np.ndarray | None = None
-
-    def detach(self) -> None:
-        """Cut what is remembered off from the gradients of the steps that computed it."""
-        self.tensors = {name: tensor.detach() for name, tensor in self.tensors.items()}
-
-    def clear(self, samples: Sequence[int]) -> None:
-        index = torch.as_tensor(list(samples))
-        self.tensors = {name: t.index_fill(1, index.to(t.device), 0) for name, t in self.tensors.items()}
-
-
-class DynamicModel(nn.Module):
-    """A converted model in torch: call it like the original, or step through a run that `start` gives.
-
-    `route` and `denoise` are GraphModules over the original's parameters; between them the plan is made on
-    the host from the scores, once per call.
+    `route` scores the tokens and `denoise` computes those that the host then chose; `prepare` makes what stays the same
+    over a run, where there is such. Or `full` computes all tokens, and `skip` none.
     """
 
-    def __init__(
-        self,
-        route: GraphModule,
-        denoise: GraphModule,
-        original: GraphModule,
-        spec: ModelSpec,
-        method: Method,
-        schedule: Schedule,
-        records: Sequence[PassRecord] = (),
-        prepare: GraphModule | None = None,
-    ) -> None:
+    original: GraphModule
+    route: GraphModule | None = None
+    denoise: GraphModule | None = None
+    prepare: GraphModule | None = None
+    full: GraphModule | None = None
+    skip: GraphModule | None = None
+
+    def named(self) -> dict[str, GraphModule]:
+        """Those that there are, by name."""
+        return {item.name: found for item in fields(self) if (found := getattr(self, item.name)) is not None}
+
+
+class DynamicModel(nn.Module, Runtime):
+    """A converted model in torch: call it like the original, or step through a run that `start` gives.
+
+    Its graphs are GraphModules over the original's parameters, called `route_graph` and so on; those that its method
+    does not have are not there.
+    """
+
+    original_graph: GraphModule
+    route_graph: GraphModule
+    denoise_graph: GraphModule
+    full_graph: GraphModule
+    skip_graph: GraphModule
+
+    def __init__(self, graphs: Graphs, planner: StepPlanner, records: Sequence[PassRecord] = ()) -> None:
         super().__init__()
-        self.route_graph = route
-        self.denoise_graph = denoise
-        self.original_graph = original
-        self.prepare_graph = prepare
-        self.spec = spec
-        self.method = method
+        self.prepare_graph: GraphModule | None = None
+        for name, graph in graphs.named().items():
+            setattr(self, f"{name}_graph", graph)
+        self.planner, self.bucket_set = planner, None
         self.records = list(records)
-        self.step_planner = StepPlanner(spec, method, schedule)
         self.target = place_of(self)
         self.followed = FollowedRun(self)
 
     @property
+    def graphs(self) -> Graphs:
+        return Graphs(**{item.name: getattr(self, f"{item.name}_graph", None) for item in fields(Graphs)})  # type: ignore[arg-type]
+
+    @property
+    def method(self) -> Method:
+        return self.planner.method
+
+    @property
     def schedule(self) -> Schedule:
-        return self.step_planner.schedule
+        return self.planner.schedule
 
     def with_schedule(self, schedule: Schedule) -> DynamicModel:
         """The same weights and graphs under another schedule."""
-        parts = (self.route_graph, self.denoise_graph, self.original_graph, self.spec, self.method)
-        return DynamicModel(*parts, schedule, self.records, self.prepare_graph)
+        return DynamicModel(self.graphs, StepPlanner(self.spec, self.method, schedule), self.records)
+
+    def with_graphs(self, spec: ModelSpec | None = None, /, **graphs: GraphModule) -> DynamicModel:
+        """The same model with some other graphs, and the names and shapes at their seams if these changed."""
+        planner = StepPlanner(spec or self.spec, self.method, self.schedule)
+        return DynamicModel(replace(self.graphs, **graphs), planner, self.records)
 
     def flat_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's inputs by name; UsageError if it is not shaped like the call that was captured."""
@@ -106,48 +116,32 @@ class DynamicModel(nn.Module):
                 )
         return dict(zip(self.spec.inputs, leaves, strict=True))
 
-    def route(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scores [B, N] and the values denoise needs."""
-        scores, *live = self.route_graph(*(inputs[name] for name in self.spec.route_inputs))
-        return scores, dict(zip(self.spec.live, live, strict=True))
+    def graph(self, name: str) -> GraphModule:
+        """One of the graphs; KeyError for one that the model does not have."""
+        return self.graphs.named()[name]
 
-    def prepare(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """What stays the same over a run, by name; nothing for most models."""
-        if self.prepare_graph is None:
-            return {}
-        values = self.prepare_graph(*(inputs[name] for name in self.spec.prepare_inputs))
-        return dict(zip(self.spec.constants, values, strict=True))
+    def call(
+        self,
+        graph: str,
+        feed: Mapping[str, Any],
+        bucket: Bucket | None = None,
+        into: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """A graph's outputs by name; torch takes every shape, and its states are new tensors."""
+        results = self.graph(graph)(*(feed[name] for name in self.spec.inputs_of(graph)))
+        return dict(zip(self.spec.outputs_of(graph, len(results)), results, strict=True))
 
-    def denoise(
-        self, inputs: dict[str, Any], live: dict[str, Tensor], plan: Plan | CarryPlan, state: TorchState | None = None
-    ) -> Any:
-        """Flat outputs of the model for one plan; in mode carry the state (None: an empty one) is brought forward.
+    def array(self, value: Tensor) -> np.ndarray:
+        return value.detach().float().cpu().numpy()
 
-        `inputs` are the model's, and what `prepare` made of them (made here if it is missing).
-        """
-        if self.spec.constants and self.spec.constants[0] not in inputs:
-            inputs = {**inputs, **self.prepare(inputs)}
-        hidden = live[self.spec.live[0]]
-        if self.spec.states:
-            state = state or self.new_state(len(hidden), hidden.device)
-        given = {**inputs, **live, **self.plan_tensors(plan, hidden), **(state.tensors if state else {})}
-        results = self.denoise_graph(*(given[name] for name in self.spec.denoise_inputs))
-        if state is None:
-            return results
-        outputs, distance = results[: -len(state.tensors) - 1], results[-len(state.tensors) - 1]
-        state.tensors = dict(zip(state.tensors, results[-len(state.tensors) :], strict=True))
-        state.distance = distance.detach().double().cpu().numpy()
-        return outputs
+    def result(self, value: Tensor) -> Tensor:
+        return value
 
-    def plan_tensors(self, plan: Plan | CarryPlan, like: Tensor) -> dict[str, Tensor]:
-        """The arrays of a plan that denoise takes, by name, on the device and of the precision of `like`."""
-        found = {}
-        for name, array in plan.arrays().items():
-            if name in self.spec.denoise_inputs:
-                tensor = torch.from_numpy(array)
-                tensor = tensor.to(like.dtype) if tensor.is_floating_point() else tensor
-                found[name] = tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor
-        return found
+    def beside(self, array: np.ndarray, value: Tensor) -> Tensor:
+        """The array on the device and, if it is of floats, in the precision of another value."""
+        tensor = torch.from_numpy(array)
+        tensor = tensor.to(value.dtype) if tensor.is_floating_point() else tensor
+        return tensor.pin_memory().to(value.device, non_blocking=True) if value.is_cuda else tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicModel:
         """What `to`, `cuda`, `half` and the like come down to: the graphs follow the weights.
@@ -157,9 +151,8 @@ class DynamicModel(nn.Module):
         """
         super()._apply(fn, recurse)
         old, new = self.target, place_of(self)
-        graphs = [g for g in (self.route_graph, self.denoise_graph, self.original_graph, self.prepare_graph) if g]
         if new.device != old.device:
-            for graph in graphs:
+            for graph in self.graphs.named().values():
                 to_device(graph, new.device)
         if new.dtype != old.dtype:
             self.retype(old.dtype, new.dtype)
@@ -170,44 +163,30 @@ class DynamicModel(nn.Module):
 
     def retype(self, old: torch.dtype, new: torch.dtype) -> None:
         """Let graphs and spec follow weights that were cast from `old` to `new`."""
-        self.spec = retyped_spec(self.spec, old, new)
-        self.step_planner = StepPlanner(self.spec, self.method, self.schedule)
+        self.planner = StepPlanner(retyped_spec(self.spec, old, new), self.method, self.schedule)
         batch, place = 2, place_of(self)
         inputs = {n: v.to(place.device) if isinstance(v, Tensor) else v for n, v in self.spec.example(batch).items()}
 
-        def follow(graph: GraphModule, names: Sequence[str], given: dict[str, Any]) -> list[Any]:
-            return [v.to(place.device) for v in retype(graph, [given[name] for name in names], old, new)]
+        def follow(graph: str, feed: Mapping[str, Any]) -> dict[str, Any]:
+            made = retype(self.graph(graph), list(feed.values()), old, new)
+            names = self.spec.outputs_of(graph, len(made))
+            return dict(zip(names, (value.to(place.device) for value in made), strict=True))
 
-        follow(self.original_graph, self.spec.inputs, inputs)
-        _, *live = follow(self.route_graph, self.spec.route_inputs, inputs)
-        given = {**inputs, **dict(zip(self.spec.live, live, strict=True))}
-        if self.prepare_graph is not None:
-            made = follow(self.prepare_graph, self.spec.prepare_inputs, inputs)
-            given |= dict(zip(self.spec.constants, made, strict=True))
-        given |= self.plan_tensors(self.step_planner.full_plan(batch), live[0])
-        given |= self.new_state(batch).tensors if self.spec.states else {}
-        follow(self.denoise_graph, self.spec.denoise_inputs, given)
+        follow("original", self.feed("original", inputs))
+        state = self.empty_state(batch)
+        if self.spec.updates:
+            weights = np.zeros((self.spec.updates, batch), np.float32)
+            follow("full", self.feed("full", inputs))
+            beside = self.beside(weights, state.values[update_name(0)])
+            follow("skip", self.feed("skip", {**inputs, WEIGHTS: beside}, state=state))
+            return
+        live = follow("route", self.feed("route", inputs))
+        if self.spec.constants:
+            inputs |= follow("prepare", self.feed("prepare", inputs))
+        follow("denoise", self.feed("denoise", inputs, live, self.planner.full_plan(batch), state))
 
-    def new_state(self, batch: int, device: torch.device | str | None = None) -> TorchState:
-        """An empty state for `batch` samples."""
-        device = device or next((p.device for p in self.parameters()), torch.device("cpu"))
-        tokens = self.spec.tokens
-        shapes = {spec.name: (spec.shape(batch, tokens), spec.torch_dtype) for spec in self.spec.states}
-        return TorchState({n: torch.zeros(shape, dtype=dtype, device=device) for n, (shape, dtype) in shapes.items()})
-
-    @property
-    def planner(self) -> StepPlanner:
-        return self.step_planner
-
-    def padded(self, batch: int) -> int:
-        return batch
-
-    def bucket(self, counts: np.ndarray) -> None:
-        """Torch runs shapes as they come."""
-
-    def start(self, batch: int, groups: int = 1) -> Run:
-        """A new sampling run of `batch` samples; call its `step` for every timestep. `groups` as in `Run`."""
-        return Run(self, batch, groups)
+    def empty_state(self, batch: int) -> TensorState:
+        return zeros(self.spec, batch, place_of(self).device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's call. In mode carry, calls that go on from the last one share its run (see `FollowedRun`)."""

@@ -1,4 +1,4 @@
-"""A sampling run: the same steps in torch and in every exported runtime.
+"""A sampling run, and what a runtime offers to it: the same steps in torch and in every exported runtime.
 
 A step is route, plan on the host, denoise. In mode chunk steps know nothing of each other. In mode carry a run holds
 what its samples remember: a state on the runtime's device, and the bookkeeping on the host.
@@ -7,8 +7,9 @@ what its samples remember: a state on the runtime's device, and the bookkeeping 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,42 +17,132 @@ import numpy as np
 import torch
 
 from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.ir.spec import DISTANCE_NAME, SCORES_NAME, ModelSpec
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan
 from dcconvert.passes.planning.latent_difference import ThirdDifference
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.planning.token_history import History
+from dcconvert.passes.runtime.state import State
+from dcconvert.passes.runtime.update_history import UpdateHistory
 
 
-class State(Protocol):
-    """What the samples of one run remember, on the device of a runtime."""
+class Buckets(Protocol):
+    """The shapes that a runtime is limited to."""
 
-    distance: np.ndarray | None  # [B, N], between the two last updates of each token
-
-    def clear(self, samples: Sequence[int]) -> None:
-        """Set everything these samples remember to zero."""
+    def choose(self, batch: int, counts: Any) -> Bucket:
+        """The smallest bucket that holds `batch` samples of `counts` (one number, or [batch]) tokens."""
 
 
-class Backend(Protocol):
-    """A converted model in some runtime."""
+class Runtime(ABC):
+    """A converted model in some runtime. Values in the runtime's own memory are passed on as they are.
+
+    A new runtime writes `call`, `empty_state` and `array`; docs/adding_a_runtime.md shows one. `planner` decides what a
+    step computes; `bucket_set` holds the shapes that the runtime is limited to, None for shapes as they come.
+    """
+
+    planner: StepPlanner
+    bucket_set: Buckets | None
+
+    @abstractmethod
+    def call(
+        self, graph: str, feed: Mapping[str, Any], bucket: Bucket | None, into: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Outputs by name, in the graph's order (`ModelSpec.outputs_of`).
+
+        `graph`: "route", "prepare" or "denoise". `feed`: its inputs by name, as the caller or an earlier call gave
+        them; plan inputs are numpy arrays. `bucket`: the shape that holds the batch. `into`: buffers that some outputs
+        must be written to, as the state asks.
+        """
+
+    @abstractmethod
+    def empty_state(self, batch: int) -> State:
+        """What `batch` samples remember before their first step: zeros in the shapes of `ModelSpec.states`."""
+
+    @abstractmethod
+    def array(self, value: Any) -> np.ndarray:
+        """An output on the host, in memory that later calls leave alone."""
+
+    def result(self, value: Any) -> Any:
+        """An output of the model as the caller of a run gets it."""
+        return self.array(value)
+
+    def start(self, batch: int, groups: int = 1) -> Run:
+        """A new sampling run of `batch` samples; call its `step` for every timestep. `groups` as in `Run`."""
+        return self.planner.method.run(self, batch, groups)
+
+    def beside(self, array: np.ndarray, value: Any) -> Any:
+        """An array of the host where another value of the runtime is, for graphs that take both."""
+        return array
 
     @property
-    def planner(self) -> StepPlanner: ...
+    def spec(self) -> ModelSpec:
+        return self.planner.spec
 
     def padded(self, batch: int) -> int:
-        """The batch size that `batch` samples run in."""
+        """The batch size that `batch` samples run in; UsageError if there is none so large."""
+        return batch if self.bucket_set is None else self.bucket_set.choose(batch, self.spec.tokens).batch
 
     def bucket(self, counts: np.ndarray) -> Bucket | None:
         """The bucket that a batch keeping `counts` [B] tokens runs in; None for shapes as they come."""
+        return None if self.bucket_set is None else self.bucket_set.choose(len(counts), counts)
 
-    def prepare(self, inputs: dict[str, Any]) -> dict[str, Any]: ...
+    def plan_shape(self, counts: np.ndarray) -> Bucket | None:
+        """The shape that a plan is laid out for: the bucket, unless the runtime takes shapes between buckets."""
+        return self.bucket(counts)
 
-    def route(self, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]: ...
+    def feed(
+        self,
+        graph: str,
+        inputs: Mapping[str, Any],
+        live: Mapping[str, Any] | None = None,
+        plan: Plan | CarryPlan | None = None,
+        state: State | None = None,
+    ) -> dict[str, Any]:
+        """What a graph takes, by name and in its order.
 
-    def denoise(self, inputs: dict[str, Any], live: dict[str, Any], plan: Any, state: Any = None) -> Any: ...
+        `inputs`: the model's, and what `prepare` made of them (made here for `denoise` if it is missing). `live`: what
+        `route` made. `plan` and `state` as in `denoise`.
+        """
+        given = {**inputs, **(live or {}), **(state.values if state else {})}
+        names, constants = self.spec.inputs_of(graph), self.spec.constants
+        if graph == "denoise" and constants and constants[0] not in given:
+            given |= self.prepare(inputs)
+        if plan is not None and live:
+            hidden = live[self.spec.live[0]]
+            given |= {name: self.beside(array, hidden) for name, array in plan.arrays().items() if name in names}
+        return {name: given[name] for name in names}
 
-    def new_state(self, batch: int) -> State: ...
+    def prepare(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What stays the same over a run, by name; nothing for most models."""
+        if not self.spec.constants:
+            return {}
+        return self.call("prepare", self.feed("prepare", inputs), self.full_bucket(inputs), {})
+
+    def route(self, inputs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Scores [B, N], and the values that `denoise` needs, by name."""
+        live = self.call("route", self.feed("route", inputs), self.full_bucket(inputs), {})
+        return live.pop(SCORES_NAME), live
+
+    def denoise(
+        self, inputs: Mapping[str, Any], live: Mapping[str, Any], plan: Plan | CarryPlan, state: State | None = None
+    ) -> list[Any]:
+        """Flat outputs of the model under one plan; in mode carry the state (None: an empty one) is brought forward.
+
+        `inputs`: the model's, and what `prepare` made of them (made here if it is missing).
+        """
+        if state is None:
+            state = self.empty_state(len(plan.counts))
+        feed = self.feed("denoise", inputs, live, plan, state)
+        made = self.call("denoise", feed, self.bucket(plan.counts), state.into)
+        if self.spec.states:
+            state.advance(made, self.array(made[DISTANCE_NAME]).astype(np.float64))
+        return [self.result(value) for name, value in made.items() if name not in self.spec.carried]
+
+    def full_bucket(self, inputs: Mapping[str, Any]) -> Bucket | None:
+        """The bucket of a batch that keeps every token."""
+        return self.bucket(np.full(len(inputs[self.spec.image]), self.spec.tokens))
 
 
 @dataclass
@@ -77,19 +168,19 @@ class Run:
     Inputs other than image and timestep are those of a sample's first step; what they alone decide is computed then.
     """
 
-    def __init__(self, backend: Backend, batch: int, groups: int = 1, *, gradients: bool = False) -> None:
+    def __init__(self, runtime: Runtime, batch: int, groups: int = 1, *, gradients: bool = False) -> None:
         if batch % groups:
             raise UsageError(f"a batch of {batch} cannot be {groups} groups that share their choice of tokens")
-        self.backend = backend
+        self.runtime = runtime
         self.batch = batch
         self.groups = groups
         self.gradients = gradients
-        self.size = backend.padded(batch)
+        self.size = runtime.padded(batch)
         self.last_plan: Plan | CarryPlan | None = None
         self.last_times: StageTimes | None = None
-        planner = backend.planner
+        planner = runtime.planner
         self.history = History(self.size, planner.spec.tokens) if planner.carries else None
-        self.state = backend.new_state(self.size) if planner.carries else None
+        self.state = runtime.empty_state(self.size)
         self.watch = ThirdDifference(self.size) if planner.watches else None
         self._constants: dict[str, Any] | None = None
 
@@ -100,7 +191,13 @@ class Run:
         return self.last_plan.counts[: self.batch]
 
     @property
-    def remembered(self) -> History | ThirdDifference | None:
+    def keep(self) -> np.ndarray:
+        """Which tokens each sample computed at the last step, bool [B, N]."""
+        assert self.last_plan is not None
+        return self.last_plan.keep[: self.batch]
+
+    @property
+    def remembered(self) -> History | ThirdDifference | UpdateHistory | None:
         """What a run keeps of its earlier steps on the host."""
         return self.history or self.watch
 
@@ -113,12 +210,16 @@ class Run:
         chosen = sorted({sample % part + group * part for sample in named for group in range(self.groups)})
         if self.batch - 1 in chosen:
             chosen += range(self.batch, self.size)  # the copies that fill up the batch
-        if self.history is not None and self.state is not None:
+        self.forget(chosen)
+
+    def forget(self, samples: Sequence[int]) -> None:
+        """Drop what these samples remember, of the filled-up batch."""
+        if self.history is not None:
             self._constants = None
-            self.history.restart(chosen)
-            self.state.clear(chosen)
+            self.history.restart(samples)
+            self.state.clear(samples)
         if self.watch is not None:
-            self.watch.restart(chosen)
+            self.watch.restart(samples)
 
     def step(
         self, inputs: dict[str, Any], counts: np.ndarray | None = None, planners: Sequence[StepPlanner] = ()
@@ -133,21 +234,24 @@ class Run:
         inputs = self._filled(inputs)
         if self.history is None:
             return self._step(inputs, counts, planners)
-        self.history.check(self.backend.planner.taus(inputs, self.size))
+        self.history.check(self.runtime.planner.taus(inputs, self.size))
         try:
-            with nullcontext() if self.gradients else torch.no_grad():
+            with self._gradients():
                 return self._step(inputs, counts, planners)
         except BaseException:
             self.restart()
             raise
 
+    def _gradients(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.gradients else torch.no_grad()
+
     def _step(self, inputs: dict[str, Any], counts: np.ndarray | None, planners: Sequence[StepPlanner]) -> list[Any]:
-        planner, history = self.backend.planner, self.history
+        planner, history = self.runtime.planner, self.history
         start = time.perf_counter()
         taus = planner.taus(inputs, self.size)
-        scores, live = self.backend.route(inputs)
+        scores, live = self.runtime.route(inputs)
+        host = self.runtime.array(scores)
         routed = time.perf_counter()
-        host = scores.detach().float().cpu().numpy() if isinstance(scores, torch.Tensor) else scores
         if self.watch is not None:
             self.watch.note(inputs[planner.spec.image], taus)
         if counts is not None:
@@ -158,7 +262,7 @@ class Run:
             counts = planner.counts(taus, None if history is None else history.steps)
         if history is not None:
             counts = np.where(history.steps == 0, planner.spec.tokens, counts)  # nothing to carry over yet
-        bucket = self.backend.bucket(counts)
+        bucket = self.runtime.plan_shape(counts)
         plan: Plan | CarryPlan
         if history is None:
             plan = planner.plan(host, counts, bucket)
@@ -166,17 +270,17 @@ class Run:
             plan = planner.carry(history, host, counts, taus, bucket, self._shared if self.groups > 1 else None)
         planned = time.perf_counter()
         if self._constants is None:
-            self._constants = self.backend.prepare(inputs)
-        outputs = self.backend.denoise({**inputs, **self._constants}, live, plan, self.state)
-        if history is not None and self.state is not None and self.state.distance is not None:
-            history.distance = np.asarray(self.state.distance, np.float64)
+            self._constants = self.runtime.prepare(inputs)
+        outputs = self.runtime.denoise({**inputs, **self._constants}, live, plan, self.state)
+        if history is not None and self.state.distance is not None:
+            history.distance = self.state.distance
         self.last_plan = plan
         self.last_times = StageTimes(routed - start, planned - routed, time.perf_counter() - planned)
         return [output[: self.batch] for output in outputs] if self.size > self.batch else list(outputs)
 
     def _found(self, scores: np.ndarray, planners: Sequence[StepPlanner]) -> np.ndarray:
         """What the samples keep [B] where every step finds it; the copies that fill up the batch as the last one."""
-        spread = None if self.watch is None else self.watch.spread(self.backend.planner.patches)
+        spread = None if self.watch is None else self.watch.spread(self.runtime.planner.patches)
         groups = np.minimum(np.arange(self.size) * len(planners) // self.batch, len(planners) - 1)
         found = [planner.found_counts(scores, spread) for planner in planners]
         return np.stack(found)[groups, np.arange(self.size)]
@@ -188,7 +292,7 @@ class Run:
 
     def _filled(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of a batch as large as the run's, its last sample repeated."""
-        specs = {spec.name: spec for spec in self.backend.planner.spec.input_specs}
+        specs = {spec.name: spec for spec in self.runtime.planner.spec.input_specs}
         found = {len(value) for name, value in inputs.items() if specs[name].batched}
         if found != {self.batch}:
             raise UsageError(
@@ -208,3 +312,13 @@ def fill_batch(value: Any, batch: int) -> Any:
     if isinstance(value, torch.Tensor):
         return torch.cat([value, value[-1:].expand(batch - len(value), *value.shape[1:])])
     return np.concatenate([value, np.repeat(value[-1:], batch - len(value), axis=0)])
+
+
+def rows_of(value: Any, samples: np.ndarray) -> Any:
+    """Some samples of an array or tensor, in the order given."""
+    return value[torch.as_tensor(samples, device=value.device)] if isinstance(value, torch.Tensor) else value[samples]
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """Arrays or tensors one after the other, along the batch."""
+    return torch.cat(list(parts)) if isinstance(parts[0], torch.Tensor) else np.concatenate(parts)

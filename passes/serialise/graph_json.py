@@ -29,8 +29,8 @@ from dcconvert.passes.methods import method_from_dict
 from dcconvert.passes.methods.method import Method
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.passes.runtime.model import DynamicModel
-from dcconvert.passes.serialise.interface_checks import PREPARE, check_seams, damaged
+from dcconvert.passes.runtime.model import DynamicModel, Graphs
+from dcconvert.passes.serialise.interface_checks import check_seams, damaged
 from dcconvert.passes.serialise.treespec import shown, treespec_fault
 
 VERSION = 4  # 3: a method and its options; before, one set of options for all methods. 4: ops under their new names
@@ -42,7 +42,7 @@ RENAMED = {
     "remember": "cache_write",
     "recall": "cache_read",
 }  # dcconvert's ops in files of format 2 and 3
-GRAPHS = ("route", "denoise", "original")  # and prepare, where a model has it
+ORIGINAL = "original"  # beside the graphs that a run calls
 STATE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_STATE = 1 << 20  # numbers a token and value
 NAMESPACES = ("aten", "dcconvert")
@@ -88,7 +88,7 @@ def model_to_dict(model: DynamicModel) -> dict[str, Any]:
         "method": model.method.as_dict(),
         "schedule": asdict(model.schedule),
         "passes": [record.as_dict() for record in model.records],
-        "graphs": {name: graph_to_dict(graph) for name, graph in named_graphs(model).items()},
+        "graphs": {name: graph_to_dict(graph) for name, graph in model.graphs.named().items()},
     }
 
 
@@ -98,13 +98,12 @@ def model_from_dict(data: Any, tensors: Mapping[str, Tensor]) -> DynamicModel:
     Raises UsageError for data that is damaged, of another version, or asks for anything outside the lists above.
     """
     with damage_is_a_usage_error():
-        spec, method, schedule = read_facts(data)
+        planner = StepPlanner(*read_facts(data))
         records = [plainly(PassRecord(**{**r, "notes": tuple(map(str, r["notes"]))})) for r in data["passes"]]
         pool = dict(tensors)
-        route, denoise, original = (read_graph(data["graphs"][name], pool) for name in GRAPHS)
-        prepare = read_graph(data["graphs"][PREPARE], pool) if spec.constants else None
-        model = DynamicModel(route, denoise, original, spec, method, schedule, records, prepare)
-        check_seams(model, named_graphs(model))
+        names = (*planner.spec.graphs, ORIGINAL)
+        model = DynamicModel(Graphs(**{n: read_graph(data["graphs"][n], pool) for n in names}), planner, records)
+        check_seams(model, model.graphs.named())
         return model
 
 
@@ -131,7 +130,7 @@ def model_tensors(model: DynamicModel) -> dict[str, Tensor]:
     Raises CheckFailedError if a name stands for different tensors in two graphs.
     """
     found: dict[str, Tensor] = {}
-    for graph in named_graphs(model).values():
+    for graph in model.graphs.named().values():
         for name, tensor in attributes(graph).items():
             known = found.setdefault(name, tensor)
             # `Module.to` gives every graph its own copy of a buffer: equal is enough.
@@ -143,11 +142,6 @@ def model_tensors(model: DynamicModel) -> dict[str, Tensor]:
         found[name] = plain.clone() if plain.untyped_storage().data_ptr() in seen else plain
         seen.add(found[name].untyped_storage().data_ptr())
     return found
-
-
-def named_graphs(model: DynamicModel) -> dict[str, GraphModule]:
-    graphs = dict(zip(GRAPHS, (model.route_graph, model.denoise_graph, model.original_graph), strict=True))
-    return graphs if model.prepare_graph is None else {**graphs, PREPARE: model.prepare_graph}
 
 
 def read_spec(fields: dict[str, Any]) -> ModelSpec:

@@ -16,7 +16,6 @@ from dcconvert.passes.planning.chunk_plan import PLAN_ARRAYS
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.serialise.treespec import shown
 
-PREPARE = "prepare"
 MATCHING = "router.destinations"  # which MergeRouter has
 
 
@@ -24,25 +23,28 @@ def check_seams(model: DynamicModel, graphs: Mapping[str, GraphModule]) -> None:
     """The graphs and the spec must name the same inputs, or a call would fail far from its cause."""
     spec = model.spec
     results = pytree.treespec_loads(spec.out_spec).num_leaves
-    wanted = {
-        "route": (spec.route_inputs, 1 + len(spec.live)),
-        "denoise": (spec.denoise_inputs, results + (1 + len(spec.states) if spec.states else 0)),
-        "original": (spec.inputs, results),
-        PREPARE: (spec.prepare_inputs, len(spec.constants)),
+    returned = {
+        "route": 1 + len(spec.live),
+        "denoise": results + len(spec.carried),
+        "prepare": len(spec.constants),
+        "full": results + 1,
     }
     for name, graph in graphs.items():
         output = next(iter(reversed(graph.graph.nodes)))
         found = (tuple(node.name for node in placeholders(graph.graph)), len(output.args[0]))
-        if found != wanted[name]:
-            raise damaged(f"has {shown(found)} as inputs and outputs of {name}, its spec {shown(wanted[name])}")
+        wanted = (spec.inputs_of(name), returned.get(name, results))
+        if found != wanted:
+            raise damaged(f"has {shown(found)} as inputs and outputs of {name}, its spec {shown(wanted)}")
     unknown = {*spec.route_inputs, *spec.prepare_inputs, spec.timestep or spec.image, spec.image} - {*spec.inputs}
     arrays = {*CARRY_ARRAYS, *(state.name for state in spec.states)} if spec.states else {*PLAN_ARRAYS}
     unknown |= {*spec.denoise_inputs} - {*spec.inputs, *spec.live, *spec.constants, *arrays}
-    if bool(spec.states) != model.method.stateful:
-        raise damaged(f"has {len(spec.states)} states with method {model.method.name}")
+    remembers = "tokens" if spec.states else "updates" if spec.updates else ""
+    if remembers != model.method.remembers:
+        raise damaged(f"remembers {remembers or 'nothing'}, which its method {model.method.name} does not")
     if unknown or pytree.treespec_loads(spec.in_spec).num_leaves != len(spec.inputs):
         raise damaged(f"asks for other inputs than its in_spec holds ({shown(sorted(unknown))})")
-    check_kind(model.method, graphs)
+    if not spec.updates:
+        check_kind(model.method, graphs)
 
 
 def check_kind(method: Method, graphs: Mapping[str, GraphModule]) -> None:

@@ -185,8 +185,7 @@ def with_graphs(
     for graph in (route, denoise):
         graph.graph.lint()
         graph.recompile()
-    parts = (model.method, model.schedule, model.records, model.prepare_graph)
-    return DynamicModel(route, denoise, model.original_graph, spec or model.spec, *parts)
+    return model.with_graphs(spec, route=route, denoise=denoise)
 
 
 def copied(source: GraphModule) -> GraphModule:

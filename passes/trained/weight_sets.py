@@ -45,10 +45,8 @@ def with_tensors(source: GraphModule, tensors: Mapping[str, tuple[str, Tensor]])
 
 def rebuilt(model: DynamicModel, tensors: Mapping[str, tuple[str, Tensor]]) -> DynamicModel:
     """The model with other tensors in route and denoise, by their present names; the original stays as it is."""
-    route, denoise = (with_tensors(graph, tensors) for graph in (model.route_graph, model.denoise_graph))
-    prepare = None if model.prepare_graph is None else with_tensors(model.prepare_graph, tensors)
-    parts = (route, denoise, model.original_graph, model.spec, model.method, model.schedule, model.records)
-    return DynamicModel(*parts, prepare)
+    graphs = model.graphs.named().items()
+    return model.with_graphs(**{name: with_tensors(graph, tensors) for name, graph in graphs if name != "original"})
 
 
 def all_tensors(model: DynamicModel) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ def test_by_hand_equals_the_product(change):
     dit, noise = tiny_dit(), initial_noise(0, COUNT, CONFIG.in_channels, CONFIG.image_size)
     labels = labels_for(COUNT, CONFIG.num_classes)
     variant = Variant(steps=12, kept=0.5, **change)
-    options = method_of(router=variant.router, head_blocks=variant.head)
+    options = method_of("carry", router=variant.router, head_blocks=variant.head)
     model = dcconvert.convert(dit, 2, options=options, steps=12)
     sampler = Sampler("flow", variant.steps)
     spending = Schedule("constant", 2, warm_up=variant.warm_up, refresh=variant.refresh)

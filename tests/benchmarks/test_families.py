@@ -20,7 +20,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["carry", "chunk"])  # steps: tests/passes/methods/test_steps.py
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in REFUSED])
 def test_keeping_everything_gives_the_original(name, mode):
     model = converted(FAMILIES[name], mode)
@@ -29,9 +29,13 @@ def test_keeping_everything_gives_the_original(name, mode):
     assert check_isolation(model, inputs).passed
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"), [("sd35", "carry"), ("flux", "carry"), ("flux", "chunk"), ("qwen-image", "chunk")]
-)
+AGREE = [
+    *(("sd35", "carry"), ("flux", "carry"), ("flux", "chunk"), ("qwen-image", "chunk")),
+    *(("pixart", "steps"), ("flux", "steps")),
+]
+
+
+@pytest.mark.parametrize(("name", "mode"), AGREE)
 def test_onnx_runtime_agrees(name, mode):
     """The script does the same for all of them."""
     assert checks(converted(FAMILIES[name], mode))["failed"] == []

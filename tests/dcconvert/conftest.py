@@ -18,10 +18,9 @@ from dcconvert import api
 from dcconvert.api import Converted
 from dcconvert.commands import convert as job
 from dcconvert.export.bundle import Bundle, read_bundle
-from dcconvert.passes.methods import MODES
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.sampling.bundle_runs import run_planner
-from dcconvert.sampling.steps import Runtime
+from dcconvert.sampling.steps import OrtPair
 from tests.dcconvert.harness import Run, run_cli, write_checkpoint
 from tests.sharing import made_once
 
@@ -78,7 +77,8 @@ def stop_with_model(*args: Any, **options: Any) -> Converted:
 CHECKPOINT = "tiny.safetensors"
 SHARED = ("--ratio", "4x", "--schedule", "falling", "--batch", 1, "--batch", 2, "--images", 3, "--reference-steps", 14)
 WORDS = {
-    "carry": ("--steps", 12),
+    "carry": ("--mode", "carry", "--steps", 12),
+    "steps": ("--mode", "steps", "--steps", 50),
     "chunk": ("--mode", "chunk", "--steps", 4, "--solver", "dpm++"),
 }
 
@@ -103,7 +103,7 @@ def run_job(mode: str, shared: Path, own: Path) -> MainJob:
 
 @pytest.fixture(scope="session")
 def main_job(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MainJob:
-    """In the default mode."""
+    """In mode carry."""
     return run_job("carry", run_folder, tmp_path_factory.mktemp("main"))
 
 
@@ -112,7 +112,12 @@ def chunk_job(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Mai
     return run_job("chunk", run_folder, tmp_path_factory.mktemp("chunk"))
 
 
-@pytest.fixture(params=MODES)
+@pytest.fixture(scope="session")
+def steps_job(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MainJob:
+    return run_job("steps", run_folder, tmp_path_factory.mktemp("steps"))
+
+
+@pytest.fixture(params=("carry", "chunk"))
 def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -141,10 +146,10 @@ def original_onnx(main_job: MainJob, tmp_path_factory: pytest.TempPathFactory) -
     """The original, exported once."""
     found = read_bundle(main_job.folder)
     work = tmp_path_factory.mktemp("original")
-    Runtime.open(found.model, found.model.step_planner, found.bucket_set, found.onnx, work, 1)
+    OrtPair.open(found.model, found.model.planner, found.bucket_set, found.onnx, work, 1)
     return work / "original.onnx"
 
 
 @pytest.fixture
-def runtime(bundle: Bundle, planner: StepPlanner, original_onnx: Path) -> Runtime:
-    return Runtime.open(bundle.model, planner, bundle.bucket_set, bundle.onnx, original_onnx.parent, threads=1)
+def runtime(bundle: Bundle, planner: StepPlanner, original_onnx: Path) -> OrtPair:
+    return OrtPair.open(bundle.model, planner, bundle.bucket_set, bundle.onnx, original_onnx.parent, threads=1)

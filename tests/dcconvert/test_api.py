@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dcconvert
-from dcconvert import Converted, UnsupportedModelError, UsageError, convert, load
+from dcconvert import Converted, Options, UnsupportedModelError, UsageError, convert, load
 from dcconvert.environment import machine
 from dcconvert.export.bundle import read_bundle
 from dcconvert.export.runtimes.ort import OrtModel
@@ -34,7 +34,7 @@ def by_name() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 @pytest.fixture(scope="module")
 def from_diffusers(by_name) -> Converted:
     module, inputs = by_name
-    return convert(module, "2x", example_inputs=inputs)
+    return convert(module, "2x", example_inputs=inputs, options=Options("carry"))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_ratios_that_cannot_be(ratio):
     ("options", "words"),
     [
         ({"schedule": "sideways"}, "unknown schedule 'sideways'"),
-        ({"options": method_of(head_blocks=2, tail_blocks=1)}, "block"),
+        ({"options": method_of("carry", head_blocks=2, tail_blocks=1)}, "block"),
         ({"preset": "crystal ball"}, "unknown method"),
         ({"timestep": "when"}, "when"),
     ],
@@ -200,7 +200,7 @@ def test_the_main_jobs_bundle_gives_what_its_model_gave(main_job):
 @torch.no_grad()
 def test_a_saved_model_runs_in_onnx_runtime(saved, by_name, from_diffusers):
     bundle, inputs = read_bundle(saved), {name: value[:2] for name, value in by_name[1].items()}
-    session = OrtModel(bundle.onnx, bundle.model.step_planner, bundle.bucket_set, threads=1)
+    session = OrtModel(bundle.onnx, bundle.model.planner, bundle.bucket_set, threads=1)
     [found] = session.start(2).step({name: value.numpy() for name, value in inputs.items()})
     np.testing.assert_allclose(found, first_tensor(from_diffusers(**inputs)).numpy(), rtol=1e-3, atol=1e-3)
 
@@ -234,7 +234,7 @@ def test_saving_that_fails_leaves_nothing(from_diffusers, tmp_path, monkeypatch)
 
 
 def test_buckets_have_no_padding(main_job):
-    bucket_set = main_job.model.bucket_set(batches=(1, 4))
+    bucket_set = main_job.model.choose_buckets(batches=(1, 4))
     assert bucket_set.batches == (1, 4)
     assert bucket_set.tokens == TOKENS
     assert bucket_set.lengths[-1] == TOKENS

@@ -144,7 +144,7 @@ def test_no_trunk_left(
 def test_a_failed_check_is_exit_1(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dcconvert.export.checks.parity.IDENTITY_TOLERANCE", -1.0)
+    monkeypatch.setattr("dcconvert.export.checks.step_parity.IDENTITY_TOLERANCE", -1.0)
     assert "keep everything" in refused(capfd, tmp_path, 1, *convert(checkpoint, tmp_path))
 
 

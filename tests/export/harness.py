@@ -71,8 +71,8 @@ def export(model: DynamicModel, folder: Path) -> Path:
         scores, live = model.route(given)
     rows = BATCH if model.method.row_packing == "rows" else BATCH + 1
     bucket = Bucket(BATCH, tokens=35, rows=rows, row_tokens=9, tile=5)
-    keep = model.step_planner.planner.select(scores.numpy(), np.full(BATCH, 8))
-    plan = model.step_planner.of_mask(keep, bucket)
+    keep = model.planner.planner.select(scores.numpy(), np.full(BATCH, 8))
+    plan = model.planner.of_mask(keep, bucket)
     export_route(model, folder / "route.onnx", given)
     export_denoise(model, folder / "denoise.onnx", given, live, plan)
     return folder

@@ -18,7 +18,8 @@ from dcconvert.passes.planning.carry_plan import CarryPlan, carry_plan
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.token_history import REACH, History
-from dcconvert.passes.runtime.model import DynamicModel, TorchState
+from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.runtime.state import TensorState
 from tests.passes.harness import (
     BATCH,
     Block,
@@ -53,7 +54,7 @@ def carried(name: str, **options: Any) -> tuple[DynamicModel, Call]:
     torch.manual_seed(0)
     call = CALLS[name]()
     scale = 1.0 if name == "tiny" else 1000.0
-    return rewrite(*call, method_of(**options), Schedule("constant", 2), timestep_scale=scale), call
+    return rewrite(*call, method_of("carry", **options), Schedule("constant", 2), timestep_scale=scale), call
 
 
 def at(model: DynamicModel, call: Call, tau: float | Sequence[float], seed: int = 0) -> Call:
@@ -83,12 +84,12 @@ class MaskedRun:
     def __init__(self, model: DynamicModel, batch: int = BATCH) -> None:
         self.model = model
         self.history = History(batch, model.spec.tokens)
-        self.state: TorchState = model.new_state(batch)
+        self.state: TensorState = model.empty_state(batch)
         self.plan: CarryPlan | None = None
 
     def step(self, call: Call, keep: np.ndarray, bucket: Bucket | None = None) -> Tensor:
         inputs = flat(self.model, call)
-        taus = self.model.step_planner.taus(inputs, len(keep))
+        taus = self.model.planner.taus(inputs, len(keep))
         with torch.no_grad():
             _, live = self.model.route(inputs)
             self.plan = carry_plan(self.history, keep, taus, bucket)

@@ -169,7 +169,10 @@ def tiny_inputs(batch: int = BATCH) -> tuple[Tensor, Tensor]:
 def tiny_program(module: nn.Module | None = None, **options: Any) -> Program:
     """A captured and normalised TinyModel (three plain blocks unless a module is given)."""
     program = capture(
-        module or TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, method_of(**{"mode": "chunk", **options})
+        module or TinyModel(Block() for _ in range(3)),
+        tiny_inputs(),
+        {},
+        method_of(**{"mode": "chunk", **options}),
     )
     Normalise().call(program)
     return program

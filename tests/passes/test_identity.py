@@ -94,7 +94,7 @@ def test_in_another_sample_order_and_batch(name, packing):
     model, call = converted(name, packing)
     wanted = plain(call)
     for order in ([2, 0, 1], [1], [0, 2]):
-        found = run_with_plan(model, pick(call, order), model.step_planner.planner.full_plan(len(order)))
+        found = run_with_plan(model, pick(call, order), model.planner.planner.full_plan(len(order)))
         assert relative(found, wanted[order]) < TOLERANCE
 
 
@@ -118,7 +118,7 @@ def test_the_real_size(pixels):
     for parameter in call[0].parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     model = rewrite(*call, method_of("chunk"), ALL)
-    planner = model.step_planner.planner
+    planner = model.planner.planner
     wanted = plain(call)
     keep = np.ones((2, model.spec.tokens), dtype=bool)
     for plan in (planner.full_plan(2), planner.plan(keep, larger(planner, keep, 8))):
@@ -143,7 +143,7 @@ small_models = st.sampled_from([case for case in CASES if case[0].endswith("4x4"
 def test_isolation(case, keep, loud, padded):
     """One sample at 1e4 everywhere: the outputs of the others stay."""
     model, call = converted(*case)
-    planner = model.step_planner.planner
+    planner = model.planner.planner
     plan = planner.plan(keep, larger(planner, keep) if padded else None)
     x = call[1][0].clone()
     x[loud] = 1e4
@@ -158,7 +158,7 @@ def test_isolation(case, keep, loud, padded):
 def test_batch_invariance(case, keep, alone, padded):
     """A sample gives the same alone as in a batch, with the same tokens kept."""
     model, call = converted(*case)
-    planner = model.step_planner.planner
+    planner = model.planner.planner
     together = run_with_plan(model, call, planner.plan(keep, larger(planner, keep) if padded else None))
     single = run_with_plan(model, pick(call, [alone]), planner.plan(keep[[alone]]))
     assert relative(single[0], together[alone]) < TOLERANCE
@@ -168,6 +168,6 @@ def test_batch_invariance(case, keep, alone, padded):
 @given(small_models, keeps(), st.permutations(range(BATCH)))
 def test_sample_order_does_not_matter(case, keep, order):
     model, call = converted(*case)
-    planner = model.step_planner.planner
+    planner = model.planner.planner
     found = run_with_plan(model, pick(call, order), planner.plan(keep[order]))
     assert relative(found, run_with_plan(model, call, planner.plan(keep))[order]) < TOLERANCE

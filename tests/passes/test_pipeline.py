@@ -17,18 +17,15 @@ HALF = Schedule("constant", 2)
 
 def test_order():
     before, after = ["Normalise", "RealNumbers", "FindTokenStream", "InsertRouter"], ["SplitRoute"]
-    assert MODES == ("carry", "chunk")
+    assert MODES == ("steps", "carry", "chunk")
     assert [p.name for p in method_of("chunk").pipeline()] == [*before, "PackTrunk", *after]
     assert [p.name for p in method_of("carry").pipeline()] == [*before, "CarryTrunk", *after, "HoistConstants"]
 
 
 def test_defaults_of_each_mode():
-    assert (method_of().mode, method_of().head_blocks, method_of().tail_blocks, method_of().router) == (
-        "carry",
-        0,
-        0,
-        "drift",
-    )
+    assert method_of().mode == "steps"
+    carry = method_of("carry")
+    assert (carry.head_blocks, carry.tail_blocks, carry.router) == (0, 0, "drift")
     chunk = method_of("chunk")
     assert (chunk.head_blocks, chunk.tail_blocks, chunk.router) == (1, 1, "pool")
     given = method_of("chunk", head_blocks=0, router="pool")
@@ -36,12 +33,14 @@ def test_defaults_of_each_mode():
 
 
 def test_carry_is_logged_and_dumped_and_its_last_pass_may_find_nothing(tmp_path):
-    model = rewrite(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, method_of(), HALF, dump=tmp_path / "tiny")
+    model = rewrite(
+        TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, method_of("carry"), HALF, dump=tmp_path / "tiny"
+    )
     assert [record.name for record in model.records] == [p.name for p in method_of("carry").pipeline()]
     assert [r.name for r in model.records if r.matches == 0] == ["RealNumbers", "HoistConstants"]
     assert model.prepare_graph is None
     assert "dcconvert.cache_write" in (tmp_path / "tiny" / "06_HoistConstants.denoise.txt").read_text()
-    model = rewrite(*pixart_call(), method_of(), HALF, dump=tmp_path / "pixart")
+    model = rewrite(*pixart_call(), method_of("carry"), HALF, dump=tmp_path / "pixart")
     assert [r.name for r in model.records if r.matches == 0] == ["RealNumbers"]
     assert model.prepare_graph is not None
     assert "aten.linear" in (tmp_path / "pixart" / "06_HoistConstants.prepare.txt").read_text()

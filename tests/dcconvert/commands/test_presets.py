@@ -106,7 +106,7 @@ def test_torch_and_onnx_runtime_agree_over_a_run(bundles, preset):
     bundle = read_bundle(bundles[preset])
     model, names = bundle.model, bundle.model.spec.inputs
     sampler = Sampler("flow", 8)
-    session = OrtModel(bundle.onnx, model.step_planner, bundle.bucket_set)
+    session = OrtModel(bundle.onnx, model.planner, bundle.bucket_set)
     runs = {"torch": Run(model, 4), "ort": session.start(4)}
     kept: dict[str, list[list[int]]] = {name: [] for name in runs}
 
@@ -273,7 +273,7 @@ def test_what_is_expected_is_what_runs_keep(bundles, preset):
             sampler.run(step, initial_noise(seed, fitting.IMAGES, 1, 16), torch.arange(fitting.IMAGES) % 4)
         kept = np.mean(step.kept) / 64
         assert model.schedule.expected == pytest.approx(kept, abs=tolerance)
-    counts = model.step_planner.run_counts(sampler.taus)
+    counts = model.planner.run_counts(sampler.taus)
     rounding = 0.05 if preset == "ddit" else 0.02  # eight steps of one of three patch sizes each
     assert counts.mean() / 64 == pytest.approx(model.schedule.expected, abs=rounding)
     report = json.loads((bundles[preset] / "report.json").read_text())
@@ -302,7 +302,7 @@ def test_the_natural_numbers_are_fitted_to_the_ratio(bundles):
 @pytest.mark.parametrize("ratio", [5, 8])
 def test_tail_dropping_drops(bundles, ratio):
     model = read_bundle(bundles["dc-dit"]).model
-    dropped = model.step_planner.at_ratio(ratio, Sampler("flow", 8).taus).schedule
+    dropped = model.planner.at_ratio(ratio, Sampler("flow", 8).taus).schedule
     before, after = tokens_of_runs(model, model.schedule), tokens_of_runs(model, dropped)
     assert {*after.ravel().tolist()} <= {*dropped.levels}
     assert after.mean() == pytest.approx(before.mean() * 4 / ratio, rel=0.1)

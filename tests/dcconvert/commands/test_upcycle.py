@@ -113,7 +113,7 @@ def test_a_trained_bundle_has_both_sets_of_weights(trained, converted):
 def test_a_trained_bundle_runs_in_onnx_runtime(trained):
     found = read_bundle(trained[0])
     inputs, counts = found.model.spec.example(2), np.full(2, 16)
-    session = OrtModel(found.onnx, found.model.step_planner, found.bucket_set, threads=1)
+    session = OrtModel(found.onnx, found.model.planner, found.bucket_set, threads=1)
     [on_ort] = session.start(2).step({name: value.numpy() for name, value in inputs.items()}, counts)
     [in_torch] = found.model.start(2).step(inputs, counts)
     np.testing.assert_allclose(on_ort, in_torch.detach().numpy(), rtol=1e-3, atol=1e-3)

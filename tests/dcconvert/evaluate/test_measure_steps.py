@@ -19,7 +19,7 @@ from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.run import StageTimes
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
-from dcconvert.sampling.steps import ConvertedStep, Runtime, arrays_of
+from dcconvert.sampling.steps import ConvertedStep, OrtPair, arrays_of
 from tests.dcconvert.harness import TOKENS
 
 TAUS = {"carry": Sampler("flow", 12).taus, "chunk": Sampler("flow", 4, "dpm++").taus}
@@ -35,7 +35,7 @@ def taus(mode):
 def everything(bundle, original_onnx):
     """A runtime that keeps all tokens: the original, in the end."""
     planner = StepPlanner(bundle.model.spec, bundle.model.method, Schedule("constant", 1))
-    return Runtime.open(bundle.model, planner, bundle.bucket_set, bundle.onnx, original_onnx.parent, threads=1)
+    return OrtPair.open(bundle.model, planner, bundle.bucket_set, bundle.onnx, original_onnx.parent, threads=1)
 
 
 def call(batch=2, level=600.0, seed=0):
@@ -141,7 +141,7 @@ def test_arrays_go_by_the_names_of_the_model(bundle):
 
 
 def test_compute_adds_up(bundle, planner, taus, mode):
-    compute = compute_section(bundle.model, planner, taus)
+    compute = compute_section(bundle.model, planner.run_counts(taus), taus)
     steps, run = compute["per_step"], compute["run_gmacs"]
     assert [step["tau"] for step in steps] == pytest.approx(taus.tolist())
     assert np.mean([step["kept"] for step in steps]) == pytest.approx(16, abs=0.5)
@@ -153,21 +153,30 @@ def test_compute_adds_up(bundle, planner, taus, mode):
         assert step["gmacs"] == pytest.approx(converted_gmacs(bundle.model, bundle.model.spec.example(3), step["kept"]))
     total = sum(step["gmacs"] for step in steps)
     original = len(steps) * compute["original_gmacs"]
-    assert run == {"original": original, "converted": pytest.approx(total), "steps": len(steps)}
+    wanted = {"original": original, "converted": pytest.approx(total), "steps": len(steps)}
+    assert run == {**wanted, "original_steps": len(steps)}
     assert compute["ratio"] == pytest.approx(run["original"] / run["converted"])
     assert 1 < compute["ratio"] < 4
 
 
+def test_a_run_of_fewer_steps_stands_for_the_originals(bundle, planner, taus):
+    counts = planner.run_counts(taus)
+    same, longer = (compute_section(bundle.model, counts, taus, steps) for steps in (None, 2 * len(taus)))
+    assert longer["run_gmacs"]["original"] == 2 * same["run_gmacs"]["original"]
+    assert longer["run_gmacs"]["converted"] == same["run_gmacs"]["converted"]
+    assert longer["ratio"] == pytest.approx(2 * same["ratio"])
+
+
 def test_what_is_made_once_in_a_run_counts_once(bundle, planner, taus, monkeypatch):
-    before = compute_section(bundle.model, planner, taus)["run_gmacs"]
+    before = compute_section(bundle.model, planner.run_counts(taus), taus)["run_gmacs"]
     monkeypatch.setattr(evaluate, "prepare_gmacs", lambda model, inputs: 0.5)
-    after = compute_section(bundle.model, planner, taus)["run_gmacs"]
+    after = compute_section(bundle.model, planner.run_counts(taus), taus)["run_gmacs"]
     assert after["converted"] == pytest.approx(before["converted"] + 0.5)
     assert after["original"] == before["original"]
 
 
 def test_compute_of_everything_is_hardly_more_than_the_original(everything, taus):
-    compute = compute_section(everything.model, everything.converted.planner, taus)
+    compute = compute_section(everything.model, everything.converted.planner.run_counts(taus), taus)
     assert {step["kept"] for step in compute["per_step"]} == {TOKENS}
     assert compute["ratio"] == pytest.approx(1, rel=0.05)
 
@@ -179,6 +188,7 @@ def test_a_row_weights_buckets_by_their_steps(monkeypatch):
     """Three steps of four at 2 s, one at 6 s: 3 s on average."""
     few, many = Bucket(8, 128, 8, 16, 16), Bucket(8, 512, 8, 64, 64)
     compute: dict[str, Any] = {"ratio": 5.0, "per_step": [{"kept": 16}] * 3 + [{"kept": 64}]}
+    compute["run_gmacs"] = {"steps": 4, "original_steps": 4}
     shapes = [Shape("16 tokens", few, np.full(8, 16), 0.75), Shape("64 tokens", many, np.full(8, 64), 0.25)]
     times = {"original": [6.0, 6.0], "16 tokens": [2.0, 2.0], "64 tokens": [6.0, 6.0]}
     counts: list[list[int]] = []
@@ -212,7 +222,7 @@ def test_a_row_weights_buckets_by_their_steps(monkeypatch):
 
 
 def test_every_bucket_of_the_run_is_timed(runtime, bundle, planner, taus):
-    compute = compute_section(bundle.model, planner, taus)
+    compute = compute_section(bundle.model, planner.run_counts(taus), taus)
     ticks: list[str] = []
     on_ort, on_torch = latency_section(runtime, compute, 2, 3, tick=ticks.append)
     assert (on_ort["runtime"], on_torch["runtime"]) == ("ONNX Runtime CPU", "torch CPU, eager")
@@ -255,7 +265,7 @@ def test_sparse_steps_are_timed_with_few_tokens(runtime, bundle, planner, taus, 
 
     monkeypatch.setattr(type(runtime.converted), "start", remember)
     monkeypatch.setattr(evaluate, "interleaved", watch)
-    latency_section(runtime, compute_section(bundle.model, planner, taus), 2, 2, in_torch=False)
+    latency_section(runtime, compute_section(bundle.model, planner.run_counts(taus), taus), 2, 2, in_torch=False)
     names = {name for name, _ in kept}
     assert len(names) > 1
     last = dict(kept)  # the last turn of each
@@ -264,18 +274,18 @@ def test_sparse_steps_are_timed_with_few_tokens(runtime, bundle, planner, taus, 
 
 
 def test_latency_without_torch(runtime, bundle, planner, taus):
-    compute = compute_section(bundle.model, planner, taus)
+    compute = compute_section(bundle.model, planner.run_counts(taus), taus)
     assert len(latency_section(runtime, compute, 1, 1, in_torch=False)) == 1
 
 
 def test_latency_needs_buckets(runtime, bundle, planner, taus):
     runtime.converted.bucket_set = None
-    with pytest.raises(ValueError, match="buckets"):
-        latency_section(runtime, compute_section(bundle.model, planner, taus), 2, 1)
+    with pytest.raises(ValueError, match="bucket set"):
+        latency_section(runtime, compute_section(bundle.model, planner.run_counts(taus), taus), 2, 1)
 
 
 def test_memory_is_that_of_fresh_processes(runtime, bundle, planner, taus, original_onnx):
-    compute = compute_section(bundle.model, planner, taus)
+    compute = compute_section(bundle.model, planner.run_counts(taus), taus)
     rows = memory_section(runtime, compute, bundle.onnx, original_onnx, 2)
     assert [row["model"] for row in rows] == ["original", "converted"]
     assert {row["runtime"] for row in rows} == {"ONNX Runtime CPU, batch 2"}
@@ -291,7 +301,7 @@ def test_memory_is_that_of_the_largest_step(runtime, bundle, planner, taus, orig
         return 1.0
 
     monkeypatch.setattr(evaluate, "peak_memory", look)
-    compute = compute_section(bundle.model, planner, taus)
+    compute = compute_section(bundle.model, planner.run_counts(taus), taus)
     memory_section(runtime, compute, bundle.onnx, original_onnx, 2)
     [original], [_, denoise] = feeds
     assert set(original) == {"x", "t", "y"}

@@ -110,12 +110,12 @@ def test_a_converted_dc_dit_is_what_the_release_computes(module, ratio):
         level = torch.logit(model.route(named)[0].quantile(0.75))
         module.hnet.routing_module.residual_scorer[3].bias -= level
         model = dcconvert.convert(module, 4, preset="dc-dit")
-        planner = model.step_planner.at_ratio(ratio, np.linspace(1, 0.1, 10))
+        planner = model.planner.at_ratio(ratio, np.linspace(1, 0.1, 10))
         model = DynamicModel.with_schedule(model, planner.schedule)
         wanted, counts = by_hand(module, x, t, y, 1 - 4 / ratio)
         run = model.start(3)
-        levels = run.backend.planner.schedule.levels
-        object.__setattr__(run.backend.planner.schedule, "levels", ())  # no rounding up to the shapes of buckets
+        levels = run.runtime.planner.schedule.levels
+        object.__setattr__(run.runtime.planner.schedule, "levels", ())  # no rounding up to the shapes of buckets
         found = run.step(named)[0]
     assert levels
     assert run.kept.tolist() == counts

@@ -202,7 +202,7 @@ def test_ratio_loss_is_one_where_the_router_keeps_what_it_should():
 
 @pytest.fixture(scope="module")
 def carried() -> DynamicModel:
-    made = dcconvert.convert(tiny_dit(), 4).requires_grad_(False)
+    made = dcconvert.convert(tiny_dit(), 4, options=method_of("carry")).requires_grad_(False)
     return made.with_schedule(made.schedule.fitted(TAUS))
 
 

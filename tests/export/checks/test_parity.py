@@ -35,9 +35,10 @@ from dcconvert.export.checks.parity import (
     relative_error,
     require,
 )
-from dcconvert.export.onnx.export import export_onnx, output_names
+from dcconvert.export.onnx.export import export_onnx
 from dcconvert.export.onnx.lowerings import PORTABLE, op, padded_attention
 from dcconvert.passes.ir.errors import CheckFailedError
+from dcconvert.passes.ir.spec import output_names
 from dcconvert.passes.planning.chunk_plan import Plan
 from dcconvert.passes.runtime.model import DynamicModel
 from tests.export.harness import BATCH, CONFIG, inputs
@@ -320,7 +321,9 @@ def test_what_denoise_is_fed(rows_model):
     given = inputs()
     with torch.no_grad():
         _, live = rows_model.route(given)
-    feed = denoise_case("all", rows_model, given, live, rows_model.step_planner.full_plan(BATCH), None).feed
+    feed = denoise_case(
+        "all", rows_model, given, live, rows_model.planner.full_plan(BATCH), rows_model.empty_state(BATCH)
+    ).feed
     assert tuple(feed) == rows_model.spec.denoise_inputs
     assert all(isinstance(value, np.ndarray) and value.flags.c_contiguous for value in feed.values())
 

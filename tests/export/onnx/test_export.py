@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from dcconvert.export.onnx import export as onnx_export
-from dcconvert.export.onnx.export import export_original, export_route, output_names, quiet_exporter
+from dcconvert.export.onnx.export import export_original, export_route, quiet_exporter
 from dcconvert.export.onnx.lowerings import OPSET
 from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.ir.plan_inputs import PLAN_INPUTS, SYMBOLIC, symbolic_axes
-from dcconvert.passes.ir.spec import count_outputs
+from dcconvert.passes.ir.spec import count_outputs, output_names
 from dcconvert.passes.planning.carry_plan import CARRY_ARRAYS
 from dcconvert.passes.planning.chunk_plan import PLAN_ARRAYS
 from tests.export.harness import CONFIG, TOKENS, arrays, inputs, tensors

@@ -12,7 +12,6 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from dcconvert.export.checks.parity import relative_error
 from dcconvert.export.onnx.mixed_precision import half_products, in_precision
-from dcconvert.passes.ir.graph_tools import placeholders
 from tests.export.harness import convert, inputs
 
 aten = torch.ops.aten
@@ -112,7 +111,7 @@ def test_a_model_in_half_keeps_its_seams(request, mode, precision):
     scores, live = changed.route(given)
     assert scores.dtype == torch.float32
     assert all(value.dtype == torch.float32 for value in live.values())
-    plan = model.step_planner.full_plan(len(scores))
+    plan = model.planner.full_plan(len(scores))
     with torch.no_grad():
         found = changed.denoise(given, live, plan)[0]
         wanted = model.original_graph(*given.values())[0]
@@ -125,11 +124,8 @@ def test_all_products_over_tokens_and_all_attention_are_in_half(request, mode):
     model = request.getfixturevalue(mode)
     changed, given = in_precision(model, "fp16"), inputs()
     _, live = model.route(given)
-    state = model.new_state(len(given["x"])).tensors if model.spec.states else {}
-    plan = model.step_planner.full_plan(len(given["x"]))
-    arrays = {name: torch.from_numpy(array) for name, array in plan.arrays().items()}
-    known = {**given, **live, **arrays, **state}
-    args = [known[node.name] for node in placeholders(changed.denoise_graph.graph)]
+    plan, state = model.planner.full_plan(len(given["x"])), model.empty_state(len(given["x"]))
+    args = model.feed("denoise", given, live, plan, state).values()
     own = torch.ops.dcconvert
     for target, dtype in precisions(changed.denoise_graph, *args):
         if target in (own.padded_attention.default, own.segment_attention.default, aten.gelu.default):

@@ -47,8 +47,8 @@ def step(model: DynamicModel, counts: list[int], bucket: Bucket | None):
     inputs = model.spec.example(len(counts))
     with torch.no_grad():
         scores, live = model.route(inputs)
-    keep = model.step_planner.planner.select(scores.numpy(), np.array(counts))
-    return inputs, live, model.step_planner.planner.plan(keep, bucket)
+    keep = model.planner.planner.select(scores.numpy(), np.array(counts))
+    return inputs, live, model.planner.planner.plan(keep, bucket)
 
 
 COUNTS = st.lists(st.integers(1, TOKENS), min_size=1, max_size=4)

@@ -27,7 +27,7 @@ BUCKET_SET = choose_buckets([1, 4], [4, 7, 11], TOKENS)
 @pytest.fixture(scope="module")
 def runtime(rows_model, rows_onnx) -> OneStep:
     """A runtime on BUCKET_SET that nothing has run yet when a test starts."""
-    return OneStep(OrtModel(rows_onnx, rows_model.step_planner, BUCKET_SET, threads=1))
+    return OneStep(OrtModel(rows_onnx, rows_model.planner, BUCKET_SET, threads=1))
 
 
 @pytest.fixture(autouse=True)
@@ -41,14 +41,14 @@ def plan_of(runtime: OneStep) -> Plan:
 
 
 def falling(model: DynamicModel) -> StepPlanner:
-    return model.with_schedule(Schedule("falling", 2)).step_planner
+    return model.with_schedule(Schedule("falling", 2)).planner
 
 
 def by_torch(model: DynamicModel, given: dict[str, np.ndarray], keep: np.ndarray) -> np.ndarray:
     """The converted model in torch on a keep mask, in the smallest plan."""
     with torch.no_grad():
         _, live = model.route(tensors(given))
-        return model.denoise(tensors(given), live, model.step_planner.planner.plan(keep))[0].numpy()
+        return model.denoise(tensors(given), live, model.planner.planner.plan(keep))[0].numpy()
 
 
 def assert_close(found: np.ndarray, wanted: np.ndarray) -> None:
@@ -84,7 +84,7 @@ def test_a_call_does_what_the_converted_module_does(runtime, rows_model):
 
 @pytest.mark.parametrize("counts", [[4, 4, 4], [7, 3, 5], [16, 1, 11]])
 def test_without_buckets_the_plan_is_as_small_as_it_can_be(counts, rows_model, rows_onnx):
-    runtime = OneStep(OrtModel(rows_onnx, rows_model.step_planner, threads=1))
+    runtime = OneStep(OrtModel(rows_onnx, rows_model.planner, threads=1))
     given = arrays(3)
     (found,) = runtime.step(given, np.array(counts))
     plan = plan_of(runtime)
@@ -97,7 +97,7 @@ def test_several_samples_share_a_row_when_packing_in_bins(bins_model, bins_onnx)
     given = arrays(4)
     keep = []
     for bucket_set in (None, BucketSet((Bucket(4, 64, 4, 16, 4),), TOKENS, 0.0)):
-        runtime = OneStep(OrtModel(bins_onnx, bins_model.step_planner, bucket_set, threads=1))
+        runtime = OneStep(OrtModel(bins_onnx, bins_model.planner, bucket_set, threads=1))
         (found,) = runtime.step(given, np.array([9, 3, 16, 4]))
         keep.append(plan_of(runtime).keep)
         assert len(set(plan_of(runtime).segment_ids[1]) - {-1}) > 1
@@ -179,7 +179,7 @@ def test_an_input_of_another_type(name, kind, rows_model, rows_onnx):
     given = arrays(3)
     given[name] = given[name].astype(kind)
     with pytest.raises(UsageError, match=rf"input {name} is {kind}, the model reads \w+: give it as that"):
-        OrtModel(rows_onnx, rows_model.step_planner).start(3).step(given)
+        OrtModel(rows_onnx, rows_model.planner).start(3).step(given)
 
 
 def test_an_unknown_provider():
@@ -190,7 +190,7 @@ def test_an_unknown_provider():
 @pytest.mark.skipif(CUDA in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA")
 def test_cuda_without_cuda(rows_model, rows_onnx):
     with pytest.raises(UsageError, match=f"no {CUDA}"):
-        OrtModel(rows_onnx, rows_model.step_planner, provider=CUDA)
+        OrtModel(rows_onnx, rows_model.planner, provider=CUDA)
 
 
 def test_a_session_that_fell_back_to_another_provider(rows_onnx, monkeypatch):
@@ -228,7 +228,7 @@ def test_the_number_of_threads_reaches_the_session(rows_onnx):
 
 def test_a_session_is_given_what_it_takes(runtime):
     given = arrays(1) | {"unrelated": np.zeros(1)}
-    assert set(pick(runtime.model.route_session, given)) == {"x", "t", "y"}
+    assert set(pick(runtime.model.sessions["route"], given)) == {"x", "t", "y"}
 
 
 def test_fill_batch():

@@ -16,10 +16,10 @@ from dcconvert.export.checks.parity import (
     check_runtime,
     require,
 )
-from dcconvert.export.onnx.export import DISTANCE_NAME, state_output
 from dcconvert.export.runtimes.ort import OrtModel, OrtState
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.runtime.model import TorchState
+from dcconvert.passes.ir.spec import DISTANCE_NAME, state_output
+from dcconvert.passes.runtime.state import TensorState
 from tests.export.harness import TOKENS, arrays, convert, export, inputs, tensors
 
 BUCKET_SET = choose_buckets([1, 4], [5, 9], TOKENS)
@@ -28,7 +28,7 @@ COUNTS = (16, 5, 9, 3, 5, 16, 4)
 
 @pytest.fixture(scope="module")
 def runtime(carry_model, carry_onnx) -> OrtModel:
-    return OrtModel(carry_onnx, carry_model.step_planner, threads=1)
+    return OrtModel(carry_onnx, carry_model.planner, threads=1)
 
 
 def at(step: int, batch: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
@@ -51,7 +51,7 @@ def test_a_run_is_torch_s_step_for_step(runtime, carry_model):
         np.testing.assert_array_equal(run.last_plan.keep, same.last_plan.keep)
         close(found, wanted)
         for name, value in run.state.values.items():
-            close(value.numpy(), same.state.tensors[name])
+            close(value.numpy(), same.state.values[name])
         close(run.state.distance, same.state.distance)
 
 
@@ -59,7 +59,7 @@ def test_the_state_is_written_where_it_was_read(runtime):
     """The buffers stay the same, and give what separate ones give."""
     run = runtime.start(2)
     places = {name: value.data_ptr() for name, value in run.state.values.items()}
-    session = runtime.denoise_session
+    session = runtime.sessions["denoise"]
     for step in range(3):
         given = at(step, 2)
         before = {name: value.numpy().copy() for name, value in run.state.values.items()}
@@ -76,8 +76,8 @@ def test_the_state_is_written_where_it_was_read(runtime):
 
 
 def test_a_batch_between_the_buckets(carry_model, carry_onnx):
-    on_buckets = OrtModel(carry_onnx, carry_model.step_planner, BUCKET_SET, threads=1).start(3)
-    plain = OrtModel(carry_onnx, carry_model.step_planner, threads=1).start(3)
+    on_buckets = OrtModel(carry_onnx, carry_model.planner, BUCKET_SET, threads=1).start(3)
+    plain = OrtModel(carry_onnx, carry_model.planner, threads=1).start(3)
     for step, count in enumerate(COUNTS):
         results = [run.step(at(step), np.full(3, count))[0] for run in (on_buckets, plain)]
         assert len(results[0]) == 3
@@ -140,10 +140,10 @@ def test_checks_see_samples_that_share_a_state(carry_model, monkeypatch):
     mixed = convert("carry")
     original = mixed.denoise
 
-    def denoise(inputs: Any, live: Any, plan: Any, state: TorchState | None = None) -> Any:
+    def denoise(inputs: Any, live: Any, plan: Any, state: TensorState | None = None) -> Any:
         if state is not None:
-            mean = {name: t.mean(1, keepdim=True).expand_as(t).clone() for name, t in state.tensors.items()}
-            state = TorchState({n: 0.5 * t + 0.5 * mean[n] for n, t in state.tensors.items()})
+            mean = {name: t.mean(1, keepdim=True).expand_as(t).clone() for name, t in state.values.items()}
+            state = TensorState({n: 0.5 * t + 0.5 * mean[n] for n, t in state.values.items()})
         return original(inputs, live, plan, state)
 
     monkeypatch.setattr(mixed, "denoise", denoise)
@@ -153,7 +153,7 @@ def test_checks_see_samples_that_share_a_state(carry_model, monkeypatch):
 def test_half_precision_halves_the_state(tmp_path, carry_model):
     half = convert("carry", state_dtype="fp16")
     assert half.spec.state_bytes * 2 == carry_model.spec.state_bytes
-    runtime = OrtModel(export(half, tmp_path), half.step_planner, threads=1)
+    runtime = OrtModel(export(half, tmp_path), half.planner, threads=1)
     run, whole = runtime.start(3), carry_model.start(3)
     assert isinstance(run.state, OrtState)
     for step, count in enumerate(COUNTS):
@@ -164,8 +164,8 @@ def test_half_precision_halves_the_state(tmp_path, carry_model):
     assert all(value.numpy().dtype == np.float16 for value in run.state.values.values())
 
 
-def test_clearing_a_state_touches_the_named_samples_only(carry_model):
-    state = OrtState(carry_model.spec.states, 3, TOKENS)
+def test_clearing_a_state_touches_the_named_samples_only(carry_model, carry_onnx):
+    state = OrtModel(carry_onnx, carry_model.planner, threads=1).empty_state(3)
     for value in state.values.values():
         value.update_inplace(np.ones(value.shape(), np.float32))
     state.clear([0, 2])

@@ -34,8 +34,8 @@ def pair(request: pytest.FixtureRequest) -> tuple[OrtModel, StaticModel]:
     """A model on ordinary sessions and on static ones."""
     model: DynamicModel = request.getfixturevalue(f"{request.param}_model")
     folder: Path = request.getfixturevalue(f"{request.param}_onnx")
-    plain = OrtModel(folder, model.step_planner, BUCKET_SET, threads=1)
-    return plain, StaticModel(folder, model.step_planner, BUCKET_SET, CPU, threads=1)
+    plain = OrtModel(folder, model.planner, BUCKET_SET, threads=1)
+    return plain, StaticModel(folder, model.planner, BUCKET_SET, CPU, threads=1)
 
 
 def at(step: int, batch: int = 3) -> dict[str, np.ndarray]:
@@ -78,25 +78,25 @@ def test_a_step_is_bound_once_a_bucket(pair):
     seen: dict[Any, dict[str, int]] = {}
     for step, count in enumerate(COUNTS):
         run.step(at(step), np.full(3, count))
-        steps = run.state.steps if run.state is not None else static._steps
-        for key, bound in steps.items():
+        for key, bound in static.steps.items():
             assert seen.setdefault(key, addresses(bound)) == addresses(bound)
-    assert len(seen) == 3  # lengths 5, 9 and 16
-    assert list(static._routes) == [4]
+    assert sum(key[0] == "route" for key in seen) == 1
+    assert sum(key[0] == "denoise" for key in seen) == 3  # lengths 5, 9 and 16
 
 
 def test_buffers_go_to_the_next_run_when_one_is_over(carry_model, carry_onnx):
-    static = StaticModel(carry_onnx, carry_model.step_planner, BUCKET_SET, CPU, threads=1)
+    static = StaticModel(carry_onnx, carry_model.planner, BUCKET_SET, CPU, threads=1)
     runs: list[Any] = [static.start(3), static.start(3)]
     wanted, _ = (run.step(at(0), np.full(3, 9))[0] for run in runs)
-    values, steps = runs[0].state.values, runs[0].state.steps
+    values, steps = runs[0].state.values, dict(static.steps)
     assert values is not runs[1].state.values
     del runs[0]
     gc.collect()
     runs.append(static.start(3))
-    assert (runs[1].state.values, runs[1].state.steps) == (values, steps)
+    assert runs[1].state.values == values
     assert all(not value.numpy().any() for value in values.values())
     np.testing.assert_array_equal(runs[1].step(at(0), np.full(3, 9))[0], wanted)
+    assert static.steps == steps
 
 
 def test_text_of_the_next_run_is_copied_into_the_buffers_that_are_there(tmp_path):
@@ -105,8 +105,8 @@ def test_text_of_the_next_run_is_copied_into_the_buffers_that_are_there(tmp_path
     model = rewrite(module, args, kwargs, method_of("carry"), Schedule("constant", 2))
     export_onnx(model, tmp_path)
     shapes = choose_buckets([3], [8], model.spec.tokens)
-    plain = OrtModel(tmp_path, model.step_planner, shapes, threads=1)
-    static = StaticModel(tmp_path, model.step_planner, shapes, CPU, threads=1)
+    plain = OrtModel(tmp_path, model.planner, shapes, threads=1)
+    static = StaticModel(tmp_path, model.planner, shapes, CPU, threads=1)
     one = {name: as_array(value) for name, value in model.spec.example(3).items() if isinstance(value, torch.Tensor)}
     [text] = [name for name, value in one.items() if value.shape[2:] == (24,)]
     two = {**one, text: one[text][::-1].copy()}
@@ -116,7 +116,7 @@ def test_text_of_the_next_run_is_copied_into_the_buffers_that_are_there(tmp_path
         for kept in (16, 8):
             wanted, found = (run.step(inputs, np.full(3, kept))[0] for run in runs)
             np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
-        seen.append([addresses(step) for step in runs[1].state.steps.values()])
+        seen.append([addresses(step) for key, step in static.steps.items() if key[0] == "denoise"])
         images.append(found)
         del runs
         gc.collect()
@@ -128,8 +128,8 @@ def test_text_of_the_next_run_is_copied_into_the_buffers_that_are_there(tmp_path
 
 def test_every_step_has_a_graph_of_its_own(rows_model, rows_onnx):
     """The ids are what ONNX Runtime tells CUDA graphs apart by; there is no GPU to capture one here."""
-    static = StaticModel(rows_onnx, rows_model.step_planner, BUCKET_SET, CPU, threads=1)
-    steps = [BoundStep(static.route_session, {}, {}, graphs=True) for _ in range(3)]
+    static = StaticModel(rows_onnx, rows_model.planner, BUCKET_SET, CPU, threads=1)
+    steps = [BoundStep(static.sessions["route"], {}, {}, graphs=True) for _ in range(3)]
     ids = [step.options.get_run_config_entry("gpu_graph_id") for step in steps]
     assert len(set(ids)) == len(ids) == 3
 
@@ -138,15 +138,15 @@ def test_without_cuda_it_is_one_line(rows_model, rows_onnx):
     if CUDA in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
     with pytest.raises(UsageError, match="has no CUDAExecutionProvider"):
-        StaticModel(rows_onnx, rows_model.step_planner, BUCKET_SET)
+        StaticModel(rows_onnx, rows_model.planner, BUCKET_SET)
 
 
 @pytest.mark.gpu
 def test_cuda_graphs_give_what_the_cpu_gives(rows_model, rows_onnx):
     if CUDA not in onnxruntime.get_available_providers():
         pytest.skip("needs onnxruntime-gpu and an NVIDIA GPU")
-    plain = OrtModel(rows_onnx, rows_model.step_planner, BUCKET_SET).start(3)
-    static = StaticModel(rows_onnx, rows_model.step_planner, BUCKET_SET).start(3)
+    plain = OrtModel(rows_onnx, rows_model.planner, BUCKET_SET).start(3)
+    static = StaticModel(rows_onnx, rows_model.planner, BUCKET_SET).start(3)
     for step, count in enumerate(COUNTS):
         wanted = plain.step(at(step), np.full(3, count))[0]
         np.testing.assert_allclose(static.step(at(step), np.full(3, count))[0], wanted, rtol=1e-2, atol=1e-2)

@@ -43,7 +43,7 @@ def mode(request: pytest.FixtureRequest) -> tuple[DynamicModel, Path]:
 
 
 def opened(model: DynamicModel, graphs: Path, folder: Path) -> TrtModel:
-    return TrtModel(folder, graphs.parent, model.step_planner, "cpu", fake_trt)
+    return TrtModel(folder, graphs.parent, model.planner, "cpu", fake_trt)
 
 
 def at(step: int, batch: int = 3) -> dict[str, np.ndarray]:
@@ -54,7 +54,7 @@ def at(step: int, batch: int = 3) -> dict[str, np.ndarray]:
 def test_a_run_gives_what_onnx_runtime_gives(mode, options, tmp_path):
     model, graphs = mode
     build(graphs, tmp_path, **options)
-    found, wanted = opened(model, graphs, tmp_path).start(3), OrtModel(graphs, model.step_planner, BUCKET_SET).start(3)
+    found, wanted = opened(model, graphs, tmp_path).start(3), OrtModel(graphs, model.planner, BUCKET_SET).start(3)
     kept = [(found.step(at(s), np.full(3, c))[0], wanted.step(at(s), np.full(3, c))[0]) for s, c in enumerate(COUNTS)]
     for mine, theirs in kept:
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
@@ -82,6 +82,7 @@ def test_a_bucket_is_a_profile_and_buffers_stay(rows_model, rows_onnx, tmp_path)
         run.step(at(step), np.full(3, count))
         profile = denoise.context.profile
         expected = runtime.bucket(np.full(4, count))
+        assert expected is not None
         assert runtime.places["denoise", expected].profile == profile
         address = denoise.context.addresses["chunk_index"]
         assert seen.setdefault(profile, address) == address
@@ -94,8 +95,10 @@ def test_a_missing_bucket_falls_to_the_next_larger(rows_model, rows_onnx, tmp_pa
     entries.remove(gone)
     write_index(tmp_path, Index(DEVICE, False, tuple(entries)))
     runtime = opened(rows_model, rows_onnx, tmp_path)
-    assert runtime.bucket(np.full(4, 5)).row_tokens == 9
-    wanted = OrtModel(rows_onnx, rows_model.step_planner, BUCKET_SET).start(4).step(at(0, 4), np.full(4, 5))[0]
+    chosen = runtime.bucket(np.full(4, 5))
+    assert chosen is not None
+    assert chosen.row_tokens == 9
+    wanted = OrtModel(rows_onnx, rows_model.planner, BUCKET_SET).start(4).step(at(0, 4), np.full(4, 5))[0]
     found = runtime.start(4).step(at(0, 4), np.full(4, 5))[0]
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
@@ -181,7 +184,7 @@ def bundle(rows_onnx, tmp_path, monkeypatch) -> Path:
 
 def refused(bundle: Path, model: DynamicModel, graphs: Path) -> str:
     with pytest.raises(UsageError) as caught:
-        open_engines(bundle, graphs.parent, model.step_planner)
+        open_engines(bundle, graphs.parent, model.planner)
     return str(caught.value)
 
 

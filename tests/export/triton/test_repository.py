@@ -100,7 +100,7 @@ def controls(corrid: int, step: int, last: int = 3) -> dict[str, np.ndarray]:
 
 
 def runtime(found: Loaded) -> OrtModel:
-    return OrtModel(found.bundle.onnx, found.bundle.model.step_planner, BUCKET_SET)
+    return OrtModel(found.bundle.onnx, found.bundle.model.planner, BUCKET_SET)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])

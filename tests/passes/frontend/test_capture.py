@@ -59,7 +59,7 @@ def test_ops_stay_whole():
 
 def test_structured_specs_and_options_survive():
     module, args, kwargs = pixart_call()
-    options = method_of(head_blocks=0)
+    options = method_of("carry", head_blocks=0)
     program = capture(module, args, kwargs, options)
     assert program.method is options
     flat, spec = pytree.tree_flatten((args, kwargs))

@@ -91,7 +91,7 @@ def test_odd_blocks_at_the_ends_are_no_part_of_the_repetition():
 
 @pytest.mark.parametrize("make", [diffusers_call, pixart_call])
 def test_diffusers_models(make):
-    program = capture(*make(), method_of())  # type: ignore[call-arg]
+    program = capture(*make(), method_of("carry"))  # type: ignore[call-arg]
     run_passes(program, (Normalise(), FindTokenStream()))
     stream = program.found_stream()
     assert (stream.grid, stream.width, stream.depth) == ((4, 4), 32, 3)
@@ -102,7 +102,7 @@ def test_diffusers_models(make):
 )
 def test_blocks_of_models_with_other_tokens(name, depth, beside):
     """First blocks, where text enters, and last ones, which it leaves, count; so do double and single streams."""
-    program = capture(*made(FAMILIES[name]), method_of())
+    program = capture(*made(FAMILIES[name]), method_of("carry"))
     run_passes(program, (Normalise(), FindTokenStream()))
     stream = program.found_stream()
     assert (stream.depth, stream.width) == (depth, 32)
@@ -112,13 +112,13 @@ def test_blocks_of_models_with_other_tokens(name, depth, beside):
 
 
 def test_video_lies_frame_below_frame():
-    program = capture(*made(FAMILIES["wan"]), method_of())
+    program = capture(*made(FAMILIES["wan"]), method_of("carry"))
     run_passes(program, (Normalise(), FindTokenStream()))
     assert program.found_stream().grid == (3 * 4, 4)
 
 
 def test_the_grid_of_a_linear_patchify_may_be_given():
-    program = capture(*made(FAMILIES["flux"]), method_of())
+    program = capture(*made(FAMILIES["flux"]), method_of("carry"))
     program.grid = (2, 8)
     run_passes(program, (Normalise(), FindTokenStream()))
     assert program.found_stream().grid == (2, 8)
@@ -128,7 +128,7 @@ def test_the_grid_of_a_linear_patchify_may_be_given():
 
 
 def test_long_skips_are_named():
-    program = capture(*made(FAMILIES["hunyuan-dit"]), method_of())
+    program = capture(*made(FAMILIES["hunyuan-dit"]), method_of("carry"))
     with pytest.raises(UnsupportedModelError, match=r"longest alive is .* in blocks\.0 .*, until .* in blocks\.3"):
         run_passes(program, (Normalise(), FindTokenStream()))
 
@@ -170,7 +170,7 @@ def test_a_value_that_passes_by_all_blocks_is_no_part_of_the_stream(mode):
     assert model.spec.depth == 3
     with torch.no_grad():
         scores, live = model.route(dict(zip(model.spec.inputs, inputs, strict=True)))
-        plan = model.step_planner.full_plan(len(scores))
+        plan = model.planner.full_plan(len(scores))
         found = model.denoise(dict(zip(model.spec.inputs, inputs, strict=True)), live, plan)[0]
         torch.testing.assert_close(found, module(*inputs), rtol=1e-4, atol=1e-5)
 
@@ -227,7 +227,7 @@ def test_negative_head_blocks_are_a_usage_error():
 
 
 def test_asking_before_the_pass_ran_is_an_error():
-    program = capture(TinyModel([Block()]), tiny_inputs(), {}, method_of())
+    program = capture(TinyModel([Block()]), tiny_inputs(), {}, method_of("carry"))
     for ask in (program.found_stream, program.found_trunk):
         with pytest.raises(CheckFailedError, match="before FindTokenStream"):
             ask()

@@ -97,9 +97,9 @@ def test_states_of_mode_carry():
     assert spec.state_bytes == 2 * (3 * 2 + 1) * TOKENS * WIDTH * 4
     assert carried("tiny", state_dtype="fp16")[0].spec.state_bytes == spec.state_bytes / 2
     model = carried("tiny")[0]
-    state = model.new_state(4)
-    assert {n: tuple(t.shape) for n, t in state.tensors.items()} == {s.name: s.shape(4, TOKENS) for s in spec.states}
-    assert sum(t.nbytes for t in state.tensors.values()) == 4 * spec.state_bytes
+    state = model.empty_state(4)
+    assert {n: tuple(t.shape) for n, t in state.values.items()} == {s.name: s.shape(4, TOKENS) for s in spec.states}
+    assert sum(t.nbytes for t in state.values.values()) == 4 * spec.state_bytes
 
 
 def test_mode_chunk_has_no_states(spec):

@@ -17,7 +17,7 @@ from tests.passes.harness import dit_call
 
 
 def test_every_method_is_described():
-    assert (MODES, PRESETS) == (("carry", "chunk"), ("dc-dit", "sparsedit", "ddit", "tome"))
+    assert (MODES, PRESETS) == (("steps", "carry", "chunk"), ("dc-dit", "sparsedit", "ddit", "tome"))
     for name, method in METHODS.items():
         assert method.name == name
         assert method.title
@@ -63,7 +63,7 @@ OLD = {  # the one set of options of format 2, as bundles hold it
         ({"packing": "bins", "members": 2}, method_of("chunk", packing="bins", members=2)),
         (
             {"mode": "carry", "router": "age", "state_dtype": "fp16", "head_blocks": 0, "tail_blocks": 0},
-            method_of(router="age", state_dtype="fp16"),
+            method_of("carry", router="age", state_dtype="fp16"),
         ),
         ({"router": "predictability", "dechunk": "smoothed", "members": 1}, method_of("dc-dit", head_blocks=1)),
         (
@@ -99,7 +99,7 @@ def test_routers_of_another_method(mode, name, choices):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("both", {}, "unknown method 'both': choose one of carry, chunk, dc-dit, sparsedit, ddit, tome"),
+        ("both", {}, "unknown method 'both': choose one of steps, carry, chunk, dc-dit, sparsedit, ddit, tome"),
         (
             "chunk",
             {"max_staleness": 2.0},
@@ -216,7 +216,7 @@ def test_graph_files_of_format_3_load():
 
 @pytest.mark.parametrize("name", ["carry", *PRESETS])
 def test_graph_files_of_format_2_load(models, name):
-    model = models[name] if name in models else rewrite(*dit_call(), method_of(), Schedule("constant", 4))
+    model = models[name] if name in models else rewrite(*dit_call(), method_of("carry"), Schedule("constant", 4))
     data = model_to_dict(model)
     own = data.pop("method")
     data["options"] = {**OLD, **{option: value for option, value in own.items() if option in OLD}}

@@ -231,7 +231,7 @@ def test_blocks_behind_the_trunk_get_the_text_that_left_it():
 
 def test_steps_of_mode_carry_keep_the_scale():
     call = joint_call()
-    model = rewrite(*call, method_of(), Schedule("constant", 2), timestep_scale=1.0)
+    model = rewrite(*call, method_of("carry"), Schedule("constant", 2), timestep_scale=1.0)
     run = MaskedRun(model)
     for tau in (0.9, 0.6):
         now: Call = call[0], (call[1][0], torch.full((BATCH,), tau), call[1][2]), {}

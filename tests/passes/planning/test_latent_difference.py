@@ -63,7 +63,7 @@ def test_the_first_three_steps_of_a_sample_tell_nothing():
 def model():
     options = method_of("ddit")
     made = rewrite(*dit_call(image_size=16), options, Schedule(DIFFERENCE, 4, threshold=0.01))
-    assert isinstance(made.step_planner.sizes, tuple)
+    assert isinstance(made.planner.sizes, tuple)
     return made
 
 
@@ -96,7 +96,7 @@ def test_guidance_halves_choose_alike_and_a_restart_forgets(model):
 def test_each_group_finds_its_numbers_by_its_own_planner(model):
     """In a batch that is filled up as well: the copies are of the last group."""
     fine, coarse = (
-        model.with_schedule(replace(model.schedule, threshold=threshold)).step_planner for threshold in (0.0, 1e9)
+        model.with_schedule(replace(model.schedule, threshold=threshold)).planner for threshold in (0.0, 1e9)
     )
     run = Run(Counting(model, 6), 4)
     for step in range(5):

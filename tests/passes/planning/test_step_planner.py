@@ -26,7 +26,7 @@ SCORES = np.linspace(1, 0.1, TOKENS)[None]  # as a router gives: distinct, from 
 
 
 def planner(schedule: Schedule = HALF, **options: object) -> StepPlanner:
-    return StepPlanner(carried("tiny")[0].spec, method_of(**options), schedule)  # type: ignore[arg-type]
+    return StepPlanner(carried("tiny")[0].spec, method_of(**{"mode": "carry", **options}), schedule)  # type: ignore[arg-type]
 
 
 def history_of(*steps: tuple[float, list[int]], batch: int = 1) -> History:

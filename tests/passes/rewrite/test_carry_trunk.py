@@ -93,7 +93,7 @@ def test_a_scale_of_attention_is_kept():
             return x + self.proj(out) * c.unsqueeze(1)
 
     call: Call = TinyModel(Scaled() for _ in range(3)), tiny_inputs(), {}
-    model = rewrite(*call, method_of(), FULL, timestep_scale=1.0)
+    model = rewrite(*call, method_of("carry"), FULL, timestep_scale=1.0)
     assert relative(MaskedRun(model).step(call, all_of(TOKENS)), plain(call)) < TOLERANCE
 
 
@@ -146,7 +146,7 @@ def test_two_looks_at_one_noise_level(name):
 
 
 def samples_of(run: MaskedRun, sample: int) -> dict[str, Tensor]:
-    return {name: value[:, sample] for name, value in run.state.tensors.items()}
+    return {name: value[:, sample] for name, value in run.state.values.items()}
 
 
 @settings(max_examples=16)
@@ -169,7 +169,7 @@ def test_isolation(name, seed, loud, padded):
         for other in others:
             for name, value in samples_of(calm, other).items():
                 torch.testing.assert_close(samples_of(wild, other)[name], value, atol=1e-6, rtol=1e-6)
-        for value in wild.state.tensors.values():
+        for value in wild.state.values.values():
             value[:, loud] = 1e4
 
 
@@ -203,12 +203,12 @@ def test_every_state_is_an_output_and_its_kept_tokens_alone_are_new():
     model, call = carried("tiny")
     run = MaskedRun(model)
     run.step(at(model, call, 1.0, 0), all_of(TOKENS))
-    before = {name: value.clone() for name, value in run.state.tensors.items()}
+    before = {name: value.clone() for name, value in run.state.values.items()}
     newest = run.history.newest.copy()
     keep = random_keep((3, 5, 1), TOKENS)
     run.step(at(model, call, 0.5, 1), keep)
     assert list(before) == [state.name for state in model.spec.states]
-    for name, value in run.state.tensors.items():
+    for name, value in run.state.values.items():
         changed = (value != before[name]).any(2).any(-1).numpy()  # [P, B, N]
         wanted = np.zeros_like(changed)
         for b, n in np.argwhere(keep).tolist():
@@ -228,9 +228,9 @@ def test_a_half_precision_state_is_close_and_half_the_size():
         assert found.dtype == torch.float32
         assert relative(found, wanted) < 5e-3
         assert not torch.equal(found, wanted) or not step
-    assert {value.dtype for value in runs[0].state.tensors.values()} == {torch.float16}
-    assert {value.dtype for value in runs[1].state.tensors.values()} == {torch.float32}
-    runs[0].state.tensors["update"][:, :, :, 0] = torch.tensor([300.0, -300.0]).view(2, 1, 1, 1)
+    assert {value.dtype for value in runs[0].state.values.values()} == {torch.float16}
+    assert {value.dtype for value in runs[1].state.values.values()} == {torch.float32}
+    runs[0].state.values["update"][:, :, :, 0] = torch.tensor([300.0, -300.0]).view(2, 1, 1, 1)
     keep = all_of(16)
     keep[:, 0] = False
     runs[0].step(at(half, call, 0.1), keep)
@@ -252,7 +252,7 @@ def test_a_state_in_another_precision_than_the_model():
     outer.inner = module
     x, t = tiny_inputs()
     for dtype, wanted in (("model", torch.float64), ("fp32", torch.float32), ("fp16", torch.float16)):
-        model = rewrite(outer, (x, t), {}, method_of(state_dtype=dtype), FULL, timestep_scale=1.0)
+        model = rewrite(outer, (x, t), {}, method_of("carry", state_dtype=dtype), FULL, timestep_scale=1.0)
         assert {state.torch_dtype for state in model.spec.states} == {wanted}
         assert model(x, t).dtype == torch.float64
 
@@ -325,13 +325,13 @@ def test_the_result_says_how_often_it_fired():
     [
         ({"packing": "bins"}, "method carry has no option 'packing'"),
         ({"state_dtype": "int8"}, "unknown state dtype 'int8': choose one of model, fp16, fp32"),
-        ({"mode": "both"}, "unknown method 'both': choose one of carry, chunk"),
+        ({"mode": "both"}, "unknown method 'both': choose one of steps, carry, chunk"),
         ({"router": "norm"}, "method carry has no router 'norm': choose one of drift, age, pool, predictability"),
     ],
 )
 def test_options_that_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
-        rewrite(*tiny_call(), method_of(**options), FULL)
+        rewrite(*tiny_call(), method_of(**{"mode": "carry", **options}), FULL)
 
 
 class Nameless(TinyModel):
@@ -342,10 +342,10 @@ class Nameless(TinyModel):
 def test_a_model_whose_timestep_is_unknown_is_refused():
     call: Call = Nameless(Block() for _ in range(3)), tiny_inputs(), {}
     with pytest.raises(UsageError, match=r"needs to know which input is the timestep: name it with timestep=\.\.\."):
-        rewrite(*call, method_of(), FULL)
-    assert rewrite(*call, method_of(), FULL, timestep="sigma").spec.timestep == "sigma"
+        rewrite(*call, method_of("carry"), FULL)
+    assert rewrite(*call, method_of("carry"), FULL, timestep="sigma").spec.timestep == "sigma"
     with pytest.raises(UsageError, match="no input 'time' to take the timestep from; it has x, sigma"):
-        rewrite(*call, method_of(), FULL, timestep="time")
+        rewrite(*call, method_of("carry"), FULL, timestep="time")
 
 
 class KeysElsewhere(Block):
@@ -363,4 +363,4 @@ class KeysElsewhere(Block):
 
 def test_keys_laid_out_otherwise_are_refused():
     with pytest.raises(UnsupportedModelError, match=r"keys and values must be laid out \[B, H, N, d\]"):
-        rewrite(TinyModel(KeysElsewhere() for _ in range(3)), tiny_inputs(), {}, method_of(), FULL)
+        rewrite(TinyModel(KeysElsewhere() for _ in range(3)), tiny_inputs(), {}, method_of("carry"), FULL)

@@ -43,7 +43,7 @@ class Texted(TinyModel):
 def texted() -> tuple[DynamicModel, tuple[Any, ...]]:
     torch.manual_seed(0)
     inputs = (*tiny_inputs(), torch.randn(BATCH, 5))
-    return rewrite(Texted(), inputs, {}, method_of(), FULL, timestep_scale=1.0), inputs
+    return rewrite(Texted(), inputs, {}, method_of("carry"), FULL, timestep_scale=1.0), inputs
 
 
 def test_costly_constants_come_from_prepare(texted):
@@ -100,7 +100,7 @@ def test_a_model_with_classes_has_nothing_to_prepare(name):
 
 def test_it_needs_the_split_before_it():
     torch.manual_seed(0)
-    program = captured(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, method_of())
+    program = captured(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, method_of("carry"))
     with pytest.raises(CheckFailedError, match="HoistConstants needs SplitRoute before it"):
         run_passes(program, (HoistConstants(),))
 
@@ -118,7 +118,7 @@ def test_the_batch_size_of_constants_is_their_own():
             return self.final(x) * wide.mean(1).view(-1, 1, 1)
 
     inputs = (*tiny_inputs(), torch.randn(BATCH, 5))
-    model = rewrite(Reshaped(), inputs, {}, method_of(), FULL, timestep_scale=1.0)
+    model = rewrite(Reshaped(), inputs, {}, method_of("carry"), FULL, timestep_scale=1.0)
     assert model.spec.prepare_inputs == ("text",)
     for batch in (1, 2, BATCH + 1):
         given = (*tiny_inputs(batch), torch.randn(batch, 5))
@@ -137,7 +137,7 @@ def test_constants_of_inputs_with_and_without_samples(gain):
             return super().forward(x, t, (gain * text).reshape(x.shape[0] * 5, 1).reshape(x.shape[0], 5))
 
     inputs = (*tiny_inputs(), gain, torch.randn(BATCH, 5))
-    model = rewrite(Gained(), inputs, {}, method_of(), FULL, timestep_scale=1.0)
+    model = rewrite(Gained(), inputs, {}, method_of("carry"), FULL, timestep_scale=1.0)
     assert model.spec.prepare_inputs == ("gain", "text")
     for batch in (1, BATCH + 1):
         given = (*tiny_inputs(batch), torch.rand_like(gain), torch.randn(batch, 5))
@@ -152,7 +152,7 @@ def test_one_text_for_all_samples_is_not_hoisted():
         def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(x, t, text.expand(x.shape[0], 5))
 
-    model = rewrite(Shared(), (*tiny_inputs(), torch.randn(1, 5)), {}, method_of(), FULL, timestep_scale=1.0)
+    model = rewrite(Shared(), (*tiny_inputs(), torch.randn(1, 5)), {}, method_of("carry"), FULL, timestep_scale=1.0)
     assert model.prepare_graph is None
     for batch in (1, BATCH + 1):
         given = (*tiny_inputs(batch), torch.randn(1, 5))

@@ -44,7 +44,7 @@ def in_patches(model, inputs, scales) -> Tensor:
     tokens = model.spec.tokens
     with torch.no_grad():
         scores, live = model.route(inputs)
-        plan = model.step_planner.plan(scores.numpy(), np.array([tokens // scale**2 for scale in scales]))
+        plan = model.planner.plan(scores.numpy(), np.array([tokens // scale**2 for scale in scales]))
         return model.denoise(inputs, live, plan)[0]
 
 
@@ -190,7 +190,7 @@ class Image(TinyModel):
 
 def test_a_grid_that_is_no_square():
     model = with_sizes((Image(Block() for _ in range(3)), tiny_inputs(), {}))
-    assert model.step_planner.patches == (2, 4)
+    assert model.planner.patches == (2, 4)
     assert check_identity(model, model.spec.example(3)).value < 1e-5
 
 

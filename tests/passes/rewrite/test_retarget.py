@@ -34,7 +34,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 
 def converted(dit: nn.Module, **options: Any) -> DynamicModel:
     """A quarter of 64 tokens is kept after the first step of a run."""
-    chosen, place = method_of(**options), next(dit.parameters())
+    chosen, place = method_of(**{"mode": "carry", **options}), next(dit.parameters())
     spending = Schedule("constant", 4, warm_up=int(chosen.mode == "carry"))
     x, t, y = inputs()
     return rewrite(dit, (x.to(place), t.to(place.device), y.to(place.device)), {}, chosen, spending)
@@ -89,12 +89,12 @@ def test_a_state_that_is_written_in_place():
     in_place(model.denoise_graph)
     for found, was in zip(steps(model, torch.float32), wanted, strict=True):
         torch.testing.assert_close(found, was, rtol=0, atol=0)
-    state = model.new_state(3)
-    tensors = dict(state.tensors)
+    state = model.empty_state(3)
+    tensors = dict(state.values)
     with torch.no_grad():
         given = dict(zip("xty", inputs(), strict=True))
-        model.denoise(given, model.route(given)[1], model.step_planner.full_plan(3), state)
-    assert all(state.tensors[name] is tensor and tensor.any() for name, tensor in tensors.items())
+        model.denoise(given, model.route(given)[1], model.planner.full_plan(3), state)
+    assert all(state.values[name] is tensor and tensor.any() for name, tensor in tensors.items())
 
 
 def test_a_cast_model_is_saved_and_loaded(tmp_path):
@@ -133,8 +133,8 @@ def test_graphs_follow_to_another_device(mode):
     with fake, torch.no_grad():
         (original,) = run(model.original_graph, [values[name] for name in model.spec.inputs])
         _, *live = run(model.route_graph, [values[name] for name in model.spec.route_inputs])
-        arrays = {n: torch.from_numpy(a) for n, a in model.step_planner.full_plan(3).arrays().items()}
-        given = {**values, **dict(zip(model.spec.live, live, strict=True)), **arrays, **model.new_state(3).tensors}
+        arrays = {n: torch.from_numpy(a) for n, a in model.planner.full_plan(3).arrays().items()}
+        given = {**values, **dict(zip(model.spec.live, live, strict=True)), **arrays, **model.empty_state(3).values}
         found = run(model.denoise_graph, [given[name] for name in model.spec.denoise_inputs])
     assert {value.device for value in (original, *live, *found)} == {cuda}
     assert found[0].shape == original.shape

@@ -27,7 +27,7 @@ GRID = 8
 def sparse(call, **options):
     chosen = {"mode": "sparsedit", "fewest": 0.1, "head_blocks": 1, "tail_blocks": 1, **options}
     module, args, kwargs = call
-    return rewrite(module, args, kwargs, method_of(**chosen), Schedule("constant", 4))
+    return rewrite(module, args, kwargs, method_of(**{"mode": "carry", **chosen}), Schedule("constant", 4))
 
 
 def attend(block, x: Tensor, q: Tensor, kv: Tensor, c: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def test_it_is_what_the_paper_says(side, depth):
     inputs = model.flat_inputs(*call[1:])
     with torch.no_grad():
         scores, live = model.route(inputs)
-        plan = model.step_planner.plan(scores.numpy(), np.full(3, side**2))
+        plan = model.planner.plan(scores.numpy(), np.full(3, side**2))
         found = model.denoise(inputs, live, plan)[0]
         wanted = by_hand(call[0], call[1], side, [recovery(model, group) for group in groups])
     assert relative(found, wanted) < 1e-5
@@ -118,7 +118,7 @@ def test_samples_at_different_grids_in_one_batch():
     inputs = model.flat_inputs(*call[1:])
     with torch.no_grad():
         scores, live = model.route(inputs)
-        mixed = model.denoise(inputs, live, model.step_planner.plan(scores.numpy(), np.array([9, 64, 25])))[0]
+        mixed = model.denoise(inputs, live, model.planner.plan(scores.numpy(), np.array([9, 64, 25])))[0]
         for sample, side in enumerate((3, 8, 5)):
             wanted = by_hand(call[0], call[1], side, [recovery(model, 0)])
             assert relative(mixed[sample], wanted[sample]) < 1e-5
@@ -170,8 +170,8 @@ def test_other_layouts_of_attention(call):
     inputs = model.flat_inputs(*made[1:])
     with torch.no_grad():
         scores, live = model.route(inputs)
-        even = model.denoise(inputs, live, model.step_planner.plan(scores.numpy(), np.full(3, 16)))[0]
-        mixed = model.denoise(inputs, live, model.step_planner.plan(scores.numpy(), np.array([16, 49, 9])))[0]
+        even = model.denoise(inputs, live, model.planner.plan(scores.numpy(), np.full(3, 16)))[0]
+        mixed = model.denoise(inputs, live, model.planner.plan(scores.numpy(), np.array([16, 49, 9])))[0]
         original = model.original_graph(*inputs.values())[0]
     assert relative(mixed[0], even[0]) < 1e-5
     assert relative(mixed[1], even[1]) > 1e-3
@@ -206,7 +206,7 @@ def test_values_of_two_layers_and_a_scale_of_attention():
     first, *group, recovering, dense = (cast(TwoLayerValues, block) for block in module.blocks)
     with torch.no_grad():
         scores, live = model.route(inputs)
-        found = model.denoise(inputs, live, model.step_planner.plan(scores.numpy(), np.full(3, 8)))[0]
+        found = model.denoise(inputs, live, model.planner.plan(scores.numpy(), np.full(3, 8)))[0]
         c = torch.sin(t.unsqueeze(1) * torch.arange(WIDTH))
         tokens = first.pooling(module.patchify(x).flatten(2).transpose(1, 2) + module.positions, c)
         few = tokens

@@ -190,7 +190,7 @@ def test_a_value_for_the_whole_batch_that_changed_starts_all():
         def forward(self, x: Tensor, t: Tensor, gain: Tensor) -> Tensor:
             return self.inner(x, t) * gain
 
-    gained = rewrite(Gained(), (*inputs, torch.ones(4, 8).mean(0)), {}, method_of(), HALF, timestep_scale=1.0)
+    gained = rewrite(Gained(), (*inputs, torch.ones(4, 8).mean(0)), {}, method_of("carry"), HALF, timestep_scale=1.0)
     for tau, gain, wanted in ((0.9, 1.0, 1), (0.8, 1.0, 2), (0.7, 2.0, 1), (0.6, 2.0, 2)):
         gained(x, torch.full((BATCH,), tau), torch.full((8,), gain))
         assert steps(gained) == [wanted] * BATCH
@@ -202,7 +202,7 @@ def test_what_was_restarted_gives_what_a_fresh_model_gives():
     called(model, image(0), 0.5)
     called(model, drifted(image(0), 0.05), 0.45)
     run: Any = model.followed.run
-    for value in run.state.tensors.values():
+    for value in run.state.values.values():
         value[:, 1] = 1e4
     x = drifted(image(0), 0.1)
     x[1] = image(5)[1]

@@ -108,7 +108,7 @@ def test_the_timestep_is_found_by_name_or_given(tiny, keyworded):
 
 def test_a_schedule_that_follows_the_timestep(tiny):
     model = tiny[1].with_schedule(Schedule("falling", 2))
-    planner = model.step_planner
+    planner = model.planner
     taus = planner.taus({"t": torch.tensor([0.0, 0.5, 1.0])}, 3)
     assert planner.counts(taus).tolist() == [2, 4, 6]  # a quarter, half and three quarters of 8
     assert planner.taus({"t": torch.tensor(1.0)}, 2).tolist() == [1, 1]  # one timestep for the batch
@@ -167,7 +167,7 @@ def test_a_bucket_gives_the_same_result(tiny):
         scores, live = model.route(inputs)
         assert list(live) == list(model.spec.live)
         tight, roomy = (
-            model.denoise(inputs, live, model.step_planner.plan(scores.numpy(), np.array([4, 3, 5]), bucket))[0]
+            model.denoise(inputs, live, model.planner.plan(scores.numpy(), np.array([4, 3, 5]), bucket))[0]
             for bucket in (None, Bucket(3, 32, 3, 8, 4))
         )
     torch.testing.assert_close(tight, roomy)

@@ -16,9 +16,9 @@ from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.schedule import Schedule
-from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.passes.runtime.model import DynamicModel, TorchState
-from dcconvert.passes.runtime.run import Run, fill_batch
+from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.runtime.run import Run, Runtime, fill_batch
+from dcconvert.passes.runtime.state import TensorState
 from tests.passes.carry_harness import CALLS, TAUS, SlowRun, at, carried, flat, plain, slow_step, tiny_call
 from tests.passes.harness import BATCH, TOKENS, Call, first_tensor, pick, relative
 
@@ -40,41 +40,40 @@ def kept(run: Run) -> list[int]:
 
 def spoil(run: Run, value: float, samples: Sequence[int] = range(BATCH)) -> None:
     """Make what these samples remember this value everywhere."""
-    assert isinstance(run.state, TorchState)
-    for tensor in run.state.tensors.values():
+    assert isinstance(run.state, TensorState)
+    for tensor in run.state.values.values():
         tensor[:, list(samples)] = value
 
 
-class Counting:
+class Counting(Runtime):
     """A converted model in larger batches and buckets, as exported ones run; counts what is computed once."""
 
     def __init__(self, model: DynamicModel, size: int = BATCH) -> None:
         self.model, self.size = model, size
+        self.planner, self.bucket_set = model.planner, None
         self.prepared = 0
-
-    @property
-    def planner(self) -> StepPlanner:
-        return self.model.planner
 
     def padded(self, batch: int) -> int:
         return self.size
 
     def bucket(self, counts: np.ndarray) -> Bucket | None:
-        tokens = self.planner.spec.tokens
-        return Bucket(self.size, self.size * tokens, self.size, tokens, 4)
+        return Bucket(self.size, self.size * self.spec.tokens, self.size, self.spec.tokens, 4)
 
-    def prepare(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        self.prepared += 1
-        return self.model.prepare(inputs)
+    def call(self, graph: str, feed: Any, bucket: Bucket | None, into: Any) -> dict[str, Any]:
+        self.prepared += graph == "prepare"
+        return self.model.call(graph, feed)
 
-    def route(self, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return self.model.route(inputs)
+    def array(self, value: Any) -> np.ndarray:
+        return self.model.array(value)
 
-    def denoise(self, inputs: dict[str, Any], live: dict[str, Any], plan: Any, state: Any = None) -> Any:
-        return self.model.denoise(inputs, live, plan, state)
+    def result(self, value: Any) -> Any:
+        return value
 
-    def new_state(self, batch: int) -> TorchState:
-        return self.model.new_state(batch)
+    def beside(self, array: np.ndarray, value: Any) -> Any:
+        return self.model.beside(array, value)
+
+    def empty_state(self, batch: int) -> TensorState:
+        return self.model.empty_state(batch)
 
 
 # Steps
@@ -169,7 +168,8 @@ def test_steps_of_mode_chunk_know_nothing_of_each_other():
         assert torch.equal(step(run, model, now), step(model.start(BATCH), model, now))
         assert kept(run) == [TOKENS // 2] * BATCH
     run.restart()
-    assert (run.history, run.state) == (None, None)
+    assert run.history is None
+    assert run.state.values == {}
     step(run, model, now, [1, 2, 3])
     assert kept(run) == [1, 2, 3]
 
@@ -247,10 +247,10 @@ class Failing(Counting):
 
     fails = False
 
-    def denoise(self, inputs: dict[str, Any], live: dict[str, Any], plan: Any, state: Any = None) -> Any:
-        if self.fails:
+    def call(self, graph: str, feed: Any, bucket: Bucket | None, into: Any) -> dict[str, Any]:
+        if self.fails and graph == "denoise":
             raise MemoryError
-        return super().denoise(inputs, live, plan, state)
+        return super().call(graph, feed, bucket, into)
 
 
 def test_after_a_step_that_failed_the_run_starts_anew():
@@ -287,8 +287,8 @@ def test_steps_of_mode_carry_give_no_gradients():
     for tau in (0.9, 0.8):
         (found,) = run.step(flat(model, at(model, call, tau)))
         assert not found.requires_grad
-    assert isinstance(run.state, TorchState)
-    assert not any(value.requires_grad for value in run.state.tensors.values())
+    assert isinstance(run.state, TensorState)
+    assert not any(value.requires_grad for value in run.state.values.values())
 
 
 @pytest.mark.parametrize("samples", [[3], [0, -1]])

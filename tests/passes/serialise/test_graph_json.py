@@ -21,7 +21,8 @@ from dcconvert.passes.ir.graph_tools import placeholders
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import CURVE, Schedule
-from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.runtime.model import DynamicModel, Graphs
 from dcconvert.passes.serialise.graph_json import (
     decode,
     encode,
@@ -73,7 +74,7 @@ def test_a_carry_model_runs_bit_for_bit_after_files(name, dtype, tmp_path):
     """Every step of a run, and calls that follow each other."""
     module, args, kwargs = CALLS[name]()
     schedule = Schedule("falling", 2, warm_up=1, refresh=3).fitted(TAUS)
-    model = rewrite(module, args, kwargs, method_of(state_dtype=dtype), schedule)
+    model = rewrite(module, args, kwargs, method_of("carry", state_dtype=dtype), schedule)
     back = through_files(model, tmp_path)
     assert (back.spec, back.method, back.schedule) == (model.spec, model.method, schedule)
     runs = back.start(BATCH), model.start(BATCH)
@@ -172,7 +173,7 @@ def reading(**tensors: Tensor) -> GraphModule:
 
 
 def holding(tiny: DynamicModel, route: GraphModule, denoise: GraphModule) -> DynamicModel:
-    return DynamicModel(route, denoise, reading(), tiny.spec, tiny.method, HALF)
+    return DynamicModel(Graphs(route, denoise, reading()), StepPlanner(tiny.spec, tiny.method, HALF))
 
 
 def test_tied_and_strided_tensors_fit_into_safetensors(tiny, tmp_path):

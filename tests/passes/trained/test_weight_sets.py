@@ -43,7 +43,7 @@ def named_inputs(model: DynamicModel) -> dict[str, torch.Tensor]:
 def everything(model: DynamicModel) -> torch.Tensor:
     inputs = named_inputs(model)
     scores, live = model.route(inputs)
-    return model.denoise(inputs, live, model.step_planner.full_plan(len(scores)))[0]
+    return model.denoise(inputs, live, model.planner.full_plan(len(scores)))[0]
 
 
 def changed(model: DynamicModel) -> dict[str, torch.Tensor]:
@@ -101,7 +101,7 @@ def test_features_are_what_leaves_the_trunk(model):
     show_features(teacher)
     inputs = named_inputs(model)
     scores, live = teacher.route(inputs)
-    outputs = teacher.denoise(inputs, live, teacher.step_planner.full_plan(len(scores)))
+    outputs = teacher.denoise(inputs, live, teacher.planner.full_plan(len(scores)))
     assert len(outputs) == 2
     assert outputs[1].shape == (len(scores), model.spec.tokens, model.spec.width)
     torch.testing.assert_close(outputs[0], everything(model), rtol=0, atol=0)
@@ -110,7 +110,7 @@ def test_features_are_what_leaves_the_trunk(model):
 def test_features_of_a_graph_without_dechunk():
     torch.manual_seed(0)
     module = TinyModel(Block() for _ in range(3))
-    carried = rewrite(module, tiny_inputs(), {}, method_of(), Schedule("constant", 2), timestep_scale=1.0)
+    carried = rewrite(module, tiny_inputs(), {}, method_of("carry"), Schedule("constant", 2), timestep_scale=1.0)
     with pytest.raises(CheckFailedError, match="0 dechunks"):
         show_features(carried)
 

@@ -1,0 +1,172 @@
+"""Run tables of the shipped model: the original with few steps, skipped steps, and both fitted to the model.
+
+    python -m benchmarks.fitted                  # half an hour on two cores
+    python -m benchmarks.fitted --budgets 12.5   # one budget
+
+For every budget, in steps of the original: PSNR of the final images to a converged run from the same seeds (Adams of
+second order; how far half its steps are from it stands beside). Tables are fitted to 16 images, and every row is judged
+on others. Time is that of whole runs on ONNX Runtime: original, computed and skipped steps take turns in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+
+import dcconvert
+from benchmarks.common import write_result
+from dcconvert.commands.tune import SEED
+from dcconvert.evaluate.tuning import FittedStep, Images, Trial, Tuner
+from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
+from dcconvert.export.checks.latency import interleaved, spread
+from dcconvert.export.checks.parity import as_array
+from dcconvert.export.files import file_sha256
+from dcconvert.export.onnx.export import export_onnx, export_original
+from dcconvert.export.runtimes.ort import CPU, OrtModel, make_session, pick
+from dcconvert.models.load import shipped_model
+from dcconvert.passes.methods import method_of
+from dcconvert.sampling.run_table import RunTable
+from dcconvert.sampling.samplers import initial_noise, labels_for
+from dcconvert.sampling.shipped_tables import TABLES
+
+NAME = "fitted"
+STEPS = 50  # of the run that budgets are shares of
+BUDGETS = (4, 6, 8, 12.5, 18.75, 25)
+GUIDED_BUDGETS = (12.5,)
+ASSET = Path(__file__).parent.parent / "dcconvert" / "assets" / TABLES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Fitted run tables of the shipped model.")
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    parser.add_argument("--guidance", type=float, default=4.0, help="the second scale, beside 1")
+    parser.add_argument("--guided-budgets", type=float, nargs="*", default=GUIDED_BUDGETS, help="budgets at that scale")
+    parser.add_argument("--images", type=int, default=16, help="that tables are fitted to")
+    parser.add_argument("--fresh", type=int, default=48, help="that every run is judged on")
+    parser.add_argument("--reference-steps", type=int, default=200)
+    parser.add_argument("--latency-batch", type=int, default=8)
+    parser.add_argument("--runs", type=int, default=15)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as tmp, torch.inference_mode(), Progress() as progress:
+        bench = Bench(Path(tmp), args, progress)
+        times = bench.times()
+        rows = bench.rows(1.0, args.budgets, times)
+        if args.guided_budgets:
+            rows += bench.rows(args.guidance, args.guided_budgets, times)
+        settings = {"model": shipped_model().name, **vars(args), "runtime": "onnxruntime CPU, fp32", "steps": STEPS}
+        path = write_result(NAME, {**settings, "times_ms": times}, rows)
+    ship(rows)
+    print(f"Results: {path}\nShipped tables: {ASSET}")
+
+
+def ship(rows: Sequence[dict[str, Any]]) -> None:
+    """Write the best fitted table of every budget without guidance, for the shipped model."""
+    best: dict[float, dict[str, Any]] = {}
+    for row in rows:
+        if row["guidance"] == 1 and row["table"] and row["psnr"] > best.get(row["budget"], {"psnr": 0})["psnr"]:
+            best[row["budget"]] = row
+    tables = {file_sha256([shipped_model()]): [row["table"] for _, row in sorted(best.items())]}
+    ASSET.write_text(json.dumps(tables, separators=(",", ":")) + "\n")
+
+
+class Bench:
+    """The shipped model in mode steps on ONNX Runtime."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace, progress: Progress) -> None:
+        self.folder, self.args, self.progress = folder, args, progress
+        dit = dcconvert.load_checkpoint(shipped_model())
+        self.cfg, self.prediction = dit.cfg, dit.checkpoint_info.prediction
+        self.model = dcconvert.convert(dit, 4, options=method_of("steps"))
+        export_onnx(self.model, folder)
+        export_original(self.model, folder / "original.onnx", self.model.spec.example(3))
+        self.session = OrtModel(folder, self.model.planner, None, CPU)
+        inputs = self.model.spec.example(2)
+        self.skip_cost = converted_gmacs(self.model, inputs, 0) / original_gmacs(self.model, inputs)
+
+    def times(self) -> dict[str, dict[str, float]]:
+        """Milliseconds of a step of each kind, of a whole batch."""
+        batch, tokens = self.args.latency_batch, self.model.spec.tokens
+        feed = {n: as_array(v) for n, v in self.model.spec.example(batch).items()}
+        feed["t"] = np.full(batch, 500, np.float32)
+        original = make_session(self.folder / "original.onnx")
+        run, given = self.session.start(batch), pick(original, feed)
+        calls: dict[str, Any] = {
+            "original": lambda: original.run(None, given),
+            "computed": lambda: run.step(feed, np.full(batch, tokens)),
+            "skipped": lambda: run.step(feed, np.zeros(batch, np.int64)),
+        }
+        return {name: spread(values) for name, values in interleaved(calls, self.args.runs, warm_up=3).items()}
+
+    def drawn(self, tuner: Tuner, first: int, count: int, name: str) -> Images:
+        task = self.progress.add_task(name, total=self.args.reference_steps)
+        noise = initial_noise(first, count, self.cfg.in_channels, self.cfg.image_size)
+        labels = labels_for(count, self.cfg.num_classes)
+        return tuner.images(noise, labels, self.args.reference_steps, lambda: self.progress.advance(task))
+
+    def rows(
+        self, guidance: float, budgets: Sequence[float], times: dict[str, dict[str, float]]
+    ) -> list[dict[str, Any]]:
+        halves = 1 if guidance == 1 else 2
+        tuner = Tuner(
+            lambda: FittedStep(self.model, self.session, halves),
+            self.prediction,
+            self.skip_cost,
+            guidance,
+            self.cfg.num_classes,
+        )
+        seen = self.drawn(tuner, SEED, self.args.images, f"guidance {guidance:g}: reference to fit to")
+        fresh = self.drawn(tuner, 0, self.args.fresh, f"guidance {guidance:g}: reference to judge by")
+        converged = tuner.convergence(fresh, self.args.reference_steps // 2, lambda: None)
+        rows = []
+        task = self.progress.add_task(f"guidance {guidance:g}: budgets", total=len(budgets))
+        for budget in budgets:
+            trials = tuner.trials(budget, seen, fresh, lambda _: None)
+            best = trials[0].psnr
+            rows += [self.row(guidance, budget, trial, best, converged, times) for trial in trials]
+            self.progress.advance(task)
+        return rows
+
+    def row(
+        self,
+        guidance: float,
+        budget: float,
+        trial: Trial,
+        best: torch.Tensor,
+        converged: float,
+        times: dict[str, dict[str, float]],
+    ) -> dict[str, Any]:
+        steps = trial.table.steps
+        table = isinstance(trial.table, RunTable)
+        computed = trial.table.evaluations if isinstance(trial.table, RunTable) else steps
+        skips = isinstance(trial.table, RunTable) and trial.table.updates > 0
+        taken = times["computed" if skips else "original"]["median"] * computed
+        taken += times["skipped"]["median"] * (steps - computed)
+        behind = best - trial.psnr
+        return {
+            "guidance": guidance,
+            "budget": budget,
+            "run": trial.name,
+            "fitted": trial.fitted,
+            "steps": steps,
+            "computed": computed,
+            "cost": round(trial.cost, 4),
+            "speedup": round(times["original"]["median"] * STEPS / taken, 3),
+            "psnr": round(trial.mean, 3),
+            "psnr_error": round(trial.error, 3),
+            "behind_best": round(float(behind.mean()), 3),
+            "behind_best_error": round(float(behind.std() / len(behind) ** 0.5), 3),
+            "reference_converged_db": round(converged, 1),
+            "table": trial.table.to_dict() if table and trial.fitted else None,  # type: ignore[union-attr]
+        }
+
+
+if __name__ == "__main__":
+    main()

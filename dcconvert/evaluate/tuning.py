@@ -1,0 +1,167 @@
+"""Run tables of equal cost, fitted to a model and judged on images that they were not fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcconvert.images.pixels import psnr
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.ir.spec import UPDATE, update_name
+from dcconvert.passes.runtime.step_run import StepRun
+from dcconvert.sampling.default_tables import ADAMS, GRADED, default_levels, on_levels, original_run, pattern
+from dcconvert.sampling.fit_table import Trajectory, fitted, trajectory
+from dcconvert.sampling.run_table import RunTable
+from dcconvert.sampling.samplers import Sampler
+from dcconvert.sampling.steps import ConvertedStep, arrays_of
+
+SKIPS = (1, 2)  # skipped steps for each computed one
+CONTROLS = ("euler", "unipc", GRADED)  # of the original, that nothing is fitted to
+CONVERGED = 50.0  # dB between the reference and a run of half its steps, below which a warning is due
+
+
+class FittedStep(ConvertedStep):
+    """One run of a bundle in mode steps that shows its trunk's updates; without weights a step is computed."""
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, weights: tuple[float, ...] | None = ()) -> Tensor:
+        return super().__call__(x, t, y, weights)
+
+    @property
+    def updates(self) -> list[Tensor]:
+        """The trunk's last updates [B, N, D], newest first."""
+        run = self.run
+        assert isinstance(run, StepRun)
+        newest, slots = int(run.updates.newest[0]), run.updates.slots
+        known = min(int(run.updates.computed[0]), slots)
+        return [self._tensor(run.state.values[update_name((newest - age) % slots)]) for age in range(known)]
+
+    def update(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The trunk's update at a step that is not part of the run."""
+        inputs = arrays_of(self.model, x, t, y)
+        made = self.runtime.call("full", self.runtime.feed("full", inputs), self.runtime.full_bucket(inputs), {})
+        return self._tensor(made[UPDATE])
+
+    def _tensor(self, value: object) -> Tensor:
+        return torch.from_numpy(np.array(self.runtime.array(value)))
+
+
+@dataclass(frozen=True)
+class Images:
+    """Noise and labels of some images, and where a converged run takes them."""
+
+    noise: Tensor
+    labels: Tensor
+    reference: Trajectory
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run of about the budget. `cost` in steps of the original; `psnr` of the images it was not fitted to, [n]."""
+
+    name: str
+    table: RunTable | Sampler
+    cost: float
+    fitted: bool
+    psnr: Tensor
+
+    @property
+    def mean(self) -> float:
+        return float(self.psnr.mean())
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean."""
+        return float(self.psnr.std() / len(self.psnr) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """Fits and judges tables of one bundle. `new_step`: a fresh run; `skip_cost`: of a skipped step, in full ones."""
+
+    new_step: Callable[[], FittedStep]
+    prediction: str
+    skip_cost: float
+    guidance: float = 1.0
+    null_class: int | None = None
+
+    def images(self, noise: Tensor, labels: Tensor, steps: int, tick: Callable[[], None]) -> Images:
+        """Images with their reference, an Adams run of so many steps."""
+        table = replace(self.structure(ADAMS, steps), guidance=self.guidance)
+        found = trajectory(table, self.new_step(), noise, labels, self.null_class, lambda _: tick())
+        return Images(noise, labels, found)
+
+    def convergence(self, images: Images, steps: int, tick: Callable[[], None]) -> float:
+        """PSNR in dB of a run of so many steps to the reference: how far that is from converged."""
+        half = replace(self.structure(ADAMS, steps), guidance=self.guidance)
+        return float(self.judged(half, images, tick).mean())
+
+    def structure(self, kind: str, steps: int) -> RunTable:
+        table = original_run(self.prediction, steps, kind)
+        assert isinstance(table, RunTable)
+        return table
+
+    def structures(self, budget: float) -> Iterator[tuple[str, RunTable]]:
+        """Tables that cost no more than `budget` steps of the original, with every number of skipped steps."""
+        whole = int(budget + 1e-9)
+        yield "all steps computed", self.structure(GRADED, whole)
+        for skips in SKIPS:
+            full = self.affordable(budget, skips)
+            if full is not None:
+                table = on_levels(self.prediction, default_levels(full), full)
+                yield f"{skips} skipped after each", table
+
+    def affordable(self, budget: float, skips: int) -> list[bool] | None:
+        """The longest pattern within the budget; None if there is none with a skipped step."""
+        for evaluations in range(int(budget), 1, -1):
+            full = pattern(evaluations, skips)
+            if not all(full) and self.cost(full) <= budget + 1e-9:
+                return full
+        return None
+
+    def cost(self, full: Sequence[bool]) -> float:
+        return sum(full) + self.skip_cost * (len(full) - sum(full))
+
+    def trials(self, budget: float, seen: Images, fresh: Images, tick: Callable[[str], None]) -> list[Trial]:
+        """Every structure as it is and fitted to the images that are seen, and the original by known solvers.
+
+        UsageError for a budget of less than two steps.
+        """
+        if budget < 2:
+            raise UsageError(f"a budget of {budget:.3g} steps of the original: at least 2 are needed to fit anything")
+        found = []
+        for name, plain in self.structures(budget):
+            structure = replace(plain, guidance=self.guidance, name=name)
+            cost = self.cost([row.full for row in structure.rows])
+            tick(name)
+            found.append(self.trial(name, structure, cost, fresh, False, tick))
+            table = fitted(
+                structure,
+                self.new_step(),
+                seen.noise,
+                seen.labels,
+                seen.reference,
+                null_class=self.null_class,
+                on_step=lambda _, name=name: tick(name),  # type: ignore[misc]
+            )
+            found.append(self.trial(f"{name}, fitted", replace(table, name=f"{name}, fitted"), cost, fresh, True, tick))
+        whole = int(budget + 1e-9)
+        for solver in CONTROLS[:-1]:
+            sampler = Sampler(self.prediction, whole, solver)
+            found.append(self.trial(f"original, {solver}", sampler, float(whole), fresh, False, tick))
+        return sorted(found, key=lambda trial: -trial.mean)
+
+    def trial(
+        self, name: str, table: RunTable | Sampler, cost: float, fresh: Images, fit: bool, tick: Callable[[str], None]
+    ) -> Trial:
+        return Trial(name, table, cost, fit, self.judged(table, fresh, lambda: tick(name)))
+
+    def judged(self, table: RunTable | Sampler, images: Images, tick: Callable[[], None]) -> Tensor:
+        """PSNR in dB of each image [n] to where the converged run takes it."""
+        options: dict[str, Any] = {"guidance": self.guidance, "null_class": self.null_class}
+        made = table.run(self.new_step(), images.noise, images.labels, on_step=lambda _: tick(), **options)
+        return psnr(made, images.reference.samples[-1])

@@ -1,0 +1,74 @@
+"""What `dcconvert tune` found: a table for page and terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.table import Table as TerminalTable
+
+from dcconvert.report.reading import Record
+from dcconvert.report.tables import Column, Table, shown, words
+
+
+@dataclass(frozen=True)
+class TuningRow(Record):
+    """A run of about the budget, and the PSNR of images that it was not fitted to."""
+
+    name: str
+    steps: int
+    computed: int
+    gmacs: float
+    psnr: float | None
+    psnr_error: float | None
+    fitted: bool = False
+
+
+COLUMNS: tuple[Column[TuningRow], ...] = (
+    words("run", lambda row: row.name),
+    Column("steps", lambda row: str(row.steps)),
+    Column("computed", lambda row: str(row.computed)),
+    Column("GMACs per image", lambda row: f"{row.gmacs:.3g}"),
+    Column("PSNR, dB", lambda row: shown(row.psnr, ".2f", missing="not finite")),
+    Column("standard error", lambda row: shown(row.psnr_error, ".2f", missing="")),
+)
+
+
+@dataclass(frozen=True)
+class Tuning(Record):
+    """Runs of one budget, best first."""
+
+    rows: tuple[TuningRow, ...]
+    budget: float
+    chosen: str
+    images: int
+    fresh: int
+    reference_steps: int
+    guidance: float = 1.0
+    converged: bool = True
+    converged_db: float | None = None
+
+    @property
+    def table(self) -> Table:
+        return Table.of(COLUMNS, self.rows)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader has to know of the figures."""
+        found = [
+            f"PSNR of {self.fresh} images that nothing was fitted to, against the original with {self.reference_steps} "
+            f"steps (Adams-Bashforth); half as many steps are {shown(self.converged_db, '.1f')} dB from that. The fits "
+            f"saw {self.images} other images. Chosen: {self.chosen}."
+        ]
+        if not self.converged:
+            found.append("The reference has not converged: give more --reference-steps.")
+        best = next(row for row in self.rows if row.name == self.chosen)
+        if best.steps == best.computed:
+            found.append(
+                "No run with skipped steps was better than the original's own graph with as many operations, so the "
+                "chosen run computes every step."
+            )
+        return found
+
+    def for_terminal(self) -> TerminalTable:
+        title = f"budget: {self.budget:.3g} steps of the original, guidance {self.guidance:g}"
+        return self.table.for_terminal(title)

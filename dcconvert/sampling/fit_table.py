@@ -1,0 +1,168 @@
+"""Fit the numbers of a run table to a model, by least squares and without a gradient.
+
+A table is fitted step by step: after all earlier steps have been fitted, the move of this one is fitted to where a
+converged run of the same noise is at the next noise level, and the forecast of a skipped step to the update that the
+trunk would have made. This is the stagewise form of bespoke non-stationary solvers (Shaul et al., arXiv 2403.01329),
+with steps that skip the trunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.sampling.run_table import Row, RunTable, evaluated, moved
+
+OUTPUTS = 5  # of the model, that a move is fitted to
+UPDATES = 3  # of the trunk, that a forecast is fitted to
+RIDGE = 1e-4  # relative to a regressor's own size: outputs of neighbouring steps are nearly the same
+
+
+class FittedModel(Protocol):
+    """A model inside one run, as `run_table.Model`, that shows its trunk's updates."""
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor: ...
+
+    @property
+    def updates(self) -> Sequence[Tensor]:
+        """The trunk's last updates [B, N, D], newest first."""
+
+    def update(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The trunk's update at a step that is not part of the run."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A converged run: samples [L, B, C, H, W] at noise levels [L], falling from 1 to 0."""
+
+    levels: np.ndarray
+    samples: Tensor
+
+    def at(self, level: float) -> Tensor:
+        """The samples at a noise level, by a cubic through the four levels around it."""
+        place = int(np.searchsorted(-self.levels, -level))
+        first = min(max(place - 2, 0), len(self.levels) - 4)
+        points = self.levels[first : first + 4]
+        weights = [np.prod([(level - q) / (p - q) for q in points if q != p]) for p in points]
+        return sum((w * s for w, s in zip(weights, self.samples[first : first + 4], strict=True)), 0 * self.samples[0])
+
+
+@torch.no_grad()
+def trajectory(
+    table: RunTable,
+    model: FittedModel,
+    noise: Tensor,
+    labels: Tensor,
+    null_class: int | None = None,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> Trajectory:
+    """Where a run from `noise` [B, C, H, W] is after each of its steps."""
+    found = [noise]
+    for number, x in enumerate(table.samples(model, noise, labels, null_class=null_class)):
+        found.append(x)
+        on_step(number)
+    return Trajectory(np.array([*(row.tau for row in table.rows), 0.0]), torch.stack(found))
+
+
+@torch.no_grad()
+def fitted(
+    structure: RunTable,
+    model: FittedModel,
+    noise: Tensor,
+    labels: Tensor,
+    reference: Trajectory,
+    *,
+    null_class: int | None = None,
+    outputs: int = OUTPUTS,
+    updates: int = UPDATES,
+    ridge: float = RIDGE,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> RunTable:
+    """The table with its numbers fitted on runs from `noise` [B, C, H, W]; its steps stay what they are.
+
+    Each step regresses on the sample, the noise, the last `outputs` outputs of the model and, where it skips the trunk,
+    on the last `updates` updates. UsageError for a reference that is not finite.
+    """
+    if not torch.isfinite(reference.samples).all():
+        raise UsageError("the reference run holds numbers that are not finite: the model cannot be sampled")
+    x, rows = noise, []
+    made: list[Tensor] = []
+    for number, row in enumerate(structure.rows):
+        if not row.full:
+            row = with_forecast(row, model, x, labels, structure.guidance, null_class, updates, ridge)
+        made.insert(0, evaluated(model, x, row, labels, structure.guidance, null_class, structure.updates > 0))
+        del made[max(outputs, len(row.outputs)) :]
+        level = structure.rows[number + 1].tau if number + 1 < structure.steps else 0.0
+        row = with_move(row, x, noise, made, reference.at(level), outputs, ridge)
+        x = moved(row, x, noise, made)
+        rows.append(row)
+        on_step(number)
+    return replace(structure, rows=tuple(rows))
+
+
+def with_forecast(
+    row: Row,
+    model: FittedModel,
+    x: Tensor,
+    labels: Tensor,
+    guidance: float,
+    null_class: int | None,
+    updates: int,
+    ridge: float,
+) -> Row:
+    """The row with its weights fitted to the update that the trunk would make."""
+    halves = guidance != 1 and null_class is not None
+    xs = torch.cat([x, x]) if halves else x
+    ys = torch.cat([labels, torch.full_like(labels, int(null_class or 0))]) if halves else labels
+    wanted = model.update(xs, torch.full((len(xs),), row.t, device=x.device), ys)
+    known = list(model.updates)[:updates]
+    weights = padded(row.weights, len(known))
+    missing = wanted - sum(w * u for w, u in zip(weights.tolist(), known, strict=True))
+    return replace(row, weights=tuple((weights + least_squares([], known, missing, ridge)).tolist()))
+
+
+def with_move(
+    row: Row, x: Tensor, noise: Tensor, made: Sequence[Tensor], wanted: Tensor, outputs: int, ridge: float
+) -> Row:
+    """The row with its move fitted to where the sample should be next."""
+    known = list(made[:outputs])
+    missing = wanted - moved(row, x, noise, made)
+    found = least_squares([x, noise], known, missing, ridge)
+    coefficients = padded(row.outputs, max(len(known), len(row.outputs)))
+    coefficients[: len(known)] += found[2:]
+    return replace(
+        row, state=row.state + float(found[0]), noise=row.noise + float(found[1]), outputs=tuple(coefficients.tolist())
+    )
+
+
+def padded(values: Sequence[float], length: int) -> np.ndarray:
+    """The values as an array, with zeros up to a length; values beyond it must be zero already."""
+    return np.pad(np.array(values, np.float64)[:length], (0, max(0, length - len(values))))
+
+
+def least_squares(plain: Sequence[Tensor], history: Sequence[Tensor], wanted: Tensor, ridge: float) -> np.ndarray:
+    """Coefficients of `plain` and `history`, in this order, that add up to `wanted`, all of them [B, ...].
+
+    Images count by the inverse of what is wanted of them, so that none outweighs the others. The history enters as its
+    newest member and differences between neighbours, which are nearly independent where its members are not.
+    """
+    steps = [history[0], *(new - old for new, old in pairwise(history))]
+    flat = torch.stack([part.flatten(1) for part in (*plain, *steps)]).double()  # [R, B, E]
+    goal = wanted.flatten(1).double()
+    weight = 1 / goal.square().sum(1).clamp_min(1e-30)
+    gram = torch.einsum("ibe,jbe,b->ij", flat, flat, weight).numpy()
+    right = torch.einsum("ibe,be,b->i", flat, goal, weight).numpy()
+    size = np.sqrt(np.diag(gram).clip(1e-30))
+    found = np.linalg.solve(gram / np.outer(size, size) + ridge * np.eye(len(size)), right / size) / size
+    first = len(plain)
+    coefficients = found.copy()
+    coefficients[first + 1 :] *= -1  # of each difference, to its older member
+    coefficients[first:-1] += found[first + 1 :]  # and to its newer one
+    return coefficients

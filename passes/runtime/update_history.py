@@ -1,0 +1,82 @@
+"""What runs of full and skipped steps remember on the host: when each sample's trunk was computed, and in which slot.
+
+The updates themselves stay in the runtime's memory, in as many slots as a skipped step reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.planning.nearest_kept import Ints, Mask
+from dcconvert.passes.planning.token_history import REACH, Doubles
+
+
+class UpdateHistory:
+    """Bookkeeping of one batch of samples. Times are noise levels, 1 for noise and 0 for clean."""
+
+    def __init__(self, batch: int, slots: int) -> None:
+        self.slots = slots
+        self.steps: Ints = np.zeros(batch, np.int64)  # that each sample has made
+        self.tau: Doubles = np.full(batch, np.inf)  # noise level of its last step
+        self.levels: Doubles = np.zeros((slots, batch))  # of its computed steps, newest first
+        self.computed: Ints = np.zeros(batch, np.int64)  # how many of its steps were computed
+        self.newest: Ints = np.full(batch, slots - 1)  # the slot of its last update
+        self.owed: Doubles = np.zeros(batch)  # computed steps that the schedule wants and that were not made yet
+
+    def restart(self, samples: Sequence[int] | Ints) -> None:
+        """Forget these samples: their next step is the first of a run and is computed."""
+        self.steps[samples] = 0
+        self.tau[samples] = np.inf
+        self.computed[samples] = 0
+        self.owed[samples] = 0
+
+    def check(self, tau: Doubles) -> None:
+        """UsageError if the noise of a sample rose since its last step."""
+        rose = np.flatnonzero(tau > self.tau + 1e-6)
+        if len(rose):
+            sample = int(rose[0])
+            raise UsageError(
+                f"the noise level of sample {sample} rose from {self.tau[sample]:.4g} to {tau[sample]:.4g} within a "
+                "run: forecasts need a sampler whose timesteps only fall; for another image, start a new run"
+            )
+
+    def due(self, fraction: Doubles) -> Mask:
+        """Which samples [B] a step computes, where `fraction` [B] of the steps are to be; the first always is.
+
+        What a schedule wants is added up, so that a fraction of 1/4 computes every fourth step.
+        """
+        first = self.computed == 0
+        self.owed = np.where(first, 1.0, self.owed + fraction)
+        due: Mask = first | (self.owed >= 1 - 1e-9)
+        self.owed -= due
+        return due
+
+    def line(self, tau: Doubles) -> Doubles:
+        """Weights of the last updates [slots, B], newest first: a straight line in the noise level through two.
+
+        It is followed no further than REACH times the distance between these two. Samples with one update hold it.
+        """
+        weights = np.zeros_like(self.levels)
+        gap = self.levels[1] - self.levels[0]
+        known = (self.computed > 1) & (gap > 0)
+        ahead = np.divide(self.levels[0] - tau, gap, out=np.zeros_like(gap), where=known).clip(0, REACH)
+        weights[0], weights[1] = 1 + ahead, -ahead
+        return weights
+
+    def by_slot(self, weights: Doubles) -> Doubles:
+        """Weights [slots, B], newest first, in the order of the slots that hold the updates."""
+        found = np.zeros_like(self.levels)
+        for age in range(self.slots):
+            np.put_along_axis(found, ((self.newest - age) % self.slots)[None], weights[age][None], 0)
+        return found
+
+    def note(self, tau: Doubles, full: Mask) -> None:
+        """Bring forward what is known after a step at noise levels [B] that computed some samples [B]."""
+        self.steps += 1
+        self.tau = tau.copy()
+        self.levels[:, full] = np.concatenate([tau[None, full], self.levels[:-1, full]])
+        self.computed += full
+        self.newest = np.where(full, (self.newest + 1) % self.slots, self.newest)

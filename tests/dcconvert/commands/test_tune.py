@@ -1,0 +1,139 @@
+"""Mode steps from the command line: the table that a bundle holds, and what `tune` makes of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dcconvert.export.bundle import read_bundle
+from dcconvert.sampling.bundle_runs import RUN, bundle_run
+from dcconvert.sampling.run_table import RunTable
+from tests.dcconvert.harness import run_cli
+
+
+@pytest.fixture
+def folder(steps_job, tmp_path) -> Path:
+    return Path(shutil.copytree(steps_job.folder, tmp_path / "bundle"))
+
+
+def table_of(folder: Path) -> RunTable:
+    return RunTable.from_dict(json.loads((folder / RUN).read_text()))
+
+
+def test_a_bundle_holds_the_table_of_its_run(steps_job):
+    table = table_of(steps_job.folder)
+    assert table.evaluations == round(50 / 4)
+    assert table.steps > table.evaluations
+    report = steps_job.report
+    assert report["conversion"]["mode"] == "steps"
+    assert report["compute"]["run_gmacs"]["original_steps"] == 50
+    assert report["compute"]["run_gmacs"]["steps"] == table.steps
+    kept = [step["kept"] > 0 for step in report["compute"]["per_step"]]
+    assert kept == [row.full for row in table.rows]
+    assert all(check["passed"] for check in report["checks"])
+    names = [row["name"] for row in report["fidelity"]["images"]["rows"]]
+    assert any("graded" in name for name in names)
+    assert any("unipc" in name for name in names)
+
+
+def test_its_compute_is_that_of_its_computed_steps(steps_job):
+    compute, table = steps_job.report["compute"], table_of(steps_job.folder)
+    skipped = min(step["gmacs"] for step in compute["per_step"])
+    wanted = compute["original_gmacs"] * table.evaluations + skipped * (table.steps - table.evaluations)
+    assert compute["run_gmacs"]["converted"] == pytest.approx(wanted, rel=0.02)  # the update costs a subtraction
+
+
+def test_the_run_of_a_bundle(steps_job):
+    bundle = read_bundle(steps_job.folder)
+    run, _ = bundle_run(bundle)
+    assert run == table_of(steps_job.folder)
+    other, _ = bundle_run(bundle, 100)
+    assert isinstance(other, RunTable)
+    assert other.evaluations == 25
+    solver, planner = bundle_run(bundle, 20, "unipc")
+    assert (solver.steps, solver.solver) == (20, "unipc")
+    assert 0 in planner.run_counts(solver.taus)
+
+
+def test_samples_are_drawn_by_the_table(folder, tmp_path):
+    run = run_cli("sample", folder, "-n", 2, "--compare", "-o", tmp_path / "out.png")
+    assert run.code == 0, run.err
+    assert (tmp_path / "out.png").is_file()
+
+
+def test_tune_stores_what_was_best_on_images_it_did_not_see(folder):
+    before = table_of(folder)
+    run = run_cli("tune", folder, "--images", 4, "--fresh", 3, "--reference-steps", 24, "--threads", 1)
+    assert run.code == 0, run.err
+    after, report = table_of(folder), json.loads((folder / "report.json").read_text())
+    found = report["tuning"]
+    assert after != before
+    assert after.name == found["chosen"]
+    figures = [row["psnr"] for row in found["rows"]]
+    assert figures == sorted(figures, reverse=True)
+    best = next(row for row in found["rows"] if row["name"] == found["chosen"])
+    assert best["psnr"] == max(row["psnr"] for row in found["rows"] if not row["name"].startswith("original"))
+    names = {row["name"] for row in found["rows"]}
+    assert {"all steps computed, fitted", "1 skipped after each, fitted", "original, unipc", "original, euler"} <= names
+    by_name = {row["name"]: row for row in found["rows"]}
+    fit, plain = by_name["all steps computed, fitted"], by_name["all steps computed"]
+    assert fit["psnr"] > plain["psnr"]
+    assert "Chosen:" in run.out
+    assert "Tuning" in (folder / "report.html").read_text()
+
+
+def test_tune_for_another_budget_and_guidance(folder):
+    words = ("--ratio", "10x", "--guidance", 2, "--images", 2, "--fresh", 2, "--reference-steps", 12)
+    run = run_cli("tune", folder, *words)
+    assert run.code == 0, run.err
+    table = table_of(folder)
+    assert table.evaluations <= 5
+    assert table.guidance == 2
+
+
+def test_tune_refuses_other_modes_and_too_small_budgets(main_job, folder):
+    run = run_cli("tune", main_job.folder)
+    assert run.code == 2
+    assert "is in mode carry, which has no run table" in run.err
+    run = run_cli("tune", folder, "--ratio", "40x", "--images", 2, "--fresh", 2, "--reference-steps", 8)
+    assert run.code == 2
+    assert "a budget of 1.25 steps of the original" in run.err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 1}'])
+def test_a_damaged_table_is_one_line(text, folder, tmp_path):
+    (folder / RUN).write_text(text)
+    run = run_cli("sample", folder, "-n", 1, "-o", tmp_path / "out.png")
+    assert run.code == 2
+    assert len(run.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["calibrate", "upcycle", "stress"])
+def test_commands_of_other_modes_say_so(command, folder):
+    run = run_cli(command, folder)
+    assert run.code == 2
+    assert "mode" in run.err
+    assert "Traceback" not in run.err
+
+
+def test_a_bundle_is_evaluated_beside_the_best_of_fewer_steps(steps_job, main_job, tmp_path):
+    words = ("--images", 5, "--reference-steps", 12, "--batch", 2, "--json", tmp_path / "found.json")
+    run = run_cli("evaluate", steps_job.folder, *words)
+    assert run.code == 0, run.err
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    mine = next(row for row in rows if row["mode"] == "steps")
+    assert mine["steps"] == table_of(steps_job.folder).steps
+    assert mine["state_mb"] > 0
+    solvers = {row["solver"] for row in rows if "time" in row["control"]}
+    assert {"euler", "unipc", "graded"} <= solvers
+
+
+def test_what_mode_steps_cannot_do_yet_is_one_line(folder, tmp_path):
+    lite = ("--guidance", 2, "--lite-cfg", 8)
+    for words in (("build", folder), ("triton", folder, "-o", tmp_path / "triton"), ("sample", folder, *lite)):
+        run = run_cli(*words)
+        assert run.code == 2, words
+        assert "Traceback" not in run.err
