@@ -40,7 +40,7 @@ wheel: $(VENV)/.test-installed
 	$(BIN)/python .ci/check_wheel.py
 
 pytest: $(VENV)/.test-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 # A second run finds these stamps and installs nothing. Torch comes first, alone: nothing that depends on it
 # then picks another build.

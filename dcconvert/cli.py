@@ -4,32 +4,50 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.markup import escape
 
 from dcconvert import __version__
-from dcconvert.environment import set_threads
-from dcconvert.models.load import shipped_model
-from dcconvert.options.click_classes import Commands
-from dcconvert.options.conversion import convert_options, demo_options, inspect_options
-from dcconvert.options.deployment import build_options, triton_options
-from dcconvert.options.images import evaluate_options, sample_options, stress_options
-from dcconvert.options.shared import PATH
-from dcconvert.options.training import calibrate_options, tune_options, upcycle_options
+from dcconvert.options.click_classes import PATH, Commands
 from dcconvert.passes.ir.errors import DcconvertError, UsageError
-from dcconvert.passes.methods import PRESETS, find, method_of
-from dcconvert.passes.methods.method import Method
-from dcconvert.passes.planning.schedule import AUTO
-from dcconvert.sampling.samplers import Guidance
-from dcconvert.train.distillation import Recipe
+
+if TYPE_CHECKING:
+    from dcconvert.passes.methods.method import Method
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 INSPECT_RATIO = 4.0  # for commands without --ratio, where a preset needs one
+
+
+def options_of(command: str) -> Callable[[], Callable[[Any], Any]]:
+    """What reads a command's options. They name methods and solvers, which need torch; `dcconvert --help` does not."""
+
+    def read() -> Callable[[Any], Any]:
+        from dcconvert.options.conversion import convert_options, demo_options, inspect_options
+        from dcconvert.options.deployment import build_options, triton_options
+        from dcconvert.options.images import evaluate_options, sample_options, stress_options
+        from dcconvert.options.training import calibrate_options, tune_options, upcycle_options
+
+        found = {
+            "convert": convert_options,
+            "inspect": inspect_options,
+            "calibrate": calibrate_options,
+            "tune": tune_options,
+            "upcycle": upcycle_options,
+            "sample": sample_options,
+            "evaluate": evaluate_options,
+            "stress": stress_options,
+            "build": build_options,
+            "export-triton": triton_options,
+            "demo": demo_options,
+        }
+        return found[command]
+
+    return read
 
 
 def command_line() -> str:
@@ -42,6 +60,8 @@ def pick_method(values: dict[str, Any], ratio: float) -> Method:
 
     UsageError for options that the method does not have.
     """
+    from dcconvert.passes.methods import find, method_of
+
     names = ("head_blocks", "tail_blocks", "router", "state_dtype", "seed")
     given = {name: value for name in names if (value := values.pop(name)) is not None}
     mode, preset = values.pop("mode"), values.pop("preset")
@@ -63,9 +83,8 @@ def commands() -> None:
     """
 
 
-@commands.command()
+@commands.command(late=options_of("convert"))
 @click.argument("model", type=PATH)
-@convert_options
 def convert(model: Path, out: Path | None, **values: Any) -> None:
     """Convert a checkpoint, verify it, export it and measure it.
 
@@ -73,6 +92,9 @@ def convert(model: Path, out: Path | None, **values: Any) -> None:
     bundle: a folder with the converted model, its ONNX files and a report. This is the default command.
     """
     from dcconvert.commands.convert import Settings, run_job
+    from dcconvert.environment import set_threads
+    from dcconvert.passes.methods import PRESETS
+    from dcconvert.passes.planning.schedule import AUTO
     from dcconvert.report.conversion import terminal_table
     from dcconvert.terminal import Stages
 
@@ -98,9 +120,8 @@ def convert(model: Path, out: Path | None, **values: Any) -> None:
     Console().print(escape(f"Bundle: {target}\nReport: {target / 'report.html'}"), highlight=False, soft_wrap=True)
 
 
-@commands.command()
+@commands.command(late=options_of("inspect"))
 @click.argument("model", type=PATH)
-@inspect_options
 def inspect(model: Path, **values: Any) -> None:
     """Show what was found in a checkpoint and what would change.
 
@@ -112,9 +133,8 @@ def inspect(model: Path, **values: Any) -> None:
     inspect_checkpoint(model, pick_method(values, INSPECT_RATIO), Console(), **values)
 
 
-@commands.command()
+@commands.command(late=options_of("calibrate"))
 @click.argument("bundle", type=PATH)
-@calibrate_options
 def calibrate(bundle: Path, **values: Any) -> None:
     """Find and store the best steps and schedule for a budget.
 
@@ -126,9 +146,8 @@ def calibrate(bundle: Path, **values: Any) -> None:
     calibrate_bundle(Settings(bundle, command=command_line(), **values), Console())
 
 
-@commands.command()
+@commands.command(late=options_of("tune"))
 @click.argument("bundle", type=PATH)
-@tune_options
 def tune(bundle: Path, **values: Any) -> None:
     """Fit a bundle's run table to its model, for a budget.
 
@@ -140,15 +159,15 @@ def tune(bundle: Path, **values: Any) -> None:
     tune_bundle(Settings(bundle, command=command_line(), **values), Console())
 
 
-@commands.command()
+@commands.command(late=options_of("upcycle"))
 @click.argument("bundle", type=PATH)
-@upcycle_options
 def upcycle(bundle: Path, out: Path | None, **values: Any) -> None:
     """Train a bundle with the original model as its teacher.
 
     If the training is stopped, the same command resumes it.
     """
     from dcconvert.commands.upcycle import upcycle_bundle
+    from dcconvert.train.distillation import Recipe
     from dcconvert.train.loop import Settings
 
     names = ("train", "samples", "batch", "rank", "ratios", "feature_weight", "ratio_weight", "unroll", "ema", "seed")
@@ -157,20 +176,19 @@ def upcycle(bundle: Path, out: Path | None, **values: Any) -> None:
     upcycle_bundle(settings, Console())
 
 
-@commands.command()
+@commands.command(late=options_of("sample"))
 @click.argument("bundle", type=PATH)
-@sample_options
 def sample(bundle: Path, **values: Any) -> None:
     """Draw images with a bundle and save them as a PNG grid."""
     from dcconvert.commands.sample import sample_bundle
+    from dcconvert.sampling.samplers import Guidance
 
     guidance = Guidance(values.pop("guidance"), values.pop("lite_cfg"))
     sample_bundle(bundle, Console(), guidance=guidance, **values)
 
 
-@commands.command()
+@commands.command(late=options_of("evaluate"))
 @click.argument("bundles", nargs=-1, required=True, type=PATH)
-@evaluate_options
 def evaluate(bundles: tuple[Path, ...], **values: Any) -> None:
     """Compare bundles with the original in cost and quality.
 
@@ -178,6 +196,7 @@ def evaluate(bundles: tuple[Path, ...], **values: Any) -> None:
     """
     from dcconvert.commands.evaluate import Settings, evaluate_bundles
     from dcconvert.evaluate.image_quality import Wanted
+    from dcconvert.sampling.samplers import Guidance
 
     guidance = Guidance(values.pop("guidance"), values.pop("lite_cfg"))
     names = ("images", "seed", "reference_steps", "real", "real_images", "features", "vae")
@@ -185,9 +204,8 @@ def evaluate(bundles: tuple[Path, ...], **values: Any) -> None:
     evaluate_bundles(Settings(bundles, command_line(), wanted, guidance, **values), Console())
 
 
-@commands.command()
+@commands.command(late=options_of("stress"))
 @click.argument("bundle", type=PATH)
-@stress_options
 def stress(bundle: Path, **values: Any) -> None:
     """Show what a bundle does to images full of fine detail.
 
@@ -198,9 +216,8 @@ def stress(bundle: Path, **values: Any) -> None:
     stress_bundle(Settings(bundle, command=command_line(), **values), Console())
 
 
-@commands.command()
+@commands.command(late=options_of("build"))
 @click.argument("bundle", type=PATH)
-@build_options
 def build(bundle: Path, **values: Any) -> None:
     """Build TensorRT engines, or fp16 graphs for ONNX Runtime.
 
@@ -211,9 +228,8 @@ def build(bundle: Path, **values: Any) -> None:
     build_bundle(Settings(bundle, **values), Console())
 
 
-@commands.command("export-triton")
+@commands.command("export-triton", late=options_of("export-triton"))
 @click.argument("bundle", type=PATH)
-@triton_options
 def triton(bundle: Path, out: Path, name: str, device: str, force: bool) -> None:
     """Write a model repository for Triton Inference Server."""
     from dcconvert.commands.triton_repository import triton_repository
@@ -221,11 +237,11 @@ def triton(bundle: Path, out: Path, name: str, device: str, force: bool) -> None
     triton_repository(bundle, out, Console(), name=name, device=device, force=force)
 
 
-@commands.command()
-@demo_options
+@commands.command(late=options_of("demo"))
 @click.pass_context
 def demo(ctx: click.Context, ratio: float, out: Path, force: bool) -> None:
     """Convert the small trained model that ships with dcconvert."""
+    from dcconvert.models.load import shipped_model
 
     ctx.invoke(convert, model=shipped_model(), ratio=ratio, out=out, force=force)
 

@@ -69,10 +69,17 @@ LATE = {
         "torch._dynamo.source",
         "torch.nn.attention.varlen",
         "dcconvert.commands",  # each command imports what only it needs
+        "dcconvert.environment",
         "dcconvert.evaluate.image_quality",
         "dcconvert.export.onnx",  # needs onnxscript
+        "dcconvert.models.load",
+        "dcconvert.options",  # those of a command name methods and solvers, which need torch
+        "dcconvert.passes.methods",
+        "dcconvert.passes.planning.schedule",
         "dcconvert.report.conversion",
+        "dcconvert.sampling.samplers",
         "dcconvert.terminal",
+        "dcconvert.train.distillation",
         "dcconvert.train.loop",
     },
     "optional": {

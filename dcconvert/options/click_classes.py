@@ -14,6 +14,7 @@ from dcconvert.passes.ir.errors import UsageError
 
 OTHER = "Other options"  # the heading of options that have no other, such as --help
 NAME_WIDTH = 30  # longer names have a line of their own
+PATH = click.Path(path_type=Path)
 METAVARS = {"integer": "N", "integer range": "N", "float": "X", "float range": "X"}
 
 
@@ -41,7 +42,25 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command whose help lists its options under their headings, in the order in which they are written."""
+    """A command whose help lists its options under their headings, in the order in which they are written.
+
+    `late` gives a decorator with more options when they are first asked for, which a list of commands does not do.
+    """
+
+    def __init__(self, *args: Any, late: Callable[[], Callable[[Any], Any]] | None = None, **attrs: Any) -> None:
+        self._late = late
+        super().__init__(*args, **attrs)
+
+    @property
+    def params(self) -> list[click.Parameter]:
+        late, self._late = self._late, None
+        if late is not None:
+            self._params += click.command()(late()(lambda: None)).params
+        return self._params
+
+    @params.setter
+    def params(self, value: list[click.Parameter]) -> None:
+        self._params = value
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import click
 
-from dcconvert.options.click_classes import OTHER, option, options, section
+from dcconvert.options.click_classes import OTHER, PATH, option, options, section
 from dcconvert.options.shared import (
     ANY,
     GUIDANCE,
     LITE_CFG,
-    PATH,
     POSITIVE,
     THREADS,
     VAE,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
 from dcconvert.models.load import parse_size
-from dcconvert.options.click_classes import option, section
+from dcconvert.options.click_classes import PATH, option, section
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.spec import STATE_DTYPES
 from dcconvert.passes.methods import METHODS, MODES, PRESETS, method_of
@@ -37,7 +36,6 @@ def mode_defaults(default: Callable[[type[Method]], Any]) -> str:
     return ", ".join(f"{default(METHODS[mode])} in mode {mode}" for mode in MODES)
 
 
-PATH = click.Path(path_type=Path)
 RATIO, SIZE = Parsed("ratio", parse_ratio), Parsed("size", parse_size)
 ANY, POSITIVE, SEED_RANGE = click.IntRange(0), click.IntRange(1), click.IntRange(0, 2**40)
 

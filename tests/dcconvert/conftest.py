@@ -1,9 +1,14 @@
-"""The main job, run once in each mode for all tests of this floor: nothing may change what it left."""
+"""The main job, run once in each mode for all tests of this floor: nothing may change what it left.
+
+Every test process has its own copy.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +22,27 @@ from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.sampling.bundle_runs import run_planner
 from dcconvert.sampling.steps import OrtPair
 from tests.dcconvert.harness import Run, run_cli, write_checkpoint
+from tests.sharing import made_once
 
 
 @dataclass
 class MainJob:
-    """A conversion from the command line, and the model as it was before it was written."""
+    """A conversion from the command line: its folder has the checkpoint, the bundle and what the command said."""
 
-    checkpoint: Path
-    folder: Path
-    run: Run
-    model: Converted
+    mode: str
+    work: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.work / CHECKPOINT
+
+    @property
+    def folder(self) -> Path:
+        return self.work / "tiny-dc4x"
+
+    @property
+    def run(self) -> Run:
+        return Run.read(self.work)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -36,7 +52,29 @@ class MainJob:
     def report(self) -> dict[str, Any]:
         return json.loads((self.folder / "report.json").read_text())
 
+    @cached_property
+    def model(self) -> Converted:
+        """The model as it was before it was written: the same job again, as far as the conversion."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.work)
+            patch.setattr(job, "convert", stop_with_model)
+            with pytest.raises(Stopped) as stop:
+                run_cli(CHECKPOINT, *SHARED, *WORDS[self.mode], "-o", "again")
+        return stop.value.model
 
+
+class Stopped(Exception):  # noqa: N818
+    """The end of a job that is not needed any further than its model."""
+
+    def __init__(self, model: Converted) -> None:
+        self.model = model
+
+
+def stop_with_model(*args: Any, **options: Any) -> Converted:
+    raise Stopped(api.convert(*args, **options))
+
+
+CHECKPOINT = "tiny.safetensors"
 SHARED = ("--ratio", "4x", "--schedule", "falling", "--batch", 1, "--batch", 2, "--images", 3, "--reference-steps", 14)
 WORDS = {
     "carry": ("--mode", "carry", "--steps", 12),
@@ -50,38 +88,33 @@ def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
 
-def run_job(mode: str, folder: Path) -> MainJob:
-    checkpoint = write_checkpoint(folder / "tiny.safetensors")
-    models: list[Converted] = []
-    convert = api.convert
+def run_job(mode: str, shared: Path, own: Path) -> MainJob:
+    def make(folder: Path) -> None:
+        write_checkpoint(folder / CHECKPOINT)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("COLUMNS", "200")
+            patch.chdir(folder)
+            run = run_cli(CHECKPOINT, *SHARED, *WORDS[mode], "--dump-graphs", "graphs")
+        assert run.code == 0, run.err
+        run.write(folder)
 
-    def remember(*args: Any, **options: Any) -> Converted:
-        models.append(convert(*args, **options))
-        return models[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COLUMNS", "200")
-        patch.chdir(folder)
-        patch.setattr(job, "convert", remember)
-        run = run_cli("tiny.safetensors", *SHARED, *WORDS[mode], "--dump-graphs", "graphs")
-    assert run.code == 0, run.err
-    return MainJob(checkpoint, folder / "tiny-dc4x", run, models[0])
+    return MainJob(mode, shutil.copytree(made_once(shared / f"job-{mode}", make), own, dirs_exist_ok=True))
 
 
 @pytest.fixture(scope="session")
-def main_job(tmp_path_factory: pytest.TempPathFactory) -> MainJob:
+def main_job(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MainJob:
     """In mode carry."""
-    return run_job("carry", tmp_path_factory.mktemp("main"))
+    return run_job("carry", run_folder, tmp_path_factory.mktemp("main"))
 
 
 @pytest.fixture(scope="session")
-def chunk_job(tmp_path_factory: pytest.TempPathFactory) -> MainJob:
-    return run_job("chunk", tmp_path_factory.mktemp("chunk"))
+def chunk_job(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MainJob:
+    return run_job("chunk", run_folder, tmp_path_factory.mktemp("chunk"))
 
 
 @pytest.fixture(scope="session")
-def steps_job(tmp_path_factory: pytest.TempPathFactory) -> MainJob:
-    return run_job("steps", tmp_path_factory.mktemp("steps"))
+def steps_job(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MainJob:
+    return run_job("steps", run_folder, tmp_path_factory.mktemp("steps"))
 
 
 @pytest.fixture(params=("carry", "chunk"))

@@ -7,7 +7,7 @@ import io
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,14 @@ class Run:
     code: int
     out: str
     err: str
+
+    def write(self, folder: Path) -> None:
+        """For other test processes."""
+        (folder / "run.json").write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        return cls(**json.loads((folder / "run.json").read_text()))
 
 
 def run_cli(*words: Any) -> Run:

@@ -21,7 +21,7 @@ from tests.dcconvert.harness import refusal, run_cli
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = list(commands.commands)
-HEAVY = {"accelerate", "diffusers", "matplotlib", "onnxruntime", "scipy", "tensorrt_rtx", "transformers"}
+HEAVY = {"accelerate", "diffusers", "matplotlib", "onnxruntime", "scipy", "tensorrt_rtx", "torch", "transformers"}
 
 each_command = pytest.mark.parametrize("name", NAMES)
 each_width = pytest.mark.parametrize("width", [80, 120])
@@ -112,6 +112,22 @@ def test_shared_decorators_keep_their_order() -> None:
     assert [param.name for param in command.params] == ["z", "a", "b", "c"]
     text = CliRunner().invoke(command, ["--help"]).output
     assert headings(text) == ["Zero", "One", "Two", OTHER]
+
+
+def test_late_options_are_read_once_and_come_after_the_others() -> None:
+    read: list[str] = []
+
+    def late() -> Any:
+        read.append("once")
+        return section("One", option("--b"), option("--c"))
+
+    @click.command(cls=Command, late=late)
+    @section("Zero", option("--a"))
+    def command(**_: Any) -> None: ...
+
+    assert not read
+    assert [[param.name for param in command.params] for _ in range(2)] == [["a", "b", "c"]] * 2
+    assert read == ["once"]
 
 
 def test_one_spelling_for_one_thing() -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from dcconvert.sampling.samplers import Sampler, initial_noise
 from dcconvert.sampling.steps import ConvertedStep
 from dcconvert.train.distillation import Recipe, StepDistillation
 from tests.dcconvert.harness import CONFIG, refusal, run_cli, tiny_dit
+from tests.sharing import made_once
 
 DEEP = replace(CONFIG, depth=6)
 FEW_BLOCKS = ("--head-blocks", 1, "--tail-blocks", 1)  # for SparseDiT's groups
@@ -62,15 +64,28 @@ def checkpoint(checkpoints) -> Path:
     return checkpoints["sparsedit"]
 
 
-@pytest.fixture(scope="module")
-def bundles(checkpoints) -> dict[str, Path]:
-    made = {}
-    for name, path in checkpoints.items():
-        out = made[name] = path.with_suffix("")
+class Bundles:
+    """A bundle of each preset, made when the first test of any process asks for it; every process has copies."""
+
+    def __init__(self, checkpoints: dict[str, Path], shared: Path, own: Path) -> None:
+        self.checkpoints, self.shared, self.own = checkpoints, shared, own
+
+    def __getitem__(self, preset: str) -> Path:
+        copy = self.own / preset
+        if not copy.exists():
+            shutil.copytree(made_once(self.shared / f"preset-{preset}", partial(self.make, preset)) / "bundle", copy)
+        return copy
+
+    def make(self, preset: str, folder: Path) -> None:
         words = ("--batch", 1, "--batch", 4, "--steps", 8, "--images", 2, "--reference-steps", 9)
-        run = run_cli(path, "--ratio", RATIO[name], "--preset", name, *words, *WORDS.get(name, ()), "-o", out)
+        named = ("--ratio", RATIO[preset], "--preset", preset, *words, *WORDS.get(preset, ()))
+        run = run_cli(self.checkpoints[preset], *named, "-o", folder / "bundle")
         assert run.code == 0, run.err
-    return made
+
+
+@pytest.fixture(scope="module")
+def bundles(checkpoints, run_folder, tmp_path_factory) -> Bundles:
+    return Bundles(checkpoints, run_folder, tmp_path_factory.mktemp("presets"))
 
 
 @every_preset

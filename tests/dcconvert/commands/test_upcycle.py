@@ -24,7 +24,8 @@ from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.trained.weight_sets import PREFIX
 from dcconvert.train.distillation import Recipe
 from dcconvert.train.loop import Training, validation_rounds
-from tests.dcconvert.harness import contents, run_cli, write_checkpoint
+from tests.dcconvert.harness import Run, contents, run_cli, write_checkpoint
+from tests.sharing import made_once
 
 WORDS = ("--samples", 48, "--batch", 8, "--teacher-samples", 12, "--images", 2, "--lr", "1e-3", "--save-every", 2)
 STEPS = 6
@@ -32,13 +33,15 @@ RECIPE = Recipe()
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("chunk")
-    checkpoint = write_checkpoint(folder / "tiny.safetensors")
-    words = ("--ratio", "4x", "--mode", "chunk", "--steps", 4, "--batch", 2, "--no-measure")
-    run = run_cli(checkpoint, *words, "-o", folder / "bundle")
-    assert run.code == 0, run.err
-    return folder / "bundle"
+def converted(run_folder, tmp_path_factory) -> Path:
+    def make(folder: Path) -> None:
+        checkpoint = write_checkpoint(folder / "tiny.safetensors")
+        words = ("--ratio", "4x", "--mode", "chunk", "--steps", 4, "--batch", 2, "--no-measure")
+        run = run_cli(checkpoint, *words, "-o", folder / "bundle")
+        assert run.code == 0, run.err
+
+    made = made_once(run_folder / "upcycle-converted", make)
+    return Path(shutil.copytree(made / "bundle", tmp_path_factory.mktemp("chunk") / "bundle"))
 
 
 @pytest.fixture
@@ -47,12 +50,17 @@ def bundle(converted, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(converted, tmp_path_factory):
+def trained(converted, run_folder, tmp_path_factory):
     """The bundle that a run without a stop makes, and what the command printed."""
-    out = tmp_path_factory.mktemp("trained") / "out"
-    run = run_cli("upcycle", converted, "-o", out, *WORDS)
-    assert run.code == 0, run.err
-    return out, run
+
+    def make(folder: Path) -> None:
+        run = run_cli("upcycle", converted, "-o", folder / "bundles" / "out", *WORDS)
+        assert run.code == 0, run.err
+        run.write(folder)
+
+    made = made_once(run_folder / "upcycle-trained", make)
+    own = Path(shutil.copytree(made / "bundles", tmp_path_factory.mktemp("trained"), dirs_exist_ok=True))
+    return own / "out", Run.read(made)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.utils
 import onnxruntime
 import pytest
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 
-from dcconvert.export.onnx.export import export_graph
+from dcconvert.export.onnx import export as onnx_export
 from dcconvert.export.onnx.lowerings import OPSET, PORTABLE
 
 ops = torch.ops.dcconvert
@@ -166,21 +168,41 @@ CASES: dict[str, Case] = {
 }
 
 
-def one_op_graph(case: Case, inputs: Sequence[Tensor]) -> GraphModule:
-    graph = Graph()
-    names = [graph.placeholder(f"input_{i}") for i in range(len(inputs))]
-    graph.output((graph.call_function(case.op, (*names, *case.constants)),))
-    return GraphModule(torch.nn.Module(), graph)
+@pytest.fixture(scope="module")
+def together() -> onnx.ModelProto:
+    """All cases side by side in one graph, exported once: the exporter takes seconds to start."""
+    torch.manual_seed(0)
+    graph, results = Graph(), []
+    args: list[Tensor] = []
+    axes: list[tuple[str, ...]] = []
+    for at, case in enumerate(CASES.values()):
+        inputs = case.inputs(*case.sizes[0])
+        names = [graph.placeholder(input_name(at, i)) for i in range(len(inputs))]
+        results.append(graph.call_function(case.op, (*names, *case.constants)))
+        args += inputs
+        axes += case.axes
+    graph.output(tuple(results))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ops.onnx"
+        outputs = [output_name(at) for at in range(len(CASES))]
+        onnx_export.export_graph(GraphModule(torch.nn.Module(), graph), path, args, axes, outputs)
+        return onnx.load(path)
+
+
+def input_name(case: int, number: int) -> str:
+    return f"case_{case}_input_{number}"
+
+
+def output_name(case: int) -> str:
+    return f"case_{case}_output"
 
 
 @pytest.fixture(scope="module", params=list(CASES))
-def exported(request, tmp_path_factory) -> tuple[Case, Path]:
-    torch.manual_seed(0)
-    case = CASES[request.param]
-    path = tmp_path_factory.mktemp("onnx") / "op.onnx"
-    inputs = case.inputs(*case.sizes[0])
-    export_graph(one_op_graph(case, inputs), path, inputs, case.axes, ("output",))
-    return case, path
+def exported(request: pytest.FixtureRequest, together: onnx.ModelProto) -> tuple[Case, onnx.ModelProto]:
+    """One case, and the part of the graph that leads from its inputs to its output."""
+    at, case = list(CASES).index(request.param), CASES[request.param]
+    names = [input_name(at, i) for i in range(len(case.axes))]
+    return case, onnx.utils.Extractor(together).extract_model(names, [output_name(at)])
 
 
 def test_every_lowering_has_a_case():
@@ -188,8 +210,8 @@ def test_every_lowering_has_a_case():
 
 
 def test_other_sizes_than_the_example(exported):
-    case, path = exported
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    case, model = exported
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     for sizes in case.sizes:
         inputs = case.inputs(*sizes)
         feed = {given.name: value.numpy() for given, value in zip(session.get_inputs(), inputs, strict=True)}
@@ -199,8 +221,7 @@ def test_other_sizes_than_the_example(exported):
 
 
 def test_the_graph_is_plain_onnx(exported):
-    case, path = exported
-    model = onnx.load(path)
+    case, model = exported
     onnx.checker.check_model(model, full_check=True)
     assert {entry.domain: entry.version for entry in model.opset_import}[""] == OPSET
     assert not model.functions
@@ -211,7 +232,7 @@ def test_the_graph_is_plain_onnx(exported):
 
 
 def test_the_named_axes_are_symbolic(exported):
-    case, path = exported
-    for given, named in zip(onnx.load(path).graph.input, case.axes, strict=True):
+    case, model = exported
+    for given, named in zip(model.graph.input, case.axes, strict=True):
         dims = given.type.tensor_type.shape.dim
         assert [dim.dim_param for dim in dims] == [*named, *[""] * (len(dims) - len(named))]
