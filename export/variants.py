@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-from dcconvert.export.checks.parity import Check, check_runtime, mixed_plan, relative_error, require, second_step
+from dcconvert.export.checks.parity import Check, largest, mixed_plan, relative_error, require, second_step
+from dcconvert.export.checks.step_parity import full_then_skipped
+from dcconvert.export.checks.written import check_written
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.export.onnx.lowerings import PORTABLE, TENSORRT, Lowerings
 from dcconvert.export.onnx.mixed_precision import in_precision
@@ -22,7 +24,7 @@ class Variant:
     """How the graphs of a bundle are written for one runtime, beside the portable files in fp32 that it always has.
 
     `error`: how far the output may be from the model in fp32, relative. `agreement`: how far ONNX Runtime may be from
-    torch with the same graphs, as in `check_runtime`; None where ONNX Runtime has no kernels on the CPU to compare.
+    torch with the same graphs, as in `check_written`; None where ONNX Runtime has no kernels on the CPU to compare.
     `packed`: attention takes the packed tokens as they are (`with_packed_attention`).
     """
 
@@ -63,7 +65,7 @@ def write_variant(
     require(checks)
     export_onnx(changed, folder / variant.name, variant.lowerings)
     if variant.agreement is not None:
-        found = check_runtime(changed, folder / variant.name, model.spec.example, buckets, tick, variant.agreement)
+        found = check_written(changed, folder / variant.name, model.spec.example, buckets, tick, variant.agreement)
         require(found)
         checks += [Check(f"{variant.name}: {c.name}", c.value, c.tolerance, c.detail) for c in found]
     return checks
@@ -71,12 +73,17 @@ def write_variant(
 
 @torch.no_grad()
 def check_precision(model: DynamicModel, changed: DynamicModel, variant: Variant) -> Check:
-    """What half precision does to the output of a step whose samples keep different numbers of tokens."""
+    """What half precision does to the output of a step: one whose samples keep different numbers of tokens, or one that
+    is computed and the skipped one after it."""
+    name = f"{variant.name}: {variant.precision} against fp32"
     inputs, tokens = model.spec.example(2), model.spec.tokens
+    if model.spec.updates:
+        pairs = zip(*(full_then_skipped(either, inputs, (0.7,)) for either in (changed, model)), strict=True)
+        error = largest(relative_error(found, wanted) for found, wanted in pairs)
+        return Check(name, error, variant.error, "a computed and a skipped step, torch")
     scores, live, state = second_step(model, inputs)
     _, live_changed, state_changed = second_step(changed, inputs)
     plan = mixed_plan(model, scores, torch.tensor([tokens // 2, tokens // 8]).numpy())
     wanted = model.denoise(inputs, live, plan, state)[0]
     found = changed.denoise(inputs, live_changed, plan, state_changed)[0]
-    name = f"{variant.name}: {variant.precision} against fp32"
     return Check(name, relative_error(found, wanted), variant.error, "one step on the same keep mask, torch")

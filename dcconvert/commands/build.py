@@ -70,11 +70,6 @@ def build_bundle(settings: Settings, console: Console) -> Path:
     """
     stages = Stages(Console(stderr=True))
     bundle = read_bundle(settings.bundle)
-    if bundle.model.spec.updates:
-        raise UsageError(
-            f"{settings.bundle} is in mode steps, for which no other graphs and no engines are made yet: it runs on "
-            "ONNX Runtime and in torch as it is"
-        )
     if settings.target != "trt":
         refuse_others(settings)
         graphs = exported(bundle, VARIANTS[settings.target], stages, bundle.onnx)
@@ -144,7 +139,7 @@ def choose_variant(model: DynamicModel, settings: Settings, device: Device, stag
     UsageError for attention "packed" where there is none.
     """
     masks, packed = variant_of(settings, "trt"), variant_of(settings, "trt-packed")
-    if settings.attention == "masks":
+    if settings.attention == "masks" or (settings.attention == "auto" and model.spec.updates):  # nothing is packed
         return masks
     try:
         with stages.stage("packed attention") as tick:

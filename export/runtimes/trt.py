@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX engines of a bundle: route, plan on the host, denoise."""
+"""TensorRT and TensorRT-RTX engines of a bundle's graphs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,19 +24,30 @@ from dcconvert.passes.runtime.state import TensorState, zeros
 
 
 class TrtState(TensorState):
-    """What a run remembers, twice on the GPU: a step reads one and writes the other, then they change places."""
+    """What a run remembers, in buffers on the GPU that stay where they are.
+
+    Mode carry has them twice: a step reads one and writes the other, then they change places. Mode steps writes an
+    update into the slot of the oldest one, which no computed step reads.
+    """
+
+    in_place: ClassVar[bool] = True
 
     def __init__(self, values: dict[str, Tensor]) -> None:
         super().__init__(values)
-        self.spare = {name: torch.empty_like(value) for name, value in values.items()}
+        self.spare: dict[str, Tensor] = {}
 
     @property
     def into(self) -> dict[str, Any]:
+        if not self.spare:
+            self.spare = {name: torch.empty_like(value) for name, value in self.values.items()}
         return {state_output(name): value for name, value in self.spare.items()}
 
     def advance(self, made: Mapping[str, Any], distance: np.ndarray | None) -> None:
         self.spare = self.values
         super().advance(made, distance)
+
+    def put(self, name: str, samples: np.ndarray, made: Tensor, rows: np.ndarray) -> None:
+        self.values[name][self._index(samples, name)] = made[self._index(rows, name)]
 
 
 class LoadedEngine:
@@ -233,10 +244,10 @@ def load_engine(runtime: Any, path: Path) -> Any:
 def engine_buckets(places: dict[tuple[str, Bucket], Place], planner: StepPlanner, folder: Path) -> BucketSet:
     """The buckets that can run; UsageError if there is none that keeps everything."""
     tokens = planner.spec.tokens
-    buckets = tuple(sorted(bucket for graph, bucket in places if graph == "denoise"))
+    *others, last = planner.spec.graphs
+    buckets = tuple(sorted(bucket for graph, bucket in places if graph == last))
     found = BucketSet(buckets, tokens, 0.0)
-    graphs = ("route", "prepare") if planner.spec.constants else ("route",)
-    complete = bool(buckets) and all((graph, b) in places for graph in graphs for b in full_buckets(buckets))
+    complete = bool(buckets) and all((graph, b) in places for graph in others for b in full_buckets(buckets))
     if not complete or not any(b.fits([tokens] * found.batches[-1]) for b in buckets):
         raise UsageError(f"engines are missing in {folder}: build again with 'dcconvert build'")
     return found

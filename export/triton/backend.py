@@ -1,6 +1,6 @@
-"""The model that clients of a Triton server call: the plan between `route` and `denoise`, models of their own.
+"""The model that clients of a Triton server call: the plan of a step, whose graphs are models of their own.
 
-Triton's Python backend imports a few lines (`model.py`) that call `Served`. It talks to the two ONNX models by requests
+Triton's Python backend imports a few lines (`model.py`) that call `Served`. It talks to the ONNX models by requests
 inside the server (business logic scripting), through the module that the server gives, `triton_python_backend_utils`.
 """
 
@@ -46,7 +46,8 @@ class TritonModel(Runtime):
         self, graph: str, feed: Mapping[str, Any], bucket: Bucket | None, into: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """Outputs of one of the server's models, in its memory."""
-        pb, wanted = self.server, list(self.spec.outputs_of(graph, self.outputs + len(self.spec.carried)))
+        results = self.outputs + len(self.spec.carried) + (graph == "full")  # the update too
+        pb, wanted = self.server, list(self.spec.outputs_of(graph, results))
         request = pb.InferenceRequest(
             model_name=f"{self.name}_{graph}",
             requested_output_names=wanted,
@@ -73,8 +74,9 @@ class TritonModel(Runtime):
 class Served:
     """Answers the requests of one model instance.
 
-    Mode chunk: every request is a step of its own. Mode carry: the requests of one sampling run are a sequence, from
-    START to END under one CORRID; its batch stays the same. A run that says nothing for IDLE_SECONDS is forgotten.
+    Mode chunk: every request is a step of its own. Modes steps and carry: the requests of one sampling run are a
+    sequence, from START to END under one CORRID; its batch stays the same. A run that says nothing for IDLE_SECONDS is
+    forgotten.
     """
 
     def __init__(self, folder: Path, name: str, server: Any) -> None:
@@ -108,7 +110,7 @@ class Served:
                 raise UsageError(f"the request has no input {item.name}: it needs {', '.join(spec.inputs)}")
             inputs[item.name] = value
         batch = len(inputs[spec.image])
-        if not self.model.planner.carries:
+        if not self.model.planner.method.stateful:
             return self.model.start(batch).step(inputs)
         key, start, end = (self.control(request, name) for name in (CORRELATION, START, END))
         self.forget_idle()
@@ -127,7 +129,7 @@ class Served:
     def control(self, request: Any, name: str) -> Any:
         value = self.read(request, name)
         if value is None or not value.size:
-            raise CheckFailedError(f"the request has no {name}: call the model as a sequence (mode carry)")
+            raise CheckFailedError(f"the request has no {name}: call the model as a sequence")
         return value.reshape(-1)[0].item()
 
     def read(self, request: Any, name: str) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""A model repository for NVIDIA Triton Inference Server: ONNX graphs, and the plan between them as a Python model."""
+"""A model repository for NVIDIA Triton Inference Server: ONNX graphs, and the plan of a step as a Python model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TYPES = {
     TensorProto.INT64: "TYPE_INT64",
     TensorProto.INT32: "TYPE_INT32",
 }
-MODEL_PY = '''"""The plan of {name} between its route and denoise. Triton's Python needs dcconvert installed."""
+MODEL_PY = '''"""The steps of {name}; its graphs are models of their own. Triton's Python needs dcconvert installed."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class Word(str):
 
 
 def export_triton(bundle: Bundle, target: Path, name: str, device: str = "gpu", force: bool = False) -> Path:
-    """Write a model repository with NAME, NAME_route, NAME_denoise and, where there is one, NAME_prepare.
+    """Write a model repository with NAME and, for each graph of the bundle, NAME_GRAPH (`ModelSpec.graphs`).
 
     On a GPU the graphs in fp16 are taken if the bundle has them; returns the folder the graphs come from. UsageError
     if the target cannot be written or is no repository of this kind.
@@ -58,7 +58,7 @@ def export_triton(bundle: Bundle, target: Path, name: str, device: str = "gpu", 
     if not bundle.model.method.plain_plan:
         raise UsageError(
             f"{bundle.folder} was made with method {bundle.model.method.name}, whose plan needs more than a "
-            "schedule and scores: Triton repositories are written for the methods carry, chunk and sparsedit"
+            "schedule and scores: Triton repositories are written for the methods steps, carry, chunk and sparsedit"
         )
     source = bundle.onnx / "ort-cuda"
     source = source if device == "gpu" and source.is_dir() else bundle.onnx
@@ -125,7 +125,7 @@ def write_plan_model(folder: Path, bundle: Bundle, name: str) -> None:
     outputs = count_outputs(bundle.model.original_graph)
     write_json(outputs, version / OUTPUTS)
     (version / "model.py").write_text(MODEL_PY.format(name=name))
-    denoise = read_graph(bundle.onnx / "denoise.onnx", AGAIN)
+    step = read_graph(bundle.onnx / f"{'full' if spec.updates else 'denoise'}.onnx", AGAIN)
     config: dict[str, Any] = {
         "name": name,
         "backend": "python",
@@ -139,16 +139,16 @@ def write_plan_model(folder: Path, bundle: Bundle, name: str) -> None:
             for item in spec.input_specs
             if item.dtype
         ],
-        "output": [tensor(value) for value in denoise.output[:outputs]],
+        "output": [tensor(value) for value in step.output[:outputs]],
         "instance_group": [{"kind": Word("KIND_CPU"), "count": 1}],
     }
-    if spec.states:
+    if bundle.model.method.stateful:
         config["sequence_batching"] = sequences()
     (folder / "config.pbtxt").write_text(text(config))
 
 
 def sequences() -> dict[str, Any]:
-    """A sampling run of mode carry is a sequence; many may be under way in one instance."""
+    """A sampling run that remembers is a sequence; many may be under way in one instance."""
     controls = [
         {"name": START, "control": [{"kind": Word("CONTROL_SEQUENCE_START"), "int32_false_true": [0, 1]}]},
         {"name": END, "control": [{"kind": Word("CONTROL_SEQUENCE_END"), "int32_false_true": [0, 1]}]},

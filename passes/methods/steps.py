@@ -34,7 +34,6 @@ class Steps(Method):
     blocks: ClassVar[int] = 0
     routers: ClassVar[tuple[str, ...]] = ("none",)
     drops_tokens: ClassVar[bool] = False
-    plain_plan: ClassVar[bool] = False
     trains: ClassVar[tuple[str, ...]] = ()
     learns_router: ClassVar[bool] = False
 

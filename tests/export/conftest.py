@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dcconvert.export.onnx.export import export_onnx
 from dcconvert.passes.runtime.model import DynamicModel
 from tests.export.harness import convert, export
 
@@ -38,3 +39,15 @@ def bins_model() -> DynamicModel:
 @pytest.fixture(scope="session")
 def bins_onnx(bins_model: DynamicModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(bins_model, tmp_path_factory.mktemp("bins"))
+
+
+@pytest.fixture(scope="session")
+def steps_model() -> DynamicModel:
+    return convert("steps")
+
+
+@pytest.fixture(scope="session")
+def steps_onnx(steps_model: DynamicModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("steps")
+    export_onnx(steps_model, folder)
+    return folder

@@ -262,6 +262,23 @@ def test_graphs_for_cuda(copied):
     assert not (copied / "engines").exists()
 
 
+def test_mode_steps_has_engines_and_graphs_for_cuda(steps_job, instant, tmp_path):
+    """One profile a batch size, and nothing is said of packed attention where nothing is packed."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(steps_job.folder, folder)
+    run = run_cli("build", folder)
+    assert run.code == 0, run.err
+    assert instant.done == ["full", "skip"]
+    assert "packed" not in run.err
+    entries = read_index(folder / "engines" / "tensorrt-rtx-1").engines
+    batches = json.loads((folder / "manifest.json").read_text())["buckets"]["buckets"]
+    assert [len(entry.buckets) for entry in entries] == [len({bucket["batch"] for bucket in batches})] * 2
+    run = run_cli("build", folder, "--runtime", "ort-cuda")
+    assert run.code == 0, run.err
+    assert {path.name for path in (folder / "onnx" / "ort-cuda").iterdir()} == {"full.onnx", "skip.onnx"}
+    assert "has no packed attention" in refusal(2, "build", folder, "--attention", "packed")
+
+
 @pytest.mark.parametrize(
     "words", [("--precision", "bf16"), ("--dry-run",), ("--attention", "packed"), ("--ranges",), ("--per-bucket",)]
 )

@@ -177,7 +177,14 @@ def test_a_file_that_was_changed_is_not_intact(tmp_path, graphs):
 
 @pytest.mark.parametrize(
     ("mode", "name"),
-    [("rows_model", "trt"), ("carry_model", "trt"), ("bins_model", "trt"), ("carry_model", "trt-bf16")],
+    [
+        ("rows_model", "trt"),
+        ("carry_model", "trt"),
+        ("bins_model", "trt"),
+        ("carry_model", "trt-bf16"),
+        ("steps_model", "trt"),
+        ("steps_model", "trt-bf16"),
+    ],
 )
 def test_tensorrt_rtx_builds_every_bucket(request, mode, name, tmp_path):
     device = Device(RTX, rtx_version())
@@ -185,7 +192,7 @@ def test_tensorrt_rtx_builds_every_bucket(request, mode, name, tmp_path):
     export_onnx(in_precision(model, variant.precision), tmp_path, variant.lowerings)
     buckets = BUCKETS[1:3] if mode != "bins_model" else (Bucket(3, 21, 2, 16, 7),)
     ticks: list[float] = []
-    for engine in plan_engines(tmp_path, GRAPHS, buckets, variant.precision, device):
+    for engine in plan_engines(tmp_path, model.spec.graphs, buckets, variant.precision, device):
         entry = build_engine(engine, tmp_path, ticks.append)
         assert entry.intact(tmp_path)
         assert entry.bytes > 10_000

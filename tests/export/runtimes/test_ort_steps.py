@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,8 @@ import torch
 from dcconvert.export.buckets import choose_buckets
 from dcconvert.export.checks.parity import require
 from dcconvert.export.checks.step_parity import check_step_runtime, check_steps
-from dcconvert.export.onnx.export import export_onnx
 from dcconvert.export.runtimes.ort import CPU, OrtModel
 from dcconvert.export.runtimes.ort_static import StaticModel
-from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.step_run import StepRun
 from tests.export.harness import TOKENS, arrays, convert, tensors
 
@@ -24,34 +21,22 @@ BUCKETS = choose_buckets([1, 2, 4], [TOKENS], TOKENS)
 ALL, NONE = (1, 1, 1), (0, 0, 0)
 
 
-@pytest.fixture(scope="module")
-def model() -> DynamicModel:
-    return convert("steps")
-
-
-@pytest.fixture(scope="module")
-def folder(model: DynamicModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("steps")
-    export_onnx(model, made)
-    return made
-
-
 def at(step: int) -> dict[str, np.ndarray]:
     return {**arrays(3, step), "t": np.array([900.0, 800, 700], np.float32) - 60 * step}
 
 
-def test_the_files_there_are(folder):
-    assert sorted(path.name for path in folder.glob("*.onnx")) == ["full.onnx", "skip.onnx"]
+def test_the_files_there_are(steps_onnx):
+    assert sorted(path.name for path in steps_onnx.glob("*.onnx")) == ["full.onnx", "skip.onnx"]
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_runs_give_what_torch_gives(kind, model, folder):
+def test_runs_give_what_torch_gives(kind, steps_model, steps_onnx):
     runtime: Any = (
-        OrtModel(folder, model.planner, threads=1)
+        OrtModel(steps_onnx, steps_model.planner, threads=1)
         if kind == "dynamic"
-        else StaticModel(folder, model.planner, BUCKETS, CPU, threads=1)
+        else StaticModel(steps_onnx, steps_model.planner, BUCKETS, CPU, threads=1)
     )
-    run, beside = runtime.start(3), model.start(3)
+    run, beside = runtime.start(3), steps_model.start(3)
     for step, kept in enumerate([ALL, NONE, ALL, (1, 0, 0), (0, 1, 1), NONE, ALL, NONE, (1, 1, 0), NONE]):
         counts = np.array(kept) * TOKENS
         wanted = beside.step(tensors(at(step)), counts)[0].numpy()
@@ -59,9 +44,9 @@ def test_runs_give_what_torch_gives(kind, model, folder):
         assert run.kept.tolist() == beside.kept.tolist() == counts.tolist()
 
 
-def test_a_static_runtime_binds_each_slot_once(model, folder):
+def test_a_static_runtime_binds_each_slot_once(steps_model, steps_onnx):
     """Full steps write to the three slots in turns, skipped steps read them where they are."""
-    static = StaticModel(folder, model.planner, BUCKETS, CPU, threads=1)
+    static = StaticModel(steps_onnx, steps_model.planner, BUCKETS, CPU, threads=1)
     run = static.start(3)
     for step in range(12):
         run.step(at(step), np.full(3, TOKENS if step % 2 == 0 else 0))
@@ -76,14 +61,14 @@ def test_a_static_runtime_binds_each_slot_once(model, folder):
     assert static.steps == before
 
 
-def test_every_check_passes(model, folder):
-    checks = check_steps(model, model.spec.example(2))
-    checks += check_step_runtime(model, folder, model.spec.example, BUCKETS.batches)
+def test_every_check_passes(steps_model, steps_onnx):
+    checks = check_steps(steps_model, steps_model.spec.example(2))
+    checks += check_step_runtime(steps_model, steps_onnx, steps_model.spec.example, BUCKETS.batches)
     require(checks)
     assert len(checks) == 4 + 2 * len(BUCKETS.batches)
 
 
-def test_checks_see_samples_that_share_an_update(model, monkeypatch):
+def test_checks_see_samples_that_share_an_update(monkeypatch):
     mixed = convert("steps")
     original = mixed.call
 
@@ -99,11 +84,11 @@ def test_checks_see_samples_that_share_an_update(model, monkeypatch):
     assert "a sample does not depend on its batch" in failed
 
 
-def test_weights_of_the_run_are_used(model, folder):
-    run = OrtModel(folder, model.planner, threads=1).start(3)
+def test_weights_of_the_run_are_used(steps_model, steps_onnx):
+    run = OrtModel(steps_onnx, steps_model.planner, threads=1).start(3)
     assert isinstance(run, StepRun)
     run.step(at(0), np.full(3, TOKENS))
     once, twice = (run.step(at(1), np.zeros(3, np.int64), weights=w)[0] for w in ((1.0,), (2.0,)))
     assert np.abs(once - twice).max() > 1e-3
     with torch.no_grad():
-        assert once.shape == model.original_graph(*tensors(at(1)).values())[0].shape
+        assert once.shape == steps_model.original_graph(*tensors(at(1)).values())[0].shape

@@ -20,7 +20,7 @@ from dcconvert.export.runtimes.trt import TrtModel, open_engines
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.runtime.model import DynamicModel
 from tests.export import fake_trt
-from tests.export.harness import TOKENS, arrays
+from tests.export.harness import TOKENS, arrays, tensors
 
 BUCKET_SET = choose_buckets([1, 4], [5, 9], TOKENS)
 COUNTS = (16, 5, 9, 3, 16, 9)
@@ -29,7 +29,8 @@ DEVICE = Device("tensorrt-rtx", fake_trt.__version__)
 
 def build(graphs: Path, folder: Path, **options: bool) -> list[Built]:
     """Engines of the stand-in, and their index."""
-    planned = plan_engines(graphs, ("route", "denoise"), BUCKET_SET.buckets, "fp16", DEVICE, **options)
+    names = [path.stem for path in graphs.glob("*.onnx")]
+    planned = plan_engines(graphs, names, BUCKET_SET.buckets, "fp16", DEVICE, **options)
     for engine in planned:
         (folder / engine.file).write_text(json.dumps({"onnx": str(engine.onnx), "profiles": engine.profiles}))
     entries = [engine.built(folder / engine.file, 1.0, 1) for engine in planned]
@@ -72,6 +73,42 @@ def test_runs_do_not_mix(mode, tmp_path):
         runs[1].step(at(s + 4), np.full(3, 7))
 
 
+@pytest.mark.parametrize("options", [{}, {"per_bucket": True}, {"ranges": True}])
+def test_runs_of_mode_steps_give_what_torch_gives(steps_model, steps_onnx, options, tmp_path):
+    """With samples that are computed while others are skipped, and two runs that take turns."""
+    build(steps_onnx, tmp_path, **options)
+    runtime = opened(steps_model, steps_onnx, tmp_path)
+    runs, beside = [runtime.start(3), runtime.start(3)], [steps_model.start(3), steps_model.start(3)]
+    for step, kept in enumerate([(1, 1, 1), (0, 0, 0), (1, 0, 0), (0, 1, 1), (0, 0, 0), (1, 1, 1), (0, 0, 0)]):
+        counts = np.array(kept) * TOKENS
+        for offset, (run, other) in enumerate(zip(runs, beside, strict=True)):
+            given = at(step) | {"x": at(step + offset)["x"]}
+            wanted = other.step(tensors(given), counts)[0].numpy()
+            np.testing.assert_allclose(run.step(given, counts)[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_updates_of_mode_steps_stay_where_they_are(steps_model, steps_onnx, tmp_path):
+    """The engine writes each update into its slot, and reads it there: nothing is copied between steps."""
+    build(steps_onnx, tmp_path)
+    runtime = opened(steps_model, steps_onnx, tmp_path)
+    run = runtime.start(4)
+    before = {name: value.data_ptr() for name, value in run.state.values.items()}
+    [skip] = {place.engine for (graph, _), place in runtime.places.items() if graph == "skip"}
+    for step in range(8):
+        run.step(at(step, 4), np.full(4, TOKENS if step % 2 == 0 else 0))
+        assert {name: value.data_ptr() for name, value in run.state.values.items()} == before
+        if step % 2:
+            assert {name: skip.context.addresses[name] for name in before} == before
+
+
+def test_engines_of_mode_steps_that_are_missing_are_one_line(steps_model, steps_onnx, tmp_path):
+    entries = build(steps_onnx, tmp_path)
+    for graph in ("full", "skip"):
+        write_index(tmp_path, Index(DEVICE, False, tuple(e for e in entries if e.graph != graph)))
+        with pytest.raises(UsageError, match=r"engines are missing in .*: build again"):
+            opened(steps_model, steps_onnx, tmp_path)
+
+
 def test_a_bucket_is_a_profile_and_buffers_stay(rows_model, rows_onnx, tmp_path):
     build(rows_onnx, tmp_path)
     runtime = opened(rows_model, rows_onnx, tmp_path)
@@ -112,7 +149,7 @@ def test_engines_that_are_missing_are_one_line(rows_model, rows_onnx, tmp_path, 
 
 
 def test_files_that_are_missing_or_damaged_are_one_line(rows_model, rows_onnx, tmp_path):
-    [route, _] = build(rows_onnx, tmp_path)
+    route = next(entry for entry in build(rows_onnx, tmp_path) if entry.graph == "route")
     (tmp_path / route.file).write_bytes(b"not an engine")
     with pytest.raises(UsageError, match=r"route-.*\.engine cannot be loaded: it is damaged"):
         opened(rows_model, rows_onnx, tmp_path)

@@ -90,6 +90,11 @@ def carry(carry_model, carry_onnx, tmp_path, monkeypatch) -> Loaded:
     return loaded(carry_model, carry_onnx, tmp_path, monkeypatch)
 
 
+@pytest.fixture
+def steps(steps_model, steps_onnx, tmp_path, monkeypatch) -> Loaded:
+    return loaded(steps_model, steps_onnx, tmp_path, monkeypatch)
+
+
 def at(step: int, batch: int = 3) -> dict[str, np.ndarray]:
     return arrays(batch, 17 * step) | {"t": np.full(batch, 990.0 - 110 * step, np.float32)}
 
@@ -112,14 +117,22 @@ def test_every_request_of_mode_chunk_is_a_step(chunk, batch):
     assert not chunk.model.served.runs
 
 
-def test_sequences_of_mode_carry_are_runs_that_do_not_mix(carry):
-    runs = [runtime(carry).start(3), runtime(carry).start(2)]
+@pytest.mark.parametrize("mode", ["carry", "steps"])
+def test_sequences_are_runs_that_do_not_mix(mode, request):
+    found = request.getfixturevalue(mode)
+    runs = [runtime(found).start(3), runtime(found).start(2)]
     for step in range(4):
         for corrid, run in enumerate(runs):
             given = at(step + corrid, run.batch)
-            found = carry.images(**given, **controls(corrid, step))
-            np.testing.assert_allclose(found, run.step(given)[0], atol=1e-6)
-    assert not carry.model.served.runs  # END frees them
+            images = found.images(**given, **controls(corrid, step))
+            np.testing.assert_allclose(images, run.step(given)[0], atol=1e-6)
+    assert not found.model.served.runs  # END frees them
+
+
+def test_mode_steps_computes_what_its_schedule_says(steps):
+    for step in range(4):
+        steps.images(**at(step), **controls(1, step))
+    assert steps.server.asked == ["dit_full", "dit_skip", "dit_full", "dit_skip"]  # 2x
 
 
 def test_a_sequence_that_begins_anew_remembers_nothing(carry):
