@@ -1,11 +1,12 @@
 """Run tables of the shipped model: the original with few steps, skipped steps, and both fitted to the model.
 
-    python -m benchmarks.fitted                  # half an hour on two cores
+    python -m benchmarks.fitted                  # an hour on two cores
     python -m benchmarks.fitted --budgets 12.5   # one budget
 
 For every budget, in steps of the original: PSNR of the final images to a converged run from the same seeds (Adams of
-second order; how far half its steps are from it stands beside). Tables are fitted to 16 images, and every row is judged
-on others. Time is that of whole runs on ONNX Runtime: original, computed and skipped steps take turns in one process.
+second order; how far half its steps are from it stands beside). Tables are fitted to 16 images, those of small budgets
+are polished on them too, and every row is judged on others. Time is that of whole runs on ONNX Runtime: original,
+computed and skipped steps take turns in one process.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ def main() -> None:
     parser.add_argument("--guided-budgets", type=float, nargs="*", default=GUIDED_BUDGETS, help="budgets at that scale")
     parser.add_argument("--images", type=int, default=16, help="that tables are fitted to")
     parser.add_argument("--fresh", type=int, default=48, help="that every run is judged on")
+    parser.add_argument("--polish", type=int, default=2, help="rounds of Gauss-Newton after the fit")
+    parser.add_argument("--polish-up-to", type=float, default=12.5, help="budget up to which tables are polished")
     parser.add_argument("--reference-steps", type=int, default=200)
     parser.add_argument("--latency-batch", type=int, default=8)
     parser.add_argument("--runs", type=int, default=15)
@@ -88,6 +92,7 @@ class Bench:
         export_original(self.model, folder / "original.onnx", self.model.spec.example(3))
         self.session = OrtModel(folder, self.model.planner, None, CPU)
         self.skip_cost = skip_cost(self.model)
+        self.told: set[str] = set()
 
     def times(self) -> dict[str, dict[str, float]]:
         """Milliseconds of a step of each kind, of a whole batch."""
@@ -102,6 +107,12 @@ class Bench:
             "skipped": lambda: run.step(feed, np.zeros(batch, np.int64)),
         }
         return {name: spread(values) for name, values in interleaved(calls, self.args.runs, warm_up=3).items()}
+
+    def note(self, what: str) -> None:
+        """Show what is being tried."""
+        if what not in self.told:
+            self.told.add(what)
+            self.progress.console.print(what, highlight=False)
 
     def drawn(self, tuner: Tuner, first: int, count: int, name: str) -> Images:
         task = self.progress.add_task(name, total=self.args.reference_steps)
@@ -126,7 +137,8 @@ class Bench:
         rows = []
         task = self.progress.add_task(f"guidance {guidance:g}: budgets", total=len(budgets))
         for budget in budgets:
-            trials = tuner.trials(budget, seen, fresh, lambda _: None)
+            rounds = self.args.polish if budget <= self.args.polish_up_to else 0
+            trials = replace(tuner, polish=rounds).trials(budget, seen, fresh, self.note)
             best = trials[0].psnr
             rows += [self.row(guidance, budget, trial, best, converged, times) for trial in trials]
             self.progress.advance(task)

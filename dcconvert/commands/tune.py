@@ -30,13 +30,14 @@ SEED = 4_000_000  # apart from the images that reports and evaluations are judge
 
 @dataclass(frozen=True)
 class Settings:
-    """What to tune for. `ratio` None: the bundle's own; `images`: fitted to, `fresh`: judged on."""
+    """What to tune for. `ratio` None: the bundle's own; `images`: fitted to, `fresh`: judged on; `polish`: rounds."""
 
     folder: Path
     ratio: float | None
     guidance: float
     images: int
     fresh: int
+    polish: int
     reference_steps: int
     seed: int
     threads: int
@@ -93,6 +94,7 @@ def opened_tuner(settings: Settings, bundle: Bundle) -> tuple[Tuner, float]:
         skip_cost(bundle.model),
         settings.guidance,
         config.num_classes if config.null_class else None,
+        settings.polish,
     )
     return tuner, sampler.steps / (settings.ratio or bundle.model.schedule.ratio)
 
@@ -114,6 +116,7 @@ def facts(
         "guidance": settings.guidance,
         "images": settings.images,
         "fresh": settings.fresh,
+        "polish": settings.polish,
         "reference_steps": settings.reference_steps,
         "converged_db": converged,
         "converged": converged >= CONVERGED,

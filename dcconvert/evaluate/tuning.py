@@ -18,6 +18,7 @@ from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.step_run import StepRun
 from dcconvert.sampling.default_tables import ADAMS, GRADED, default_levels, on_levels, original_run, pattern
 from dcconvert.sampling.fit_table import Trajectory, fitted, trajectory
+from dcconvert.sampling.polish_table import polished
 from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Sampler
 from dcconvert.sampling.steps import ConvertedStep, arrays_of
@@ -47,6 +48,17 @@ class FittedStep(ConvertedStep):
         inputs = arrays_of(self.model, x, t, y)
         made = self.runtime.call("full", self.runtime.feed("full", inputs), self.runtime.full_bucket(inputs), {})
         return self._tensor(made[UPDATE])
+
+    def copies(self, times: int) -> FittedStep:
+        """A step function of a run of its own, which goes on from here with every sample so many times.
+
+        The halves of guidance stay apart: copies of one half come before those of the other.
+        """
+        other = FittedStep(self.model, self.runtime, self.groups)
+        assert isinstance(self.run, StepRun)
+        halves = np.arange(self.run.batch).reshape(self.groups, -1)
+        other.run = self.run.copied(np.concatenate([np.tile(half, times) for half in halves]))
+        return other
 
     def _tensor(self, value: object) -> Tensor:
         return torch.from_numpy(np.array(self.runtime.array(value)))
@@ -89,13 +101,18 @@ def skip_cost(model: DynamicModel) -> float:
 
 @dataclass(frozen=True)
 class Tuner:
-    """Fits and judges tables of one bundle. `new_step`: a fresh run; `skip_cost`: of a skipped step, in full ones."""
+    """Fits and judges tables of one bundle.
+
+    `new_step`: a fresh run. `skip_cost`: of a skipped step, in computed ones. `polish`: rounds of Gauss-Newton on the
+    final images, for the fitted table without skipped steps and for the best with them.
+    """
 
     new_step: Callable[[], FittedStep]
     prediction: str
     skip_cost: float
     guidance: float = 1.0
     null_class: int | None = None
+    polish: int = 0
 
     def images(self, noise: Tensor, labels: Tensor, steps: int, tick: Callable[[], None]) -> Images:
         """Images with their reference, an Adams run of so many steps."""
@@ -142,31 +159,57 @@ class Tuner:
         if budget < 2:
             raise UsageError(f"a budget of {budget:.3g} steps of the original: at least 2 are needed to fit anything")
         found = []
+        fits: dict[str, RunTable] = {}
         for name, plain in self.structures(budget):
-            structure = replace(plain, name=name)
-            cost = self.cost([row.full for row in structure.rows])
-            tick(name)
-            found.append(self.trial(name, structure, cost, fresh, False, tick))
-            table = fitted(
-                structure,
-                self.new_step(),
-                seen.noise,
-                seen.labels,
-                seen.reference,
-                null_class=self.null_class,
-                on_step=lambda _, name=name: tick(name),  # type: ignore[misc]
-            )
-            found.append(self.trial(f"{name}, fitted", replace(table, name=f"{name}, fitted"), cost, fresh, True, tick))
+            found.append(self.trial(name, plain, fresh, tick))
+            fits[name] = self.fit(f"{name}, fitted", plain, seen, tick)
+            found.append(self.trial(f"{name}, fitted", fits[name], fresh, tick, fitted=True))
+        for name in self.worth_polishing(fits, seen, tick) if self.polish else ():
+            table = self.polished(f"{name}, polished", fits[name], seen, tick)
+            found.append(self.trial(f"{name}, polished", table, fresh, tick, fitted=True))
         whole = int(budget + 1e-9)
-        for solver in CONTROLS:
-            sampler = Sampler(self.prediction, whole, solver)
-            found.append(self.trial(f"original, {solver}", sampler, float(whole), fresh, False, tick))
+        controls = {f"original, {solver}": Sampler(self.prediction, whole, solver) for solver in CONTROLS}
+        found += [self.trial(name, sampler, fresh, tick) for name, sampler in controls.items()]
         return sorted(found, key=lambda trial: -trial.mean)
 
+    def fit(self, name: str, structure: RunTable, seen: Images, tick: Callable[[str], None]) -> RunTable:
+        """The structure with its numbers fitted to images, step by step."""
+        found = fitted(
+            structure,
+            self.new_step(),
+            seen.noise,
+            seen.labels,
+            seen.reference,
+            null_class=self.null_class,
+            on_step=lambda _: tick(name),
+        )
+        return replace(found, name=name)
+
+    def worth_polishing(self, fits: dict[str, RunTable], seen: Images, tick: Callable[[str], None]) -> list[str]:
+        """Names of the table without skipped steps, which is the control, and of the best with them, as far as seen."""
+        control, *others = fits
+        quality = {name: float(self.judged(fits[name], seen, lambda: tick("choose")).mean()) for name in others}
+        return [control, *sorted(quality, key=lambda name: -quality[name])[:1]]
+
+    def polished(self, name: str, table: RunTable, seen: Images, tick: Callable[[str], None]) -> RunTable:
+        """A fitted table with its numbers moved together, towards the final images."""
+        found = polished(
+            table,
+            self.new_step,
+            seen.noise,
+            seen.labels,
+            seen.reference.samples[-1],
+            rounds=self.polish,
+            null_class=self.null_class,
+            on_step=lambda number: tick(f"{name}, row {number + 1} of {table.steps}"),
+        )
+        return replace(found, name=name)
+
     def trial(
-        self, name: str, table: RunTable | Sampler, cost: float, fresh: Images, fit: bool, tick: Callable[[str], None]
+        self, name: str, table: RunTable | Sampler, fresh: Images, tick: Callable[[str], None], *, fitted: bool = False
     ) -> Trial:
-        return Trial(name, table, cost, fit, self.judged(table, fresh, lambda: tick(name)))
+        cost = self.cost([row.full for row in table.rows]) if isinstance(table, RunTable) else float(table.steps)
+        return Trial(name, table, cost, fitted, self.judged(table, fresh, lambda: tick(name)))
 
     def judged(self, table: RunTable | Sampler, images: Images, tick: Callable[[], None]) -> Tensor:
         """PSNR in dB of each image [n] to where the converged run takes it."""

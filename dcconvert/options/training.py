@@ -66,6 +66,12 @@ tune_options = options(
         "Measuring",
         images(16, "Number of images that the tables are fitted to.", least=2),
         option("--fresh", default=32, type=click.IntRange(2), help="Number of other images that they are judged on."),
+        option(
+            "--polish",
+            default=0,
+            type=ANY,
+            help="Rounds of Gauss-Newton on the final images after the fit: better runs of few steps, slow for many.",
+        ),
         reference_steps(),
         seed("Seed of the first image."),
     ),

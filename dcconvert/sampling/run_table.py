@@ -111,6 +111,11 @@ class RunTable(Batched):
         return max(len(row.weights) for row in self.rows)
 
     @property
+    def memory(self) -> int:
+        """How many of the model's last outputs its steps read."""
+        return max(len(row.outputs) for row in self.rows)
+
+    @property
     def taus(self) -> np.ndarray:
         """Noise level in [0, 1] at each step."""
         return np.array([row.tau for row in self.rows])
@@ -158,11 +163,26 @@ class RunTable(Batched):
         null_class: int | None = None,
     ) -> Iterator[Tensor]:
         """What a run has after each of its steps; arguments as in `run`."""
-        scale = self.guidance if guidance is None else guidance
+        return self.continued(model, 0, noise, deque(maxlen=self.memory), noise, labels, guidance, null_class)
+
+    def continued(
+        self,
+        model: Model,
+        first: int,
+        x: Tensor,
+        outputs: deque[Tensor],
+        noise: Tensor,
+        labels: Tensor,
+        guidance: float | None = None,
+        null_class: int | None = None,
+    ) -> Iterator[Tensor]:
+        """What a run has after each of its steps from number `first` on, other arguments as in `run`.
+
+        `x` [B, C, H, W]: its sample before that step. `outputs`: of earlier steps, newest first; each step adds one.
+        """
+        scale, skips = self.guidance if guidance is None else guidance, self.updates > 0
         check_guidance(scale, null_class)
-        outputs: deque[Tensor] = deque(maxlen=max(len(row.outputs) for row in self.rows))
-        x, skips = noise, self.updates > 0
-        for row in self.rows:
+        for row in self.rows[first:]:
             outputs.appendleft(evaluated(model, x, row, labels, scale, null_class, skips))
             x = moved(row, x, noise, outputs)
             yield x

@@ -43,6 +43,15 @@ class StepRun(Run):
     def remembered(self) -> UpdateHistory:
         return self.updates
 
+    def copied(self, samples: Ints) -> StepRun:
+        """A run that goes on from here on its own: its sample k is sample samples[k] of this one."""
+        other = StepRun(self.runtime, len(samples), self.groups, gradients=self.gradients)
+        places = np.concatenate([samples, np.repeat(samples[-1:], other.size - len(samples))])
+        other.updates = self.updates.copied(places)
+        for name, value in self.state.values.items():
+            other.state.put(name, np.arange(other.size), value, places)
+        return other
+
     def forget(self, samples: Sequence[int]) -> None:
         self.updates.restart(samples)
 

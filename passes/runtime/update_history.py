@@ -25,6 +25,13 @@ class UpdateHistory:
         self.newest: Ints = np.full(batch, slots - 1)  # the slot of its last update
         self.owed: Doubles = np.zeros(batch)  # computed steps that the schedule wants and that were not made yet
 
+    def copied(self, samples: Ints) -> UpdateHistory:
+        """What these samples [b] have behind them, each as often as it is named."""
+        other = UpdateHistory(len(samples), self.slots)
+        for name in ("steps", "tau", "levels", "computed", "newest", "owed"):
+            setattr(other, name, getattr(self, name)[..., samples].copy())
+        return other
+
     def restart(self, samples: Sequence[int] | Ints) -> None:
         """Forget these samples: their next step is the first of a run and is computed."""
         self.steps[samples] = 0

@@ -11,7 +11,7 @@ import pytest
 from dcconvert.export.bundle import read_bundle
 from dcconvert.sampling.bundle_runs import RUN, bundle_run
 from dcconvert.sampling.run_table import RunTable
-from tests.dcconvert.harness import run_cli
+from tests.dcconvert.harness import refusal, run_cli
 
 
 @pytest.fixture
@@ -86,12 +86,16 @@ def test_tune_stores_what_was_best_on_images_it_did_not_see(folder):
 
 
 def test_tune_for_another_budget_and_guidance(folder):
-    words = ("--ratio", "10x", "--guidance", 2, "--images", 2, "--fresh", 2, "--reference-steps", 12)
+    words = ("--ratio", "10x", "--guidance", 2, "--images", 2, "--fresh", 2, "--reference-steps", 12, "--polish", 1)
     run = run_cli("tune", folder, *words)
     assert run.code == 0, run.err
     table = table_of(folder)
     assert table.evaluations <= 5
     assert table.guidance == 2
+    rows = json.loads((folder / "report.json").read_text())["tuning"]["rows"]
+    polished = {row["name"] for row in rows if row["name"].endswith("polished")}
+    assert "all steps computed, polished" in polished
+    assert len(polished) == 2
 
 
 def test_tune_refuses_other_modes_and_too_small_budgets(main_job, folder):
@@ -131,9 +135,12 @@ def test_a_bundle_is_evaluated_beside_the_best_of_fewer_steps(steps_job, main_jo
     assert {"euler", "unipc", "graded"} <= solvers
 
 
-def test_what_mode_steps_cannot_do_yet_is_one_line(folder, tmp_path):
-    lite = ("--guidance", 2, "--lite-cfg", 8)
-    for words in (("build", folder), ("triton", folder, "-o", tmp_path / "triton"), ("sample", folder, *lite)):
-        run = run_cli(*words)
-        assert run.code == 2, words
-        assert "Traceback" not in run.err
+def test_a_triton_repository_has_both_graphs(folder, tmp_path):
+    run = run_cli("export-triton", folder, "-o", tmp_path / "triton", "--name", "dit")
+    assert run.code == 0, run.err
+    assert {path.name for path in (tmp_path / "triton").iterdir() if path.is_dir()} == {"dit", "dit_full", "dit_skip"}
+
+
+def test_lite_cfg_is_not_there_for_mode_steps_yet(folder):
+    said = refusal(2, "sample", folder, "--guidance", 2, "--lite-cfg", 8)
+    assert "whose halves of guidance share their steps" in said

@@ -181,3 +181,20 @@ def test_plain_calls_of_the_model_follow_one_run(model):
         other = at(model, 0.9, 5)
         torch.testing.assert_close(model(*other.values()), model.original(*other.values()), rtol=1e-5, atol=1e-5)
     model.forget()
+
+
+def test_a_copy_goes_on_from_where_the_run_is(model):
+    """Each of its samples as the one that it is named after, while the run itself goes on as if nothing was."""
+    run, beside = start(model), start(model)
+    for each in (run, beside):
+        for number in range(3):
+            step(each, at(model, 0.9 - 0.1 * number, number), 1, number % 2, 1)
+    samples = np.array([2, 0, 1, 2])
+    copy = run.copied(samples)
+    skipped, computed = at(model, 0.55, 5), at(model, 0.5, 6)
+    rows = [{name: value[samples] for name, value in inputs.items()} for inputs in (skipped, computed)]
+    found = [step(copy, rows[0], 0, 0, 0, 0), step(copy, rows[1], 1, 1, 1, 1)]
+    wanted = [step(beside, skipped, 0, 0, 0), step(beside, computed, 1, 1, 1)]
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs[samples], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(step(run, skipped, 0, 0, 0), wanted[0], rtol=1e-5, atol=1e-6)
