@@ -19,24 +19,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import Progress
 
 import dcconvert
 from benchmarks.common import write_result
 from dcconvert.commands.tune import SEED
-from dcconvert.evaluate.tuning import FittedStep, Images, Trial, Tuner, skip_cost
-from dcconvert.export.checks.latency import interleaved, spread
-from dcconvert.export.checks.parity import as_array
+from dcconvert.evaluate.tuning import FittedStep, Images, StepTimes, Trial, Tuner, run_time, skip_cost, step_times
 from dcconvert.export.files import file_sha256
-from dcconvert.export.onnx.export import export_onnx, export_original
-from dcconvert.export.runtimes.ort import CPU, OrtModel, make_session, pick
+from dcconvert.export.onnx.export import export_onnx
 from dcconvert.models.load import shipped_model
 from dcconvert.passes.methods import method_of
 from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import initial_noise, labels_for
 from dcconvert.sampling.shipped_tables import TABLES
+from dcconvert.sampling.steps import OrtPair
 
 NAME = "fitted"
 STEPS = 50  # of the run that budgets are shares of
@@ -60,7 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as tmp, torch.inference_mode(), Progress() as progress:
         bench = Bench(Path(tmp), args, progress)
-        times = bench.times()
+        times = step_times(bench.pair, args.latency_batch, args.runs)
         rows = bench.rows(1.0, args.budgets, times)
         if args.guided_budgets:
             rows += bench.rows(args.guidance, args.guided_budgets, times)
@@ -84,29 +81,14 @@ class Bench:
     """The shipped model in mode steps on ONNX Runtime."""
 
     def __init__(self, folder: Path, args: argparse.Namespace, progress: Progress) -> None:
-        self.folder, self.args, self.progress = folder, args, progress
+        self.args, self.progress = args, progress
         dit = dcconvert.load_checkpoint(shipped_model())
         self.cfg, self.prediction = dit.cfg, dit.checkpoint_info.prediction
         self.model = dcconvert.convert(dit, 4, options=method_of("steps"))
         export_onnx(self.model, folder)
-        export_original(self.model, folder / "original.onnx", self.model.spec.example(3))
-        self.session = OrtModel(folder, self.model.planner, None, CPU)
+        self.pair = OrtPair.open(self.model, self.model.planner, None, folder, folder)
         self.skip_cost = skip_cost(self.model)
         self.told: set[str] = set()
-
-    def times(self) -> dict[str, dict[str, float]]:
-        """Milliseconds of a step of each kind, of a whole batch."""
-        batch, tokens = self.args.latency_batch, self.model.spec.tokens
-        feed = {n: as_array(v) for n, v in self.model.spec.example(batch).items()}
-        feed["t"] = np.full(batch, 500, np.float32)
-        original = make_session(self.folder / "original.onnx")
-        run, given = self.session.start(batch), pick(original, feed)
-        calls: dict[str, Any] = {
-            "original": lambda: original.run(None, given),
-            "computed": lambda: run.step(feed, np.full(batch, tokens)),
-            "skipped": lambda: run.step(feed, np.zeros(batch, np.int64)),
-        }
-        return {name: spread(values) for name, values in interleaved(calls, self.args.runs, warm_up=3).items()}
 
     def note(self, what: str) -> None:
         """Show what is being tried."""
@@ -120,12 +102,10 @@ class Bench:
         labels = labels_for(count, self.cfg.num_classes)
         return tuner.images(noise, labels, self.args.reference_steps, lambda: self.progress.advance(task))
 
-    def rows(
-        self, guidance: float, budgets: Sequence[float], times: dict[str, dict[str, float]]
-    ) -> list[dict[str, Any]]:
+    def rows(self, guidance: float, budgets: Sequence[float], times: StepTimes) -> list[dict[str, Any]]:
         halves = 1 if guidance == 1 else 2
         tuner = Tuner(
-            lambda: FittedStep(self.model, self.session, halves),
+            lambda: FittedStep(self.model, self.pair.converted, halves),
             self.prediction,
             self.skip_cost,
             guidance,
@@ -151,30 +131,25 @@ class Bench:
         trial: Trial,
         best: torch.Tensor,
         converged: float,
-        times: dict[str, dict[str, float]],
+        times: StepTimes,
     ) -> dict[str, Any]:
-        steps = trial.table.steps
-        computed = trial.table.evaluations
-        table = isinstance(trial.table, RunTable)
-        skips = isinstance(trial.table, RunTable) and trial.table.updates > 0
-        taken = times["computed" if skips else "original"]["median"] * computed
-        taken += times["skipped"]["median"] * (steps - computed)
+        table = trial.table.to_dict() if isinstance(trial.table, RunTable) and trial.fitted else None
         behind = best - trial.psnr
         return {
             "guidance": guidance,
             "budget": budget,
             "run": trial.name,
             "fitted": trial.fitted,
-            "steps": steps,
-            "computed": computed,
+            "steps": trial.table.steps,
+            "computed": trial.table.evaluations,
             "cost": round(trial.cost, 4),
-            "speedup": round(times["original"]["median"] * STEPS / taken, 3),
+            "speedup": round(times["original"]["median"] * STEPS / run_time(trial.table, times), 3),
             "psnr": round(trial.mean, 3),
             "psnr_error": round(trial.error, 3),
             "behind_best": round(float(behind.mean()), 3),
             "behind_best_error": round(float(behind.std() / len(behind) ** 0.5), 3),
             "reference_converged_db": round(converged, 1),
-            "table": trial.table.to_dict() if table and trial.fitted else None,  # type: ignore[union-attr]
+            "table": table,
         }
 
 

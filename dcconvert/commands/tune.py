@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,28 +14,47 @@ from rich.markup import escape
 
 from dcconvert.commands.rewrite_bundle import old_figures, old_report
 from dcconvert.environment import machine, set_threads
-from dcconvert.evaluate.tuning import CONVERGED, FittedStep, Images, Trial, Tuner, skip_cost
+from dcconvert.evaluate.tuning import (
+    CONVERGED,
+    FittedStep,
+    Images,
+    StepTimes,
+    Trial,
+    Tuner,
+    run_time,
+    skip_cost,
+    step_times,
+)
 from dcconvert.export.bundle import Bundle, read_bundle
 from dcconvert.export.checks.flops import original_gmacs
 from dcconvert.export.files import write_whole
-from dcconvert.export.runtimes.ort import CPU, OrtModel
+from dcconvert.export.runtimes.ort import OrtModel
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.report.conversion import page, report_json, without_nan
 from dcconvert.report.tuning import Tuning
 from dcconvert.sampling.bundle_runs import RUN, dit_config, run_planner
 from dcconvert.sampling.run_table import RunTable
-from dcconvert.sampling.samplers import initial_noise, labels_for
+from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
+from dcconvert.sampling.steps import OrtPair
 from dcconvert.terminal import Stages
 
+TIMED = 15  # calls of each kind of step
 SEED = 4_000_000  # apart from the images that reports and evaluations are judged on
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to tune for. `ratio` None: the bundle's own; `images`: fitted to, `fresh`: judged on; `polish`: rounds."""
+    """What to tune for. `images`: fitted to, `fresh`: judged on; `polish`: rounds.
+
+    At most one of `ratio`, `latency` (milliseconds of a whole run of `batch` images) and `psnr` (dB); with none of them
+    the bundle's own ratio.
+    """
 
     folder: Path
     ratio: float | None
+    latency: float | None
+    psnr: float | None
+    batch: int
     guidance: float
     images: int
     fresh: int
@@ -47,25 +68,39 @@ class Settings:
 def tune_bundle(settings: Settings, console: Console) -> None:
     """Fit, judge, store and print. The bundle's run table and report are replaced at the end, or stay what they were.
 
-    UsageError for a bundle that is not in mode steps, or a budget that leaves nothing to fit; CheckFailedError if the
-    model cannot be sampled.
+    UsageError for a bundle that is not in mode steps, for several goals, or for one that no run reaches;
+    CheckFailedError if the model cannot be sampled.
     """
+    if sum(goal is not None for goal in (settings.ratio, settings.latency, settings.psnr)) > 1:
+        raise UsageError("--ratio, --latency and --psnr are three ways to say how much to compute: give one of them")
     bundle = read_bundle(settings.folder)
-    tuner, budget = opened_tuner(settings, bundle)
+    check_bundle(bundle, settings.guidance)
     stages = Stages(Console(stderr=True))
     set_threads(settings.threads)
-    with torch.inference_mode():
+    with tempfile.TemporaryDirectory(prefix="dcconvert-") as scratch, torch.inference_mode():
+        with stages.stage("measure steps") as tick:
+            sampler, planner = run_planner(bundle, None)
+            pair = OrtPair.open(bundle.model, planner, None, bundle.onnx, Path(scratch), settings.threads)
+            times = step_times(pair, settings.batch * halves_of(settings.guidance), TIMED, lambda: tick("taking turns"))
+        tuner, budget = opened_tuner(settings, bundle, pair.converted, sampler, times)
         with stages.stage("draw the reference") as tick:
             first, counts = settings.seed, (settings.images, settings.fresh)
             seen = drawn(settings, bundle, tuner, first, counts[0], lambda: tick("steps"))
             fresh = drawn(settings, bundle, tuner, first + counts[0], counts[1], lambda: tick("steps"))
             converged = tuner.convergence(fresh, settings.reference_steps // 2, lambda: tick("half its steps"))
         with stages.stage("fit and compare") as tick:
-            trials = tuner.trials(budget, seen, fresh, tick)
-    best = next((trial for trial in trials if isinstance(trial.table, RunTable)), None)
-    if best is None or not best.psnr.isfinite().all():
-        raise CheckFailedError("the images of every candidate are not finite: the model cannot be sampled")
-    found = facts(settings, bundle, budget, trials, best, converged)
+            if settings.psnr is not None:
+                budget, trials = tuner.least_budget(settings.psnr, sampler.steps, seen, fresh, tick)
+            else:
+                trials = tuner.trials(budget, seen, fresh, tick)
+        best = next((trial for trial in trials if isinstance(trial.table, RunTable)), None)
+        if best is None or not best.psnr.isfinite().all():
+            raise CheckFailedError("the images of every candidate are not finite: the model cannot be sampled")
+        found = facts(settings, bundle, budget, trials, best, converged, times)
+        if settings.psnr is not None:
+            with stages.stage("confirm on further images") as tick:
+                further = drawn(settings, bundle, tuner, first + sum(counts), counts[1], lambda: tick("steps"))
+                found["confirmed_psnr"] = float(tuner.judged(best.table, further, lambda: tick("run")).mean())
     store(bundle, best, found)
     shown = Tuning.from_json(found)
     console.print(shown.for_terminal())
@@ -75,28 +110,46 @@ def tune_bundle(settings: Settings, console: Console) -> None:
     console.print(escape(places), highlight=False, soft_wrap=True)
 
 
-def opened_tuner(settings: Settings, bundle: Bundle) -> tuple[Tuner, float]:
-    """A tuner on ONNX Runtime, and the budget in steps of the original."""
+def check_bundle(bundle: Bundle, guidance: float) -> None:
+    """UsageError for a bundle that has no run table, or no unconditional class where there is guidance."""
     method = bundle.model.method
     if method.remembers != "updates":
         raise UsageError(
             f"{bundle.folder} is in mode {method.mode}, which has no run table: convert the model with --mode steps, "
             "or use 'dcconvert calibrate' for mode carry"
         )
-    config = dit_config(bundle)
-    if settings.guidance != 1 and not config.null_class:
+    if guidance != 1 and not dit_config(bundle).null_class:
         raise UsageError("the model has no unconditional class: tune it without --guidance")
-    sampler, planner = run_planner(bundle, None)
-    session = OrtModel(bundle.onnx, planner, None, CPU, settings.threads)
+
+
+def halves_of(guidance: float) -> int:
+    return 1 if guidance == 1 else 2
+
+
+def opened_tuner(
+    settings: Settings, bundle: Bundle, session: OrtModel, sampler: Sampler, times: StepTimes
+) -> tuple[Tuner, float]:
+    """A tuner on ONNX Runtime, and the budget in steps of the original: of their time, if a latency is asked for."""
+    config = dit_config(bundle)
+    timed = settings.latency is not None
+    computed = times["computed"]["median"]
     tuner = Tuner(
-        lambda: FittedStep(bundle.model, session, 1 if settings.guidance == 1 else 2),
+        lambda: FittedStep(bundle.model, session, halves_of(settings.guidance)),
         sampler.prediction,
-        skip_cost(bundle.model),
+        times["skipped"]["median"] / computed if timed else skip_cost(bundle.model),
         settings.guidance,
         config.num_classes if config.null_class else None,
         settings.polish,
     )
-    return tuner, sampler.steps / (settings.ratio or bundle.model.schedule.ratio)
+    if settings.latency is None:
+        return tuner, sampler.steps / (settings.ratio or bundle.model.schedule.ratio)
+    budget = settings.latency / computed
+    if budget < 2:
+        raise UsageError(
+            f"--latency {settings.latency:g}: a computed step of batch {settings.batch} takes {computed:.3g} ms, and a "
+            f"run needs at least 2; ask for {math.ceil(2 * computed)} ms or more"
+        )
+    return tuner, budget
 
 
 def drawn(settings: Settings, bundle: Bundle, tuner: Tuner, seed: int, count: int, tick: Any) -> Images:
@@ -106,13 +159,23 @@ def drawn(settings: Settings, bundle: Bundle, tuner: Tuner, seed: int, count: in
 
 
 def facts(
-    settings: Settings, bundle: Bundle, budget: float, trials: list[Trial], best: Trial, converged: float
+    settings: Settings,
+    bundle: Bundle,
+    budget: float,
+    trials: list[Trial],
+    best: Trial,
+    converged: float,
+    times: StepTimes,
 ) -> dict[str, Any]:
     """What was found, for the report."""
-    per_step = original_gmacs(bundle.model, bundle.model.spec.example(2))
+    per_step, skipped = original_gmacs(bundle.model, bundle.model.spec.example(2)), skip_cost(bundle.model)
     return {
         "command": settings.command,
         "budget": budget,
+        "latency": settings.latency,
+        "wanted_psnr": settings.psnr,
+        "batch": settings.batch,
+        "times_ms": times,
         "guidance": settings.guidance,
         "images": settings.images,
         "fresh": settings.fresh,
@@ -127,7 +190,8 @@ def facts(
                 "name": trial.name,
                 "steps": trial.table.steps,
                 "computed": trial.table.evaluations,
-                "gmacs": trial.cost * per_step,
+                "gmacs": per_step * (trial.table.evaluations + skipped * (trial.table.steps - trial.table.evaluations)),
+                "latency_ms": run_time(trial.table, times),
                 "fitted": trial.fitted,
                 "psnr": trial.mean,
                 "psnr_error": trial.error,

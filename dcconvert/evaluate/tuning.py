@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
+from dcconvert.export.checks.latency import interleaved, spread
+from dcconvert.export.checks.parity import as_array
+from dcconvert.export.runtimes.ort import pick
 from dcconvert.images.pixels import psnr
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.spec import UPDATE, update_name
@@ -21,10 +24,11 @@ from dcconvert.sampling.fit_table import Trajectory, fitted, trajectory
 from dcconvert.sampling.polish_table import polished
 from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Sampler
-from dcconvert.sampling.steps import ConvertedStep, arrays_of
+from dcconvert.sampling.steps import ConvertedStep, OrtPair, arrays_of
 
 SKIPS = (1, 2)  # skipped steps for each computed one
 CONTROLS = ("euler", "unipc")  # of the original, that nothing is fitted to
+StepTimes = dict[str, dict[str, float]]  # milliseconds (`spread`) of a step of the original, computed, skipped
 CONVERGED = 50.0  # dB between the reference and a run of half its steps, below which a warning is due
 
 
@@ -99,12 +103,36 @@ def skip_cost(model: DynamicModel) -> float:
     return converted_gmacs(model, inputs, 0) / original_gmacs(model, inputs)
 
 
+def step_times(pair: OrtPair, batch: int, runs: int, tick: Callable[[], None] = lambda: None) -> StepTimes:
+    """Times of the kinds of steps, for `batch` samples on ONNX Runtime, taking turns."""
+    tokens = pair.model.spec.tokens
+    feed = {name: as_array(value) for name, value in pair.model.spec.example(batch).items()}
+    timestep = pair.model.spec.timestep
+    assert timestep is not None
+    feed[timestep] = np.full_like(feed[timestep], 500)  # noise that does not rise from call to call
+    run, given = pair.converted.start(batch), pick(pair.original, feed)
+    calls: dict[str, Callable[[], Any]] = {
+        "original": lambda: pair.original.run(None, given),
+        "computed": lambda: run.step(feed, np.full(batch, tokens)),
+        "skipped": lambda: run.step(feed, np.zeros(batch, np.int64)),
+    }
+    return {name: spread(values) for name, values in interleaved(calls, runs, 3, tick).items()}
+
+
+def run_time(table: RunTable | Sampler, times: StepTimes) -> float:
+    """Milliseconds of a whole run."""
+    skips = isinstance(table, RunTable) and table.updates > 0
+    computed = times["computed" if skips else "original"]["median"]
+    return computed * table.evaluations + times["skipped"]["median"] * (table.steps - table.evaluations)
+
+
 @dataclass(frozen=True)
 class Tuner:
     """Fits and judges tables of one bundle.
 
-    `new_step`: a fresh run. `skip_cost`: of a skipped step, in computed ones. `polish`: rounds of Gauss-Newton on the
-    final images, for the fitted table without skipped steps and for the best with them.
+    `new_step`: a fresh run. `skip_cost`: of a skipped step, in computed ones: operations or time, as the budget is.
+    `polish`: rounds of Gauss-Newton on the final images, for the fitted table without skipped steps and the best with
+    them.
     """
 
     new_step: Callable[[], FittedStep]
@@ -171,6 +199,29 @@ class Tuner:
         controls = {f"original, {solver}": Sampler(self.prediction, whole, solver) for solver in CONTROLS}
         found += [self.trial(name, sampler, fresh, tick) for name, sampler in controls.items()]
         return sorted(found, key=lambda trial: -trial.mean)
+
+    def least_budget(
+        self, psnr: float, most: int, seen: Images, fresh: Images, tick: Callable[[str], None]
+    ) -> tuple[int, list[Trial]]:
+        """The smallest whole budget up to `most` whose best table reaches a mean PSNR in dB, and its trials.
+
+        It is found by halving, as if quality always rose with the budget. UsageError if `most` does not reach it.
+        """
+        tried: dict[int, list[Trial]] = {}
+
+        def best(budget: int) -> float:
+            tried[budget] = self.trials(budget, seen, fresh, lambda what: tick(f"budget {budget}: {what}"))
+            return max(trial.mean for trial in tried[budget] if isinstance(trial.table, RunTable))
+
+        low, high = 1, most
+        if (found := best(most)) < psnr:
+            raise UsageError(
+                f"no run of up to {most} computed steps reaches {psnr:g} dB: the best has {found:.1f} dB; ask for less"
+            )
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if best(middle) >= psnr else (middle, high)
+        return high, tried[high]
 
     def fit(self, name: str, structure: RunTable, seen: Images, tick: Callable[[str], None]) -> RunTable:
         """The structure with its numbers fitted to images, step by step."""

@@ -60,6 +60,9 @@ tune_options = options(
     section(
         "What to tune for",
         BUDGET,
+        option("--latency", type=click.FloatRange(0, min_open=True), help="Milliseconds of a whole run, here."),
+        option("--psnr", type=click.FloatRange(0, min_open=True), help="Image quality in dB, at the least cost."),
+        option("--batch", default=1, type=POSITIVE, help="Number of images in a run, for --latency and the table."),
         option("--guidance", default=1.0, type=float, help="Classifier-free guidance scale that the run will have."),
     ),
     section(

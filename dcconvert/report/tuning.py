@@ -21,6 +21,7 @@ class TuningRow(Record):
     psnr: float | None
     psnr_error: float | None
     fitted: bool = False
+    latency_ms: float | None = None
 
 
 COLUMNS: tuple[Column[TuningRow], ...] = (
@@ -28,6 +29,7 @@ COLUMNS: tuple[Column[TuningRow], ...] = (
     Column("steps", lambda row: str(row.steps)),
     Column("computed", lambda row: str(row.computed)),
     Column("GMACs per image", lambda row: f"{row.gmacs:.3g}"),
+    Column("ms", lambda row: shown(row.latency_ms, ".1f", missing="")),
     Column("PSNR, dB", lambda row: shown(row.psnr, ".2f", missing="not finite")),
     Column("standard error", lambda row: shown(row.psnr_error, ".2f", missing="")),
 )
@@ -46,6 +48,11 @@ class Tuning(Record):
     guidance: float = 1.0
     converged: bool = True
     converged_db: float | None = None
+    polish: int = 0
+    latency: float | None = None
+    wanted_psnr: float | None = None
+    confirmed_psnr: float | None = None
+    batch: int = 1
 
     @property
     def table(self) -> Table:
@@ -59,6 +66,16 @@ class Tuning(Record):
             f"steps (Adams-Bashforth); half as many steps are {shown(self.converged_db, '.1f')} dB from that. The fits "
             f"saw {self.images} other images. Chosen: {self.chosen}."
         ]
+        if any(row.latency_ms is not None for row in self.rows):
+            found.append(
+                f"Milliseconds are those of a whole run of {self.batch} {'image' if self.batch == 1 else 'images'} on "
+                "ONNX Runtime on this machine, from the measured times of its steps."
+            )
+        if self.wanted_psnr is not None:
+            found.append(
+                f"The budget is the smallest at which a run reached {self.wanted_psnr:g} dB on these images. On "
+                f"{self.fresh} further images it has {shown(self.confirmed_psnr, '.1f')} dB."
+            )
         if not self.converged:
             found.append("The reference has not converged: give more --reference-steps.")
         best = next(row for row in self.rows if row.name == self.chosen)

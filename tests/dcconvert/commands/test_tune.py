@@ -144,3 +144,40 @@ def test_a_triton_repository_has_both_graphs(folder, tmp_path):
 def test_lite_cfg_is_not_there_for_mode_steps_yet(folder):
     said = refusal(2, "sample", folder, "--guidance", 2, "--lite-cfg", 8)
     assert "whose halves of guidance share their steps" in said
+
+
+TINY = ("--images", 2, "--fresh", 2, "--reference-steps", 12, "--threads", 1)
+
+
+def test_a_latency_is_a_budget(folder):
+    """A run of all steps computed takes no longer, by the times that were measured."""
+    run = run_cli("tune", folder, "--latency", 15, "--batch", 2, *TINY)
+    assert run.code == 0, run.err
+    found = json.loads((folder / "report.json").read_text())["tuning"]
+    assert found["latency"] == 15
+    assert found["batch"] == 2
+    assert found["budget"] == pytest.approx(15 / found["times_ms"]["computed"]["median"])
+    plain = next(row for row in found["rows"] if row["name"] == "1 skipped after each")
+    assert plain["latency_ms"] <= 15.01
+    assert (
+        plain["latency_ms"] + found["times_ms"]["computed"]["median"] > 15 - 2 * found["times_ms"]["skipped"]["median"]
+    )
+    assert "a whole run of 2 images" in run.out.replace("\n", " ")
+
+
+def test_a_quality_is_reached_at_the_least_cost_and_confirmed(folder):
+    run = run_cli("tune", folder, "--psnr", 1, *TINY)
+    assert run.code == 0, run.err
+    found = json.loads((folder / "report.json").read_text())["tuning"]
+    assert found["budget"] == 2  # the least there is
+    assert found["confirmed_psnr"] > 1
+    assert "2 further images" in run.out.replace("\n", " ")
+
+
+def test_goals_that_cannot_be_reached_are_one_line(folder):
+    before = table_of(folder)
+    assert "give one of them" in refusal(2, "tune", folder, "--psnr", 30, "--ratio", "4x", *TINY)
+    assert "a run needs at least 2; ask for" in refusal(
+        2, "tune", folder, "--latency", 0.001, *TINY, after=("measure steps",)
+    )
+    assert table_of(folder) == before
