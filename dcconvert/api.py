@@ -31,7 +31,9 @@ from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import AUTO, LEVELS, Schedule, noise_levels, parse_ratio
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.sampling.bundle_runs import run_of, stored_table, write_table
 from dcconvert.sampling.fitting import fitted
+from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Sampler
 
 DEFAULT_BATCHES = (1, 8)
@@ -41,15 +43,17 @@ DEFAULT_STEPS = 50
 class Converted(DynamicModel):
     """A DynamicModel that can be written as a bundle.
 
-    `facts` go into the bundle's manifest; of a DiT from a checkpoint they say how to sample it.
+    `facts` go into the bundle's manifest; of a DiT from a checkpoint they say how to sample it. `run_table`: that of
+    the bundle it was read from, in mode steps.
     """
 
     facts: dict[str, Any]
+    run_table: RunTable | None
 
     @classmethod
-    def of(cls, model: DynamicModel, facts: dict[str, Any]) -> Converted:
+    def of(cls, model: DynamicModel, facts: dict[str, Any], run_table: RunTable | None = None) -> Converted:
         made = cls(model.graphs, model.planner, model.records)
-        made.facts = facts
+        made.facts, made.run_table = facts, run_table
         return made
 
     def with_schedule(self, schedule: Schedule) -> Converted:
@@ -64,7 +68,10 @@ class Converted(DynamicModel):
         return choose_buckets(batches, counts, self.spec.tokens, max(LEVELS, len(self.schedule.levels)) - 1)
 
     def save(self, folder: str | Path, batches: Sequence[int] = DEFAULT_BATCHES, force: bool = False) -> Path:
-        """Write a bundle: weights, graphs, ONNX files, manifest. UsageError if the folder exists already."""
+        """Write a bundle: weights, graphs, ONNX files, manifest, and in mode steps the table of a run.
+
+        UsageError if the folder exists already.
+        """
         from dcconvert.export.onnx.export import export_onnx  # needs onnxscript
 
         target = Path(folder)
@@ -73,7 +80,17 @@ class Converted(DynamicModel):
             write_model(self, work)
             export_onnx(self, work / ONNX)
             write_json(manifest(self, bucket_set, **self.facts), work / MANIFEST)
+            if run := self.run_table or self.default_run():
+                write_table(run, work)
         return target
+
+    def default_run(self) -> Sampler | RunTable | None:
+        """How a bundle is sampled if nothing was fitted; None for a model that does not say how to sample it."""
+        if "sampler" not in self.facts:
+            return None
+        facts = self.facts["sampler"]
+        sampler = Sampler(facts["prediction"], int(facts["steps"]), facts["solver"])
+        return run_of(self, sampler, self.schedule.ratio)
 
 
 @overload
@@ -261,7 +278,8 @@ def load(folder: str | Path) -> Converted:
     """Read a bundle back as a torch module."""
     bundle = read_bundle(Path(folder))
     kept = ("steps", "sampler", "config")
-    return Converted.of(bundle.model, {name: bundle.manifest[name] for name in kept if name in bundle.manifest})
+    facts = {name: bundle.manifest[name] for name in kept if name in bundle.manifest}
+    return Converted.of(bundle.model, facts, stored_table(bundle))
 
 
 def manifest(model: DynamicModel, bucket_set: BucketSet, **more: Any) -> dict[str, Any]:

@@ -56,6 +56,8 @@ def sample_bundle(
         raise UsageError(f"{folder} is in mode steps, whose halves of guidance share their steps: leave out --lite-cfg")
     lite = None if guidance.ratio is None else planner.at_ratio(guidance.ratio, sampler.taus)
     name = f"{model.method.mode}, {model.schedule.ratio:g}x"
+    if isinstance(sampler, RunTable) and (note := sampler.guidance_note(guidance.scale, folder)):
+        stages.note(note)
     if model.method.stateful:
         console.print(state_note(model.spec.state_bytes, (count * guidance.halves,)), highlight=False)
     with tempfile.TemporaryDirectory(prefix="dcconvert-") as scratch:

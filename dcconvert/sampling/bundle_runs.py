@@ -53,6 +53,12 @@ def write_table(run: Sampler | RunTable, folder: Path) -> None:
         write_json(run.to_dict(), folder / RUN)
 
 
+def stored_table(bundle: Bundle) -> RunTable | None:
+    """The run table of a bundle, if it has one; UsageError for a damaged one."""
+    path = bundle.folder / RUN
+    return RunTable.from_dict(read_json(path)) if path.is_file() else None
+
+
 def bundle_run(
     bundle: Bundle, steps: int | None = None, solver: str | None = None
 ) -> tuple[Sampler | RunTable, StepPlanner]:
@@ -64,8 +70,8 @@ def bundle_run(
     sampler, planner = run_planner(bundle, steps, solver)
     if bundle.model.method.remembers != "updates" or solver is not None:
         return sampler, planner
-    if steps is None and (bundle.folder / RUN).is_file():
-        return RunTable.from_dict(read_json(bundle.folder / RUN)), planner
+    if steps is None and (table := stored_table(bundle)):
+        return table, planner
     return run_of(bundle.model, sampler, bundle.model.schedule.ratio), planner
 
 

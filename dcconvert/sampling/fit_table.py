@@ -101,7 +101,7 @@ def fitted(
         x = moved(row, x, noise, made)
         rows.append(row)
         on_step(number)
-    return replace(structure, rows=tuple(rows))
+    return replace(structure, rows=tuple(rows), fitted=True)
 
 
 def with_forecast(

@@ -71,6 +71,8 @@ class Batched:
 class RunTable(Batched):
     """The steps of a run, from noise to image. `prediction` "flow" or "eps"; `guidance`: the scale it was made for.
 
+    `fitted`: whether its numbers were fitted to a model, at that guidance.
+
     UsageError for a table that cannot be run: numbers that are not finite, a step that needs outputs or updates from
     before the run began, noise levels that rise.
     """
@@ -79,6 +81,7 @@ class RunTable(Batched):
     prediction: str = "flow"
     guidance: float = 1.0
     name: str = ""
+    fitted: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.rows) <= MOST_STEPS:
@@ -128,6 +131,15 @@ class RunTable(Batched):
     @property
     def solver(self) -> str:
         return self.name or "run table"
+
+    def guidance_note(self, guidance: float, folder: object) -> str:
+        """What to tell a user who samples with another guidance scale than the table was fitted for; else nothing."""
+        if not self.fitted or guidance == self.guidance:
+            return ""
+        return (
+            f"The run table was fitted for guidance {self.guidance:g} and is used with {guidance:g}, where it may be "
+            f"worse: 'dcconvert tune {folder} --guidance {guidance:g}' fits one for that."
+        )
 
     def run_counts(self, planner: StepPlanner) -> np.ndarray:
         """Tokens that each step computes [steps]: all or none."""
@@ -197,7 +209,8 @@ class RunTable(Batched):
             if data["version"] != VERSION:
                 raise UsageError(f"a run table of version {data['version']}, this dcconvert reads {VERSION}")
             rows = tuple(row_of(entry) for entry in data["rows"])
-            return cls(rows, str(data["prediction"]), float(data["guidance"]), str(data.get("name", "")))
+            name = str(data.get("name", ""))
+            return cls(rows, str(data["prediction"]), float(data["guidance"]), name, bool(data.get("fitted", False)))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UsageError("this is not a run table: make one with 'dcconvert tune'") from error
 

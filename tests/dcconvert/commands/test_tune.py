@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import dcconvert
 from dcconvert.export.bundle import read_bundle
 from dcconvert.sampling.bundle_runs import RUN, bundle_run
 from dcconvert.sampling.run_table import RunTable
@@ -181,3 +183,23 @@ def test_goals_that_cannot_be_reached_are_one_line(folder):
         2, "tune", folder, "--latency", 0.001, *TINY, after=("measure steps",)
     )
     assert table_of(folder) == before
+
+
+def test_a_bundle_that_is_loaded_and_saved_keeps_its_table(folder, tmp_path):
+    """Or gets the default one, where nothing was fitted: programs in other languages need it."""
+    fitted = replace(table_of(folder), fitted=True, guidance=2.0, name="mine")
+    (folder / RUN).write_text(json.dumps(fitted.to_dict()))
+    dcconvert.load(folder).save(tmp_path / "again")
+    assert table_of(tmp_path / "again") == fitted
+    (folder / RUN).unlink()
+    dcconvert.load(folder).save(tmp_path / "default")
+    assert table_of(tmp_path / "default") == bundle_run(read_bundle(folder))[0]
+
+
+def test_a_table_that_was_fitted_for_another_guidance_is_used_with_a_note(folder, tmp_path):
+    (folder / RUN).write_text(json.dumps(replace(table_of(folder), fitted=True).to_dict()))
+    run = run_cli("sample", folder, "-n", 1, "--guidance", 3, "-o", tmp_path / "out.png")
+    assert run.code == 0, run.err
+    assert "was fitted for guidance 1 and is used with 3" in run.err
+    run = run_cli("sample", folder, "-n", 1, "-o", tmp_path / "out.png")
+    assert "was fitted" not in run.err
