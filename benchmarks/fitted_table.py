@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 COLUMNS = {
+    "skipped after each, polished": "skipped steps, polished",
+    "all steps computed, polished": "original, polished",
     "1 skipped after each, fitted": "every second step skipped, fitted",
     "2 skipped after each, fitted": "two of three skipped, fitted",
     "all steps computed, fitted": "original, fitted",
@@ -14,7 +16,17 @@ COLUMNS = {
     "original, unipc": "original, UniPC",
     "original, euler": "original, Euler",
 }
-SHORT = ("all steps computed, fitted", "all steps computed", "original, unipc", "original, euler")
+SHORT = ("original, tuned", "all steps computed", "original, unipc", "original, euler")
+
+
+def of_budget(rows: Sequence[dict[str, Any]], guidance: float, budget: float) -> dict[str, dict[str, Any]]:
+    """The runs of one budget by name. One table with skipped steps is polished: with one skipped after each, or two."""
+    found = {row["run"]: row for row in rows if (row["guidance"], row["budget"]) == (guidance, budget)}
+    for name in [name for name in found if name.endswith("skipped after each, polished")]:
+        found["skipped after each, polished"] = found[name]
+    tuned = [row for name, row in found.items() if name.startswith("all") and row["fitted"]]
+    found["original, tuned"] = max(tuned, key=lambda row: row["psnr"])
+    return found
 
 
 def cell(row: dict[str, Any] | None, error: bool, best: float) -> str:
@@ -29,7 +41,7 @@ def fitted_rows(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[st
     headers = ["guidance, computed steps", *COLUMNS.values()]
     found = []
     for guidance, budget in sorted({(row["guidance"], row["budget"]) for row in rows}):
-        here = {row["run"]: row for row in rows if (row["guidance"], row["budget"]) == (guidance, budget)}
+        here = of_budget(rows, guidance, budget)
         best = max(row["psnr"] for row in here.values())
         found.append([f"{guidance:g}, {int(budget)}", *(cell(here.get(name), True, best) for name in COLUMNS)])
     return headers, found
@@ -37,10 +49,10 @@ def fitted_rows(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[st
 
 def short_rows(rows: Sequence[dict[str, Any]], steps: int) -> tuple[list[str], list[list[str]]]:
     """Headers and cells of the short table, guidance 1: what `tune` stores, what is there without it, the original."""
-    headers = ["compute", "speed-up", "after `tune`", "without", *(COLUMNS[name] for name in SHORT)]
+    headers = ["compute", "speed-up", "after `tune`", "without", *(COLUMNS.get(name, name) for name in SHORT)]
     found = []
     for budget in sorted({row["budget"] for row in rows}):
-        here = {row["run"]: row for row in rows if row["budget"] == budget and row["guidance"] == 1}
+        here = of_budget(rows, 1.0, budget)
         tuned = max((row for row in here.values() if not row["run"].startswith("original")), key=lambda r: r["psnr"])
         plain = here["1 skipped after each"] if budget >= 12 else here["all steps computed"]
         found.append(
