@@ -22,7 +22,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 
-.PHONY: demo test lint types wheel pytest clean
+.PHONY: demo test lint types wheel pytest node clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-installed
@@ -39,7 +39,7 @@ types: $(VENV)/.test-installed
 wheel: $(VENV)/.test-installed
 	$(BIN)/python .ci/check_wheel.py
 
-pytest: $(VENV)/.test-installed
+pytest: $(VENV)/.test-installed node
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 # A second run finds these stamps and installs nothing. Torch comes first, alone: nothing that depends on it
@@ -58,5 +58,10 @@ $(VENV)/.test-installed: $(VENV)/.torch-installed pyproject.toml
 	$(PIP) -c $(CONSTRAINTS) -e '.[test]'
 	touch $@
 
+# For the example in JavaScript. Its test is skipped, and says so, where there is no npm or it cannot reach a registry.
+node:
+	@test -d examples/node_modules/onnxruntime-node || ! command -v npm >/dev/null || \
+		(cd examples && npm install --silent --no-save --ignore-scripts onnxruntime-node@1.30.0) || true
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) examples/node_modules build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
