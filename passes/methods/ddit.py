@@ -40,7 +40,7 @@ class DDiT(Method):
 
     name: ClassVar[str] = "ddit"
     title: ClassVar[str] = (
-        "DDiT (arXiv 2602.16968): one patch size a step, chosen by the third difference of the latents"
+        "DDiT (arXiv 2602.16968): one patch size per step, chosen by the third difference of the latents"
     )
     limits: ClassVar[tuple[str, ...]] = (
         WHAT_CHUNK_NEEDS,

@@ -26,7 +26,7 @@ class Steps(Method):
     mode: ClassVar[str] = "steps"
     remembers: ClassVar[str] = "updates"
     run: ClassVar[type[Run]] = StepRun
-    title: ClassVar[str] = "steps compute the whole trunk or forecast it from the last updates; no training"
+    title: ClassVar[str] = "each step computes the whole trunk or forecasts it from the last updates; no training"
     limits: ClassVar[tuple[str, ...]] = (
         "Mode steps needs the steps of one image in order: a run keeps the last updates of every sample, and a sampler "
         "that goes back to more noise has to start another run.",
