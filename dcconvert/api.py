@@ -125,7 +125,7 @@ def convert(
         return DropIn(module, partial(convert_call, ratio=ratio, **options), timestep_scale)
     if example_inputs is None:
         if not isinstance(module, DiT | RefinedDiT):
-            raise UsageError(f"example_inputs are needed to capture a {type(module).__name__}: give one call's inputs")
+            raise UsageError(f"capturing a {type(module).__name__} needs example_inputs: pass the inputs of one call")
         example_inputs = dit_inputs(module, EXAMPLE_BATCH)
     return convert_call(
         module, ratio, example_inputs=example_inputs, timestep_scale=timestep_scale or 1000.0, **options
@@ -223,7 +223,9 @@ def chosen(
     wanted = parse_ratio(ratio)
     if preset is not None:
         if options is not None or schedule is not None:
-            raise UsageError(f"preset '{preset}' chooses schedule and options: leave them out, or the preset")
+            raise UsageError(
+                f"preset '{preset}' sets the schedule and the options: leave out the preset, or schedule and options"
+            )
         options = method_of(preset, wanted)
     method = options or method_of()
     if isinstance(schedule, Schedule):
@@ -232,10 +234,10 @@ def chosen(
         spending = Schedule(schedule, wanted) if schedule else method.policy(wanted)
     if not method.stateful:
         if warm_up > 0 or refresh:
-            raise UsageError("warm-up and refresh steps are of mode carry: mode chunk remembers nothing")
+            raise UsageError("warm-up and refresh steps apply only to mode carry: leave them out in mode chunk")
         return method, spending
     if warm_up == 0:
-        raise UsageError("mode carry needs at least one warm-up step: before it there is nothing to carry over")
+        raise UsageError("mode carry needs at least one warm-up step: the first step has nothing to carry over")
     return method, replace(spending, warm_up=warm_up, refresh=refresh).fitted(noise_levels(steps))
 
 
@@ -244,7 +246,7 @@ def check_scale(times: Tensor, timestep_scale: float) -> None:
     if timestep_scale > 1 and times.is_floating_point() and bool(((times > 0) & (times < 1)).all()):
         raise UsageError(
             f"the example inputs have timesteps such as {float(times.flatten()[0]):.3g}, but timestep_scale, the value "
-            f"at pure noise, is {timestep_scale:g}: give timestep_scale=1, or examples from 0 to {timestep_scale:g}"
+            f"at pure noise, is {timestep_scale:g}: pass timestep_scale=1, or timesteps from 0 to {timestep_scale:g}"
         )
 
 

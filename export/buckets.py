@@ -86,7 +86,7 @@ class BucketSet:
         largest = max((bucket.batch for bucket in buckets), default=1)
         if not any(bucket.fits([result.tokens] * largest) for bucket in buckets):
             raise UsageError(
-                "the manifest has no bucket for everything kept at the largest batch: convert the model again"
+                "the manifest has no bucket that keeps all tokens at the largest batch: convert the model again"
             )
         return result
 
@@ -105,7 +105,7 @@ def choose_buckets(
         raise UsageError(f"batch sizes {list(batches)}: give at least one, each at least 1")
     counts = np.asarray(counts_per_step, dtype=np.int64).ravel()
     if counts.size == 0 or counts.min() < 1 or counts.max() > tokens:
-        raise UsageError(f"kept tokens a step must be from 1 to {tokens}: check ratio, schedule and steps")
+        raise UsageError(f"kept tokens per step must be from 1 to {tokens}: check ratio, schedule and steps")
     if max_lengths < 1:
         raise UsageError(f"{max_lengths} lengths: a bucket set needs at least 1")
     lengths = _best_lengths(counts, tokens, max_lengths)

@@ -50,10 +50,12 @@ def read_bundle(folder: Path) -> Bundle:
         raise UsageError(f"{folder} is not a bundle (no {MANIFEST}): make one with 'dcconvert MODEL --ratio 4x'")
     manifest = read_json(manifest_path)
     if not isinstance(manifest, dict):
-        raise UsageError(f"cannot read {manifest_path}: it holds no JSON object; convert the model again")
+        raise UsageError(f"cannot read {manifest_path}: it is not a JSON object; convert the model again")
     version = manifest.get("format_version")
     if type(version) is not int or version not in READABLE:
-        raise UsageError(f"{folder} has bundle format {version}, this dcconvert reads {FORMAT_VERSION}: convert again")
+        raise UsageError(
+            f"{folder} has bundle format {version}, but this dcconvert reads {FORMAT_VERSION}: convert again"
+        )
     try:
         tensors = load_file(str(folder / WEIGHTS))
     except (OSError, SafetensorError) as error:

@@ -31,7 +31,7 @@ def new_folder(target: Path, force: bool = False, kind: str = "bundle", mark: st
     if target.exists() and not force:
         raise UsageError(f"{target} exists already: choose another folder with -o, or replace it with --force")
     if target.exists() and not (target.is_dir() and ((target / mark).exists() or not any(target.iterdir()))):
-        raise UsageError(f"{target} is no {kind} and will not be replaced: choose another folder with -o")
+        raise UsageError(f"{target} is not a {kind} and will not be replaced: choose another folder with -o")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

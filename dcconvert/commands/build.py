@@ -72,7 +72,7 @@ def build_bundle(settings: Settings, console: Console) -> Path:
     bundle = read_bundle(settings.bundle)
     if bundle.model.spec.updates:
         raise UsageError(
-            f"{settings.bundle} is in mode steps, for which no other graphs and no engines are made yet: it runs on "
+            f"{settings.bundle} is in mode steps, which 'dcconvert build' does not support yet: it runs on "
             "ONNX Runtime and in torch as it is"
         )
     if settings.target != "trt":
@@ -106,7 +106,7 @@ def refuse_others(settings: Settings) -> None:
     for item in fields(settings):
         if getattr(settings, item.name) != getattr(usual, item.name):
             option = item.name.replace("_", "-")
-            raise UsageError(f"--{option} applies only to --runtime trt: {settings.target} is a set of fp16 graphs")
+            raise UsageError(f"--{option} applies only to --runtime trt: leave it out for --runtime {settings.target}")
 
 
 def build_engines(
@@ -148,7 +148,7 @@ def choose_variant(model: DynamicModel, settings: Settings, device: Device, stag
         return masks
     try:
         with stages.stage("packed attention") as tick:
-            tick(f"does {device.backend} build it?")
+            tick(f"test if {device.backend} builds it")
             reason = refusal(with_packed_attention(model), settings.precision, device)
     except (UsageError, CheckFailedError) as error:
         reason = str(error)
@@ -178,19 +178,21 @@ def find_device(backend: str | None, capability: str = "") -> Device:
             wanted = normal_capability(capability, known) if capability else ""
             if not wanted and gpu is not None and known and gpu[1] not in known:
                 missing.append(
-                    f"{name}: the GPU here has compute capability {gpu[1]}, it builds for {', '.join(known)} (for "
-                    "another machine name one with --compute-capability)"
+                    f"{name}: the GPU here has compute capability {gpu[1]}, but it builds for {', '.join(known)} (for "
+                    "another machine, choose one with --compute-capability)"
                 )
                 continue
             return Device(RTX, version, wanted)
         if gpu is None:
-            missing.append(f"{name}: there is no GPU, and its engines are for the GPU they are built on")
+            missing.append(f"{name}: there is no GPU here, and it builds only for the GPU of the machine")
             continue
         if capability:
-            raise UsageError("--compute-capability is of tensorrt-rtx: TensorRT builds for the GPU of this machine")
+            raise UsageError(
+                "--compute-capability applies only to tensorrt-rtx: TensorRT builds for the GPU of this machine"
+            )
         return Device(TENSORRT, version, gpu[1], gpu[0])
     hints = " or ".join(f"pip install 'dcconvert[{EXTRAS[name]}]'" for name in ([backend] if backend else BACKENDS))
-    raise UsageError(f"no backend to build engines with ({'; '.join(missing)}): {hints}")
+    raise UsageError(f"no backend can build engines ({'; '.join(missing)}): {hints}")
 
 
 def known_capabilities(module: Any) -> list[str]:
@@ -204,7 +206,7 @@ def normal_capability(text: str, known: Sequence[str]) -> str:
     """A compute capability as `known` has it, from "8.9" or "89"; UsageError if it has not."""
     found = text if "." in text else f"{text[:-1]}.{text[-1:]}"
     if known and found not in known:
-        raise UsageError(f"{RTX} does not know compute capability {text}; it knows {', '.join(known)}")
+        raise UsageError(f"{RTX} does not support compute capability {text}: choose one of {', '.join(known)}")
     return found
 
 
@@ -268,7 +270,7 @@ def build_missing(
                 done[engine.file] = build_engine(engine, folder, lambda _, tick=tick: tick("building"))  # type: ignore[misc]
         except KeyboardInterrupt:
             raise StoppedError(
-                f"interrupted: {len(done)} of {len(wanted)} engines are finished; the same command goes on there"
+                f"interrupted: {len(done)} of {len(wanted)} engines are finished; run the same command to resume"
             ) from None
         entries = tuple(done[name] for name in names if name in done)
         if others:
@@ -276,7 +278,7 @@ def build_missing(
         else:
             write_index(folder, Index(device, ranges, entries))
     if not left:
-        stages.note(f"all {len(wanted)} engines are there already")
+        stages.note(f"all {len(wanted)} engines exist already")
     entries = tuple(done[name] for name in names)
     write_index(folder, Index(device, ranges, entries))
     for old in folder.glob("*.engine"):
@@ -293,11 +295,11 @@ def plan_table(wanted: list[Engine], device: Device, bundle: Bundle) -> Table:
     folder = bundle.folder / ENGINES / device.folder
     table = Table(
         title=f"{len(wanted)} engines for {device.folder}, {wanted[0].precision}",
-        caption=f"Weights {total / MEGABYTE:.0f} MB in all; engines keep a part of them for every profile, up to "
-        f"{copies / MEGABYTE:.0f} MB. Buffers for inputs, outputs and state as in the table, for every bucket that is "
-        f"used; what the builder adds for activations is not known beforehand. Nothing was built. Folder: {folder}",
+        caption=f"Weights: {total / MEGABYTE:.0f} MB in total; engines store a part of them for every profile, up to "
+        f"{copies / MEGABYTE:.0f} MB. The table shows the buffers for inputs, outputs and state, for every bucket that "
+        f"is used; the memory for activations is known only after building. Nothing was built. Folder: {folder}",
     )
-    for name in ("engine", "profile", "batch", "tokens a sample", "packed tokens", "weights, MB", "buffers, MB"):
+    for name in ("engine", "profile", "batch", "tokens per sample", "packed tokens", "weights, MB", "buffers, MB"):
         table.add_column(name, justify="left" if name == "engine" else "right")
     for number, engine in enumerate(wanted, 1):
         for i, (bucket, shapes) in enumerate(zip(engine.buckets, engine.profiles, strict=True)):

@@ -46,8 +46,8 @@ ASSUMED = (
     "samples and fidelity are meaningless: convert again with --prediction flow."
 )
 UNSETTLED = (
-    "How many tokens a step keeps is found at every step, and without a sampler it was not fitted to the ratio: look "
-    "at what a run really keeps."
+    "Each step decides how many tokens it keeps, and without a sampler this was not fitted to the ratio: check "
+    "how many tokens a run really keeps."
 )
 IMAGE_BUDGET_S = 240.0  # above this estimate, images are left to `dcconvert evaluate`
 
@@ -117,7 +117,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
         bucket_set = choose_buckets(settings.batches, counts, model.spec.tokens, settings.buckets - 1)
         report = describe(settings, source, model, planner, run, bucket_set)
         if isinstance(run, RunTable) and settings.solver != SOLVERS[0]:
-            stages.note(f"Mode steps is sampled by its run table; {settings.solver} is the original's beside it.")
+            stages.note(f"Mode steps samples with its run table; {settings.solver} is used for the original only.")
         if model.method.stateful:
             stages.note(state_note(model.spec.state_bytes, settings.batches))
         with stages.stage("verify in torch"):

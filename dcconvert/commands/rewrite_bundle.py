@@ -138,7 +138,7 @@ def most_buckets(bundle: Bundle) -> int:
     """How many buckets a batch size may have; UsageError for a manifest that says something else than a number."""
     most = bundle.manifest.get("most_buckets", LEVELS)
     if not isinstance(most, int) or most < 2:
-        raise UsageError(f"{bundle.folder} has no number of at least 2 as most_buckets: convert the model again")
+        raise UsageError(f"{bundle.folder}: most_buckets in the manifest is not a number of at least 2; convert again")
     return most
 
 

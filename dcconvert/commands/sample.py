@@ -53,7 +53,9 @@ def sample_bundle(
     model = bundle.model
     groups = 1 if separate_halves else guidance.halves
     if guidance.ratio is not None and isinstance(sampler, RunTable):
-        raise UsageError(f"{folder} is in mode steps, whose halves of guidance share their steps: leave out --lite-cfg")
+        raise UsageError(
+            f"{folder} is in mode steps, where both halves of guidance use the same steps: leave out --lite-cfg"
+        )
     lite = None if guidance.ratio is None else planner.at_ratio(guidance.ratio, sampler.taus)
     name = f"{model.method.mode}, {model.schedule.ratio:g}x"
     if model.method.stateful:

@@ -45,7 +45,7 @@ def upcycle_bundle(settings: Settings, console: Console) -> None:
     training = Training(task, data, distributed)
     if training.restore():
         made = training.distillation
-        stages.note(f"going on at step {made.step} of {made.rounds * made.updates_a_round}")
+        stages.note(f"resuming at step {made.step} of {made.rounds * made.updates_a_round}")
     training.run(progress)
     if not distributed.is_main:
         return
@@ -73,7 +73,7 @@ def store(task: Task, model: DynamicModel, found: dict[str, Any], stages: Stages
     settings, before = task.settings, task.bundle
     model = model.with_schedule(task.planner.schedule)
     if model.schedule.data_dependent:
-        with stages.stage("see what its runs keep") as tick:
+        with stages.stage("measure what its runs keep") as tick:
             model = fitted(model, task.sampler, task.config, tick)
     with new_folder(settings.out, force=settings.in_place) as work:
         bundle = replace(before, folder=work, model=model)

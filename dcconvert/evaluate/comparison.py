@@ -75,7 +75,8 @@ class Candidate:
         sampler, planner = bundle_run(bundle, steps, solver)
         if isinstance(sampler, RunTable) and (guidance.ratio is not None or ratio is not None):
             raise UsageError(
-                f"{bundle.folder} is in mode steps, whose run was made for one ratio: leave out --ratio and --lite-cfg"
+                f"{bundle.folder} is in mode steps, and its run table is for one ratio: leave out "
+                "--ratio and --lite-cfg"
             )
         reference, _ = run_planner(bundle, steps, solver)
         lite = None
@@ -151,7 +152,7 @@ def check_same_original(bundles: Sequence[Bundle]) -> DiTConfig:
     for other in bundles[1:]:
         if origin(other) != origin(bundles[0]):
             raise UsageError(
-                f"{other.folder} and {bundles[0].folder} were made from different originals: evaluate them apart"
+                f"{other.folder} and {bundles[0].folder} were made from different originals: evaluate them separately"
             )
     return config
 

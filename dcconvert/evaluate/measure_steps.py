@@ -141,7 +141,7 @@ def latency_section(
     """
     bucket_set = runtime.converted.bucket_set
     if not isinstance(bucket_set, BucketSet):
-        raise ValueError("latency is measured on a bucket set")
+        raise ValueError("measuring latency needs a bucket set")
     shapes = shapes_of(bucket_set, np.array([[step["kept"]] * batch for step in compute["per_step"]]))
     inputs = timing_inputs(runtime.model, batch)
     feed = {name: as_array(value) for name, value in inputs.items()}

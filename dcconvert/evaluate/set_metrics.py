@@ -97,7 +97,7 @@ def precision_recall(found: Doubles, real: Doubles, neighbours: int = NEIGHBOURS
     would bias one against the other, or of no more than k points.
     """
     if len(found) != len(real) or len(found) <= neighbours:
-        raise ValueError(f"{len(found)} and {len(real)} features: equally many are needed, more than {neighbours}")
+        raise ValueError(f"{len(found)} and {len(real)} features: both numbers must be equal and above {neighbours}")
     across = squared_distances(found, real)
     inside_real = across <= radii(real, neighbours)[None]
     inside_found = across <= radii(found, neighbours)[:, None]

@@ -76,7 +76,9 @@ class DropIn(nn.Module):
         try:
             bound = inspect.signature(self.transformer.forward).bind(*args, **kwargs)
         except TypeError as error:
-            raise UsageError(f"{type(self.transformer).__name__} is not called like this: {error}") from error
+            raise UsageError(
+                f"{type(self.transformer).__name__} cannot be called with these arguments: {error}"
+            ) from error
         return {name: value for name, value in bound.arguments.items() if value is not None}
 
     def takes(self, name: str) -> bool:
@@ -133,8 +135,9 @@ class DropIn(nn.Module):
         """Write the conversion as a bundle, as `Converted.save` does; UsageError if there is not exactly one."""
         if len(self._models) != 1:
             raise UsageError(
-                f"there are {len(self._models)} conversions, one for each size that was called: a bundle holds one; "
-                "call the pipeline at the size it is for, or convert with example_inputs"
+                f"the model has {len(self._models)} conversions, one for each size of its calls, but "
+                "a bundle holds one; "
+                "call the pipeline with one size only, or convert with example_inputs"
             )
         [model] = self._models.values()
         saved = getattr(model, "save")(folder, **options)  # noqa: B009  (convert gives a Converted)
@@ -145,7 +148,7 @@ def batch_of(given: Mapping[str, Any]) -> int:
     """The batch size of a call: that of its first tensor."""
     first = next((v for v in pytree.tree_leaves(given) if isinstance(v, Tensor) and v.ndim), None)
     if first is None:
-        raise UsageError("the call holds no tensor to take the batch size from")
+        raise UsageError("the batch size is unknown, because the call has no tensor: pass one")
     return int(first.shape[0])
 
 

@@ -22,7 +22,7 @@ def as_rewritten(
     original = None
     if refine_grid:
         if not isinstance(module, DiT):
-            raise UsageError("refine_grid makes a DC-DiT of a DiT: give one")
+            raise UsageError("refine_grid converts only a DiT: pass a DiT")
         original, module = module, Refined(module, method.seed)
     if not isinstance(module, RefinedDiT | Refined):
         return module, None, None, method

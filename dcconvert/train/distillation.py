@@ -64,7 +64,7 @@ class Recipe:
             if name not in TRAINABLE:
                 raise UsageError(f"cannot train '{name}': choose one of {', '.join(TRAINABLE)}")
         if {"all", "lora"} <= {*self.train}:
-            raise UsageError("train either all weights or low-rank changes of them (lora), not both")
+            raise UsageError("train either all weights or low-rank updates of them (lora), not both")
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step: linear warm-up, then a cosine to zero (Loshchilov and Hutter, arXiv 1608.03983)."""
@@ -78,14 +78,14 @@ def with_new_paths(model: DynamicModel, recipe: Recipe) -> DynamicModel:
     added = [name for name in ("router", "adapters") if name in recipe.train]
     if added and model.method.stateful:
         raise UsageError(
-            f"cannot train '{added[0]}' in mode carry: its router looks at a run's history; train all or lora"
+            f"cannot train '{added[0]}' in mode carry, where the router uses the run's history; train all or lora"
         )
     if "router" in added:
         if model.method.router == OWN:
             return model  # it is one of the model's own weights, and learns with all of them
         if not model.method.learns_router:
             raise UsageError(
-                f"cannot train 'router': method {model.method.name} has none that could learn; train all, lora or "
+                f"cannot train 'router': method {model.method.name} has no trainable router; train all, lora or "
                 "adapters"
             )
         model = with_router_adapter(model, recipe.seed)

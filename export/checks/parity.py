@@ -197,7 +197,7 @@ def check_runtime(
             taken, made = model.feed("prepare", inputs), model.prepare(inputs)
             prepares.append(Case(f"prepare, batch {batch}", as_arrays(taken), as_arrays(made)))
         for bucket in (b for b in buckets if b.batch == batch):
-            label = f"denoise, batch {batch}, {bucket.row_tokens} tokens a sample"
+            label = f"denoise, batch {batch}, {bucket.row_tokens} tokens per sample"
             tick(label)
             keep = model.planner.planner.select(scores, uneven(batch, bucket.row_tokens))
             plan = plan_second(model, keep, bucket)

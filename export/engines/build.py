@@ -217,7 +217,7 @@ def build_engine(engine: Engine, folder: Path, tick: Callable[[float], None] = l
             raise UsageError(f"{engine.device.backend} cannot build {engine.graph}{where}: {said}")
         if found["unused"]:
             raise CheckFailedError(
-                f"{engine.device.backend} {engine.device.version} leaves out input {', '.join(found['unused'])} of "
+                f"{engine.device.backend} {engine.device.version} ignores input {', '.join(found['unused'])} of "
                 f"{engine.onnx.name}: the engine would be wrong; please report it"
             )
         made = engine.built(target, seconds, found["layers"])
@@ -250,8 +250,8 @@ def builder_error(log: Path) -> str:
 
 def last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "without a word")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 def words(bucket: Bucket) -> str:
-    return f"bucket of batch {bucket.batch}, {bucket.row_tokens} tokens a sample"
+    return f"bucket of batch {bucket.batch}, {bucket.row_tokens} tokens per sample"

@@ -35,7 +35,7 @@ def export_onnx(model: DynamicModel, folder: Path, lowerings: Lowerings = PORTAB
     UsageError for a model that has no form in ONNX.
     """
     if model.method.row_packing == "varlen":
-        raise UsageError("packing varlen is for torch only: convert with packing rows to export ONNX")
+        raise UsageError("packing varlen works only in torch: convert with packing rows to export ONNX")
     folder.mkdir(parents=True, exist_ok=True)
     inputs = model.spec.example(EXAMPLE_BATCH)
     if model.spec.updates:
@@ -151,7 +151,7 @@ def export_graph(
         )
         if exported is None:
             raise CheckFailedError(
-                f"the ONNX exporter gave nothing to write to {path.name}; this is a bug of dcconvert"
+                f"the ONNX exporter returned nothing to write to {path.name}; this is a bug in dcconvert"
             )
         for node in exported.model.graph:
             node.metadata_props.pop(STACK_TRACE, None)

@@ -62,7 +62,9 @@ class PackAttention(GraphPass):
             elif node.target in PASSING or node.target is own.padded_attention.default:
                 laid.add(node)
             else:
-                raise UsageError(f"this model has no packed attention, because of {node.target} over rows: use masks")
+                raise UsageError(
+                    f"this model has no packed attention, because it uses {node.target} on rows: use masks"
+                )
         if not any(node.target is own.padded_attention.default for node in module.graph.nodes):
             raise UsageError("this model has no self-attention over packed tokens: use masks")
 

@@ -50,7 +50,7 @@ class LoadedEngine:
         self.engine, self.device = engine, device
         self.context = engine.create_execution_context()
         if self.context is None:
-            raise UsageError("no execution context for an engine: there is too little free memory on the GPU")
+            raise UsageError("cannot create an execution context for an engine: the GPU has too little free memory")
         self.stream = torch.cuda.Stream() if device != "cpu" else None
         self.profile: int | None = None
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -81,7 +81,9 @@ class LoadedEngine:
         for name in self.inputs:
             value = self.on_device(name, given[name])
             shape = tuple(value.shape)
-            require(self.context.set_input_shape(name, shape), f"takes no {name} {list(shape)} in profile {profile}")
+            require(
+                self.context.set_input_shape(name, shape), f"does not accept {name} {list(shape)} in profile {profile}"
+            )
             require(self.context.set_tensor_address(name, value.data_ptr()), f"does not take a buffer for {name}")
         outputs = {name: written[name] if name in written else self.output(name) for name in self.outputs}
         for name, value in outputs.items():
@@ -92,7 +94,7 @@ class LoadedEngine:
     def on_device(self, name: str, value: Any) -> Tensor:
         source = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
         if source.dtype != self.dtypes[name]:
-            raise UsageError(f"input {name} is {source.dtype}, the engine reads {self.dtypes[name]}: convert it")
+            raise UsageError(f"input {name} is {source.dtype}, but the engine needs {self.dtypes[name]}: convert it")
         if isinstance(value, Tensor) and value.is_contiguous() and value.device.type == self.device:
             return value
         return self.buffer(name, tuple(source.shape)).copy_(source)
@@ -196,15 +198,15 @@ def backend_module(wanted: Device, folder: Path) -> Any:
     try:
         trt = importlib.import_module(MODULES[name])
     except (ImportError, OSError, KeyError) as error:
-        raise UsageError(f"{folder} is for {name}, which is not installed here: install it, or {again}") from error
+        raise UsageError(f"{folder} is for {name}, which is not installed: install it, or {again}") from error
     if trt.__version__ != wanted.version:
-        raise UsageError(f"{folder} is for {name} {wanted.version}, here is {trt.__version__}: {again}")
+        raise UsageError(f"{folder} is for {name} {wanted.version}, but {trt.__version__} is installed: {again}")
     if not torch.cuda.is_available():
-        raise UsageError(f"{folder}: engines run on an NVIDIA GPU, and torch {torch.__version__} sees none here")
+        raise UsageError(f"{folder}: engines need an NVIDIA GPU, but torch {torch.__version__} finds none")
     found = ".".join(map(str, torch.cuda.get_device_capability()))
     if wanted.capability and wanted.capability != found:
         raise UsageError(
-            f"{folder} is for compute capability {wanted.capability}, this GPU "
+            f"{folder} is for compute capability {wanted.capability}, but this GPU "
             f"({torch.cuda.get_device_name()}) has {found}: {again}"
         )
     return trt
@@ -224,7 +226,7 @@ def load_engine(runtime: Any, path: Path) -> Any:
         raise UsageError(f"cannot read {path}: {error.strerror}; build again with 'dcconvert build'") from error
     if engine is None:
         raise UsageError(
-            f"{path} cannot be loaded: it is damaged ('dcconvert build' sees that and builds it again), or not for "
+            f"{path} cannot be loaded: it is damaged ('dcconvert build' detects that and rebuilds it), or not for "
             "this GPU ('dcconvert build --compute-capability' builds for another)"
         )
     return engine

@@ -115,7 +115,7 @@ class Served:
         if start:
             self.runs.pop(key, None)
         elif key not in self.runs:
-            raise UsageError(f"sequence {key} is not known (or was silent too long): begin it with START")
+            raise UsageError(f"sequence {key} is unknown or has expired: start it with START")
         run = self.runs[key][0] if key in self.runs else self.model.start(batch)
         self.runs[key] = run, time.monotonic()
         try:

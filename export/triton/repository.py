@@ -19,7 +19,7 @@ from dcconvert.passes.ir.spec import count_outputs
 from dcconvert.passes.planning.layout import Bucket
 
 MARK = "dcconvert.json"  # at the top of a repository; Triton looks at folders only
-AGAIN = "convert the model again, or build its graphs again where they are those for ort-cuda"
+AGAIN = "convert the model again, or build its graphs again if they are for ort-cuda"
 KINDS = {"gpu": "KIND_GPU", "cpu": "KIND_CPU"}
 TYPES = {
     TensorProto.FLOAT: "TYPE_FP32",
@@ -58,7 +58,7 @@ def export_triton(bundle: Bundle, target: Path, name: str, device: str = "gpu", 
     if not bundle.model.method.plain_plan:
         raise UsageError(
             f"{bundle.folder} was made with method {bundle.model.method.name}, whose plan needs more than a "
-            "schedule and scores: Triton repositories are written for the methods carry, chunk and sparsedit"
+            "schedule and scores: Triton repositories support the methods carry, chunk and sparsedit"
         )
     source = bundle.onnx / "ort-cuda"
     source = source if device == "gpu" and source.is_dir() else bundle.onnx

@@ -53,7 +53,9 @@ def export(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     leaves = [v for v in pytree.tree_leaves((tuple(args), kwargs)) if isinstance(v, Tensor)]
     ranked = [v for v in leaves if v.ndim > 0]
     if not ranked or ranked[0].shape[0] < 2:
-        raise UsageError("example_inputs must hold a batch of at least 2 samples, so that the batch axis can be seen")
+        raise UsageError(
+            "example_inputs must hold a batch of at least 2 samples, so that the batch axis can be detected"
+        )
     size = ranked[0].shape[0]
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
 
@@ -83,7 +85,7 @@ def opened(exported: ExportedProgram, method: Method) -> Program:
     """
     example = exported.example_inputs
     if example is None:
-        raise UsageError("the exported program has no example inputs: save it with those it was exported with")
+        raise UsageError("the exported program has no example inputs: save it together with its example inputs")
     shapes = [n.meta["val"].shape for n in exported.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
     if not any(isinstance(size, torch.SymInt) for shape in shapes for size in shape[:1]):
         raise UsageError(

@@ -41,7 +41,7 @@ def rewrite(module: GraphModule, node: Node) -> None:
     factors = product.all_input_nodes
     turned = [factor for factor in factors if factor.target is aten.view_as_complex.default]
     if product.target is not aten.mul.Tensor or len(factors) != 2 or len(turned) != 1:
-        raise UnsupportedModelError(f"{where(product)} computes with complex numbers in a way that has no rule")
+        raise UnsupportedModelError(f"{where(product)} uses complex numbers in a way that is not supported")
     [fixed] = [factor for factor in factors if factor is not turned[0]]
     real, imaginary = constants(module, fixed)
     with module.graph.inserting_before(node):
@@ -80,6 +80,6 @@ def evaluated(module: GraphModule, node: Node) -> Any:
             needed.add(source)
             stack.extend(source.all_input_nodes)
     if inputs := [source.name for source in needed if source.op == "placeholder"]:
-        raise UnsupportedModelError(f"a complex rotary embedding depends on input {inputs[0]}: it has no rule")
+        raise UnsupportedModelError(f"a complex rotary embedding depends on input {inputs[0]}, which is not supported")
     ordered = [other for other in module.graph.nodes if other in needed]
     return run_nodes(module, ordered)[node]

@@ -48,9 +48,9 @@ def checked(program: Program, seen: tuple[int, int] | None, tokens: int) -> tupl
     """The program's grid, else the one seen; UsageError if there is none or it has another number of tokens."""
     grid = program.grid or seen
     if grid is None:
-        raise UsageError(f"the grid of the {tokens} tokens cannot be seen in the model: give grid=(height, width)")
+        raise UsageError(f"cannot infer the grid of the {tokens} tokens from the model: pass grid=(height, width)")
     if math.prod(grid) != tokens:
-        raise UsageError(f"the grid {grid[0]}x{grid[1]} does not have the {tokens} tokens of the model")
+        raise UsageError(f"the grid {grid[0]}x{grid[1]} does not match the {tokens} tokens of the model")
     return grid
 
 
@@ -93,4 +93,4 @@ def image_input(patchify: Node) -> str:
         if node.op == "placeholder":
             return node.name
         stack.extend(reversed(node.all_input_nodes))
-    raise UnsupportedModelError("patchify depends on no input of the model: there is no image to take apart")
+    raise UnsupportedModelError("patchify does not depend on any input of the model, so there is no image to split")

@@ -164,9 +164,8 @@ def no_blocks(stream: list[Node], cuts: list[Cut], program: Program) -> Unsuppor
     attentions = sum(n.target is ATTENTION for n in stream)
     return UnsupportedModelError(
         f"no repeating transformer blocks found: {len(cuts)} cut points, {attentions} attention ops on the token "
-        "stream (two equal blocks whose only live value between them is [B, N, D] are needed, beside other tokens "
-        f"[B, X, D], of which there must be another number than N; longest alive is {where(kept)}, until "
-        f"{where(until)})"
+        "stream (there must be two equal blocks with no live values between them other than [B, N, D] and other tokens "
+        f"[B, X, D], with X different from N; the value that stays live longest is {where(kept)}, until {where(until)})"
     )
 
 

@@ -61,12 +61,12 @@ def check_fake_values(module: GraphModule, after: str) -> None:
             value = fake_result(mode, node) if node.op == "call_function" else tensor_at(module, node.target)
         except Exception as error:  # ops raise many unrelated types
             reason = " ".join(str(error).split())[:200]
-            message = f"{after} left {node.name}, which cannot be called ({reason}); this is a bug of dcconvert"
+            message = f"{after} left {node.name}, which cannot be called ({reason}); this is a bug in dcconvert"
             raise CheckFailedError(message) from error
         if described(value) != described(known):
             raise CheckFailedError(
-                f"{after} says that {node.name} gives {described(known)}, and it gives {described(value)}; "
-                "this is a bug of dcconvert"
+                f"{after} says that {node.name} gives {described(known)}, but it gives {described(value)}; "
+                "this is a bug in dcconvert"
             )
 
 

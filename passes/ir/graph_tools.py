@@ -131,7 +131,9 @@ def attributes(graph_module: GraphModule) -> dict[str, Tensor]:
     for path in (node.target for node in graph_module.graph.nodes if node.op == "get_attr"):
         found[path] = tensor_at(graph_module, path)
         if not isinstance(found[path], Tensor):
-            raise UnsupportedModelError(f"the graph reads {path}, which is no tensor and cannot be written to a bundle")
+            raise UnsupportedModelError(
+                f"the graph reads {path}, which is not a tensor and cannot be written to a bundle"
+            )
     return found
 
 

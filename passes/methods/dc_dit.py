@@ -161,7 +161,7 @@ def of_own_architecture(method: Method, refined: bool) -> DcDit:
     UsageError for another method, or where head or tail blocks were asked for.
     """
     if not isinstance(method, DcDit):
-        raise UsageError("a DC-DiT is converted in its own way: choose preset dc-dit")
+        raise UsageError("a DC-DiT checkpoint needs preset dc-dit: choose it")
     if any(blocks not in (0, method.blocks) for blocks in (method.head_blocks, method.tail_blocks)):
         raise UsageError("all blocks of a DC-DiT run on the kept tokens: leave out --head-blocks and --tail-blocks")
     return replace(method, router=OWN, head_blocks=0, tail_blocks=0, refined=refined)

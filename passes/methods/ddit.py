@@ -44,7 +44,7 @@ class DDiT(Method):
     )
     limits: ClassVar[tuple[str, ...]] = (
         WHAT_CHUNK_NEEDS,
-        "DDiT trains embeddings and low-rank changes for its larger patches. Here they start from a bilinear resize; "
+        "DDiT trains embeddings and low-rank updates for its larger patches. Here they start from a bilinear resize; "
         "'dcconvert upcycle' trains them.",
     )
     blocks: ClassVar[int] = 0
@@ -129,7 +129,7 @@ class DDiT(Method):
         if least > 1 / ratio + 1e-9:
             raise UsageError(
                 f"patches of {patches[-1]} pixels from the fourth of {len(latents)} steps on give {1 / least:.1f}x at "
-                f"most: ask for less than {ratio:g}x, or more steps"
+                f"most: choose a ratio below {ratio:g}x, or more steps"
             )
         windows = [latents[i : i + ORDER + 1] for i in range(len(latents) - ORDER)]
         spread = np.stack([patch_spread(third_difference(window), patches) for window in windows])

@@ -47,7 +47,7 @@ def joins(packer: Packer, node: Node) -> bool:
     if packer.joint(grid):
         raise packer.refuse(node, "it joins tokens of the grid with others a second time")
     if not same(other.meta["val"].shape[laid.batch], packer.program.batch):
-        raise packer.refuse(node, "what it joins to the tokens is not there once for each sample")
+        raise packer.refuse(node, "the values that it joins to the tokens do not exist once per sample")
     size = int(other.meta["val"].shape[axis])
     start = 0 if parts[0] is grid else size
     packer.store_joint(node, Joint(start, size), laid, packer.outside(other))
@@ -98,7 +98,9 @@ def store_part(packer: Packer, node: Node, source: Node, joint: Joint, span: tup
     elif span == context:
         packer.keep_outside(node, packer.get(source, "context").node)
     else:
-        raise packer.refuse(node, f"it takes tokens {span[0]} to {span[1]} out, neither the grid's nor all others")
+        raise packer.refuse(
+            node, f"it selects tokens {span[0]} to {span[1]}, which are neither the grid's nor all others"
+        )
 
 
 def positional(packer: Packer, value: Node, laid: PackedValue, node: Node) -> Node:
@@ -132,7 +134,7 @@ def positional(packer: Packer, value: Node, laid: PackedValue, node: Node) -> No
         elif samples == 1:
             index = packer.remembered(("places",), lambda: places(packer))
         else:
-            raise packer.refuse(node, f"an operand of shape {tuple(shape)} is there neither once nor for each sample")
+            raise packer.refuse(node, f"an operand of shape {tuple(shape)} exists neither once nor once per sample")
         return packer.from_front(packer.emit(torch.ops.dcconvert.gather_tokens.default, front, index), whole)
 
     return packer.remembered((value, laid.batch, laid.token, rank, start), placed)

@@ -213,7 +213,7 @@ class Packer:
     def again(self, node: Node, *args: Any, **kwargs: Any) -> Node:
         """The op of `node` on other operands."""
         if isinstance(node.target, str):
-            raise self.refuse(node, "it is no call of a function")
+            raise self.refuse(node, "it is not a function call")
         return self.emit(node.target, *args, **kwargs)
 
     def plan_input(self, name: str) -> Node:

@@ -39,7 +39,7 @@ class StepPlanner:
         """UsageError for a schedule that this model cannot have."""
         kind, levels = self.schedule.kind, self.schedule.levels
         if self.schedule.data_dependent and kind not in self.method.schedules:
-            raise UsageError(f"schedule '{kind}' is for models converted with another method than {self.method.name}")
+            raise UsageError(f"schedule '{kind}' does not work with method {self.method.name}: choose another")
         most = levels[-1] if levels else self.spec.tokens
         bounded = most == self.spec.tokens if kind == NATURAL else most <= self.spec.tokens  # else it would cut off
         if levels and (not bounded or (self.sizes and not {*levels} <= {*self.sizes})):
@@ -49,7 +49,7 @@ class StepPlanner:
         if kind != DIFFERENCE and fewest > 1 and self.schedule.ratio > self.spec.tokens / fewest + 1e-6:
             raise UsageError(
                 f"the coarsest grid of this model has {fewest} of {self.spec.tokens} tokens, which is "
-                f"{self.spec.tokens / fewest:.3g}x: ask for less than {self.schedule.ratio:g}x, or convert again"
+                f"{self.spec.tokens / fewest:.3g}x: choose a ratio below {self.schedule.ratio:g}x, or convert again"
             )
 
     def at_ratio(self, ratio: float, taus: np.ndarray) -> StepPlanner:
@@ -115,7 +115,7 @@ class StepPlanner:
         if self.schedule.kind in ("constant", NATURAL) or self.schedule.ratio == 1:
             return np.full(batch, 0.5)
         raise UsageError(
-            f"schedule '{self.schedule.kind}' needs the timestep, but no input of the model is known to be it; "
+            f"schedule '{self.schedule.kind}' needs the timestep, but which input of the model that is, is unknown; "
             "name it with timestep=..., or use the constant schedule"
         )
 

@@ -50,7 +50,7 @@ class CarryTrunk(PackTrunk):
         output = next(iter(reversed(program.graph.nodes)))
         found = [node.target for node in output.args[0][-len(program.state) :]]
         if not program.state or any(target is not torch.ops.dcconvert.cache_write.default for target in found):
-            raise CheckFailedError("the states are not the graph's last outputs; this is a bug of dcconvert")
+            raise CheckFailedError("the states are not the graph's last outputs; this is a bug in dcconvert")
 
 
 class Memory:

@@ -27,7 +27,7 @@ class InsertRouter(Pass):
         if method.router != OWN:
             router = method.router_module(stream.grid)
         elif router is None:
-            raise UsageError("router 'own' is for models that have one (DC-DiT): choose another")
+            raise UsageError("router 'own' needs a model with its own router (DC-DiT): choose another")
         name = f"dcconvert_{PREFIX}" if hasattr(program.graph_module, PREFIX) else PREFIX
         with program.graph.inserting_before(start.next):
             program.scores = inline(program.graph_module, router, (start,), name)

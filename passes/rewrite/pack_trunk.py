@@ -83,11 +83,11 @@ class PackTrunk(Pass):
         if str(end.meta["val"].shape) != str(start.meta["val"].shape):
             raise CheckFailedError(
                 f"dechunk gives {tuple(end.meta['val'].shape)} where the trunk had {tuple(start.meta['val'].shape)}; "
-                "this is a bug of dcconvert"
+                "this is a bug in dcconvert"
             )
         for node in program.graph.nodes:
             if node.op == "call_function" and not node.users:
-                raise CheckFailedError(f"{where(node)} is still in the graph but unused; this is a bug of dcconvert")
+                raise CheckFailedError(f"{where(node)} is still in the graph but unused; this is a bug in dcconvert")
 
 
 def closing_norm(end: Node) -> Node:

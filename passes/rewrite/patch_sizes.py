@@ -58,9 +58,7 @@ class PatchSizes(Pass):
     def requires(self, program: Program) -> None:
         stream = program.found_stream()
         if any(stream.contexts.get(node) for node in stream.boundaries):
-            raise UnsupportedModelError(
-                "patch sizes have no rule for tokens beside the grid (joint attention with text)"
-            )
+            raise UnsupportedModelError("patch sizes do not support tokens beside the grid (joint attention with text)")
         if len(scales_of(stream.grid)) == 1:
             raise UnsupportedModelError(
                 f"a grid of {stream.grid[0]}x{stream.grid[1]} tokens has no patches of twice the size"
@@ -117,8 +115,8 @@ class PatchSizes(Pass):
 class PatchPacker(Packer):
     def token_index(self) -> Node:
         raise UnsupportedModelError(
-            "the blocks look at the places of tokens (rotary embeddings): patch sizes have a rule for positions that "
-            "are added before the first block only"
+            "the blocks use token positions (rotary embeddings): patch sizes support only positions that "
+            "are added before the first block"
         )
 
 
@@ -145,12 +143,12 @@ def pixels_of(program: Program, end: Node) -> Pixels:
     values = run_nodes(program.graph_module, dependents(program, [end]), given, missing=1)
     image = values.get(wanted)
     if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[2] % height or image.shape[3] % width:
-        raise UnsupportedModelError("the model's output is no image [B, C, H, W] in patches of the token grid")
+        raise UnsupportedModelError("the model's output is not an image [B, C, H, W] in patches of the token grid")
     patch, channels = int(image.shape[2]) // height, int(image.shape[1])
     cells = image[0].reshape(channels, height, patch, width, patch).permute(1, 3, 0, 2, 4).reshape(tokens, -1)
     order = cells[0].argsort()
     if not torch.equal(cells[:, order], values[end][0]):
-        raise UnsupportedModelError("what follows the last linear layer is more than putting pixels in their places")
+        raise UnsupportedModelError("the ops after the last linear layer do more than rearrange pixels")
     return Pixels(order, patch, channels)
 
 
@@ -169,7 +167,7 @@ def embeddings(program: Program, start: Node, patch: int, scales: Sequence[int])
     probe = torch.randn(2, *image_shape(program), generator=torch.Generator().manual_seed(0))
     plain = torch.nn.functional.conv2d(probe.to(weight), weight, stride=patch).flatten(2).transpose(1, 2)
     if not torch.allclose(first(probe), plain + base, rtol=1e-3, atol=1e-3 * float(plain.abs().max())):
-        raise UnsupportedModelError("between patchify and the first block there is more than an addition of positions")
+        raise UnsupportedModelError("the model does more than add positions between patchify and the first block")
     module = PatchEmbedding(weight, resized(base, stream.grid, scales), scales)
     image = input_of(program, program.image)
     assert image is not None
@@ -189,7 +187,7 @@ def prefix(program: Program, start: Node) -> Any:
     others = [n.name for n in needed if n.op == "placeholder" and n.name != program.image]
     if others:
         raise UnsupportedModelError(
-            f"tokens depend on {', '.join(sorted(others))} before the first block: patch sizes have no rule for it"
+            f"tokens depend on {', '.join(sorted(others))} before the first block: patch sizes do not support this"
         )
 
     def run(image: Tensor) -> Tensor:
@@ -204,7 +202,7 @@ def prefix(program: Program, start: Node) -> Any:
 def tensor_of(program: Program, node: Node) -> Tensor:
     """The value of a weight."""
     if node.op != "get_attr":
-        raise UnsupportedModelError(f"{where(node)}: it is computed, where a weight is needed")
+        raise UnsupportedModelError(f"{where(node)}: this is computed, but a weight is needed")
     value: Tensor = run_nodes(program.graph_module, [node])[node]
     return value.detach()
 

@@ -74,7 +74,7 @@ class SparseDense(Pass):
         stream, method = program.found_stream(), program.method
         if any(stream.contexts.get(node) for node in stream.boundaries):
             raise UnsupportedModelError(
-                "sparse-dense blocks have no rule for tokens beside the grid (joint attention with text): use the "
+                "sparse-dense blocks do not support tokens beside the grid (joint attention with text): use the "
                 "plain trunk"
             )
         groups = arrange(stream.depth, method.head_blocks, method.tail_blocks)
@@ -145,7 +145,7 @@ def pool_values(program: Program, body: Sequence[Node]) -> None:
         path = ancestors_in(body, [value_of(node)])
         layer = next((n for n in reversed(path) if n.target is aten.linear.default), None)
         if layer is None:
-            raise UnsupportedModelError(f"{where(node)}: its values are no linear function of tokens")
+            raise UnsupportedModelError(f"{where(node)}: its values are not a linear function of tokens")
         source = operand(layer)
         needed = [n for n in dependents(program, [source]) if n in path and n is not source]
         packer = MeanPacker(program, find_rule, program.found_stream().tokens, program.method.row_packing)

@@ -41,7 +41,7 @@ class SplitSteps(Pass):
         if left and not (method.head_blocks or method.tail_blocks):
             raise UnsupportedModelError(
                 f"{left} of {whole} attention ops do not go through the tokens' update: a step that skips the trunk "
-                "would compute them all the same; use --mode carry"
+                "would still compute them; use --mode carry"
             )
         return PassResult(whole - left, (f"{whole - left} of {whole} attention ops are skipped",))
 

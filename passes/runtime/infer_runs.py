@@ -93,8 +93,8 @@ class FollowedRun:
         self._restarts = self._restarts + 1 if (falling & ~goes_on).any() else 0
         if self._restarts == WARN_AFTER:
             log.warning(
-                "%d calls in a row were no continuation of the one before, though the noise fell: every token is "
-                "computed and nothing saved. If this is one image, step through model.start(batch) instead",
+                "%d calls in a row did not continue the previous one, although the noise fell: every token is "
+                "computed and nothing is saved. If this is one image, step through model.start(batch) instead",
                 WARN_AFTER,
             )
 

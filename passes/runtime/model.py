@@ -111,7 +111,7 @@ class DynamicModel(nn.Module, Runtime):
                 raise UsageError(f"input {spec.name} was {was} when the model was captured and is {now}: convert again")
             if isinstance(leaf, Tensor) and spec.batched and tuple(leaf.shape[1:]) != spec.shape:
                 raise UsageError(
-                    f"input {spec.name} has shape {list(leaf.shape)}, the model was captured for [batch, "
+                    f"input {spec.name} has shape {list(leaf.shape)}, but the model was captured for [batch, "
                     f"{', '.join(map(str, spec.shape))}]: convert again for another size"
                 )
         return dict(zip(self.spec.inputs, leaves, strict=True))
@@ -211,7 +211,7 @@ class DynamicModel(nn.Module, Runtime):
         spec, method, schedule = self.spec, self.method, self.schedule
         kept = f"{spec.tokens * schedule.expected:.0f} kept on average ({schedule.ratio:g}x)"
         if schedule.data_dependent and not schedule.mean:
-            kept = f"asked for {schedule.ratio:g}x; what steps find was fitted to no runs: look at what they keep"
+            kept = f"{schedule.ratio:g}x was requested, but not fitted on sampling runs: check what steps keep"
         lines = [
             f"{spec.grid[0]}x{spec.grid[1]} = {spec.tokens} tokens, {kept}",
             f"{spec.depth} blocks: {method.head_blocks} head, "

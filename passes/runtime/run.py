@@ -170,7 +170,9 @@ class Run:
 
     def __init__(self, runtime: Runtime, batch: int, groups: int = 1, *, gradients: bool = False) -> None:
         if batch % groups:
-            raise UsageError(f"a batch of {batch} cannot be {groups} groups that share their choice of tokens")
+            raise UsageError(
+                f"a batch of {batch} cannot be split into {groups} groups that share their choice of tokens"
+            )
         self.runtime = runtime
         self.batch = batch
         self.groups = groups
@@ -295,13 +297,11 @@ class Run:
         specs = {spec.name: spec for spec in self.runtime.planner.spec.input_specs}
         found = {len(value) for name, value in inputs.items() if specs[name].batched}
         if found != {self.batch}:
-            raise UsageError(
-                f"this run has {self.batch} samples, its step was given {sorted(found)}: start another run"
-            )
+            raise UsageError(f"this run has {self.batch} samples, but the step got {sorted(found)}: start another run")
         for name, value in inputs.items():
             wanted = specs[name].dtype
             if isinstance(value, np.ndarray) and wanted and value.dtype != wanted:
-                raise UsageError(f"input {name} is {value.dtype}, the model reads {wanted}: give it as that")
+                raise UsageError(f"input {name} is {value.dtype}, but the model needs {wanted}: convert it")
         if self.size == self.batch:
             return inputs
         return {n: fill_batch(value, self.size) if specs[n].batched else value for n, value in inputs.items()}

@@ -59,7 +59,9 @@ class StepRun(Run):
         none. UsageError for weights of more updates than a skipped step reads, or for noise that rose.
         """
         if len(weights) > self.updates.slots:
-            raise UsageError(f"{len(weights)} weights: a skipped step reads the last {self.updates.slots} updates")
+            raise UsageError(
+                f"{len(weights)} weights: a skipped step needs one for each of the last {self.updates.slots} updates"
+            )
         inputs = self._filled(inputs)
         start = time.perf_counter()
         taus = self.runtime.planner.taus(inputs, self.size)

@@ -120,7 +120,7 @@ def read_facts(data: Any) -> tuple[ModelSpec, Method, Schedule]:
         method = plainly(method_from_dict(data["method"] if "method" in data else data["options"]))
         return spec, method, StepPlanner(spec, method, plainly(Schedule(**schedule))).schedule
     except UsageError as error:
-        raise damaged(f"has options or a schedule that cannot be ({error})") from error
+        raise damaged(f"has invalid options or an invalid schedule ({error})") from error
 
 
 def model_tensors(model: DynamicModel) -> dict[str, Tensor]:
@@ -157,7 +157,7 @@ def read_spec(fields: dict[str, Any]) -> ModelSpec:
     for state in spec.states:
         plainly(state)
         if state.dtype not in STATE_DTYPES or not 1 <= state.channels * state.width <= MAX_STATE:
-            raise damaged(f"gives the state {shown(state.name)} a shape or dtype that it cannot have")
+            raise damaged(f"gives the state {shown(state.name)} an invalid shape or dtype")
     if len(spec.grid) != 2 or not all(type(size) is int and size > 0 for size in spec.grid):
         raise damaged(f"gives {shown(spec.grid)} as token grid, not two positive integers")
     return spec
@@ -332,7 +332,7 @@ def decode(value: Any, nodes: Mapping[str, Node]) -> Any:
         known: Mapping[str, Any] = nodes if kind == "node" else CONSTANTS.get(kind, {})
         if content in known:
             return known[content]
-    raise damaged(f"has the argument {shown(value)}, which stands for nothing")
+    raise damaged(f"has the argument {shown(value)}, which has no meaning")
 
 
 def checked_name(name: Any, reserved: Collection[str] = RESERVED_NAMES) -> str:
@@ -346,7 +346,9 @@ def checked_name(name: Any, reserved: Collection[str] = RESERVED_NAMES) -> str:
 def check_version(data: Any) -> None:
     if type(data["version"]) is not int or data["version"] not in READABLE:
         found = shown(data["version"])
-        raise UsageError(f"the graph file has version {found}, this dcconvert reads {VERSION}: convert the model again")
+        raise UsageError(
+            f"the graph file has version {found}, but this dcconvert reads {VERSION}: convert the model again"
+        )
 
 
 @contextmanager

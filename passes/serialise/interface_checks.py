@@ -34,7 +34,7 @@ def check_seams(model: DynamicModel, graphs: Mapping[str, GraphModule]) -> None:
         found = (tuple(node.name for node in placeholders(graph.graph)), len(output.args[0]))
         wanted = (spec.inputs_of(name), returned.get(name, results))
         if found != wanted:
-            raise damaged(f"has {shown(found)} as inputs and outputs of {name}, its spec {shown(wanted)}")
+            raise damaged(f"has {shown(found)} as inputs and outputs of {name}, but its spec has {shown(wanted)}")
     unknown = {*spec.route_inputs, *spec.prepare_inputs, spec.timestep or spec.image, spec.image} - {*spec.inputs}
     arrays = {*CARRY_ARRAYS, *(state.name for state in spec.states)} if spec.states else {*PLAN_ARRAYS}
     unknown |= {*spec.denoise_inputs} - {*spec.inputs, *spec.live, *spec.constants, *arrays}
@@ -42,7 +42,7 @@ def check_seams(model: DynamicModel, graphs: Mapping[str, GraphModule]) -> None:
     if remembers != model.method.remembers:
         raise damaged(f"remembers {remembers or 'nothing'}, which its method {model.method.name} does not")
     if unknown or pytree.treespec_loads(spec.in_spec).num_leaves != len(spec.inputs):
-        raise damaged(f"asks for other inputs than its in_spec holds ({shown(sorted(unknown))})")
+        raise damaged(f"has inputs that do not match its in_spec ({shown(sorted(unknown))})")
     if not spec.updates:
         check_kind(model.method, graphs)
 
@@ -52,10 +52,10 @@ def check_kind(method: Method, graphs: Mapping[str, GraphModule]) -> None:
     read = {str(node.target).split(".")[0] for node in graphs["denoise"].graph.nodes if node.op == "get_attr"}
     for weights in NEW_PATHS:
         if (method.new_weights == weights) != (weights in read) and weights != DECHUNK:  # which training adds
-            raise damaged(f"has the method {method.name}, which is not that of its graphs")
+            raise damaged(f"has the method {method.name}, but its graphs have another")
     matches = any(str(node.target).endswith(MATCHING) for node in graphs["route"].graph.nodes)
     if (method.router == "merge") != matches:
-        raise damaged(f"has the router {shown(method.router)}, which is not that of its graphs")
+        raise damaged(f"has the router {shown(method.router)}, but its graphs have another")
 
 
 def damaged(fault: str) -> UsageError:

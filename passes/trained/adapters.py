@@ -170,7 +170,7 @@ def with_router_adapter(model: DynamicModel, seed: int = 0) -> DynamicModel:
     CheckFailedError for a model of mode carry, whose router looks at the history of a run.
     """
     if model.spec.states:
-        raise CheckFailedError("mode carry has no learned router: its routers look at the history of a run")
+        raise CheckFailedError("mode carry has no learned router, because its routers use the history of a run")
     if has_adapter(model, ROUTER):
         return model
     return rewritten(model, {"route": AddRouterAdapter(made_for(model, RouterAdapter, seed))})
@@ -205,7 +205,7 @@ def with_features(model: DynamicModel) -> DynamicModel:
 def dechunk_of(graph: Graph) -> Node:
     found = [node for node in graph.nodes if node.target is torch.ops.dcconvert.dechunk.default]
     if len(found) != 1:
-        raise CheckFailedError(f"the graph has {len(found)} dechunks where one was expected: mode chunk has one")
+        raise CheckFailedError(f"the graph has {len(found)} dechunks, but mode chunk needs one")
     return found[0]
 
 

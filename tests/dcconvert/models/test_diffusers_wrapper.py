@@ -229,7 +229,7 @@ def test_wrong_options_are_noticed_before_the_first_call():
 def test_wrong_calls_are_named():
     transformer, args, kwargs = made(FAMILIES["sd3"])
     drop = dcconvert.convert(transformer, ratio=2)
-    with pytest.raises(UsageError, match=r"SD3Transformer2DModel is not called like this: .*prompt"):
+    with pytest.raises(UsageError, match=r"SD3Transformer2DModel cannot be called with these arguments: .*prompt"):
         drop(*args, **kwargs, prompt="a cat")
     with pytest.raises(AttributeError, match="no_such_thing"):
         drop.no_such_thing  # noqa: B018

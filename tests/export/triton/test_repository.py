@@ -136,7 +136,7 @@ def test_a_run_that_is_silent_is_forgotten(carry, monkeypatch):
     now[0] += IDLE_SECONDS / 2
     carry.images(**at(1), **controls(1, 1))
     now[0] += IDLE_SECONDS + 1
-    assert "sequence 1 is not known (or was silent too long)" in carry.refusal(**at(2), **controls(1, 2))
+    assert "sequence 1 is unknown or has expired" in carry.refusal(**at(2), **controls(1, 2))
 
 
 def test_a_failed_step_starts_the_run_anew_and_the_server_lives(carry):

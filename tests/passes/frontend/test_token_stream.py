@@ -123,7 +123,7 @@ def test_the_grid_of_a_linear_patchify_may_be_given():
     run_passes(program, (Normalise(), FindTokenStream()))
     assert program.found_stream().grid == (2, 8)
     program.grid = (3, 5)
-    with pytest.raises(UsageError, match="the grid 3x5 does not have the 16 tokens"):
+    with pytest.raises(UsageError, match="the grid 3x5 does not match the 16 tokens"):
         run_passes(program, (FindTokenStream(),))
 
 

@@ -288,7 +288,7 @@ def test_only_its_own_samples_can_be_restarted(samples):
 def test_another_batch_is_refused():
     model, call = carried("tiny")
     run = model.start(BATCH)
-    with pytest.raises(UsageError, match=r"this run has 3 samples, its step was given \[2\]: start another run"):
+    with pytest.raises(UsageError, match=r"this run has 3 samples, but the step got \[2\]: start another run"):
         step(run, model, pick(call, [0, 1]))
     x, t = call[1]
     with pytest.raises(UsageError, match=r"given \[2, 3\]"):
