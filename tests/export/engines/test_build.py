@@ -209,7 +209,7 @@ def test_a_builder_that_fails_names_the_bucket(rows_model, tmp_path):
     device = Device(RTX, rtx_version())
     export_onnx(rows_model, tmp_path, VARIANTS["trt"].lowerings)
     *_, denoise = plan_engines(tmp_path, GRAPHS, BUCKETS[2:], "fp32", device)
-    with pytest.raises(UsageError, match=r"cannot build denoise, bucket of batch 3, 6 tokens a sample: .*Attention"):
+    with pytest.raises(UsageError, match=r"cannot build denoise, bucket of batch 3, 6 tokens per sample: .*Attention"):
         build_engine(denoise, tmp_path)
 
 

@@ -206,7 +206,7 @@ def test_engines_of_another_gpu(bundle, rows_model, rows_onnx, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
     said = refused(bundle, rows_model, rows_onnx)
-    assert "is for compute capability 8.9, this GPU (H200) has 9.0" in said
+    assert "is for compute capability 8.9, but this GPU (H200) has 9.0" in said
 
 
 def test_a_backend_that_is_not_installed(bundle, rows_model, rows_onnx, monkeypatch):

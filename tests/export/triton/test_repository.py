@@ -152,7 +152,7 @@ def test_bad_requests_are_one_line(chunk, carry):
     assert "the request has no input y: it needs x, t, y" in chunk.refusal(**given)
     assert "batch 5 is outside the buckets" in chunk.refusal(**at(0, 5))
     assert "the request has no CORRID: call the model as a sequence" in carry.refusal(**at(0))
-    assert "sequence 3 is not known" in carry.refusal(**at(1), **controls(3, 1))
+    assert "sequence 3 is unknown" in carry.refusal(**at(1), **controls(3, 1))
     wrong = at(0) | {"x": np.zeros((3, 1, 8, 8), np.float32)}
     assert chunk.refusal(**wrong).startswith("dit_route: ")
 

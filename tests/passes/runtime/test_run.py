@@ -387,7 +387,7 @@ def test_restart_takes_the_partner_along(sample, left):
 
 
 def test_groups_must_be_equal():
-    with pytest.raises(UsageError, match="a batch of 3 cannot be 2 groups"):
+    with pytest.raises(UsageError, match="a batch of 3 cannot be split into 2 groups"):
         Run(carried("tiny")[0], 3, groups=2)
 
 
