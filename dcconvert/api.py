@@ -159,8 +159,7 @@ def convert_call(
         schedule: how the kept fraction changes over time: constant, rising or falling (toward clean images), or a
             Schedule; None for the default of the mode.
         steps: sampling steps of a run; the ratio is an average over them.
-        warm_up, refresh: mode carry: the number of initial steps that compute everything, and the interval between later
-            steps that do.
+        warm_up, refresh: mode carry: how many initial steps, and every how many later steps, compute everything.
         buckets: maximum number of different kept-token counts in a run; each is a static shape of the exported model.
         options: a method with its options, made by `dcconvert.Options`.
         preset: the name of a method, one of `dcconvert.passes.methods.METHODS`, instead of schedule and options.

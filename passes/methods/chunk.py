@@ -1,4 +1,4 @@
-"""Method `chunk`: tokens that are not kept are absent from the trunk, and take the update of kept ones near them."""
+"""Method `chunk`: dropped tokens are left out of the trunk and take the update of kept tokens near them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Method `steps`: some steps are computed whole, and the others forecast what the trunk would have added."""
+"""Method `steps`: some steps are computed in full, and the others forecast the trunk's update."""
 
 from __future__ import annotations
 

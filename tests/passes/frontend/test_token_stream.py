@@ -129,7 +129,7 @@ def test_the_grid_of_a_linear_patchify_may_be_given():
 
 def test_long_skips_are_named():
     program = capture(*made(FAMILIES["hunyuan-dit"]), method_of("carry"))
-    with pytest.raises(UnsupportedModelError, match=r"longest alive is .* in blocks\.0 .*, until .* in blocks\.3"):
+    with pytest.raises(UnsupportedModelError, match=r"stays live longest is .* in blocks\.0 .*, until .* in blocks\.3"):
         run_passes(program, (Normalise(), FindTokenStream()))
 
 

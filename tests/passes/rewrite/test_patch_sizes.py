@@ -224,7 +224,7 @@ def refused(call, match):
 
 
 def test_what_has_no_rule_is_refused():
-    refused((TinyModel(Block() for _ in range(3)), tiny_inputs(), {}), "no image")
+    refused((TinyModel(Block() for _ in range(3)), tiny_inputs(), {}), "not an image")
     refused(dit_call(image_size=6), "no patches of twice the size")
 
     class Normed(Image):
