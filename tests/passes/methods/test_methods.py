@@ -141,7 +141,11 @@ def models():
             Schedule(NATURAL, 4, base=4),
             "schedule 'natural' does not work with method tome",
         ),
-        ("sparsedit", Schedule(DIFFERENCE, 4, threshold=1), "schedule 'difference' does not work with method sparsedit"),
+        (
+            "sparsedit",
+            Schedule(DIFFERENCE, 4, threshold=1),
+            "schedule 'difference' does not work with method sparsedit",
+        ),
         ("ddit", Schedule(NATURAL, 4, base=4), "schedule 'natural' does not work with method ddit"),
         ("dc-dit", Schedule(NATURAL, 4, base=4, levels=(65, 1000)), "a sample of this model can keep at most 64"),
         ("dc-dit", Schedule(NATURAL, 4, base=4, levels=(17,)), "a sample of this model can keep at most 64"),

@@ -291,7 +291,7 @@ def test_another_batch_is_refused():
     with pytest.raises(UsageError, match=r"this run has 3 samples, but the step got \[2\]: start another run"):
         step(run, model, pick(call, [0, 1]))
     x, t = call[1]
-    with pytest.raises(UsageError, match=r"given \[2, 3\]"):
+    with pytest.raises(UsageError, match=r"got \[2, 3\]"):
         run.step({"x": x, "t": t[:2]})
 
 
