@@ -29,7 +29,7 @@ RESERVED = re.compile("|".join((r"h|live_\d+|scores", *PLAN_ARRAYS)))
 
 
 def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, method: Method) -> Program:
-    """The Program of a module, with a dynamic batch; `method` is carried along in it. Arguments and errors as `export`.
+    """The Program of a module, with a dynamic batch and the given method. Arguments and errors as in `export`.
 
     Training IR: linear, layer_norm and attention stay whole.
     """
@@ -79,9 +79,9 @@ def export(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
 
 
 def opened(exported: ExportedProgram, method: Method) -> Program:
-    """The Program of a model that was exported already, with a batch axis of any size, and with its example inputs.
+    """The Program of a model that was already exported, with a dynamic batch and with its example inputs.
 
-    UsageError for one without example inputs or with a batch of fixed size.
+    Raises UsageError if it has no example inputs or a fixed batch size.
     """
     example = exported.example_inputs
     if example is None:
@@ -104,7 +104,7 @@ def plain_graph(exported: ExportedProgram) -> GraphModule:
 
 
 def program_of(exported: ExportedProgram, example: Any, method: Method) -> Program:
-    """The Program of an exported program; inputs with names that a converted model uses get others."""
+    """The Program of an exported program; inputs whose names a converted model uses are renamed."""
     graph_module = plain_graph(exported)
     for node in placeholders(graph_module.graph):
         if RESERVED.fullmatch(node.name):

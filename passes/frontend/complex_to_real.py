@@ -1,4 +1,4 @@
-"""Rotary embeddings that are written with complex numbers, in real ones: ONNX and TensorRT have no others."""
+"""Rewrites complex rotary embeddings with real numbers, because ONNX and TensorRT have no complex numbers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ NAME = "dcconvert_rotary"
 
 
 class RealNumbers(GraphPass):
-    """Write view_as_real(view_as_complex(x) * c), c the same for every input, with real numbers.
+    """Write view_as_real(view_as_complex(x) * c), where c is the same for every input, with real numbers.
 
-    (a + ib)(c + id) = (ac - bd) + i(ad + bc), on the last axis of x, which holds a and b. What c is made of is computed
+    (a + ib)(c + id) = (ac - bd) + i(ad + bc), on the last axis of x, which holds a and b. The parts of c are computed
     now, once for each value.
     """
 
@@ -71,7 +71,7 @@ def constants(module: GraphModule, node: Node) -> tuple[Node, Node]:
 
 
 def evaluated(module: GraphModule, node: Node) -> Any:
-    """What a node gives; UnsupportedModelError if that depends on an input."""
+    """The value of a node; UnsupportedModelError if it depends on an input."""
     needed: set[Node] = set()
     stack = [node]
     while stack:

@@ -1,4 +1,5 @@
-"""Tokens beside the grid (text in joint attention): where they join the grid's tokens and leave them, and positions."""
+"""Tokens beside the grid (text in joint attention): where they join and leave the grid's tokens, and their
+positions."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def joins(packer: Packer, node: Node) -> bool:
 
 
 def takes_apart(packer: Packer, node: Node, joint: Joint) -> bool:
-    """Write an op that takes grid tokens or the others out of a value with both; False for any other op."""
+    """Write an op that selects the grid tokens or the others from a value with both; False for any other op."""
     source = node.all_input_nodes[0]
     if node.target is operator.getitem and source.target in SPLITS and splits_tokens(packer, source):
         sizes, which = integers(source, 1), integer(node, 1)
@@ -104,10 +105,10 @@ def store_part(packer: Packer, node: Node, source: Node, joint: Joint, span: tup
 
 
 def positional(packer: Packer, value: Node, laid: PackedValue, node: Node) -> Node:
-    """A value that varies with the token's place, such as a rotary embedding, at the places of packed tokens.
+    """A value that varies with the token's position, such as a rotary embedding, at the positions of packed tokens.
 
-    Of a value for grid tokens and others a context gets the others'. UnsupportedModelError if it is neither for all
-    tokens nor the same, or else different, for all samples.
+    For a value with grid tokens and others, a context gets the others' part. Raises UnsupportedModelError if the value
+    is not for all tokens, or exists neither once nor once per sample.
     """
     rank, shape = laid.node.meta["val"].ndim, value.meta["val"].shape
     joint = packer.joint(packer.trunk_input(node))
