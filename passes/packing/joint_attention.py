@@ -1,5 +1,4 @@
-"""Tokens beside the grid (text in joint attention): where they join and leave the grid's tokens, and their
-positions."""
+"""Tokens beside the grid (text in joint attention): where they join and leave the grid, and their positions."""
 
 from __future__ import annotations
 

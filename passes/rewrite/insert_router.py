@@ -15,7 +15,7 @@ PREFIX = "router"
 class InsertRouter(Pass):
     """Add p [B, N] = router(h [B, N, D]) to the graph, ahead of the original output.
 
-    1. The router is captured like any module and its ops are copied in after the trunk's input.
+    1. The router is captured like any module, and its ops are inserted after the trunk's input.
     2. Its parameters and buffers appear in the program under `router.`, or `dcconvert_router.` if the model has one.
     """
 

@@ -1,4 +1,4 @@
-"""DDiT's trunk: every sample and step in patches of one size, out of several (arXiv 2602.16968)."""
+"""DDiT's trunk: each sample and step uses one of several patch sizes (arXiv 2602.16968)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAME = "patch_sizes"
 
 @dataclass(frozen=True)
 class Pixels:
-    """Where the features of a token go: feature f of token (y, x) is pixel (y p + dy, x p + dx) of channel c.
+    """The pixels of a token's features: feature f of token (y, x) is pixel (y p + dy, x p + dx) of channel c.
 
     order [F]: c p^2 + dy p + dx of each feature; `patch`: p.
     """
@@ -45,12 +45,14 @@ class Pixels:
 class PatchSizes(Pass):
     """Rewrite image -> tokens -> blocks -> pixels so that it runs in patches of p, 2p or 4p; the plan says which.
 
-    1. Patches of 2p and 4p have an embedding of their own: pseudo-inverse of bilinear resize, positions interpolated.
+    1. Patches of 2p and 4p have their own embedding: the pseudo-inverse of a bilinear resize, with interpolated
+       positions.
     2. `chunk` takes the tokens of the plan's size; everything up to the last linear layer is packed.
-    3. That layer has a form for each size too (bilinear resize of what it gives for p); every token of the grid takes
-       its part of what its patch gave, and what detail of the input a patch of that size cannot hold (`PatchSkip`).
+    3. That layer also has a version for each size (a bilinear resize of its output for p). Every token of the grid
+       takes its part of its patch's output, plus the detail of the input that a patch of that size cannot represent
+       (`PatchSkip`).
 
-    With every patch of size p it is the original.
+    If every patch has size p, the result is the original.
     """
 
     exact = True
@@ -89,7 +91,7 @@ class PatchSizes(Pass):
         return PassResult(packer.attentions, (f"patches of {sizes}, {packer.attentions} attentions",))
 
     def pixels(self, packer: Packer, end: Node, pixels: Pixels, scales: Sequence[int]) -> Node:
-        """What the packed tokens give, as features of every token of the grid [B, N, F]."""
+        """The output of the packed tokens, as features of every token of the grid [B, N, F]."""
         program, features = packer.program, int(end.meta["val"].shape[2])
         own, source = (packer.get(node, "packed").node for node in (end, operand(end)))
         tensors = [tensor_of(program, node) for node in end.args[1:] if isinstance(node, Node)]
@@ -121,7 +123,7 @@ class PatchPacker(Packer):
 
 
 def last_linear(program: Program) -> Node:
-    """The last linear layer over tokens: what gives the pixels of each."""
+    """The last linear layer over tokens, which computes the pixels of each."""
     after = dependents(program, [program.found_stream().boundaries[-1]])
     found = [
         n
@@ -134,7 +136,7 @@ def last_linear(program: Program) -> Node:
 
 
 def pixels_of(program: Program, end: Node) -> Pixels:
-    """Where unpatchify puts the features of a token, found by running it on their numbers."""
+    """Where unpatchify puts the features of a token, found by running it on the features' indices."""
     tokens, features = int(end.meta["val"].shape[1]), int(end.meta["val"].shape[2])
     height, width = program.found_stream().grid
     output: Any = next(iter(reversed(program.graph.nodes)))
@@ -182,7 +184,7 @@ def image_shape(program: Program) -> tuple[int, ...]:
 
 
 def prefix(program: Program, start: Node) -> Any:
-    """What makes the first block's input [B, N, D] of the image, as a function; nothing else may go into it."""
+    """A function from the image to the first block's input [B, N, D], which may depend on nothing else."""
     needed = ancestors([start])
     others = [n.name for n in needed if n.op == "placeholder" and n.name != program.image]
     if others:

@@ -55,7 +55,7 @@ class StepRun(Run):
     ) -> list[Any]:
         """Flat outputs of one step; sample b is computed if counts[b] is not 0 (None: as the schedule says).
 
-        `weights`: weights of the last updates, newest first, for the skipped samples; linear extrapolation if None.
+        `weights`: weights of the last updates, newest first, for the skipped samples; linear extrapolation if empty.
         Raises UsageError for more weights than a skipped step reads updates, or for noise that rose.
         """
         if len(weights) > self.updates.slots:
