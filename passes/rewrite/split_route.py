@@ -50,7 +50,7 @@ class SplitRoute(Pass):
 
 
 def ancestors(roots: list[Node], ends: Callable[[Node], bool] = lambda _: False) -> set[Node]:
-    """The roots and everything they are computed from, up to the nodes in `ends`."""
+    """The roots and everything they are computed from; the search stops at nodes for which `ends` is true."""
     found: set[Node] = set()
     stack = list(roots)
     while stack:
