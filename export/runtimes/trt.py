@@ -24,7 +24,7 @@ from dcconvert.passes.runtime.state import TensorState, zeros
 
 
 class TrtState(TensorState):
-    """What a run remembers, twice on the GPU: a step reads one and writes the other, then they change places."""
+    """A run's state, twice on the GPU: a step reads one copy and writes the other, then they are swapped."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
         super().__init__(values)
@@ -40,10 +40,10 @@ class TrtState(TensorState):
 
 
 class LoadedEngine:
-    """An engine with one execution context, which changes its profile when the bucket changes.
+    """An engine with one execution context, which switches its profile when the bucket changes.
 
-    Buffers for what the host gives, and for outputs, are allocated once a shape. It runs on a stream of its own, which
-    waits for the caller's and is waited for by it. UsageError if there is no memory for its context.
+    Buffers for the host's inputs and for outputs are allocated once per shape. It runs on its own stream, and this
+    stream and the caller's wait for each other. Raises UsageError if there is no memory for the context.
     """
 
     def __init__(self, engine: Any, trt: Any, device: str) -> None:
@@ -62,7 +62,8 @@ class LoadedEngine:
     def __call__(self, profile: int, given: Mapping[str, Any], written: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name, in `written` where that has them.
 
-        UsageError for an input of another type than the engine's; CheckFailedError if the engine does not run.
+        Raises UsageError for an input of another type than the engine's, and CheckFailedError if the engine does not
+        run.
         """
         if self.stream is None:
             return self.run(profile, given, written, 0)
@@ -116,14 +117,14 @@ def torch_dtype(kind: Any, trt: Any) -> torch.dtype:
 
 
 def require(done: Any, what: str) -> None:
-    """CheckFailedError if TensorRT says that a call failed."""
+    """Raises CheckFailedError if TensorRT reports that a call failed."""
     if not done:
         raise CheckFailedError(f"an engine {what}: build it again with 'dcconvert build'")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a bucket of a graph is: an engine, and the profile in it."""
+    """The place of a graph's bucket: an engine and a profile."""
 
     engine: LoadedEngine
     profile: int
@@ -132,8 +133,8 @@ class Place:
 class TrtModel(Runtime):
     """A converted model on TensorRT or TensorRT-RTX: inputs are numpy arrays by name.
 
-    The bucket set holds the buckets that there are engines for: a batch whose own bucket is missing runs in the next
-    larger one. `onnx`: the folder with the variants that they were built from. `device`: "cuda"; `trt`: the backend's
+    The bucket set has the buckets with engines: if the bucket of a batch is missing, the next larger one is used.
+    `onnx`: the folder with the variants that the engines were built from. `device`: "cuda"; `trt`: the backend's
     module, imported if it is not given.
 
     Raises:
@@ -179,7 +180,7 @@ class TrtModel(Runtime):
 
 
 def open_engines(bundle: Path, onnx: Path, planner: StepPlanner) -> TrtModel:
-    """The engines of a bundle that run on this machine; UsageError, with what there is instead, if none does."""
+    """The engines of a bundle that run on this machine; if there are none, a UsageError that lists what exists."""
     folders = sorted(path.parent for path in (bundle / ENGINES).glob(f"*/{INDEX}"))
     if not folders:
         raise UsageError(f"{bundle} has no engines: make them with 'dcconvert build {bundle}'")
@@ -193,7 +194,7 @@ def open_engines(bundle: Path, onnx: Path, planner: StepPlanner) -> TrtModel:
 
 
 def backend_module(wanted: Device, folder: Path) -> Any:
-    """The module that runs engines of this device; UsageError if that is not here, or not the same."""
+    """The module that runs engines of this device; UsageError if it is not installed or its version differs."""
     name, again = wanted.backend, "build them here with 'dcconvert build'"
     try:
         trt = importlib.import_module(MODULES[name])
@@ -213,7 +214,7 @@ def backend_module(wanted: Device, folder: Path) -> Any:
 
 
 def check_graph(entry: Built, onnx: Path, folder: Path) -> None:
-    """UsageError if an engine was not built from the graph that lies in the bundle now."""
+    """Raises UsageError if an engine was not built from the bundle's current graph."""
     path = onnx / entry.variant / f"{entry.graph}.onnx"
     if path.is_file() and file_hash(path) != entry.onnx_sha256:
         raise UsageError(f"{folder / entry.file} is older than {path}: build again with 'dcconvert build'")
@@ -233,7 +234,7 @@ def load_engine(runtime: Any, path: Path) -> Any:
 
 
 def engine_buckets(places: dict[tuple[str, Bucket], Place], planner: StepPlanner, folder: Path) -> BucketSet:
-    """The buckets that can run; UsageError if there is none that keeps everything."""
+    """The buckets that can run; UsageError if none keeps everything."""
     tokens = planner.spec.tokens
     buckets = tuple(sorted(bucket for graph, bucket in places if graph == "denoise"))
     found = BucketSet(buckets, tokens, 0.0)

@@ -50,10 +50,10 @@ class Word(str):
 
 
 def export_triton(bundle: Bundle, target: Path, name: str, device: str = "gpu", force: bool = False) -> Path:
-    """Write a model repository with NAME, NAME_route, NAME_denoise and, where there is one, NAME_prepare.
+    """Write a model repository with NAME, NAME_route, NAME_denoise and, if the model has one, NAME_prepare.
 
-    On a GPU the graphs in fp16 are taken if the bundle has them; returns the folder the graphs come from. UsageError
-    if the target cannot be written or is no repository of this kind.
+    On a GPU the fp16 graphs are used if the bundle has them; returns the folder of the graphs. Raises UsageError if the
+    target cannot be written or is not a repository of this kind.
     """
     if not bundle.model.method.plain_plan:
         raise UsageError(
@@ -102,7 +102,7 @@ def tensor(value: Any) -> dict[str, Any]:
 
 
 def warm_up(inputs: Sequence[Any], bucket: Bucket) -> dict[str, Any]:
-    """Zeros in the shapes of a bucket: valid as indices, and what the first real request would wait for is done."""
+    """Warm-up inputs in the shapes of a bucket: zeros, valid as indices, so that the first request does not wait."""
     axes = axis_sizes(bucket)
     zeros = {
         value.name: {

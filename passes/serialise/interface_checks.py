@@ -1,4 +1,4 @@
-"""What the parts of a model must say alike, or a call would fail far from its cause."""
+"""Checks that the parts of a model agree, because otherwise a call would fail far from the cause."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MATCHING = "router.destinations"  # which MergeRouter has
 
 
 def check_seams(model: DynamicModel, graphs: Mapping[str, GraphModule]) -> None:
-    """The graphs and the spec must name the same inputs, or a call would fail far from its cause."""
+    """Check that the graphs and the spec have the same inputs; otherwise a call would fail far from the cause."""
     spec = model.spec
     results = pytree.treespec_loads(spec.out_spec).num_leaves
     returned = {
@@ -48,7 +48,7 @@ def check_seams(model: DynamicModel, graphs: Mapping[str, GraphModule]) -> None:
 
 
 def check_kind(method: Method, graphs: Mapping[str, GraphModule]) -> None:
-    """A trunk and a router of another kind would take the plan for something else, and say nothing."""
+    """Check the kind of trunk and router, because another kind would silently misinterpret the plan."""
     read = {str(node.target).split(".")[0] for node in graphs["denoise"].graph.nodes if node.op == "get_attr"}
     for weights in NEW_PATHS:
         if (method.new_weights == weights) != (weights in read) and weights != DECHUNK:  # which training adds
