@@ -1,4 +1,4 @@
-"""`dcconvert build`: what GPU runtimes need of a bundle: engines with a profile for every bucket, graphs in fp16."""
+"""`dcconvert build`: makes what GPU runtimes need: engines with a profile for every bucket, or graphs in fp16."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ DAY_SECONDS = 86_400
 
 @dataclass(frozen=True)
 class Settings:
-    """What a build was asked for; the options of the command line."""
+    """The settings of a build: the options of the command line."""
 
     bundle: Path
     target: str = "trt"
@@ -63,10 +63,10 @@ class Settings:
 
 
 def build_bundle(settings: Settings, console: Console) -> Path:
-    """Build what is not built yet; returns the folder where it is.
+    """Build what is not built yet; returns the folder of the result.
 
-    Every engine is there whole or not at all and noted at once, so that a build that was stopped goes on where it was.
-    UsageError without a backend, or for a graph that it does not take; CheckFailedError if an exported graph is wrong.
+    Every engine is written completely or not at all and recorded at once, so a stopped build can be resumed. Raises
+    UsageError without a backend, or for a graph that it rejects, and CheckFailedError if an exported graph is wrong.
     """
     stages = Stages(Console(stderr=True))
     bundle = read_bundle(settings.bundle)
@@ -101,7 +101,7 @@ def build_bundle(settings: Settings, console: Console) -> Path:
 
 
 def refuse_others(settings: Settings) -> None:
-    """UsageError for options of engines where only graphs are asked for."""
+    """Raises UsageError for engine options if only graphs are requested."""
     usual = Settings(settings.bundle, settings.target)
     for item in fields(settings):
         if getattr(settings, item.name) != getattr(usual, item.name):
@@ -122,7 +122,7 @@ def build_engines(
 def engines_for(
     bundle: Bundle, variant: Variant, device: Device, settings: Settings, stages: Stages, place: Path
 ) -> list[Engine]:
-    """The engines of a bundle in a variant, whose graphs are written into `place` if the bundle has none."""
+    """The engines of a bundle for a variant; its graphs are written to `place` if the bundle has none."""
     return plan_engines(
         exported(bundle, variant, stages, place),
         bundle.model.spec.graphs,
@@ -139,9 +139,9 @@ def variant_of(settings: Settings, name: str) -> Variant:
 
 
 def choose_variant(model: DynamicModel, settings: Settings, device: Device, stages: Stages) -> Variant:
-    """The variant that the settings ask for; with attention "auto" the packed one if the backend builds it.
+    """The variant for the settings; with attention "auto", the packed one if the backend can build it.
 
-    UsageError for attention "packed" where there is none.
+    Raises UsageError for attention "packed" if it is not available.
     """
     masks, packed = variant_of(settings, "trt"), variant_of(settings, "trt-packed")
     if settings.attention == "masks":
@@ -162,7 +162,7 @@ def choose_variant(model: DynamicModel, settings: Settings, device: Device, stag
 def find_device(backend: str | None, capability: str = "") -> Device:
     """The backend to build with, and what for: the GPU of this machine, or what TensorRT-RTX builds ahead of time.
 
-    UsageError if there is none, or not the one asked for.
+    Raises UsageError if there is none, or not the requested one.
     """
     gpu = this_gpu()
     missing = []
@@ -203,7 +203,7 @@ def known_capabilities(module: Any) -> list[str]:
 
 
 def normal_capability(text: str, known: Sequence[str]) -> str:
-    """A compute capability as `known` has it, from "8.9" or "89"; UsageError if it has not."""
+    """A compute capability in the form of `known`, from "8.9" or "89"; UsageError if it is not in `known`."""
     found = text if "." in text else f"{text[:-1]}.{text[-1:]}"
     if known and found not in known:
         raise UsageError(f"{RTX} does not support compute capability {text}: choose one of {', '.join(known)}")
@@ -239,7 +239,7 @@ def exported(bundle: Bundle, variant: Variant, stages: Stages, place: Path) -> P
 
 
 def remove_old(folder: Path, pattern: str) -> None:
-    """Remove what builds that were killed left behind, once it is a day old."""
+    """Remove leftovers of killed builds that are more than a day old."""
     for path in folder.glob(pattern):
         if time.time() - path.stat().st_mtime > DAY_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
@@ -248,9 +248,9 @@ def remove_old(folder: Path, pattern: str) -> None:
 def build_missing(
     wanted: list[Engine], folder: Path, device: Device, ranges: bool, stages: Stages
 ) -> tuple[Built, ...]:
-    """Build engines that are not there or damaged, take away those that are of no use any more.
+    """Build engines that are missing or damaged, and remove those that are no longer needed.
 
-    Until all are there, engines that an earlier build made with other options go on serving.
+    Until all are built, engines of an earlier build with other options stay in use.
     """
     before = Index(device, ranges)
     if (folder / INDEX).is_file():
@@ -288,7 +288,7 @@ def build_missing(
 
 
 def plan_table(wanted: list[Engine], device: Device, bundle: Bundle) -> Table:
-    """What a build would make, and the memory that can be told beforehand."""
+    """The engines that a build would make, and the memory that can be predicted."""
     weights = {engine.onnx: sum(part.stat().st_size for part in onnx_parts(engine.onnx)) for engine in wanted}
     total = sum(weights[engine.onnx] for engine in wanted)
     copies = sum(weights[engine.onnx] * len(engine.buckets) for engine in wanted)
@@ -316,7 +316,7 @@ def plan_table(wanted: list[Engine], device: Device, bundle: Bundle) -> Table:
 
 
 def lengths(shapes: Shapes, bucket: Bucket) -> str:
-    """Tokens a sample that a profile takes."""
+    """Tokens per sample that a profile accepts."""
     low = shapes["grid_index"][0][-1] if "grid_index" in shapes else bucket.row_tokens
     return f"{low} to {bucket.row_tokens}" if low < bucket.row_tokens else str(low)
 

@@ -1,4 +1,4 @@
-"""`dcconvert sample`: images of a bundle, on request beside the original."""
+"""`dcconvert sample`: draws images with a bundle, optionally beside the original's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sample_bundle(
     vae: Path | None,
     out: Path,
 ) -> None:
-    """Sample a bundle, on request beside the original, and write a PNG grid."""
+    """Sample a bundle, optionally also the original, and write a PNG grid."""
     bundle = read_bundle(folder)
     config = dit_config(bundle)
     sampler, planner = bundle_run(bundle, steps, solver)

@@ -69,8 +69,8 @@ def open_source(
 ) -> Source:
     """The model at `path`, in eval mode, and what to call it with.
 
-    `heads`, `image_size` and `prediction` ("eps" or "flow") say what a file does not. UsageError for what cannot be
-    read or lacks something, UnsupportedModelError for another architecture.
+    `heads`, `image_size` and `prediction` ("eps" or "flow") give facts that the file does not have. Raises UsageError
+    for a file that is unreadable or incomplete, and UnsupportedModelError for another architecture.
     """
     if prediction not in (None, *PREDICTIONS):
         raise UsageError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}.")

@@ -1,4 +1,4 @@
-"""Models of DC-DiT's own architecture: what of them is rewritten, and with which router."""
+"""Models with DC-DiT's own architecture: the part that is rewritten, and its router."""
 
 from __future__ import annotations
 
