@@ -1,7 +1,7 @@
 """Networks that describe images: features for distances between sets, feature maps for distances between pairs.
 
-The one that works without any download is EfficientNet-Lite0 from two packages. Its figures are no FID: that name
-belongs to one Inception network. Anybody's own network can be given as an ONNX file, which runs nothing but itself.
+EfficientNet-Lite0, from two packages, works without a download. Its figures are not FID, which uses one particular
+Inception network. Any other network can be given as an ONNX file, which cannot run other code.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def map_distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def open_extractor(which: str, threads: int = 0) -> Extractor | None:
     """The network that an option names: auto, none, efficientnet-lite0, inception or an ONNX file.
 
-    None for `none`, and for `auto` where EfficientNet-Lite0 is not installed. UsageError for a network that is not
-    there or cannot be used.
+    None for `none`, and for `auto` if EfficientNet-Lite0 is not installed. Raises UsageError for a network that does
+    not exist or cannot be used.
     """
     if which == NONE:
         return None
@@ -184,7 +184,7 @@ def efficientnet_lite0(threads: int = 0) -> Extractor:
 def inception() -> Extractor:
     """The Inception network of published FIDs, as torch-fidelity has it; that package fetches its weights itself.
 
-    UsageError where it is not installed or its weights cannot be had.
+    Raises UsageError if it is not installed or its weights are not available.
     """
     names = ("features", "logits")
     try:
