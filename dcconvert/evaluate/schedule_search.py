@@ -27,7 +27,7 @@ FINALISTS = 3  # numbers of steps that get further than their first trial
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to spend the budget; `shape`: relative kept fractions at the noise levels `KNOTS`, at most 1."""
+    """A way to spend the budget; `shape`: relative kept fractions at the noise levels `KNOTS`, the highest is 1."""
 
     steps: int
     warm_up: int
