@@ -1,4 +1,4 @@
-"""dcconvert rewrites trained diffusion transformers into dynamic-chunking ones and exports them.
+"""dcconvert rewrites trained diffusion transformers so that sampling steps compute fewer tokens, and exports them.
 
     import dcconvert
     dit = dcconvert.load_checkpoint("model.pt")
@@ -6,7 +6,7 @@
     fast.save("model-dc4x")
     fast = dcconvert.load("model-dc4x")
 
-`dcconvert.passes` holds the graph rewriting, `dcconvert.export` what turns the result into ONNX.
+`dcconvert.passes` rewrites the graph, and `dcconvert.export` exports the result to ONNX.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ DEFAULT_STEPS = 50
 class Converted(DynamicModel):
     """A DynamicModel that can be written as a bundle.
 
-    `facts` go into the bundle's manifest; of a DiT from a checkpoint they say how to sample it. `run_table`: that of
-    the bundle it was read from, in mode steps.
+    `facts` go into the bundle's manifest. For a DiT from a checkpoint, they say how to sample it. `run_table` is that
+    of the bundle it was read from, in mode steps.
     """
 
     facts: dict[str, Any]
@@ -60,7 +60,7 @@ class Converted(DynamicModel):
         return self.of(super().with_schedule(schedule), self.facts)
 
     def choose_buckets(self, batches: Sequence[int] = DEFAULT_BATCHES) -> BucketSet:
-        """Buckets for batch sizes and a sampling run at evenly spaced noise levels, of the steps it was made for."""
+        """Buckets for batch sizes and a sampling run at evenly spaced noise levels, with the model's steps."""
         steps = int(self.facts.get("steps", DEFAULT_STEPS))
         taus = noise_levels(steps)
         planner = StepPlanner(self.spec, self.method, self.schedule.fitted(taus))
@@ -115,17 +115,17 @@ def convert(
     timestep_scale: float | None = None,
     **options: Any,
 ) -> Converted | DropIn:
-    """Rewrite a diffusion transformer into a dynamic-chunking one with the same call signature.
+    """Rewrite a diffusion transformer so that it computes fewer tokens, with the same call signature.
 
     Args:
-        module: a `dcconvert.DiT`, a diffusers transformer, or any module that `torch.export` captures, makes tokens of
-            patches and has repeating blocks with attention. It is put in eval mode and shares its weights with the
-            result. Or what `torch.export` made of such a module, with a batch of any size.
+        module: a `dcconvert.DiT`, a diffusers transformer, or any module that `torch.export` can capture, with patch
+            tokens and repeating attention blocks. It is put in eval mode and shares its weights with the result. An
+            exported program of such a module, with a dynamic batch size, is accepted too.
         ratio: tokens divided by kept tokens, on average over a run: 4, "4x", "2.5x"; 1 keeps everything.
-        example_inputs: one call's inputs, positional (a sequence) or by name (a mapping), with a batch of at
-            least 2. May be left out for a `dcconvert.DiT`, and for a diffusers transformer, which is then converted
-            when its pipeline calls it: `pipe.transformer = dcconvert.convert(pipe.transformer, ratio=4)`.
-        timestep_scale: the timestep at pure noise [1000; of a diffusers transformer what its first call shows].
+        example_inputs: the inputs of one call, positional (a sequence) or by name (a mapping), with a batch of at least
+            2. Optional for a `dcconvert.DiT`, and for a diffusers transformer, which is then converted when its
+            pipeline first calls it: `pipe.transformer = dcconvert.convert(pipe.transformer, ratio=4)`.
+        timestep_scale: the timestep at pure noise [1000; for a diffusers transformer, inferred from its first call].
         options: those of `convert_call`.
 
     Raises:
@@ -142,7 +142,7 @@ def convert(
         return DropIn(module, partial(convert_call, ratio=ratio, **options), timestep_scale)
     if example_inputs is None:
         if not isinstance(module, DiT | RefinedDiT):
-            raise UsageError(f"example_inputs are needed to capture a {type(module).__name__}: give one call's inputs")
+            raise UsageError(f"capturing a {type(module).__name__} needs example_inputs: pass the inputs of one call")
         example_inputs = dit_inputs(module, EXAMPLE_BATCH)
     return convert_call(
         module, ratio, example_inputs=example_inputs, timestep_scale=timestep_scale or 1000.0, **options
@@ -173,23 +173,23 @@ def convert_call(
 
     Args:
         module, ratio, example_inputs: as in `convert`.
-        schedule: kept fraction over time: constant, rising or falling (toward clean images), or a whole
-            schedule; None for that of the mode.
-        steps: sampling steps of a run, over which the ratio is meant.
-        warm_up, refresh: mode carry: how many first steps, and every how many steps after them, compute everything.
-        buckets: most numbers of kept tokens that a run uses, each of them a static shape of the exported model.
+        schedule: how the kept fraction changes over time: constant, rising or falling (toward clean images), or a
+            Schedule; None for the default of the mode.
+        steps: sampling steps of a run; the ratio is an average over them.
+        warm_up, refresh: mode carry: how many initial steps, and every how many later steps, compute everything.
+        buckets: maximum number of different kept-token counts in a run; each is a static shape of the exported model.
         options: a method with its options, made by `dcconvert.Options`.
-        preset: a method by its name, one of `dcconvert.passes.methods.METHODS`, in the place of schedule and options.
-        refine_grid: preset dc-dit on a DiT: its blocks on tokens of one pixel, as `dcconvert.models.dc_dit` has them;
+        preset: the name of a method, one of `dcconvert.passes.methods.METHODS`, instead of schedule and options.
+        refine_grid: preset dc-dit on a DiT: run its blocks on tokens of one pixel, as in `dcconvert.models.dc_dit`;
             needs training.
-        timestep: the input that holds the timestep, where its name does not tell.
+        timestep: the name of the timestep input, if it cannot be guessed.
         timestep_scale: its value at pure noise.
-        grid: (H, W) of the tokens, where it cannot be seen in the model and they are no square.
-        prediction: what the model predicts, eps or flow, which preset ddit wants to know [what a checkpoint says].
-        fit: presets dc-dit and ddit, of a model from a DiT checkpoint: find what gives the ratio on runs of the
-            converted model, which takes a minute for a small one. Other models keep what the method's own constants
-            give; `summary` says so.
-        dump_graphs: folder that receives the readable graph after each pass.
+        grid: (H, W) of the tokens, if it cannot be inferred from the model and is not square.
+        prediction: what the model predicts, eps or flow; preset ddit needs it [from the checkpoint].
+        fit: presets dc-dit and ddit, for a model from a DiT checkpoint: fit the method to the ratio on runs of the
+            converted model, which takes a minute for a small model. Other models use the method's own constants;
+            `summary` says so.
+        dump_graphs: folder for the readable graph after each pass.
 
     Raises:
         UsageError: bad ratio, options or example inputs.
@@ -236,11 +236,13 @@ def chosen(
     preset: str | None = None,
     **_: Any,
 ) -> tuple[Method, Schedule]:
-    """Method and schedule that arguments of `convert_call` stand for; UsageError for those that cannot be."""
+    """Method and schedule that the arguments of `convert_call` select; UsageError for invalid combinations."""
     wanted = parse_ratio(ratio)
     if preset is not None:
         if options is not None or schedule is not None:
-            raise UsageError(f"preset '{preset}' chooses schedule and options: leave them out, or the preset")
+            raise UsageError(
+                f"preset '{preset}' sets the schedule and the options: leave out the preset, or schedule and options"
+            )
         options = method_of(preset, wanted)
     method = options or method_of()
     if isinstance(schedule, Schedule):
@@ -249,24 +251,24 @@ def chosen(
         spending = Schedule(schedule, wanted) if schedule else method.policy(wanted)
     if not method.stateful:
         if warm_up > 0 or refresh:
-            raise UsageError("warm-up and refresh steps are of mode carry: mode chunk remembers nothing")
+            raise UsageError("warm-up and refresh steps apply only to mode carry: leave them out in mode chunk")
         return method, spending
     if warm_up == 0:
-        raise UsageError("mode carry needs at least one warm-up step: before it there is nothing to carry over")
+        raise UsageError("mode carry needs at least one warm-up step: the first step has nothing to carry over")
     return method, replace(spending, warm_up=warm_up, refresh=refresh).fitted(noise_levels(steps))
 
 
 def check_scale(times: Tensor, timestep_scale: float) -> None:
-    """UsageError if the example timesteps count from 0 to 1 and `timestep_scale` does not."""
+    """Raises UsageError if the example timesteps are in 0 to 1 and `timestep_scale` is larger."""
     if timestep_scale > 1 and times.is_floating_point() and bool(((times > 0) & (times < 1)).all()):
         raise UsageError(
             f"the example inputs have timesteps such as {float(times.flatten()[0]):.3g}, but timestep_scale, the value "
-            f"at pure noise, is {timestep_scale:g}: give timestep_scale=1, or examples from 0 to {timestep_scale:g}"
+            f"at pure noise, is {timestep_scale:g}: pass timestep_scale=1, or timesteps from 0 to {timestep_scale:g}"
         )
 
 
 def sampling_facts(module: nn.Module | ExportedProgram, steps: int, solver: str = "euler") -> dict[str, Any]:
-    """What a manifest says about sampling: for a DiT that came from a checkpoint, nothing for other modules."""
+    """The manifest's facts about sampling, for a DiT from a checkpoint; empty for other modules."""
     if not isinstance(module, LoadedDiT | LoadedRefined):
         return {}
     info = module.checkpoint_info
@@ -283,7 +285,7 @@ def load(folder: str | Path) -> Converted:
 
 
 def manifest(model: DynamicModel, bucket_set: BucketSet, **more: Any) -> dict[str, Any]:
-    """What a bundle says about itself; `more` is added at the top level."""
+    """The manifest of a bundle; `more` is added at the top level."""
     from dcconvert.export.onnx.lowerings import OPSET  # needs onnxscript
 
     return {

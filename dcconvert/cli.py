@@ -1,4 +1,4 @@
-"""The command line: `dcconvert model.pt --ratio 4x`, and the sub-commands around it."""
+"""The command line: `dcconvert model.pt --ratio 4x`, and the sub-commands."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ INSPECT_RATIO = 4.0  # for commands without --ratio, where a preset needs one
 
 
 def options_of(command: str) -> Callable[[], Callable[[Any], Any]]:
-    """What reads a command's options. They name methods and solvers, which need torch; `dcconvert --help` does not."""
+    """A function that loads a command's options. They need torch, for the names of methods and solvers;
+    `dcconvert --help` does not load them.
+    """
 
     def read() -> Callable[[Any], Any]:
         from dcconvert.options.conversion import convert_options, demo_options, inspect_options
@@ -51,14 +53,14 @@ def options_of(command: str) -> Callable[[], Callable[[Any], Any]]:
 
 
 def command_line() -> str:
-    """The command that was typed, as `main` received it."""
+    """The command line as `main` received it."""
     return str(click.get_current_context().find_root().obj)
 
 
 def pick_method(values: dict[str, Any], ratio: float) -> Method:
-    """The method out of a command's parameters (taken out of `values`), at a ratio.
+    """The method that a command's parameters select, at a ratio. Removes these parameters from `values`.
 
-    UsageError for options that the method does not have.
+    Raises UsageError for options that the method does not have.
     """
     from dcconvert.passes.methods import find, method_of
 
@@ -67,19 +69,19 @@ def pick_method(values: dict[str, Any], ratio: float) -> Method:
     mode, preset = values.pop("mode"), values.pop("preset")
     name = preset or mode or method_of().name
     if mode is not None and find(name).mode != mode:
-        raise UsageError(f"preset {name} has mode {find(name).mode}: leave --mode out, or the preset")
+        raise UsageError(f"--mode {mode}: preset {name} uses mode {find(name).mode}; leave out --mode or --preset")
     if "state_dtype" in given and "state_dtype" not in find(name).option_names():
-        raise UsageError(f"method {name} has no state whose precision could be chosen: leave --state out")
+        raise UsageError(f"--state: method {name} has no state with a choice of precision; leave out --state")
     return method_of(name, ratio, **given)
 
 
 @click.group(cls=Commands, default="convert", context_settings=CONTEXT)
 @click.version_option(__version__)
 def commands() -> None:
-    """Convert a trained diffusion transformer so that each step computes fewer tokens.
+    """Convert a trained diffusion transformer so that a sampling run computes only part of it.
 
     "dcconvert MODEL --ratio 4x" is short for "dcconvert convert MODEL --ratio 4x": it converts, verifies, exports and
-    measures. "dcconvert COMMAND --help" lists the options of a command.
+    measures the model. "dcconvert COMMAND --help" lists the options of a command.
     """
 
 
@@ -88,8 +90,8 @@ def commands() -> None:
 def convert(model: Path, out: Path | None, **values: Any) -> None:
     """Convert a checkpoint, verify it, export it and measure it.
 
-    MODEL is a checkpoint file, or a folder in which diffusers saved a transformer or a pipeline. The result is a
-    bundle: a folder with the converted model, its ONNX files and a report. This is the default command.
+    MODEL is a checkpoint file, or a folder with a transformer or pipeline saved by diffusers. The result is a bundle: a
+    folder with the converted model, its ONNX files and a report. This is the default command.
     """
     from dcconvert.commands.convert import Settings, run_job
     from dcconvert.environment import set_threads
@@ -125,8 +127,8 @@ def convert(model: Path, out: Path | None, **values: Any) -> None:
 def inspect(model: Path, **values: Any) -> None:
     """Show what was found in a checkpoint and what would change.
 
-    Prints the architecture that was detected, where its graph can be split into head, trunk and tail, and what each
-    pass would rewrite. Nothing is converted. MODEL is what "dcconvert convert" takes.
+    Prints the detected architecture, where its graph can be split into head, trunk and tail, and what each pass would
+    rewrite. Converts nothing. MODEL is the same as for "dcconvert convert".
     """
     from dcconvert.commands.inspect import inspect_checkpoint
 
@@ -151,8 +153,9 @@ def calibrate(bundle: Path, **values: Any) -> None:
 def tune(bundle: Path, **values: Any) -> None:
     """Fit a bundle's run table to its model, for a budget.
 
-    For a bundle in mode steps. Fits the noise levels' moves and the forecasts by least squares to a converged run of
-    the original, judges every candidate and the original's own solvers on other images, and stores the best table.
+    For bundles in mode steps. Fits the coefficients of the steps and of the forecasts to a converged run of the
+    original, by least squares. Compares all candidates and the original's own solvers on other images, and stores the
+    best table.
     """
     from dcconvert.commands.tune import Settings, tune_bundle
 
@@ -192,7 +195,7 @@ def sample(bundle: Path, **values: Any) -> None:
 def evaluate(bundles: tuple[Path, ...], **values: Any) -> None:
     """Compare bundles with the original in cost and quality.
 
-    The original with fewer steps is measured as well: a bundle should beat it at the same cost.
+    Also measures the original with fewer steps: a bundle should beat it at the same cost.
     """
     from dcconvert.commands.evaluate import Settings, evaluate_bundles
     from dcconvert.evaluate.image_quality import Wanted
@@ -209,7 +212,7 @@ def evaluate(bundles: tuple[Path, ...], **values: Any) -> None:
 def stress(bundle: Path, **values: Any) -> None:
     """Show what a bundle does to images full of fine detail.
 
-    The results, with the places where the router gives detail too few tokens, go into the bundle's report.
+    Adds the results to the bundle's report, with the places where the router gives detail too few tokens.
     """
     from dcconvert.commands.stress import Settings, stress_bundle
 
@@ -247,7 +250,7 @@ def demo(ctx: click.Context, ratio: float, out: Path, force: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: an error is one line and an exit code."""
+    """Entry point. Prints an error as one line and exits with its code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     given = shlex.join(["dcconvert", *words])
     try:

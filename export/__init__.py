@@ -1,4 +1,4 @@
-"""The first floor: what turns a rewritten model into files that run without it. It stands on `dcconvert.passes`.
+"""The middle layer: exports a rewritten model to files that run without it. It builds on `dcconvert.passes`.
 
 - `bundle`: the output folder of a conversion, written whole or not at all.
 - `buckets`: the static shapes that a model is exported and compiled for.

@@ -23,8 +23,8 @@ REMEMBERED = 256
 class BucketSet:
     """The buckets of one bundle, smallest first.
 
-    ``tokens``: N, tokens a sample. ``expected_waste``: mean over the steps of a run of bucket tokens / kept tokens - 1,
-    at a batch size in the set; a smaller batch adds the copies that fill it up.
+    ``tokens``: N, tokens per sample. ``expected_waste``: mean over the steps of a run of bucket tokens / kept tokens -
+    1, at a batch size in the set; a smaller batch also has the copies that fill it up.
     """
 
     buckets: tuple[Bucket, ...]
@@ -65,7 +65,7 @@ class BucketSet:
 
     @cached_property
     def _chosen(self) -> dict[bytes, Bucket]:
-        """Choices made lately; the steps of a run often keep the same numbers of tokens."""
+        """A cache of recent choices; the steps of a run often keep the same numbers of tokens."""
         return {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class BucketSet:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BucketSet:
-        """Read back ``to_dict``; UsageError if anything is missing, the full bucket included, or no valid size."""
+        """Read back ``to_dict``; UsageError if anything is missing (including the full bucket) or a size is invalid."""
         try:
             buckets = tuple(
                 Bucket(*(int(entry[name]) for name in ("batch", "tokens", "rows", "row_tokens", "tile")))
@@ -86,7 +86,7 @@ class BucketSet:
         largest = max((bucket.batch for bucket in buckets), default=1)
         if not any(bucket.fits([result.tokens] * largest) for bucket in buckets):
             raise UsageError(
-                "the manifest has no bucket for everything kept at the largest batch: convert the model again"
+                "the manifest has no bucket that keeps all tokens at the largest batch: convert the model again"
             )
         return result
 
@@ -94,10 +94,10 @@ class BucketSet:
 def choose_buckets(
     batches: Sequence[int], counts_per_step: ArrayLike, tokens: int, max_lengths: int = LEVELS - 1
 ) -> BucketSet:
-    """Choose the buckets for ``batches`` and the kept tokens a sample at each step of a run (1..``tokens``).
+    """Choose the buckets for ``batches`` and the kept tokens per sample at each step of a run (1..``tokens``).
 
-    At most ``max_lengths`` row lengths, those with the least expected padding, and always the full one beside them;
-    every batch size gets every length, one sample a row and a tile, T = B * S. UsageError for empty or
+    Chooses at most ``max_lengths`` row lengths with the least expected padding, and always adds the full one. Every
+    batch size gets every length, with one sample per row and tile, T = B * S. Raises UsageError for empty or
     out-of-range input.
     """
     sizes = sorted(set(batches))
@@ -105,7 +105,7 @@ def choose_buckets(
         raise UsageError(f"batch sizes {list(batches)}: give at least one, each at least 1")
     counts = np.asarray(counts_per_step, dtype=np.int64).ravel()
     if counts.size == 0 or counts.min() < 1 or counts.max() > tokens:
-        raise UsageError(f"kept tokens a step must be from 1 to {tokens}: check ratio, schedule and steps")
+        raise UsageError(f"kept tokens per step must be from 1 to {tokens}: check ratio, schedule and steps")
     if max_lengths < 1:
         raise UsageError(f"{max_lengths} lengths: a bucket set needs at least 1")
     lengths = _best_lengths(counts, tokens, max_lengths)
@@ -117,12 +117,12 @@ def choose_buckets(
 
 
 def choose_guided_buckets(batch: int, counts: ArrayLike, unconditional: ArrayLike, tokens: int) -> BucketSet:
-    """Buckets for ``batch`` pairs of samples, the first of which keep ``counts``, the second ``unconditional``.
+    """Buckets for ``batch`` pairs of samples; the first of a pair keeps ``counts``, the second ``unconditional``.
 
-    One entry a step of a run in each; the batch is all first ones, then all second ones (classifier-free guidance with
-    less for the unconditional half, the Lite-CFG of arXiv 2603.06351). A row holds the longer of a pair, the packed
-    tokens are as many as both keep, in tiles of ``MIXED_TILE``. The last bucket keeps everything. Errors
-    as ``choose_buckets``.
+    Both have one entry per step of a run. The batch has all first samples, then all second samples (classifier-free
+    guidance with fewer tokens for the unconditional half, the Lite-CFG of arXiv 2603.06351). A row fits the longer
+    sample of a pair; the number of packed tokens is what both keep, in tiles of ``MIXED_TILE``. The last bucket keeps
+    everything. Errors as in ``choose_buckets``.
     """
     first, second = np.asarray(counts, np.int64), np.asarray(unconditional, np.int64)
     lengths = np.asarray(choose_buckets((batch,), np.maximum(first, second), tokens).lengths)
@@ -141,16 +141,16 @@ def choose_guided_buckets(batch: int, counts: ArrayLike, unconditional: ArrayLik
 
 @dataclass(frozen=True)
 class PaddedShapes:
-    """Shapes without buckets, in the place of a bucket set: every sample as long as the longest of its batch.
+    """Shapes without buckets, used instead of a bucket set: every sample is padded to the longest of its batch.
 
-    ``whole``: as long as the token grid instead, the one static shape that holds everything.
+    ``whole``: every sample is padded to the token grid instead, which is a single static shape.
     """
 
     tokens: int
     whole: bool = False
 
     def choose(self, batch: int, counts: ArrayLike) -> Bucket:
-        """The bucket that ``batch`` samples of ``counts`` (one, or [batch]) tokens run in."""
+        """The bucket for ``batch`` samples with ``counts`` (one, or [batch]) tokens."""
         length = self.tokens if self.whole else int(np.max(counts))
         return Bucket(batch, batch * length, batch, length, length)
 

@@ -1,4 +1,4 @@
-"""The bundle: the folder one conversion leaves behind, written whole or not at all."""
+"""The bundle: the output folder of a conversion, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -44,16 +44,18 @@ def write_model(model: DynamicModel, folder: Path) -> None:
 
 
 def read_bundle(folder: Path) -> Bundle:
-    """Load a bundle; UsageError if the folder is none, was damaged, or is of another format version."""
+    """Load a bundle; UsageError if the folder is not a bundle, is damaged, or has another format version."""
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
         raise UsageError(f"{folder} is not a bundle (no {MANIFEST}): make one with 'dcconvert MODEL --ratio 4x'")
     manifest = read_json(manifest_path)
     if not isinstance(manifest, dict):
-        raise UsageError(f"cannot read {manifest_path}: it holds no JSON object; convert the model again")
+        raise UsageError(f"cannot read {manifest_path}: it is not a JSON object; convert the model again")
     version = manifest.get("format_version")
     if type(version) is not int or version not in READABLE:
-        raise UsageError(f"{folder} has bundle format {version}, this dcconvert reads {FORMAT_VERSION}: convert again")
+        raise UsageError(
+            f"{folder} has bundle format {version}, but this dcconvert reads {FORMAT_VERSION}: convert again"
+        )
     try:
         tensors = load_file(str(folder / WEIGHTS))
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""Writing files and folders whole or not at all, and reading JSON."""
+"""Writing files and folders completely or not at all, and reading JSON."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ MANIFEST = "manifest.json"
 
 @contextmanager
 def new_folder(target: Path, force: bool = False, kind: str = "bundle", mark: str = MANIFEST) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends without an error.
+    """A temporary folder beside `target` that replaces it when the block ends without an error.
 
-    With `force` an older one is moved out of the way first and deleted last; it stays if anything goes wrong.
-    Raises UsageError if the target exists (and `force` is off), is something else than what is called `kind` and holds
-    the file `mark`, or cannot be written (no permission, disk full).
+    With `force`, an existing folder is moved away first and deleted last; it is kept if anything goes wrong. Raises
+    UsageError if the target exists (and `force` is off), if it is not a folder of this `kind` with the file `mark`, or
+    if it cannot be written (no permission, disk full).
     """
     target = target.resolve()  # a link to a bundle stays a link
     if target.exists() and not force:
         raise UsageError(f"{target} exists already: choose another folder with -o, or replace it with --force")
     if target.exists() and not (target.is_dir() and ((target / mark).exists() or not any(target.iterdir()))):
-        raise UsageError(f"{target} is no {kind} and will not be replaced: choose another folder with -o")
+        raise UsageError(f"{target} is not a {kind} and will not be replaced: choose another folder with -o")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -48,12 +48,12 @@ def new_folder(target: Path, force: bool = False, kind: str = "bundle", mark: st
 
 
 def said(error: Exception) -> str:
-    """The system's words without its number and path, where there are any."""
+    """The system's error text without its number and path, if it has one."""
     return str(getattr(error, "strerror", None) or error)
 
 
 def put_in_place(work: Path, target: Path) -> None:
-    """Rename `work` to `target`; what was there comes back if that fails."""
+    """Rename `work` to `target`; the old target is restored if that fails."""
     old = work.with_name(f"{work.name}-old")
     if target.exists():
         os.replace(target, old)
@@ -83,7 +83,7 @@ def writable(path: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; UsageError if it cannot be written."""
+    """Write a file completely or not at all; UsageError if it cannot be written."""
     writable(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -102,7 +102,7 @@ def read_json(path: Path) -> Any:
 
 
 def file_sha256(parts: Iterable[Path]) -> str:
-    """The hash of some files, one after the other, in hexadecimal digits."""
+    """The hash of the concatenation of some files, in hexadecimal digits."""
     digest = hashlib.sha256()
     for part in parts:
         with part.open("rb") as file:

@@ -21,11 +21,12 @@ from dcconvert.passes.runtime.model import DynamicModel
 
 @dataclass(frozen=True)
 class Variant:
-    """How the graphs of a bundle are written for one runtime, beside the portable files in fp32 that it always has.
+    """How the graphs of a bundle are written for one runtime, in addition to the portable fp32 files that it always
+    has.
 
-    `error`: how far the output may be from the model in fp32, relative. `agreement`: how far ONNX Runtime may be from
-    torch with the same graphs, as in `check_written`; None where ONNX Runtime has no kernels on the CPU to compare.
-    `packed`: attention takes the packed tokens as they are (`with_packed_attention`).
+    `error`: the allowed relative error of the output, compared with the model in fp32. `agreement`: the allowed
+    difference between ONNX Runtime and torch with the same graphs, as in `check_written`; None if ONNX Runtime has no
+    CPU kernels to compare. `packed`: attention runs directly on the packed tokens (`with_packed_attention`).
     """
 
     name: str
@@ -57,7 +58,7 @@ def write_variant(
 ) -> list[Check]:
     """Write `folder`/NAME/*.onnx and check them; returns the checks.
 
-    CheckFailedError if one fails; UsageError for a model that cannot be written so.
+    Raises CheckFailedError if one fails, and UsageError for a model that cannot be written in this variant.
     """
     tick(f"{variant.name}, {variant.precision}")
     changed = in_precision(with_packed_attention(model) if variant.packed else model, variant.precision)
@@ -73,8 +74,8 @@ def write_variant(
 
 @torch.no_grad()
 def check_precision(model: DynamicModel, changed: DynamicModel, variant: Variant) -> Check:
-    """What half precision does to the output of a step: one whose samples keep different numbers of tokens, or one that
-    is computed and the skipped one after it."""
+    """The error of half precision in the output of a step whose samples keep different numbers of tokens, or of a
+    computed step and the skipped one after it."""
     name = f"{variant.name}: {variant.precision} against fp32"
     inputs, tokens = model.spec.example(2), model.spec.tokens
     if model.spec.updates:

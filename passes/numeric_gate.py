@@ -14,9 +14,9 @@ from dcconvert.passes.planning.carry_plan import full_carry_plan
 
 
 class NumericGate:
-    """Remembers what the captured graph gives on the example inputs, and compares later graphs with it.
+    """Stores the captured graph's outputs on the example inputs, and compares those of later graphs with them.
 
-    Plan inputs, once there are any, are those that keep every token. Raises CheckFailedError naming the pass.
+    Once the graph has plan inputs, they keep every token. Raises CheckFailedError with the name of the pass.
     """
 
     def __init__(self, program: Program) -> None:
@@ -35,7 +35,7 @@ def outputs(program: Program) -> list[Any]:
 
 
 def full_plan(program: Program) -> list[Tensor]:
-    """The plan inputs the graph has, keeping everything, and empty states."""
+    """Values for the graph's plan inputs, which keep everything, and empty states."""
     if not program.plan_inputs:
         return []
     stream = program.found_stream()

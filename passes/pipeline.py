@@ -54,13 +54,13 @@ def rewrite(
     original: nn.Module | None = None,
     dump: Path | None = None,
 ) -> DynamicModel:
-    """Capture `module` on the example inputs (or take what is captured already) and run the pipeline.
+    """Capture `module` on the example inputs (unless it is captured already) and run the pipeline.
 
-    `timestep` names the input that holds the timestep (guessed from TIMESTEP_NAMES when None) and
-    `timestep_scale` is its value at pure noise. `grid`: (H, W) of the tokens, where it cannot be seen. `router`: the
-    model's own. `original`: another model, called in the same way, that takes the place of `module` as what the result
-    is compared with. `dump`: folder for the graph after each pass. Raises the errors of `capture` and of the passes;
-    the module is put in eval mode and not changed otherwise.
+    `timestep` names the input that holds the timestep (guessed from TIMESTEP_NAMES when None) and `timestep_scale` is
+    its value at pure noise. `grid`: (H, W) of the tokens, if it cannot be inferred. `router`: the model's own router.
+    `original`: another model with the same call signature, with which the result is compared instead of `module`.
+    `dump`: folder for the graph after each pass. Raises the errors of `capture` and of the passes. The module is put in
+    eval mode and is otherwise unchanged.
     """
     program = captured(module, args, kwargs, method, timestep, grid)
     program.router, program.timestep_scale = router, timestep_scale

@@ -85,7 +85,7 @@ def test_an_exporter_of_a_test_is_asked_every_time(
 ) -> None:
     shared(scaled(), tmp_path / "g.onnx", (torch.ones(3, 4),), AXES, ("y",))
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
-    with pytest.raises(Exception, match="gave nothing"):
+    with pytest.raises(Exception, match="returned nothing"):
         shared(scaled(), tmp_path / "g.onnx", (torch.ones(3, 4),), AXES, ("y",))
 
 

@@ -1,4 +1,4 @@
-"""`dcconvert build`: what GPU runtimes need of a bundle: engines with a profile for every bucket, graphs in fp16."""
+"""`dcconvert build`: makes what GPU runtimes need: engines with a profile for every bucket, or graphs in fp16."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ DAY_SECONDS = 86_400
 
 @dataclass(frozen=True)
 class Settings:
-    """What a build was asked for; the options of the command line."""
+    """The settings of a build: the options of the command line."""
 
     bundle: Path
     target: str = "trt"
@@ -63,10 +63,10 @@ class Settings:
 
 
 def build_bundle(settings: Settings, console: Console) -> Path:
-    """Build what is not built yet; returns the folder where it is.
+    """Build what is not built yet; returns the folder of the result.
 
-    Every engine is there whole or not at all and noted at once, so that a build that was stopped goes on where it was.
-    UsageError without a backend, or for a graph that it does not take; CheckFailedError if an exported graph is wrong.
+    Every engine is written completely or not at all and recorded at once, so a stopped build can be resumed. Raises
+    UsageError without a backend, or for a graph that it rejects, and CheckFailedError if an exported graph is wrong.
     """
     stages = Stages(Console(stderr=True))
     bundle = read_bundle(settings.bundle)
@@ -96,12 +96,12 @@ def build_bundle(settings: Settings, console: Console) -> Path:
 
 
 def refuse_others(settings: Settings) -> None:
-    """UsageError for options of engines where only graphs are asked for."""
+    """Raises UsageError for engine options if only graphs are requested."""
     usual = Settings(settings.bundle, settings.target)
     for item in fields(settings):
         if getattr(settings, item.name) != getattr(usual, item.name):
             option = item.name.replace("_", "-")
-            raise UsageError(f"--{option} applies only to --runtime trt: {settings.target} is a set of fp16 graphs")
+            raise UsageError(f"--{option} applies only to --runtime trt: leave it out for --runtime {settings.target}")
 
 
 def build_engines(
@@ -117,7 +117,7 @@ def build_engines(
 def engines_for(
     bundle: Bundle, variant: Variant, device: Device, settings: Settings, stages: Stages, place: Path
 ) -> list[Engine]:
-    """The engines of a bundle in a variant, whose graphs are written into `place` if the bundle has none."""
+    """The engines of a bundle for a variant; its graphs are written to `place` if the bundle has none."""
     return plan_engines(
         exported(bundle, variant, stages, place),
         bundle.model.spec.graphs,
@@ -134,16 +134,16 @@ def variant_of(settings: Settings, name: str) -> Variant:
 
 
 def choose_variant(model: DynamicModel, settings: Settings, device: Device, stages: Stages) -> Variant:
-    """The variant that the settings ask for; with attention "auto" the packed one if the backend builds it.
+    """The variant for the settings; with attention "auto", the packed one if the backend can build it.
 
-    UsageError for attention "packed" where there is none.
+    Raises UsageError for attention "packed" if it is not available.
     """
     masks, packed = variant_of(settings, "trt"), variant_of(settings, "trt-packed")
     if settings.attention == "masks" or (settings.attention == "auto" and model.spec.updates):  # nothing is packed
         return masks
     try:
         with stages.stage("packed attention") as tick:
-            tick(f"does {device.backend} build it?")
+            tick(f"test if {device.backend} builds it")
             reason = refusal(with_packed_attention(model), settings.precision, device)
     except (UsageError, CheckFailedError) as error:
         reason = str(error)
@@ -157,7 +157,7 @@ def choose_variant(model: DynamicModel, settings: Settings, device: Device, stag
 def find_device(backend: str | None, capability: str = "") -> Device:
     """The backend to build with, and what for: the GPU of this machine, or what TensorRT-RTX builds ahead of time.
 
-    UsageError if there is none, or not the one asked for.
+    Raises UsageError if there is none, or not the requested one.
     """
     gpu = this_gpu()
     missing = []
@@ -173,19 +173,21 @@ def find_device(backend: str | None, capability: str = "") -> Device:
             wanted = normal_capability(capability, known) if capability else ""
             if not wanted and gpu is not None and known and gpu[1] not in known:
                 missing.append(
-                    f"{name}: the GPU here has compute capability {gpu[1]}, it builds for {', '.join(known)} (for "
-                    "another machine name one with --compute-capability)"
+                    f"{name}: the GPU here has compute capability {gpu[1]}, but it builds for {', '.join(known)} (for "
+                    "another machine, choose one with --compute-capability)"
                 )
                 continue
             return Device(RTX, version, wanted)
         if gpu is None:
-            missing.append(f"{name}: there is no GPU, and its engines are for the GPU they are built on")
+            missing.append(f"{name}: there is no GPU here, and it builds only for the GPU of the machine")
             continue
         if capability:
-            raise UsageError("--compute-capability is of tensorrt-rtx: TensorRT builds for the GPU of this machine")
+            raise UsageError(
+                "--compute-capability applies only to tensorrt-rtx: TensorRT builds for the GPU of this machine"
+            )
         return Device(TENSORRT, version, gpu[1], gpu[0])
     hints = " or ".join(f"pip install 'dcconvert[{EXTRAS[name]}]'" for name in ([backend] if backend else BACKENDS))
-    raise UsageError(f"no backend to build engines with ({'; '.join(missing)}): {hints}")
+    raise UsageError(f"no backend can build engines ({'; '.join(missing)}): {hints}")
 
 
 def known_capabilities(module: Any) -> list[str]:
@@ -196,10 +198,10 @@ def known_capabilities(module: Any) -> list[str]:
 
 
 def normal_capability(text: str, known: Sequence[str]) -> str:
-    """A compute capability as `known` has it, from "8.9" or "89"; UsageError if it has not."""
+    """A compute capability in the form of `known`, from "8.9" or "89"; UsageError if it is not in `known`."""
     found = text if "." in text else f"{text[:-1]}.{text[-1:]}"
     if known and found not in known:
-        raise UsageError(f"{RTX} does not know compute capability {text}; it knows {', '.join(known)}")
+        raise UsageError(f"{RTX} does not support compute capability {text}: choose one of {', '.join(known)}")
     return found
 
 
@@ -232,7 +234,7 @@ def exported(bundle: Bundle, variant: Variant, stages: Stages, place: Path) -> P
 
 
 def remove_old(folder: Path, pattern: str) -> None:
-    """Remove what builds that were killed left behind, once it is a day old."""
+    """Remove leftovers of killed builds that are more than a day old."""
     for path in folder.glob(pattern):
         if time.time() - path.stat().st_mtime > DAY_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
@@ -241,9 +243,9 @@ def remove_old(folder: Path, pattern: str) -> None:
 def build_missing(
     wanted: list[Engine], folder: Path, device: Device, ranges: bool, stages: Stages
 ) -> tuple[Built, ...]:
-    """Build engines that are not there or damaged, take away those that are of no use any more.
+    """Build engines that are missing or damaged, and remove those that are no longer needed.
 
-    Until all are there, engines that an earlier build made with other options go on serving.
+    Until all are built, engines of an earlier build with other options stay in use.
     """
     before = Index(device, ranges)
     if (folder / INDEX).is_file():
@@ -263,7 +265,7 @@ def build_missing(
                 done[engine.file] = build_engine(engine, folder, lambda _, tick=tick: tick("building"))  # type: ignore[misc]
         except KeyboardInterrupt:
             raise StoppedError(
-                f"interrupted: {len(done)} of {len(wanted)} engines are finished; the same command goes on there"
+                f"interrupted: {len(done)} of {len(wanted)} engines are finished; run the same command to resume"
             ) from None
         entries = tuple(done[name] for name in names if name in done)
         if others:
@@ -271,7 +273,7 @@ def build_missing(
         else:
             write_index(folder, Index(device, ranges, entries))
     if not left:
-        stages.note(f"all {len(wanted)} engines are there already")
+        stages.note(f"all {len(wanted)} engines exist already")
     entries = tuple(done[name] for name in names)
     write_index(folder, Index(device, ranges, entries))
     for old in folder.glob("*.engine"):
@@ -281,18 +283,18 @@ def build_missing(
 
 
 def plan_table(wanted: list[Engine], device: Device, bundle: Bundle) -> Table:
-    """What a build would make, and the memory that can be told beforehand."""
+    """The engines that a build would make, and the memory that can be predicted."""
     weights = {engine.onnx: sum(part.stat().st_size for part in onnx_parts(engine.onnx)) for engine in wanted}
     total = sum(weights[engine.onnx] for engine in wanted)
     copies = sum(weights[engine.onnx] * len(engine.buckets) for engine in wanted)
     folder = bundle.folder / ENGINES / device.folder
     table = Table(
         title=f"{len(wanted)} engines for {device.folder}, {wanted[0].precision}",
-        caption=f"Weights {total / MEGABYTE:.0f} MB in all; engines keep a part of them for every profile, up to "
-        f"{copies / MEGABYTE:.0f} MB. Buffers for inputs, outputs and state as in the table, for every bucket that is "
-        f"used; what the builder adds for activations is not known beforehand. Nothing was built. Folder: {folder}",
+        caption=f"Weights: {total / MEGABYTE:.0f} MB in total; engines store a part of them for every profile, up to "
+        f"{copies / MEGABYTE:.0f} MB. The table shows the buffers for inputs, outputs and state, for every bucket that "
+        f"is used; the memory for activations is known only after building. Nothing was built. Folder: {folder}",
     )
-    for name in ("engine", "profile", "batch", "tokens a sample", "packed tokens", "weights, MB", "buffers, MB"):
+    for name in ("engine", "profile", "batch", "tokens per sample", "packed tokens", "weights, MB", "buffers, MB"):
         table.add_column(name, justify="left" if name == "engine" else "right")
     for number, engine in enumerate(wanted, 1):
         for i, (bucket, shapes) in enumerate(zip(engine.buckets, engine.profiles, strict=True)):
@@ -309,7 +311,7 @@ def plan_table(wanted: list[Engine], device: Device, bundle: Bundle) -> Table:
 
 
 def lengths(shapes: Shapes, bucket: Bucket) -> str:
-    """Tokens a sample that a profile takes."""
+    """Tokens per sample that a profile accepts."""
     low = shapes["grid_index"][0][-1] if "grid_index" in shapes else bucket.row_tokens
     return f"{low} to {bucket.row_tokens}" if low < bucket.row_tokens else str(low)
 

@@ -46,15 +46,15 @@ ASSUMED = (
     "samples and fidelity are meaningless: convert again with --prediction flow."
 )
 UNSETTLED = (
-    "How many tokens a step keeps is found at every step, and without a sampler it was not fitted to the ratio: look "
-    "at what a run really keeps."
+    "Each step decides how many tokens it keeps, and without a sampler this was not fitted to the ratio: check "
+    "how many tokens a run really keeps."
 )
 IMAGE_BUDGET_S = 240.0  # above this estimate, images are left to `dcconvert evaluate`
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a conversion was asked for; the options of the command line."""
+    """The settings of a conversion: the options of the command line."""
 
     checkpoint: Path
     out: Path
@@ -81,7 +81,7 @@ class Settings:
 
 
 def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
-    """Convert, verify, export, measure and report; returns the report. Nothing is left behind on failure.
+    """Convert, verify, export, measure and report; returns the report. Leaves nothing behind on failure.
 
     Raises CheckFailedError when a check fails, UsageError and UnsupportedModelError for bad input.
     """
@@ -117,7 +117,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
         bucket_set = choose_buckets(settings.batches, counts, model.spec.tokens, settings.buckets - 1)
         report = describe(settings, source, model, planner, run, bucket_set)
         if isinstance(run, RunTable) and settings.solver != SOLVERS[0]:
-            stages.note(f"Mode steps is sampled by its run table; {settings.solver} is the original's beside it.")
+            stages.note(f"Mode steps samples with its run table; {settings.solver} is used for the original only.")
         if model.method.stateful:
             stages.note(state_note(model.spec.state_bytes, settings.batches))
         with stages.stage("verify in torch"):
@@ -152,7 +152,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
 
 
 def limits_of(source: Source, model: Converted) -> list[str]:
-    """What a user has to know about a conversion before its figures."""
+    """Limits of a conversion that the report shows before its figures."""
     found = [ASSUMED] if source.assumed else []
     found += model.method.limits
     if model.schedule.data_dependent and source.config is None:
@@ -161,7 +161,7 @@ def limits_of(source: Source, model: Converted) -> list[str]:
 
 
 def state_facts(model: Converted, batch: int) -> dict[str, Any]:
-    """What a run remembers, in MB of a sample and of a full batch."""
+    """The size of a run's state, in MB per sample and per full batch."""
     if not model.method.stateful:
         return {}
     megabytes = model.spec.state_bytes / 1e6
@@ -173,7 +173,7 @@ def state_facts(model: Converted, batch: int) -> dict[str, Any]:
 
 
 def check_torch(model: Converted) -> list[Check]:
-    """The promises that torch alone can show; raises CheckFailedError if one is broken."""
+    """The checks that need only torch; raises CheckFailedError if one fails."""
     inputs = model.spec.example(2)
     if model.spec.updates:
         checks = check_steps(model, inputs)
@@ -232,7 +232,7 @@ def describe(
 
 
 def kept_mean(model: Converted, planner: StepPlanner, run: Sampler | RunTable, steps: int) -> float:
-    """Tokens computed a step of the original's run that this one stands for."""
+    """Mean number of tokens computed per step of the original's run that this run replaces."""
     if isinstance(run, RunTable):
         return float(run.run_counts(planner).sum() / steps)
     return model.spec.tokens * model.schedule.expected
@@ -241,7 +241,7 @@ def kept_mean(model: Converted, planner: StepPlanner, run: Sampler | RunTable, s
 def measured_figures(
     subject: Subject, settings: Settings, work: Path, report: dict[str, Any], stages: Stages
 ) -> dict[str, bytes]:
-    """Fill in what is measured; returns the figures."""
+    """Add the measurements to the report; returns the figures."""
     effort = Effort(
         batch=max(settings.batches),
         runs=LATENCY_RUNS,

@@ -1,4 +1,4 @@
-"""`dcconvert inspect`: what was recognised in a checkpoint, and what the passes would do."""
+"""`dcconvert inspect`: shows what was detected in a checkpoint, and what the passes would do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dcconvert.report.notes import state_note
 
 
 def inspect_checkpoint(path: Path, method: Method, console: Console, *, dump_graphs: Path | None, **read: Any) -> None:
-    """Print what was recognised, the cut points and what the passes would do, or why they would not."""
+    """Print what was detected, the cut points and what the passes would do, or why they would fail."""
     source = open_source(path, **read)
     table = Table(title=f"{path.name}: {source.kind}", show_header=False, title_justify="left")
     for name, value in source.facts.items():
@@ -57,7 +57,7 @@ def inspect_checkpoint(path: Path, method: Method, console: Console, *, dump_gra
 
 
 def print_cuts(program: Program, console: Console) -> None:
-    """The cut points of the token stream, block boundaries and trunk marked."""
+    """Print the cut points of the token stream, with marks for block boundaries and the trunk."""
     stream, (start, end) = program.found_stream(), program.found_trunk()
     title = f"{len(stream.cuts)} cut points on {stream.grid[0]}x{stream.grid[1]} tokens"
     table = Table(title=title, title_justify="left")

@@ -1,4 +1,4 @@
-"""Put another schedule into a bundle: graph, manifest, buckets and report, with all that they say about it."""
+"""Put another schedule into a bundle: updates graph, manifest, buckets and report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Rescheduled:
 
     @classmethod
     def of(cls, bundle: Bundle, schedule: Schedule, sampler: Sampler, stages: Stages) -> Rescheduled:
-        """CheckFailedError if ONNX Runtime does not give what torch does in the new buckets."""
+        """Raises CheckFailedError if ONNX Runtime and torch disagree in the new buckets."""
         most, model = most_buckets(bundle), bundle.model.with_schedule(schedule)
         if not schedule.data_dependent:
             model = model.with_schedule(model.planner.levelled(sampler.taus, most))
@@ -80,7 +80,7 @@ class Rescheduled:
         }
 
     def report(self, before: dict[str, Any]) -> dict[str, Any]:
-        """A bundle's report with everything that the schedule changes, measurements excepted."""
+        """A bundle's report with everything that the schedule changes, except measurements."""
         schedule, tokens = self.planner.schedule, self.model.spec.tokens
         knots = ", ".join(f"{min(1, kept):.3g} at noise level {tau:g}" for tau, kept in schedule.knots)
         facts = {
@@ -119,7 +119,7 @@ class Rescheduled:
         threads: int,
         seed: int = 0,
     ) -> dict[str, bytes] | None:
-        """Latency, memory and images again; returns the figures. None, and nothing done, if the report had none."""
+        """Measure latency, memory and images again; returns the figures, or None if the report had no measurements."""
         if "latency" not in report:
             return None
         images = report.get("fidelity", {}).get("images", {}).get("count", 0)
@@ -135,10 +135,10 @@ class Rescheduled:
 
 
 def most_buckets(bundle: Bundle) -> int:
-    """How many buckets a batch size may have; UsageError for a manifest that says something else than a number."""
+    """How many buckets a batch size may have; UsageError if the manifest's value is not a number of at least 2."""
     most = bundle.manifest.get("most_buckets", LEVELS)
     if not isinstance(most, int) or most < 2:
-        raise UsageError(f"{bundle.folder} has no number of at least 2 as most_buckets: convert the model again")
+        raise UsageError(f"{bundle.folder}: most_buckets in the manifest is not a number of at least 2; convert again")
     return most
 
 
@@ -148,7 +148,7 @@ def of_runtime(check: str) -> bool:
 
 
 def old_report(folder: Path) -> dict[str, Any]:
-    """The report of a bundle; an empty one for a bundle that was written from Python without any."""
+    """The report of a bundle; empty for a bundle that was written from Python without a report."""
     return dict(read_json(folder / REPORT)) if (folder / REPORT).is_file() else {}
 
 
@@ -165,9 +165,9 @@ def write_rescheduled(
     figures: dict[str, bytes],
     work: Path,
 ) -> None:
-    """Fill the folder that will take the bundle's place; what does not change (weights, ONNX) is hard-linked.
+    """Fill the folder that will replace the bundle; unchanged files (weights, ONNX) are hard-linked.
 
-    Without a stress test in the report its picture and its list of cases are left out.
+    If the report has no stress test, its picture and its list of cases are left out.
     """
     stale = () if "stress" in report else (FAILURES,)
     if stale:
@@ -183,7 +183,7 @@ def write_rescheduled(
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """A second name for a file, or a copy where the disk has no such thing."""
+    """A hard link to a file, or a copy if the disk does not support links."""
     try:
         os.link(source, target)
     except OSError:

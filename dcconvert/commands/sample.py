@@ -1,4 +1,4 @@
-"""`dcconvert sample`: images of a bundle, on request beside the original."""
+"""`dcconvert sample`: draws images with a bundle, optionally beside the original's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sample_bundle(
     vae: Path | None,
     out: Path,
 ) -> None:
-    """Sample a bundle, on request beside the original, and write a PNG grid."""
+    """Sample a bundle, optionally also the original, and write a PNG grid."""
     bundle = read_bundle(folder)
     config = dit_config(bundle)
     sampler, planner = bundle_run(bundle, steps, solver)
@@ -53,7 +53,9 @@ def sample_bundle(
     model = bundle.model
     groups = 1 if separate_halves else guidance.halves
     if guidance.ratio is not None and isinstance(sampler, RunTable):
-        raise UsageError(f"{folder} is in mode steps, whose halves of guidance share their steps: leave out --lite-cfg")
+        raise UsageError(
+            f"{folder} is in mode steps, where both halves of guidance use the same steps: leave out --lite-cfg"
+        )
     lite = None if guidance.ratio is None else planner.at_ratio(guidance.ratio, sampler.taus)
     name = f"{model.method.mode}, {model.schedule.ratio:g}x"
     if isinstance(sampler, RunTable) and (note := sampler.guidance_note(guidance.scale, folder)):

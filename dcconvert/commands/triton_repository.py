@@ -15,7 +15,7 @@ from dcconvert.passes.ir.errors import UsageError
 def triton_repository(folder: Path, out: Path, console: Console, *, name: str, device: str, force: bool) -> None:
     """Write a Triton model repository of a bundle, and say what the server needs."""
     if not name.replace("_", "").replace("-", "").isalnum():
-        raise UsageError(f"--name {name}: letters, digits, - and _ only, for it names folders")
+        raise UsageError(f"--name {name}: use only letters, digits, - and _, because it is used in folder names")
     source = export_triton(read_bundle(folder), out, name, device, force)
     console.print(
         escape(

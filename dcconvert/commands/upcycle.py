@@ -1,4 +1,4 @@
-"""`dcconvert upcycle`: train a bundle with its original as the teacher, and write it anew."""
+"""`dcconvert upcycle`: train a bundle with its original as the teacher, and rewrite it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from dcconvert.train.loop import Settings, Task, Training, training_data
 
 
 def upcycle_bundle(settings: Settings, console: Console) -> None:
-    """Train, export, check, measure, and put the new bundle in place; an unfinished run goes on where it was.
+    """Train, export, check, measure, and put the new bundle in place; resumes an unfinished run.
 
     Raises UsageError for a bundle, data or options that cannot be used, StoppedError for a run that was interrupted,
-    CheckFailedError if the loss is no number or ONNX Runtime does not give what torch does.
+    CheckFailedError if the loss is not a number or ONNX Runtime and torch disagree.
     """
     set_threads(settings.threads)
     distributed = Distributed.start()
@@ -45,7 +45,7 @@ def upcycle_bundle(settings: Settings, console: Console) -> None:
     training = Training(task, data, distributed)
     if training.restore():
         made = training.distillation
-        stages.note(f"going on at step {made.step} of {made.rounds * made.updates_a_round}")
+        stages.note(f"resuming at step {made.step} of {made.rounds * made.updates_a_round}")
     training.run(progress)
     if not distributed.is_main:
         return
@@ -69,11 +69,11 @@ def upcycle_bundle(settings: Settings, console: Console) -> None:
 
 
 def store(task: Task, model: DynamicModel, found: dict[str, Any], stages: Stages) -> DynamicModel:
-    """Export, check and measure the trained model, and put its bundle in place; the model as it was stored."""
+    """Export, check and measure the trained model, and put its bundle in place; returns the stored model."""
     settings, before = task.settings, task.bundle
     model = model.with_schedule(task.planner.schedule)
     if model.schedule.data_dependent:
-        with stages.stage("see what its runs keep") as tick:
+        with stages.stage("measure what its runs keep") as tick:
             model = fitted(model, task.sampler, task.config, tick)
     with new_folder(settings.out, force=settings.in_place) as work:
         bundle = replace(before, folder=work, model=model)
@@ -106,7 +106,7 @@ def store(task: Task, model: DynamicModel, found: dict[str, Any], stages: Stages
 
 
 def facts_of(task: Task, training: Training) -> dict[str, Any]:
-    """What manifest and report say of a training, and in short of those before it."""
+    """The facts of a training for manifest and report, with a summary of earlier trainings."""
     settings, before = task.settings, task.bundle.manifest.get("upcycling")
     earlier = []
     if before:
@@ -125,7 +125,7 @@ def facts_of(task: Task, training: Training) -> dict[str, Any]:
 
 
 def without_stale(report: dict[str, Any], checks: Sequence[Check]) -> dict[str, Any]:
-    """A report without what is true only of the weights before a training, and with the checks of those after it."""
+    """A report without facts that hold only for the weights before a training, and with the new weights' checks."""
     names = {IDENTITY, *(check.name for check in checks)}
     kept = [check for check in report.get("checks", []) if check["name"] not in names]
     left = {name: value for name, value in report.items() if name != "calibration"}

@@ -1,4 +1,4 @@
-"""Bundles of one original beside it: what each run costs, and how long and how much memory its step takes."""
+"""Compares bundles with their common original: the cost of each run, and the time and memory of its steps."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ BEST = ("unipc", GRADED)  # what fewer steps of the original do best with, besid
 class Candidate:
     """A bundle in its run: which sampler, and how many tokens its samples keep at every step, int64 [steps].
 
-    `reference`: the original's run that this one stands for.
-    `unconditional`: the planner of the unconditional half, where that has its own.
+    `reference`: the original's run that this one replaces. `unconditional`: the planner of the unconditional half, if
+    it has its own.
     """
 
     name: str
@@ -71,11 +71,12 @@ class Candidate:
     ) -> Candidate:
         """The bundle in its own run, or with other steps, another solver or at another ratio.
 
-        UsageError for a bundle that does not say how to sample it, or a ratio it cannot have."""
+        Raises UsageError for a bundle without sampling facts, or for a ratio that it cannot reach."""
         sampler, planner = bundle_run(bundle, steps, solver)
         if isinstance(sampler, RunTable) and (guidance.ratio is not None or ratio is not None):
             raise UsageError(
-                f"{bundle.folder} is in mode steps, whose run was made for one ratio: leave out --ratio and --lite-cfg"
+                f"{bundle.folder} is in mode steps, and its run table is for one ratio: leave out "
+                "--ratio and --lite-cfg"
             )
         reference, _ = run_planner(bundle, steps, solver)
         lite = None
@@ -91,14 +92,14 @@ class Candidate:
 
     @property
     def halves(self) -> list[np.ndarray]:
-        """Kept tokens at every step of each half of guidance, or of the one there is."""
+        """Kept tokens at every step of each half of guidance, or of the only half."""
         first = self.sampler.run_counts(self.planner)
         if self.guidance.halves == 1:
             return [first]
         return [first, first if self.unconditional is None else self.unconditional.run_counts(self.sampler.taus)]
 
     def counts(self, images: int) -> np.ndarray:
-        """Kept tokens [steps, rows] of a batch of so many images."""
+        """Kept tokens [steps, rows] of a batch of this many images."""
         return np.concatenate([np.repeat(half[:, None], images, 1) for half in self.halves], axis=1)
 
     def bucket_set(self, images: int) -> BucketSet:
@@ -132,7 +133,7 @@ class Candidate:
 
 
 def named_apart(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """With names that are numbered where there are several bundles, and say the solver where there are several."""
+    """Candidates with distinct names: numbered if there are several bundles, with the solver if there are several."""
     several, solvers = len(candidates) > 1, len({candidate.sampler.solver for candidate in candidates}) > 1
     return [
         replace(e, name=(f"#{i} " if several else "") + e.name + (f", {e.sampler.solver}" if solvers else ""))
@@ -151,7 +152,7 @@ def check_same_original(bundles: Sequence[Bundle]) -> DiTConfig:
     for other in bundles[1:]:
         if origin(other) != origin(bundles[0]):
             raise UsageError(
-                f"{other.folder} and {bundles[0].folder} were made from different originals: evaluate them apart"
+                f"{other.folder} and {bundles[0].folder} were made from different originals: evaluate them separately"
             )
     return config
 
@@ -160,7 +161,7 @@ def check_same_original(bundles: Sequence[Bundle]) -> DiTConfig:
 class Row:
     """One way of making the images: the original with so many steps, or a bundle in its run.
 
-    `mode`: "original", or that of the bundle. `control`: what a row with fewer steps is the control of.
+    `mode`: "original", or the bundle's mode. `control`: for a row with fewer steps, what it is the control of.
     """
 
     name: str
@@ -228,7 +229,7 @@ class Comparison:
         return lambda: session.run(None, feed)
 
     def stepper(self, candidate: Candidate, session: OrtModel) -> Callable[[np.ndarray], Run]:
-        """A function that makes a step whose samples keep so many tokens [rows]."""
+        """A function that runs a step whose samples keep these numbers of tokens [rows]."""
         run, feed = session.start(self.rows, self.halves), self.feed(candidate)
 
         def step(counts: np.ndarray) -> Run:
@@ -303,7 +304,7 @@ class Comparison:
         return np.concatenate([half[where] for half in candidate.halves], axis=1)
 
     def memory(self, tick: Tick) -> dict[str, dict[str, Any]]:
-        """Megabytes, by row: the peak of a process, what attention works on, and what a run remembers."""
+        """Megabytes, by row: the peak of a process, the memory for attention, and the state of a run."""
         example = self.original.model.spec.example(self.rows)
         found: dict[str, dict[str, Any]] = {}
         with torch.inference_mode():
@@ -382,9 +383,9 @@ def comparison_rows(comparison: Comparison, runs: int, tick: Tick) -> list[Row]:
 
 
 def control_steps(steps: int, speedup: float, flop_ratio: float) -> dict[int, str]:
-    """Steps of the original to stand beside a converted run of `steps`, and what each has in common with it.
+    """Numbers of steps of the original to compare with a converted run of `steps`, and what each has in common with it.
 
-    As many, three quarters, half, and those that take as long or as many operations.
+    The same number, three quarters, half, and the numbers that take as long or as many operations.
     """
     found = {max(1, round(steps * share)): "" for share in (1, 0.75, 0.5)}
     for name, ratio in (("time", speedup), ("GMACs", flop_ratio)):

@@ -26,7 +26,7 @@ from dcconvert.terminal import Stages
 LATENCY_RUNS = 9
 OTHER_MODE_RUNS = 5
 NO_SAMPLER = (
-    "Images were not compared: sampling with this model needs its pipeline. Put the converted model there and look: "
+    "Images were not compared: sampling with this model needs its pipeline. Use the converted model there: see "
     "docs/pipelines.md."
 )
 
@@ -63,7 +63,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of a converted model, as sections of report.json; `limits` say what was left out and why."""
+    """The measurements of a converted model, as sections of report.json; `limits` say what was left out and why."""
 
     latency: list[dict[str, Any]]
     memory: list[dict[str, Any]]
@@ -107,7 +107,7 @@ def measure(subject: Subject, effort: Effort, scratch: Path, compute: dict[str, 
 
 
 def no_images(subject: Subject, effort: Effort, latency: dict[str, Any]) -> str:
-    """Why the images are left out, or nothing."""
+    """Why the images are left out, or an empty text."""
     if subject.config is None:
         return NO_SAMPLER
     if effort.images < 1:

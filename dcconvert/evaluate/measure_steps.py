@@ -29,8 +29,8 @@ def compute_section(
 ) -> dict[str, Any]:
     """GMACs a sample: of the original's forward, of every step of a run, and of the whole run.
 
-    `counts`: kept tokens at each step [steps], at noise levels `taus`. `original_steps`: of the original's run that
-    this one stands for, if not as many.
+    `counts`: kept tokens at each step [steps], at noise levels `taus`. `original_steps`: the steps of the original's
+    run that this one replaces, if different.
     """
     inputs = model.spec.example(2)
     original = original_gmacs(model, inputs)
@@ -141,7 +141,7 @@ def latency_section(
     """
     bucket_set = runtime.converted.bucket_set
     if not isinstance(bucket_set, BucketSet):
-        raise ValueError("latency is measured on a bucket set")
+        raise ValueError("measuring latency needs a bucket set")
     shapes = shapes_of(bucket_set, np.array([[step["kept"]] * batch for step in compute["per_step"]]))
     inputs = timing_inputs(runtime.model, batch)
     feed = {name: as_array(value) for name, value in inputs.items()}
@@ -154,7 +154,7 @@ def latency_section(
 
 
 def timing_inputs(model: DynamicModel, batch: int) -> dict[str, Any]:
-    """Inputs of a step, all at one timestep, where a run may make as many steps as we like: no time depends on it."""
+    """Inputs of a step, all at one timestep, at which a run may repeat steps; the time does not depend on it."""
     spec = model.spec
     given = spec.example(batch)
     if spec.timestep is None:
@@ -242,7 +242,7 @@ def converted_memory(runtime: OrtPair, onnx: Path, counts: np.ndarray, bucket: B
 
 
 def feeds_memory(runtime: OrtPair, onnx: Path, feeds: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Peak megabytes of a fresh process that runs each of a bundle's graphs once on what it is fed."""
+    """Peak megabytes of a fresh process that runs each of a bundle's graphs once on its inputs."""
     arrays = [
         pick(runtime.converted.sessions[graph], {name: as_array(value) for name, value in feed.items()})
         for graph, feed in feeds.items()

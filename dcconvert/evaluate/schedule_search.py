@@ -27,7 +27,7 @@ FINALISTS = 3  # numbers of steps that get further than their first trial
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way of spending the budget; `shape`: relative kept fractions at the noise levels `KNOTS`, the highest 1."""
+    """A way to spend the budget; `shape`: relative kept fractions at the noise levels `KNOTS`, the highest is 1."""
 
     steps: int
     warm_up: int
@@ -72,7 +72,7 @@ def step_counts(budget: float, most: int) -> list[int]:
 class Search:
     """Coordinate descent from a grid; every candidate costs the same and is scored once, the higher the better.
 
-    `taus(steps)` gives a run's noise levels, `score` what the images of a schedule are worth over them. A score that
+    `taus(steps)` returns a run's noise levels, and `score` the quality of a schedule's images with them. A score that
     is not finite counts as the worst.
     """
 
@@ -160,6 +160,6 @@ class Search:
 
 
 def normal(levels: list[float]) -> tuple[float, float, float]:
-    """Relative levels with a highest of 1, none so low that it no longer matters."""
+    """Relative levels with a highest value of 1, and none so low that it has no effect."""
     clean, middle, noise = (max(level / max(levels), LEAST_LEVEL) for level in levels)
     return clean, middle, noise

@@ -1,6 +1,6 @@
 """Distances between sets of images, on the features and class probabilities of some network.
 
-Which network it was belongs to the name of a figure: none of these can be compared across networks.
+The network is part of a figure's name: figures cannot be compared across networks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NEIGHBOURS = 3  # of precision and recall
 
 @dataclass(frozen=True)
 class Real:
-    """Features [n, d] of real images; what depends on them alone is worked out once, for all that is compared."""
+    """Features [n, d] of real images; values that depend only on them are computed once, for all comparisons."""
 
     features: Doubles
 
@@ -49,8 +49,8 @@ def cubic_kernel(one: Doubles, other: Doubles) -> Doubles:
 def frechet_distance(found: Doubles, real: Doubles | Real) -> float:
     """||mean difference||^2 + tr(A + B - 2 (A B)^(1/2)) of two sets of features [n, d] (arXiv 1706.08500).
 
-    It falls with n: with the same n only. With n <= d the covariance has no full rank, and the figure, though still
-    defined, is mostly bias.
+    It decreases with n, so compare only values with the same n. With n <= d the covariance does not have full rank, and
+    the figure is still defined but mostly bias.
     """
     real = real_of(real)
     moved = found.mean(0) - real.mean
@@ -97,7 +97,7 @@ def precision_recall(found: Doubles, real: Doubles, neighbours: int = NEIGHBOURS
     would bias one against the other, or of no more than k points.
     """
     if len(found) != len(real) or len(found) <= neighbours:
-        raise ValueError(f"{len(found)} and {len(real)} features: equally many are needed, more than {neighbours}")
+        raise ValueError(f"{len(found)} and {len(real)} features: both numbers must be equal and above {neighbours}")
     across = squared_distances(found, real)
     inside_real = across <= radii(real, neighbours)[None]
     inside_found = across <= radii(found, neighbours)[:, None]

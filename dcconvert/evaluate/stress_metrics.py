@@ -1,4 +1,4 @@
-"""Where a router starves detail: the figures of the cases of a stress test, one by one and as means."""
+"""Where a router gives detail too few tokens: the figures of a stress test, for each case and as means."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Outcome:
 
     @property
     def control_shares(self) -> dict[int, float]:
-        """How much each of the controls counts, so that together they cost what the run costs."""
+        """The weights of the controls, chosen so that together they cost as much as the run."""
         low, high = min(self.controls), max(self.controls)
         upper = min(1.0, max(0.0, self.cost - low))
         return {low: 1.0} if low == high else {low: 1 - upper, high: upper}
@@ -108,8 +108,8 @@ def look_at(look: Look, i: int, detail: Tensor) -> dict[str, Any]:
     `attention_to_detail`: share of the detail in kept tokens over the share of tokens that were kept; 1 is chance, less
     means that detail is starved. `dropped_error`: mean error of dropped tokens over that of kept ones.
     `error_with_detail`, `error_with_dropped`: correlation of the tokens' errors with their detail, and with being
-    dropped. `mean_age`, `detail_age`: steps since a token was computed, mean, and mean weighted by detail. None where
-    there is no such thing: nothing was dropped, or mode chunk, which has no ages.
+    dropped. `mean_age`, `detail_age`: steps since a token was computed, mean, and mean weighted by detail. None if
+    undefined: nothing was dropped, or mode chunk, which has no ages.
     """
     keep, error = torch.from_numpy(look.keep[i]), look.error[i]
     share, weights = float(keep.float().mean()), detail / detail.sum()
@@ -140,7 +140,7 @@ def correlation(first: Tensor, second: Tensor) -> float | None:
 
 
 def worst_of(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each ratio the cases with the lowest PSNR in the detail, lowest first; what is no number is the worst."""
+    """The cases of each ratio with the lowest PSNR in the detail, lowest first; NaN is the worst."""
     found = []
     for ratio in dict.fromkeys(facts["ratio"] for facts in cases):
         some = [facts for facts in cases if facts["ratio"] == ratio]
@@ -153,7 +153,7 @@ def rank(value: float) -> float:
 
 
 def summary(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each ratio and kind: means over its cases; None where no case has such a figure."""
+    """A row for each ratio and kind, with means over its cases; None if no case has the figure."""
     rows = []
     for ratio, kind in dict.fromkeys((facts["ratio"], facts["kind"]) for facts in cases):
         some = [facts for facts in cases if (facts["ratio"], facts["kind"]) == (ratio, kind)]
@@ -168,6 +168,6 @@ def summary(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """The mean of those that there are."""
+    """The mean of the values that are not None."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None

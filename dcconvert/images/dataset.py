@@ -43,7 +43,7 @@ def read_images(path: Path, config: DiTConfig, *, labelled: bool = True) -> Labe
     UsageError for anything that cannot be read or does not fit the model.
     """
     if not path.exists():
-        raise UsageError(f"there is no {path}: give a folder of pictures, an .npy or an .npz file")
+        raise UsageError(f"{path} does not exist: pass a folder of pictures, an .npy or an .npz file")
     images, labels = from_folder(path, config, labelled) if path.is_dir() else from_array(path)
     wanted = (config.in_channels, config.image_size, config.image_size)
     if images.ndim == 4 and tuple(images.shape[1:]) != wanted and tuple(images.shape[1:]) == (*wanted[1:], wanted[0]):
@@ -53,14 +53,15 @@ def read_images(path: Path, config: DiTConfig, *, labelled: bool = True) -> Labe
             f"{path} holds an array {list(images.shape)}: the model needs [n, {', '.join(map(str, wanted))}]"
         )
     if images.dtype == np.uint8 and config.in_channels not in (1, 3):
-        raise UsageError(f"{path} holds uint8 pixels, the model works on latents: encode them and give floats")
+        raise UsageError(f"{path} holds uint8 pixels, but the model works on latents: encode them and pass floats")
     if images.dtype == np.uint8:
         images = images.astype(np.float32) / 127.5 - 1
     if images.dtype.kind != "f" or not np.isfinite(images).all():
-        raise UsageError(f"{path} holds {images.dtype} values: uint8 pixels or finite floats are needed")
+        raise UsageError(f"{path} holds {images.dtype} values: use uint8 pixels or finite floats")
     if config.in_channels in (1, 3) and (images.min() < -1.5 or images.max() > 1.5 or images.min() >= 0):
         raise UsageError(
-            f"{path} holds pixels from {images.min():g} to {images.max():g}: floats must be from -1 to 1, or give uint8"
+            f"{path} holds pixels from {images.min():g} to {images.max():g}: floats must be from -1 "
+            "to 1; otherwise use uint8"
         )
     numbers = checked(labels, images, path, config) if labelled else torch.zeros(len(images), dtype=torch.int64)
     return LabelledImages(torch.from_numpy(np.ascontiguousarray(images, np.float32)), numbers)
@@ -69,15 +70,13 @@ def read_images(path: Path, config: DiTConfig, *, labelled: bool = True) -> Labe
 def checked(labels: np.ndarray | None, images: np.ndarray, path: Path, config: DiTConfig) -> Tensor:
     """Labels int64 [n]; UsageError unless there is one in range for every image."""
     if labels is None and config.num_classes > 1:
-        raise UsageError(f"{path} has no labels and the model has {config.num_classes} classes: add an array 'labels'")
+        raise UsageError(f"{path} has no labels, but the model has {config.num_classes} classes: add an array 'labels'")
     labels = np.zeros(len(images), np.int64) if labels is None else np.asarray(labels)
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-        raise UsageError(
-            f"{path} has labels {list(labels.shape)} of {labels.dtype}: an integer for each image is needed"
-        )
+        raise UsageError(f"{path} has labels {list(labels.shape)} of {labels.dtype}: use one integer per image")
     if labels.min() < 0 or labels.max() >= config.num_classes:
         raise UsageError(
-            f"{path} has labels {labels.min()} to {labels.max()}: the model knows 0 to {config.num_classes - 1}"
+            f"{path} has labels {labels.min()} to {labels.max()}: the model has labels 0 to {config.num_classes - 1}"
         )
     return torch.from_numpy(labels.astype(np.int64))
 
@@ -90,10 +89,10 @@ def from_array(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         with found:
             names = [name for name in found.files if name not in LABEL_NAMES]
             if len(names) != 1:
-                raise UsageError(f"{path} holds the arrays {found.files}: one of images and one of labels are needed")
+                raise UsageError(f"{path} holds the arrays {found.files}: it needs one of images and one of labels")
             labels = next((found[name] for name in LABEL_NAMES if name in found.files), None)
             if not isinstance(found[names[0]], np.ndarray):
-                raise UsageError(f"{path} holds {names[0]}, which is no array")
+                raise UsageError(f"{path} holds {names[0]}, which is not an array")
             return found[names[0]], labels
     except UNREADABLE as error:
         raise UsageError(f"cannot read {path} as .npy or .npz: {str(error).splitlines()[0]}") from error
@@ -101,7 +100,7 @@ def from_array(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 def from_folder(folder: Path, config: DiTConfig, labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:
     if config.in_channels not in (1, 3):
-        raise UsageError(f"the model works on latents of {config.in_channels} channels: give them as an .npz file")
+        raise UsageError(f"the model works on latents of {config.in_channels} channels: pass them as an .npz file")
     if not labelled:
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
         return stacked(files, folder, config), None
@@ -110,9 +109,9 @@ def from_folder(folder: Path, config: DiTConfig, labelled: bool) -> tuple[np.nda
     labels = np.array([number for _, number in places], np.int64) if classes else None
     files = [path for path, _ in places] if classes else pictures(folder)
     if classes and pictures(folder):
-        raise UsageError(f"{folder} holds pictures beside the folders of its classes: put them into one")
+        raise UsageError(f"{folder} holds pictures outside its class folders: move them into one of these folders")
     if classes and len(classes) != config.num_classes:
-        raise UsageError(f"{folder} holds {len(classes)} class folders, the model has {config.num_classes} classes")
+        raise UsageError(f"{folder} holds {len(classes)} class folders, but the model has {config.num_classes} classes")
     return stacked(files, folder, config), labels
 
 

@@ -25,7 +25,7 @@ UNSURE = -1.1  # the router's first bias: sigmoid 0.25
 
 @dataclass(frozen=True)
 class RefinedConfig:
-    """An architecture: that of a DiT with one pixel a token. `adapter`: the layer norm on what conditions encoder and
+    """The architecture of a DiT with one pixel per token. `adapter`: the layer norm on the conditioning of encoder and
     decoder, which upcycled models have."""
 
     depth: int
@@ -213,15 +213,15 @@ class RefinedDiT(nn.Module):
         return as_image(self.final_layer(tokens, c), (x.shape[2], x.shape[3]))
 
     def router(self) -> TrunkRouter:
-        """What the rewriting inserts between encoder and blocks; it shares this model's weights."""
+        """The router that is inserted between encoder and blocks; it shares this model's weights."""
         return TrunkRouter(self.hnet.routing_module, self.pos_embed)
 
     @classmethod
     def of(cls, dit: DiT, seed: int = 0) -> RefinedDiT:
         """A DiT on tokens of one pixel: its blocks and embedders, everything around them new.
 
-        Positions are those of the DiT's grid, read where the pixel is in a patch. What is new begins as the release
-        does, but the skip around the blocks and the last layer, which are really zero: the first output is zero.
+        Positions are those of the DiT's grid, read where the pixel is in a patch. New layers start as in the release,
+        except the skip around the blocks and the last layer, which start at exactly zero, so the first output is zero.
         """
         old = dit.cfg
         fields = {name: getattr(old, name) for name in ("depth", "width", "heads", "image_size", "in_channels")}

@@ -34,23 +34,27 @@ def refined_config(path: Path, tensors: Mapping[str, Tensor], choose_heads: Call
     `choose_heads` gives the attention heads for a width.
     """
     if any(name.startswith(INNER) for name in tensors):
-        raise UnsupportedModelError(f"{path}: a DC-DiT of more than one stage; those of one stage are supported.")
+        raise UnsupportedModelError(f"{path}: a DC-DiT with more than one stage; only one stage is supported.")
     blocks = {name.removeprefix(BLOCKS).split(".")[0] for name in tensors if name.startswith(BLOCKS)}
     if odd := sorted(blocks - {str(number) for number in range(len(blocks))}):
         raise UsageError(f"{path}: {BLOCKS}{odd[0]} is not one of {len(blocks)} blocks: save the whole state dict.")
     hidden = f"{BLOCKS}0.mlp.fc1.weight"
     if missing := [name for name in (*DIMENSIONS, hidden) if name not in tensors]:
-        raise UsageError(f"{path}: missing keys of a DC-DiT: {', '.join(missing)}: save the whole state dict.")
+        raise UsageError(f"{path}: a DC-DiT without the keys {', '.join(missing)}: save the whole state dict.")
     for name, dimensions in (*DIMENSIONS.items(), (hidden, 2)):
         if tensors[name].dim() != dimensions or not tensors[name].numel():
-            raise UsageError(f"{path}: {name} is {list(tensors[name].shape)}: a DC-DiT's has {dimensions} dimensions.")
+            raise UsageError(
+                f"{path}: {name} has shape {list(tensors[name].shape)}, in a DC-DiT it has {dimensions} dimensions."
+            )
     pixels, table, positions, output = (tensors[name].shape for name in DIMENSIONS)
     side = math.isqrt(positions[1])
     if side**2 != positions[1]:
-        raise UnsupportedModelError(f"{path}: pos_embed has {positions[1]} positions, only square grids are supported.")
+        raise UnsupportedModelError(
+            f"{path}: pos_embed has {positions[1]} positions, but only square grids are supported."
+        )
     width = int(table[1])
     if width < NARROW or width % NARROW:
-        raise UsageError(f"{path}: width {width}: that of a DC-DiT is a multiple of {NARROW}.")
+        raise UsageError(f"{path}: width {width} is not a multiple of {NARROW}, as a DC-DiT needs.")
     return RefinedConfig(
         depth=len(blocks),
         width=width,
@@ -75,7 +79,11 @@ def check_refined(path: Path, tensors: Mapping[str, Tensor], config: RefinedConf
         for name, shape in shapes.items()
         if name in tensors and list(tensors[name].shape) != shape
     ]
-    for problem, found in (("missing keys", missing), ("keys that a DC-DiT has not", extra), ("wrong shapes", wrong)):
+    for problem, found in (
+        ("missing keys", missing),
+        ("keys that a DC-DiT does not have", extra),
+        ("wrong shapes", wrong),
+    ):
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise UsageError(f"{path}: {problem}: {', '.join(found[:3])}{more}.")

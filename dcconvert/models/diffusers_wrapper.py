@@ -31,14 +31,14 @@ def is_diffusers(module: nn.Module) -> bool:
 
 
 class DropIn(nn.Module):
-    """Stands where a diffusers transformer stood in a pipeline; everything it does not know is the original's.
+    """Replaces a diffusers transformer in a pipeline; attributes that it does not have are the original's.
 
-    It is converted at the first call, and again at the first of every other size (resolution, length of text), type
-    or device; the batch may change. The last few conversions are kept and share the original's weights. `undo` gives
-    the original back, which was not changed.
+    It is converted at the first call, and again at the first call with a new size (resolution, text length), type or
+    device; the batch may change. The last few conversions are kept and share the original's weights. `undo` returns the
+    original, which was not changed.
 
-    Calls between which an image goes on (mode carry) are told apart by `cache_context`, which pipelines that call the
-    transformer twice a step set, and otherwise as `FollowedRun` does.
+    Calls that belong to the same image (mode carry) are identified by `cache_context`, which pipelines set if they call
+    the transformer twice per step, and otherwise as in `FollowedRun`.
     """
 
     def __init__(self, module: nn.Module, convert: Convert, timestep_scale: float | None = None) -> None:
@@ -51,7 +51,7 @@ class DropIn(nn.Module):
         self._context = ""
 
     def __getattr__(self, name: str) -> Any:
-        """The original's, for what is not here: `config`, `dtype`, `device` and the like."""
+        """The original's attributes, such as `config`, `dtype` and `device`, if they are not defined here."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -72,18 +72,20 @@ class DropIn(nn.Module):
         return Transformer2DModelOutput(sample=found[0])
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """A call's arguments by name, those left out that say nothing."""
+        """A call's arguments by name, without those that are None."""
         try:
             bound = inspect.signature(self.transformer.forward).bind(*args, **kwargs)
         except TypeError as error:
-            raise UsageError(f"{type(self.transformer).__name__} is not called like this: {error}") from error
+            raise UsageError(
+                f"{type(self.transformer).__name__} cannot be called with these arguments: {error}"
+            ) from error
         return {name: value for name, value in bound.arguments.items() if value is not None}
 
     def takes(self, name: str) -> bool:
         return name in inspect.signature(self.transformer.forward).parameters
 
     def model_for(self, given: dict[str, Any]) -> tuple[DynamicModel, FollowedRun]:
-        """The conversion for a call, made if it is the first of its kind, and the run it may go on with."""
+        """The conversion for a call, made if it is the first of its kind, and the run that it may continue."""
         batch = batch_of(given)
         key = tuple((name, described(value, batch)) for name, value in given.items())
         if key not in self._models:
@@ -114,7 +116,7 @@ class DropIn(nn.Module):
             self._context = before
 
     def forget(self) -> None:
-        """Drop what runs remember, and its memory; the next call starts anew."""
+        """Drop the state of runs and free its memory; the next call starts a new run."""
         for run in self._runs.values():
             run.forget()
 
@@ -123,7 +125,7 @@ class DropIn(nn.Module):
         return self.transformer
 
     def summary(self) -> str:
-        """What was converted so far; of every size a paragraph."""
+        """What was converted so far, with a paragraph for every size."""
         name = type(self.transformer).__name__
         if not self._models:
             return f"{name}: will be converted when it is called"
@@ -133,8 +135,9 @@ class DropIn(nn.Module):
         """Write the conversion as a bundle, as `Converted.save` does; UsageError if there is not exactly one."""
         if len(self._models) != 1:
             raise UsageError(
-                f"there are {len(self._models)} conversions, one for each size that was called: a bundle holds one; "
-                "call the pipeline at the size it is for, or convert with example_inputs"
+                f"the model has {len(self._models)} conversions, one for each size of its calls, but "
+                "a bundle holds one; "
+                "call the pipeline with one size only, or convert with example_inputs"
             )
         [model] = self._models.values()
         saved = getattr(model, "save")(folder, **options)  # noqa: B009  (convert gives a Converted)
@@ -145,12 +148,12 @@ def batch_of(given: Mapping[str, Any]) -> int:
     """The batch size of a call: that of its first tensor."""
     first = next((v for v in pytree.tree_leaves(given) if isinstance(v, Tensor) and v.ndim), None)
     if first is None:
-        raise UsageError("the call holds no tensor to take the batch size from")
+        raise UsageError("the batch size is unknown, because the call has no tensor: pass one")
     return int(first.shape[0])
 
 
 def described(value: Any, batch: int) -> Any:
-    """What has to stay the same of an argument for a conversion to serve again: all but values and batch size."""
+    """The properties of an argument that must stay the same to reuse a conversion: all except values and batch size."""
     leaves, spec = pytree.tree_flatten(value)
 
     def of(leaf: Any) -> Any:

@@ -28,7 +28,7 @@ FAMILIES = (
     (r"(^|\.)(single_)?transformer_blocks\.", "a diffusers transformer"),
     (r"(^|\.)(double_blocks|single_blocks)\.", "a Flux transformer"),
     (r"(^|\.)joint_blocks\.", "an MMDiT (Stable Diffusion 3)"),
-    (r"(^|\.)cross_attn\.", "a transformer with cross-attention (PixArt or alike)"),
+    (r"(^|\.)cross_attn\.", "a transformer with cross-attention (PixArt or similar)"),
     (r"(^|\.)(in_blocks|out_blocks)\.", "a U-ViT"),
     (r"(^|\.)(encoder|decoder)\.", "an autoencoder"),
     (r"(^|\.)self_attn\.", "a language model"),
@@ -79,7 +79,7 @@ def load_checkpoint(
     """
     model = load_dit(path, heads, image_size, prediction)
     if not isinstance(model, LoadedDiT):
-        raise UnsupportedModelError(f"{path}: a DC-DiT, where a DiT is needed: read it with dcconvert.load_model.")
+        raise UnsupportedModelError(f"{path}: a DC-DiT, not a DiT: read it with dcconvert.load_model.")
     return model
 
 
@@ -121,7 +121,7 @@ def read_checkpoint(
         state_dict[POSITIONS] = sincos_positions(config.width, config.grid)
     names = facts.class_names
     if names is not None and len(names) != config.num_classes:
-        raise UsageError(f"{path}: metadata names {len(names)} classes, the tensors have {config.num_classes}.")
+        raise UsageError(f"{path}: metadata names {len(names)} classes, but the tensors have {config.num_classes}.")
     known = prediction or facts.prediction
     return Checkpoint(path, file_sha256([path]), config, state_dict, known or "eps", names, source, refined, not known)
 
@@ -140,12 +140,14 @@ def infer_config(
     known = known or {}
     width, in_channels, patch, patch_columns = _shape(path, tensors, "x_embedder.proj.weight", 4)
     if patch != patch_columns:
-        raise UnsupportedModelError(f"{path}: patches are {patch}x{patch_columns}, only square ones are supported.")
+        raise UnsupportedModelError(f"{path}: patches are {patch}x{patch_columns}, but only square ones are supported.")
     rows, _ = _shape(path, tensors, "y_embedder.embedding_table.weight", 2)
     hidden, _ = _shape(path, tensors, "blocks.0.mlp.fc1.weight", 2)
     outputs, _ = _shape(path, tensors, "final_layer.linear.weight", 2)
     if outputs not in (plain := patch**2 * in_channels, 2 * plain):
-        what = f"final_layer.linear.weight has {outputs} rows, a DiT of this patch size has {plain} or {2 * plain}"
+        what = (
+            f"final_layer.linear.weight has {outputs} rows, but a DiT with this patch size has {plain} or {2 * plain}"
+        )
         raise UsageError(f"{path}: wrong shapes: {what}.")
     null_class = bool(known.get("null_class", True))
     config = DiTConfig(
@@ -163,7 +165,7 @@ def infer_config(
     chosen = {"heads", "mlp_width"}  # the option wins; 0 and 4 * width mean the same
     for name, value in config.as_dict().items():
         if name not in chosen and known.get(name, value) != value:
-            raise UsageError(f"{path}: metadata says {name} is {known[name]}, the tensors say {value}.")
+            raise UsageError(f"{path}: metadata says {name} is {known[name]}, but the tensors say {value}.")
     return config
 
 
@@ -180,7 +182,11 @@ def choose_heads(path: Path, width: int, heads: int | None) -> int:
         return chosen
     divisors = [n for n in range(1, width + 1) if width % n == 0]
     usual = [n for n in divisors if 16 <= width // n <= 128 and width // n % 8 == 0]  # sizes attention kernels take
-    problem = f"width {width} does not tell the heads" if heads is None else f"{heads} heads do not fit width {width}"
+    problem = (
+        f"the number of heads cannot be inferred from width {width}"
+        if heads is None
+        else f"{heads} heads do not fit width {width}"
+    )
     raise UsageError(f"{path}: {problem}: pass --heads with one of {', '.join(map(str, usual or divisors))}.")
 
 
@@ -191,14 +197,16 @@ def _choose_image_size(
     if POSITIONS not in tensors:
         size = known if option is None else option
         if size is None:
-            raise UsageError(f"{path}: no {POSITIONS} to tell the image size: pass --image-size (latent pixels).")
+            raise UsageError(
+                f"{path}: cannot infer the image size without {POSITIONS}: pass --image-size (latent pixels)."
+            )
         if size < 1 or size % patch:
-            raise UsageError(f"{path}: image size {size} is no positive multiple of the patch size {patch}.")
+            raise UsageError(f"{path}: image size {size} is not a positive multiple of the patch size {patch}.")
         return size
     tokens = _shape(path, tensors, POSITIONS, 3)[1]
     side = math.isqrt(tokens)
     if side**2 != tokens:
-        raise UnsupportedModelError(f"{path}: {POSITIONS} has {tokens} positions, only square grids are supported.")
+        raise UnsupportedModelError(f"{path}: {POSITIONS} has {tokens} positions, but only square grids are supported.")
     if option is not None and option != side * patch:
         raise UsageError(f"{path}: --image-size is {option}, but {POSITIONS} is for {side * patch} latent pixels.")
     return side * patch
@@ -231,8 +239,8 @@ def _check_keys(path: Path, names: Collection[str]) -> None:
         _refuse_architecture(path, names)
     if extra := [name for name in names if _kind(name) not in known]:
         raise UnsupportedModelError(
-            f"{path}: looks like {_family(extra) or 'a variant of DiT'}: it has {len(extra)} tensors that a DiT/SiT "
-            f"has not ({some(extra)}); pass such a model as an nn.Module to dcconvert.convert()."
+            f"{path}: looks like {_family(extra) or 'a variant of DiT'}: a DiT/SiT does not have "
+            f"{len(extra)} of its tensors ({some(extra)}); pass such a model as an nn.Module to dcconvert.convert()."
         )
     indices = _block_indices(names)
     if gap := [i for i, index in enumerate(indices) if i != index]:

@@ -80,7 +80,7 @@ def renamed(layout: Layout, path: Path, tensors: Tensors, width: int) -> dict[st
         made |= zip(names, value.split([width] * (len(names) - 1) + [rest]) if len(names) > 1 else [value], strict=True)
     if unknown:
         raise UnsupportedModelError(
-            f"{path}: looks like a variant of {layout.title}: {layout.cls} of diffusers has no place for "
+            f"{path}: looks like a variant of {layout.title}: {layout.cls} of diffusers does not have "
             f"{len(unknown)} of its tensors ({some(unknown)}). Pass such a model to dcconvert.convert() in Python."
         )
     return made
@@ -100,7 +100,7 @@ def check(layout: Layout, path: Path, module: nn.Module, found: Tensors) -> None
     wrong = [name for name, shape in wanted.items() if list(found[name].shape) != shape]
     if extra := sorted(found.keys() - wanted.keys() - {POSITIONS}):
         raise UnsupportedModelError(
-            f"{path}: {layout.cls} of diffusers has no {some(extra)}: a variant that is not read."
+            f"{path}: {layout.cls} of diffusers has no {some(extra)}: this variant is not supported."
         )
     if wrong:
         name = wrong[0]

@@ -1,7 +1,7 @@
-"""How Stable Diffusion 3, FLUX and PixArt name their tensors in their own repositories, and in diffusers.
+"""The tensor names of Stable Diffusion 3, FLUX and PixArt in their own repositories and in diffusers.
 
-Layouts differ little: projections that are fused here are apart there, and a modulation of two parts holds the shift
-before the scale, there after it.
+The layouts differ little: projections that are fused in the repositories are separate in diffusers, and a modulation of
+two parts has the shift before the scale, in diffusers after it.
 """
 
 from __future__ import annotations

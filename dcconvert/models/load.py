@@ -69,8 +69,8 @@ def open_source(
 ) -> Source:
     """The model at `path`, in eval mode, and what to call it with.
 
-    `heads`, `image_size` and `prediction` ("eps" or "flow") say what a file does not. UsageError for what cannot be
-    read or lacks something, UnsupportedModelError for another architecture.
+    `heads`, `image_size` and `prediction` ("eps" or "flow") give facts that the file does not have. Raises UsageError
+    for a file that is unreadable or incomplete, and UnsupportedModelError for another architecture.
     """
     if prediction not in (None, *PREDICTIONS):
         raise UsageError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}.")
@@ -82,11 +82,11 @@ def open_source(
     del tensors
     if isinstance(image_size, tuple):
         if image_size[0] != image_size[1]:
-            raise UsageError(f"{path}: images of a DiT checkpoint are square: pass --image-size with one number.")
+            raise UsageError(f"{path}: a DiT checkpoint has square images: pass --image-size with one number.")
         image_size = image_size[0]
     dit = load_dit(path, heads=heads, image_size=image_size, prediction=prediction)
     info, kind = dit.checkpoint_info, "DiT" if isinstance(dit, DiT) else "DC-DiT"
-    assumed = " (assumed: --prediction says otherwise)" if info.prediction_assumed else ""
+    assumed = " (assumed; change it with --prediction)" if info.prediction_assumed else ""
     facts = {**info.config.as_dict(), "predicts": info.prediction, "weights from": info.source or "the top level"}
     return Source(
         dit,
@@ -127,7 +127,7 @@ def diffusers_source(folder: Path, image_size: Size | None = None, prediction: s
     name = str(config.get("_class_name"))
     if name not in CLASSES:
         raise UnsupportedModelError(
-            f"{folder} holds a {name}; folders are read of {', '.join(CLASSES)}. From Python any module can be "
+            f"{folder} holds a {name}; supported are {', '.join(CLASSES)}. In Python, any module can be "
             "converted: dcconvert.convert(module, ratio, example_inputs=...)"
         )
     module = loaded(folder, name)
@@ -140,7 +140,7 @@ def called(module: Any, name: str, kind: str, digest: str, image_size: Size | No
     example, usual = CLASSES[name]
     patch = 2 if name == FLUX else module.config.patch_size
     if image_size is not None and any(side < patch or side % patch for side in sides(image_size)):
-        raise UsageError(f"--image-size: {name} has patches of {patch} pixels, of which each side needs a multiple.")
+        raise UsageError(f"--image-size: each side must be a multiple of {patch}, the patch size of {name}.")
     made = example(module.config, image_size)
     shapes = {key: list(value.shape) for key, value in made.items() if isinstance(value, Tensor)}
     counts_to_one = bool((made["timestep"] <= 1).all()) and made["timestep"].is_floating_point()
@@ -168,7 +168,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError):
         pass
-    raise UsageError(f"cannot read {folder / CONFIG}: it is no JSON object; save the model again")
+    raise UsageError(f"cannot read {folder / CONFIG}: it is not a JSON object; save the model again")
 
 
 def loaded(folder: Path, name: str) -> Any:

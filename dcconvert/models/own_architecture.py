@@ -1,4 +1,4 @@
-"""Models of DC-DiT's own architecture: what of them is rewritten, and with which router."""
+"""Models with DC-DiT's own architecture: the part that is rewritten, and its router."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def as_rewritten(
     original = None
     if refine_grid:
         if not isinstance(module, DiT):
-            raise UsageError("refine_grid makes a DC-DiT of a DiT: give one")
+            raise UsageError("refine_grid converts only a DiT: pass a DiT")
         original, module = module, Refined(module, method.seed)
     if not isinstance(module, RefinedDiT | Refined):
         return module, None, None, method

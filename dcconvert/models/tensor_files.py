@@ -71,13 +71,15 @@ def _check_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = [Path(name).name for name in archive.namelist()]
     except (zipfile.BadZipFile, OSError, ValueError):
-        raise UsageError(f"{path} is truncated or damaged: its zip directory is missing; get it again.") from None
+        raise UsageError(
+            f"{path} is truncated or damaged: its zip directory is missing; download or save it again."
+        ) from None
     if "constants.pkl" in entries:
         raise UsageError(f"{path} is a TorchScript archive, not a checkpoint; {SAVE_PLAINLY}.")
     if "archive_format" in entries:
         raise UsageError(
-            f"{path} is an exported program, and torch.export.load runs code that such a file may hold: if you trust "
-            "it, dcconvert.convert(torch.export.load(path), ratio=4) in Python."
+            f"{path} is an exported program, which may contain code that torch.export.load runs: if you trust "
+            "it, use dcconvert.convert(torch.export.load(path), ratio=4) in Python."
         )
     if "data.pkl" not in entries:
         raise UsageError(f"{path} is a zip file but not a torch checkpoint (no data.pkl in it); {SAVE_PLAINLY}.")
@@ -92,20 +94,22 @@ def _read_torch(path: Path, mmap: bool) -> Any:
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
         what = f"the pickled code {name[1]}" if name else "pickled objects that are not tensors"
-        raise UsageError(f"{path} holds {what}, which is never run; {SAVE_PLAINLY}.") from None
+        raise UsageError(f"{path} holds {what}, which dcconvert does not run; {SAVE_PLAINLY}.") from None
     except Exception as error:  # a damaged file can fail anywhere inside torch
-        raise UsageError(f"{path} is truncated or damaged ({_first_line(error)}); get it again.") from None
+        raise UsageError(f"{path} is truncated or damaged ({_first_line(error)}); download or save it again.") from None
 
 
 def _read_safetensors(path: Path, header_size: int) -> tuple[dict[str, Tensor], Facts]:
     if 8 + header_size > path.stat().st_size:
-        raise UsageError(f"{path} is truncated or damaged: its safetensors header is cut off; get it again.")
+        raise UsageError(
+            f"{path} is truncated or damaged: its safetensors header is cut off; download or save it again."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{path} is truncated or damaged ({_first_line(error)}); get it again.") from None
+        raise UsageError(f"{path} is truncated or damaged ({_first_line(error)}); download or save it again.") from None
     return tensors, _parse_metadata(path, metadata.get(METADATA_KEY, "{}"))
 
 
@@ -118,7 +122,9 @@ def _parse_metadata(path: Path, text: str) -> Facts:
     except (AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: metadata {METADATA_KEY!r} is malformed ({_first_line(error)}).") from None
     if facts.prediction not in (None, *PREDICTIONS):
-        raise UsageError(f"{path}: metadata has prediction {facts.prediction!r}, known are {', '.join(PREDICTIONS)}.")
+        raise UsageError(
+            f"{path}: metadata has prediction {facts.prediction!r}, supported are {', '.join(PREDICTIONS)}."
+        )
     return facts
 
 
@@ -134,7 +140,7 @@ def named_tensors(path: Path) -> tuple[dict[str, Tensor], str, Facts]:
     content, facts = read_file(path)
     found, source = _find_tensors(content)
     if not found:
-        raise UsageError(f"{path}: holds no tensors by name ({_describe(content)}); {SAVE_PLAINLY}.")
+        raise UsageError(f"{path}: holds no named tensors ({_describe(content)}); {SAVE_PLAINLY}.")
     return _strip_wrappers(path, found), source, facts
 
 
@@ -159,7 +165,7 @@ def _strip_wrappers(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     """Drop what DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) put into the names."""
     stripped = {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): t for name, t in tensors.items()}
     if len(stripped) != len(tensors):
-        raise UsageError(f"{path}: some tensors are there twice, with and without a `module.` prefix; {SAVE_PLAINLY}.")
+        raise UsageError(f"{path}: some tensors appear twice, with and without a `module.` prefix; {SAVE_PLAINLY}.")
     return stripped
 
 
@@ -167,11 +173,13 @@ def plain(path: Path, name: str, tensor: Tensor) -> Tensor:
     """The tensor as contiguous fp32, checked to be finite; it stays mapped to the file where it was that."""
     if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
         kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
-        raise UnsupportedModelError(f"{path}: {name} holds no plain floats ({kind}): save it as float32.")
+        raise UnsupportedModelError(f"{path}: {name} is not a plain float tensor ({kind}): save it as float32.")
     plain = tensor.detach().float().contiguous()
     if not torch.isfinite(plain).all():
         bad = int((~torch.isfinite(plain)).sum())
-        raise UsageError(f"{path}: {name} has {bad} NaN or infinite values of {plain.numel()}: use another checkpoint.")
+        raise UsageError(
+            f"{path}: {name} has {bad} NaN or infinite values (of {plain.numel()}): use another checkpoint."
+        )
     return plain
 
 

@@ -1,1 +1,1 @@
-"""What the commands of the command line share: how help is laid out, and the options that several of them have."""
+"""Options of the commands: the layout of the help, and the options that several commands share."""

@@ -1,4 +1,4 @@
-"""Click's classes with two additions: options stand under headings in the help, and may have old names."""
+"""Click's classes with two additions: options have headings in the help, and may have old names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METAVARS = {"integer": "N", "integer range": "N", "float": "X", "float range": "
 
 
 class Option(click.Option):
-    """An option under a heading of the help. `aliases` are old names: they work and are shown nowhere."""
+    """An option under a heading of the help. `aliases` are old names, which still work but are not shown."""
 
     def __init__(self, *args: Any, heading: str = OTHER, aliases: Sequence[str] = (), **attrs: Any) -> None:
         super().__init__(*args, **attrs)
@@ -33,7 +33,7 @@ class Option(click.Option):
         self.opts = shown
 
     def get_help_extra(self, ctx: click.Context) -> Any:
-        """Defaults in words without parentheses, and no ranges: the help text names those that are not obvious."""
+        """Shows defaults given in words without parentheses, and no ranges: help texts state ranges if needed."""
         extra = super().get_help_extra(ctx)
         extra.pop("range", None)
         if isinstance(self.show_default, str):
@@ -42,9 +42,10 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command whose help lists its options under their headings, in the order in which they are written.
+    """A command whose help lists its options under their headings, in the order of the source.
 
-    `late` gives a decorator with more options when they are first asked for, which a list of commands does not do.
+    `late` returns a decorator with more options. It is called when the options are first needed, and a list of
+    commands does not need them.
     """
 
     def __init__(self, *args: Any, late: Callable[[], Callable[[Any], Any]] | None = None, **attrs: Any) -> None:
@@ -99,29 +100,29 @@ class Commands(click.Group):
         return super().parse_args(ctx, args)
 
     def check_spelling(self, word: str) -> None:
-        """UsageError for a word that is close to the name of a command and is not a file."""
+        """Raises UsageError for a word that is close to the name of a command and is not a file."""
         near = difflib.get_close_matches(word, self.commands, 1)
         if near and not Path(word).exists():
-            raise UsageError(f"no command or file is called '{word}': did you mean 'dcconvert {near[0]}'?")
+            raise UsageError(f"there is no command or file '{word}': did you mean 'dcconvert {near[0]}'?")
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Names of commands and options; where none fits, files for the default command."""
+        """Names of commands and options; if none matches, files for the default command."""
         found = super().shell_complete(ctx, incomplete)
         return found or [CompletionItem(incomplete, type="file")] * (not incomplete.startswith("-"))
 
 
 def option(*names: str, **attrs: Any) -> Callable[[str], Any]:
-    """An option for `section`: click's arguments, and `aliases`."""
+    """An option for `section`. Takes click's arguments and `aliases`."""
     return lambda heading: click.option(*names, cls=Option, heading=heading, **attrs)
 
 
 def section(heading: str, *made: Callable[[str], Any]) -> Callable[[Any], Any]:
-    """A decorator that gives a command options under a heading."""
+    """A decorator that adds options under a heading to a command."""
     return options(*(under(heading) for under in made))
 
 
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """One decorator for several. Options appear in the help in the order in which they are written."""
+    """Combines several decorators into one. Options appear in the help in the order of the source."""
 
     def decorate(command: Any) -> Any:
         for decorator in reversed(decorators):  # click reads decorators from the last to the first

@@ -43,7 +43,7 @@ convert_options = options(
             "--warm-up",
             type=POSITIVE,
             show_default="3, but at most half of the run's compute",
-            help="Number of first steps that compute every token.",
+            help="Number of initial steps that compute every token.",
         ),
         option(
             "--refresh",

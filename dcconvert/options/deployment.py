@@ -45,7 +45,9 @@ build_options = options(
             "--per-bucket", is_flag=True, help="Build one engine per bucket instead of one with a profile per bucket."
         ),
         option(
-            "--ranges", is_flag=True, help="Let profiles cover all lengths between two buckets, not only exact ones."
+            "--ranges",
+            is_flag=True,
+            help="Make profiles cover all lengths between two buckets, not only the exact lengths.",
         ),
         option("--dry-run", is_flag=True, help="Print the profiles, engines and memory without building anything."),
     ),
@@ -55,8 +57,8 @@ build_options = options(
 triton_options = options(
     section(
         "Model repository",
-        option("--name", default="dit", help="Name under which clients call the model."),
-        option("--device", default="gpu", type=click.Choice(["gpu", "cpu"]), help="Device that the server runs it on."),
+        option("--name", default="dit", help="Name of the model for clients."),
+        option("--device", default="gpu", type=click.Choice(["gpu", "cpu"]), help="Device that runs the model."),
     ),
     section("Output", out("Folder for the model repository.", required=True), force("repository")),
 )

@@ -33,7 +33,7 @@ sample_options = options(
             help="Class to draw; may be repeated.",
         ),
         seed("Seed of the images."),
-        option("--compare", is_flag=True, help="Show the original's images beside them, from the same seeds."),
+        option("--compare", is_flag=True, help="Also draw the original's images from the same seeds, for comparison."),
     ),
     section(
         "Sampling run",
@@ -52,8 +52,8 @@ sample_options = options(
         option(
             "--separate-halves",
             is_flag=True,
-            help="Let the conditional and unconditional halves choose tokens separately; otherwise they share the "
-            "choice in mode carry.",
+            help="Mode carry: choose tokens separately for the conditional and unconditional halves, not the same "
+            "tokens for both.",
         ),
     ),
     section("Output", out("PNG file for the grid.", default="samples.png", metavar="FILE"), VAE),
@@ -76,7 +76,7 @@ evaluate_options = options(
             show_default="the first bundle's largest batch size",
             help="Number of images to draw at a time.",
         ),
-        option("--runs", default=15, type=POSITIVE, help="Number of timed runs, taken in turn with the original's."),
+        option("--runs", default=15, type=POSITIVE, help="Number of timed runs, alternating with the original's."),
     ),
     section(
         "Measuring images",
@@ -98,7 +98,7 @@ evaluate_options = options(
         option("--json", "json_path", type=PATH, metavar="FILE", help="Also write the figures to a JSON file."),
         option("--html", type=PATH, metavar="FILE", help="Also write a web page with plots and samples."),
         option(
-            "--npz", type=PATH, metavar="FOLDER", help="Also write the images, as the ADM evaluation suite reads them."
+            "--npz", type=PATH, metavar="FOLDER", help="Also write the images in the ADM evaluation suite's format."
         ),
     ),
     section(OTHER, THREADS),

@@ -1,4 +1,4 @@
-"""Options that more than one command has: one name and one spelling of its help for each idea."""
+"""Options that more than one command has, with the same name and help everywhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dcconvert.sampling.samplers import SOLVERS
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only
-    """A value that a function reads; its UsageError becomes click's."""
+    """A parameter type that a function parses; its UsageError becomes click's."""
 
     def __init__(self, name: str, read: Callable[[Any], Any]) -> None:
         self.name, self.read = name, read
@@ -32,7 +32,7 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic in new versi
 
 
 def mode_defaults(default: Callable[[type[Method]], Any]) -> str:
-    """A default that depends on the mode, for the help."""
+    """The help's text for a default that depends on the mode."""
     return ", ".join(f"{default(METHODS[mode])} in mode {mode}" for mode in MODES)
 
 
@@ -65,7 +65,7 @@ def seed(text: str) -> Callable[[str], Any]:
 
 
 def images(default: int, text: str, least: int = 1, **attrs: Any) -> Callable[[str], Any]:
-    """`attrs` may hold another name for the value, or old names of the option."""
+    """`attrs` may contain another name for the value, or old names of the option."""
     names = ("-n", "--images", *attrs.pop("names", ()))
     return option(*names, default=default, type=click.IntRange(least), help=text, **attrs)
 
@@ -76,12 +76,12 @@ def reference_steps() -> Callable[[str], Any]:
 
 
 def ratios(text: str, **attrs: Any) -> Callable[[str], Any]:
-    """A ratio that may be given several times."""
+    """A ratio option that may be repeated."""
     return option("--ratio", "ratios", multiple=True, type=RATIO, help=f"{text}; may be repeated.", **attrs)
 
 
 def run_options(whose: str) -> Any:
-    """The steps and the solver of a sampling run, of which bundles have their own."""
+    """The steps and the solver of a sampling run; the default is the bundle's."""
     return (
         option("--steps", type=POSITIVE, show_default=f"{whose} steps", help="Sampling steps per run."),
         option(
@@ -96,8 +96,8 @@ method_options = section(
         "--mode",
         type=click.Choice(MODES),
         show_default=method_of().mode,
-        help="What happens to tokens that a step does not compute. carry: they reuse results of earlier steps; "
-        "chunk: they are left out of the trunk.",
+        help="How compute is saved. steps: some steps forecast the trunk from earlier steps; carry: tokens that a step "
+        "does not compute reuse results of earlier steps; chunk: these tokens are left out of the trunk.",
     ),
     option(
         "--preset",
@@ -129,7 +129,7 @@ STATE = option(
     "state_dtype",
     type=click.Choice(list(STATE_DTYPES)),
     show_default=method_of("carry").remembered_as,
-    help="Precision of what is carried between steps; model: that of the model.",
+    help="Precision of the values carried between steps; model: the same as the model's.",
 )
 
 checkpoint_options = section(

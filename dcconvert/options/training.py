@@ -41,7 +41,7 @@ calibrate_options = options(
     ),
     section(
         "Measuring",
-        images(32, "Number of images that candidates are compared on."),
+        images(32, "Number of images to compare candidates on."),
         reference_steps(),
         option(
             "--batch",
@@ -63,12 +63,12 @@ tune_options = options(
         option("--latency", type=click.FloatRange(0, min_open=True), help="Milliseconds of a whole run, here."),
         option("--psnr", type=click.FloatRange(0, min_open=True), help="Image quality in dB, at the least cost."),
         option("--batch", default=1, type=POSITIVE, help="Number of images in a run, for --latency and the table."),
-        option("--guidance", default=1.0, type=float, help="Classifier-free guidance scale that the run will have."),
+        option("--guidance", default=1.0, type=float, help="Classifier-free guidance scale to tune for."),
     ),
     section(
         "Measuring",
-        images(16, "Number of images that the tables are fitted to.", least=2),
-        option("--fresh", default=32, type=click.IntRange(2), help="Number of other images that they are judged on."),
+        images(16, "Number of images to fit the tables to.", least=2),
+        option("--fresh", default=32, type=click.IntRange(2), help="Number of other images to compare the tables on."),
         option(
             "--polish",
             default=0,
@@ -105,7 +105,8 @@ upcycle_options = options(
             multiple=True,
             type=click.Choice(TRAINABLE),
             show_default="all, or what the preset's paper trains",
-            help="All weights or low-rank updates of them (lora), and the new router or adapters; may be repeated.",
+            help="What to train: all weights or low-rank updates of them (lora), the new router, the new adapters; "
+            "may be repeated.",
         ),
         ratios("Ratio to train for", show_default="the bundle's ratio", aliases=["--ratios"]),
     ),
@@ -146,7 +147,7 @@ upcycle_options = options(
             "--ratio-weight",
             default=RECIPE.ratio_weight,
             type=click.FloatRange(0),
-            help="Weight of the loss that holds a trained router to its ratio.",
+            help="Weight of the ratio loss of a trained router.",
         ),
     ),
     section("Validation", images(16, "Number of images for the validation curve."), reference_steps()),

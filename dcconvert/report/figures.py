@@ -72,8 +72,8 @@ def token_map_figure(result: Fidelity) -> bytes:
     headings = [f"step {moment + 1}: {mean:.0f} kept" for moment, mean in zip(moments, kept, strict=True)]
     tokens = result.keep[0][0].size
     caption = (
-        f"what the model saw at steps of {len(result.keep)}; of {tokens} tokens those it did not compute are tinted "
-        f"blue. Then final images: {result.converted}; {result.original}"
+        f"what the model saw at steps of {len(result.keep)}; of {tokens} tokens, those not computed are tinted blue. "
+        f"Then final images: {result.converted}; {result.original}"
     )
     grid = grid_image(np.stack(tiles), len(moments) + 2)
     return png_bytes(captioned_rows({caption: grid}, [*headings, "converted", "original"]))

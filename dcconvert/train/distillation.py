@@ -1,4 +1,4 @@
-"""Distillation: the converted model learns to give what its original gives, from fewer tokens.
+"""Distillation: the converted model learns to reproduce its original's output from fewer tokens.
 
 What the two kinds of training share: what is trained, at which rate, how it is averaged, and what a resume needs.
 `StepDistillation` (mode chunk) is below; `dcconvert.train.run_distillation` has the one for mode carry.
@@ -64,7 +64,7 @@ class Recipe:
             if name not in TRAINABLE:
                 raise UsageError(f"cannot train '{name}': choose one of {', '.join(TRAINABLE)}")
         if {"all", "lora"} <= {*self.train}:
-            raise UsageError("train either all weights or low-rank changes of them (lora), not both")
+            raise UsageError("train either all weights or low-rank updates of them (lora), not both")
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step: linear warm-up, then a cosine to zero (Loshchilov and Hutter, arXiv 1608.03983)."""
@@ -74,18 +74,18 @@ class Recipe:
 
 
 def with_new_paths(model: DynamicModel, recipe: Recipe) -> DynamicModel:
-    """The model with what the recipe trains beside its own weights; UsageError where a mode has no place for it."""
+    """The model with the new paths that the recipe trains; UsageError if the mode does not support them."""
     added = [name for name in ("router", "adapters") if name in recipe.train]
     if added and model.method.stateful:
         raise UsageError(
-            f"cannot train '{added[0]}' in mode carry: its router looks at a run's history; train all or lora"
+            f"cannot train '{added[0]}' in mode carry, where the router uses the run's history; train all or lora"
         )
     if "router" in added:
         if model.method.router == OWN:
             return model  # it is one of the model's own weights, and learns with all of them
         if not model.method.learns_router:
             raise UsageError(
-                f"cannot train 'router': method {model.method.name} has none that could learn; train all, lora or "
+                f"cannot train 'router': method {model.method.name} has no trainable router; train all, lora or "
                 "adapters"
             )
         model = with_router_adapter(model, recipe.seed)
@@ -95,7 +95,7 @@ def with_new_paths(model: DynamicModel, recipe: Recipe) -> DynamicModel:
 
 
 class Weights(nn.Module):
-    """What is trained: whole tensors, and low-rank changes of the linear layers (`lora`, arXiv 2106.09685).
+    """The trained weights: whole tensors, and low-rank updates of the linear layers (`lora`, arXiv 2106.09685).
 
     `tensors` gives the weights to run with, by their names in the model. All start at the weights the model has.
     UsageError where the model has nothing of what is to be trained.
@@ -224,7 +224,7 @@ class Distillation:
 
 
 def unrounded(planner: StepPlanner) -> StepPlanner:
-    """A planner that keeps as many tokens as its router finds, where they are rounded up to the shapes of a bundle."""
+    """A planner that keeps as many tokens as its router finds, without rounding up to the shapes of a bundle."""
     return StepPlanner(planner.spec, planner.method, planner.method.unrounded(planner.schedule))
 
 
@@ -265,7 +265,7 @@ class Passes(nn.Module):
 
 
 class StepDistillation(Distillation):
-    """Mode chunk: a round is a batch of noised data at times of its own.
+    """Mode chunk: a round is a batch of noised data with its own times.
 
     The teacher is the original in the form of the rewritten graph, keeping everything; the student the same graph,
     keeping what the schedule says. Losses: the model's output (noise or velocity), and the hidden state where the
@@ -328,7 +328,7 @@ class StepDistillation(Distillation):
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error over the mean square of what was wanted."""
+    """Mean squared error divided by the mean square of the target."""
     return (found - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12)
 
 

@@ -38,7 +38,9 @@ class Distributed:
     def check(self, batch: int) -> None:
         """UsageError for a batch that the processes cannot share evenly."""
         if batch % self.size or batch // self.size < 1:
-            raise UsageError(f"a batch of {batch} cannot be shared by {self.size} processes: give a multiple of that")
+            raise UsageError(
+                f"a batch of {batch} cannot be shared by {self.size} processes: choose a multiple of {self.size}"
+            )
 
     def share(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """This process's samples of a batch of tensors by name, on its device."""

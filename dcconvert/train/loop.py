@@ -100,7 +100,7 @@ class Task:
             )
         if method.stateful and settings.data is not None:
             raise UsageError(
-                f"{bundle.folder} is in mode {method.mode}, which learns on its own runs: leave out --data"
+                f"{bundle.folder} is in mode {method.mode}, which is trained on its own sampling runs: leave out --data"
             )
         if not settings.in_place and settings.out.exists():
             raise UsageError(f"{settings.out} exists already: choose another folder with -o")
@@ -204,7 +204,7 @@ def write_state(path: Path, write: Callable[[Path], None]) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         partial.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else "the disk is full or the file too large"
-        raise UsageError(f"cannot write {path}: {reason}; the same command goes on from what was saved") from error
+        raise UsageError(f"cannot write {path}: {reason}; run the same command to resume from the last save") from error
 
 
 class Training:
@@ -294,7 +294,8 @@ class Training:
                 self.stopping = True
         if self.stopping and self.saved < made.rounds * made.updates_a_round:
             raise StoppedError(
-                f"stopped: the same command goes on from step {self.saved} of {made.rounds * made.updates_a_round} "
+                f"stopped: run the same command to resume from step {self.saved} of "
+                f"{made.rounds * made.updates_a_round} "
                 f"(state in {self.task.settings.state})"
             )
 
@@ -306,7 +307,7 @@ class Training:
             if self.stopping:
                 raise KeyboardInterrupt
             self.stopping = True
-            progress.console.print("stopping after this round; Ctrl-C again stops at once, with what was last saved")
+            progress.console.print("stopping after this round; press Ctrl-C again to stop at once, with the last save")
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -358,16 +359,16 @@ class Training:
             state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
             known = json.loads(state["fingerprint"])
         except Exception as error:
-            raise UsageError(f"cannot read {path}, it is damaged: delete {path.parent} to start anew") from error
+            raise UsageError(f"cannot read {path}, it is damaged: delete {path.parent} to start again") from error
         asked = json.loads(self.task.fingerprint(self.data))
         if differ := [name for name in asked if asked[name] != known.get(name)]:
             name = differ[0]
             if name in ("data_content", "bundle"):
                 what = "data that were changed since" if name == "data_content" else "a bundle that was changed since"
-                raise UsageError(f"{path.parent} holds an unfinished run on {what}: delete the folder to start anew")
+                raise UsageError(f"{path.parent} holds an unfinished run on {what}: delete the folder to start again")
             raise UsageError(
                 f"{path.parent} holds an unfinished run with {name} {shown(known.get(name))}, not "
-                f"{shown(asked[name])}: give the same options to go on, or delete the folder to start anew"
+                f"{shown(asked[name])}: use the same options to resume, or delete the folder to start again"
             )
         self.distillation.restore(state)
         self.saved = self.distillation.step

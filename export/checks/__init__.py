@@ -1,1 +1,1 @@
-"""What a conversion is checked and measured by: parity, operations and bytes, latency and memory."""
+"""Checks and measurements of a conversion: parity, operations and bytes, latency and memory."""

@@ -1,4 +1,4 @@
-"""Counting multiply-accumulates: of graphs on fake tensors, so that it costs neither time nor memory."""
+"""Counting multiply-accumulates of graphs on fake tensors, which costs neither time nor memory."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def count_macs(module: nn.Module, args: tuple[Any, ...], formulas: Mapping[Any, 
 class Traffic:
     """Bytes that a graph reads and writes in one run.
 
-    `least`: every weight and input read once, every output written once; no implementation moves fewer from and to
-    memory, unless a cache holds some. `unfused`: every op reads its operands and writes its results, views excepted,
-    as an implementation that fuses nothing does.
+    `least`: every weight and input is read once and every output is written once; no implementation moves fewer bytes,
+    unless a cache holds some. `unfused`: every op except views reads its operands and writes its results, as in an
+    implementation without fusion.
     """
 
     least: int
@@ -79,7 +79,7 @@ class CountBytes(TorchDispatchMode):
 
 
 def held_bytes(value: Any) -> int:
-    """What a tensor takes in memory, once where it is expanded; 0 for anything else."""
+    """The size of a tensor in memory, where expanded axes count once; 0 for anything else."""
     if not isinstance(value, Tensor):
         return 0
     sizes = (size for size, stride in zip(value.shape, value.stride(), strict=True) if stride)
@@ -88,17 +88,17 @@ def held_bytes(value: Any) -> int:
 
 @dataclass(frozen=True)
 class AttentionMemory:
-    """What attention works on in one step, in bytes of float32: the largest layer, and all layers added up.
+    """Memory for attention in one step, in bytes of float32: the largest layer, and the sum of all layers.
 
-    A layer: queries, keys, values and result, and the scores [rows, heads, queries, keys], which an implementation
-    without tiling (torch's on most CPUs, ONNX Runtime's) holds at once. A tiled one needs only the rest.
+    A layer has queries, keys, values and result, and the scores [rows, heads, queries, keys], which an implementation
+    without tiling (torch's on most CPUs, ONNX Runtime's) stores at once. A tiled implementation needs only the others.
     """
 
     peak: int
     total: int
 
     def __or__(self, other: AttentionMemory) -> AttentionMemory:
-        """Of two parts of a step that run one after the other."""
+        """The memory of two parts of a step that run one after the other."""
         return AttentionMemory(max(self.peak, other.peak), self.total + other.total)
 
 
@@ -134,13 +134,13 @@ def converted_attention(
 
 
 def original_gmacs(model: DynamicModel, inputs: dict[str, Any]) -> float:
-    """GMACs a sample of one forward pass of the original (what DiT's paper calls Gflops)."""
+    """GMACs per sample of one forward pass of the original (DiT's paper calls them Gflops)."""
     args = tuple(inputs[name] for name in model.spec.inputs)
     return count_macs(model.original_graph, args) / batch_size(inputs) / GIGA
 
 
 def converted_gmacs(model: DynamicModel, inputs: dict[str, Any], kept: int) -> float:
-    """GMACs a sample of one step, route and denoise together, when every sample keeps `kept` tokens."""
+    """GMACs per sample of one step, route and denoise together, when every sample keeps `kept` tokens."""
     macs = sum(count_macs(graph, args) for graph, args in step_calls(model, inputs, kept))
     return macs / batch_size(inputs) / GIGA
 
@@ -164,7 +164,7 @@ def step_calls(model: DynamicModel, inputs: dict[str, Any], kept: int) -> list[t
 def step_args(
     model: DynamicModel, inputs: dict[str, Any], plan: Plan | CarryPlan
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Arguments of route and denoise in a step under a plan: the right shapes, and zeros where route's values go."""
+    """Arguments of route and denoise in a step with a plan: the right shapes, with zeros for route's values."""
     batch = batch_size(inputs)
     live = dict(zip(model.spec.live, live_values(model, batch), strict=True))
     feeds = model.feed("route", inputs), model.feed("denoise", inputs, live, plan, model.empty_state(batch))
@@ -172,7 +172,7 @@ def step_args(
 
 
 def prepare_gmacs(model: DynamicModel, inputs: dict[str, Any]) -> float:
-    """GMACs a sample of what a run computes once."""
+    """GMACs per sample of the values that a run computes once."""
     if model.prepare_graph is None:
         return 0.0
     args = tuple(inputs[name] for name in model.spec.prepare_inputs)
@@ -180,7 +180,7 @@ def prepare_gmacs(model: DynamicModel, inputs: dict[str, Any]) -> float:
 
 
 def live_values(model: DynamicModel, batch: int) -> list[Tensor]:
-    """Zeros shaped like what route hands to denoise."""
+    """Zeros with the shapes of the values that route passes to denoise."""
     shapes = model.spec.live_shapes
     return [torch.zeros(batch, *shape) for shape in shapes]
 

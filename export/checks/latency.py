@@ -18,7 +18,7 @@ MEGABYTE = 1e6
 def interleaved(
     candidates: Mapping[str, Callable[[], Any]], runs: int, warm_up: int = 1, tick: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of `runs` calls of every candidate, taking turns so that drift of the machine hits all alike."""
+    """Seconds of `runs` calls of every candidate, in turn, so that drift of the machine affects all equally."""
     for _ in range(warm_up):
         for call in candidates.values():
             call()
@@ -41,7 +41,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
 def peak_memory(onnx_files: list[Path], feeds: list[dict[str, np.ndarray]], folder: Path) -> float | None:
     """Peak resident megabytes of a fresh process that loads ONNX files and runs each once on its feed.
 
-    Python, numpy and ONNX Runtime themselves are in the figure. None if the process died (out of memory, say).
+    The figure includes Python, numpy and ONNX Runtime. None if the process died (for example, out of memory).
     """
     for i, feed in enumerate(feeds):
         np.savez(folder / f"feed_{i}.npz", **feed)  # type: ignore[arg-type]  # may clash with allow_pickle

@@ -1,4 +1,4 @@
-"""Checks that a converted model does what it promises; a failed one ends the job with exit 1."""
+"""Checks of a converted model; a failed check ends the job with exit code 1."""
 
 from __future__ import annotations
 
@@ -67,18 +67,18 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def largest(errors: Iterable[float]) -> float:
-    """The largest error; NaN if any is (Python's max would step over it)."""
+    """The largest error; NaN if any is NaN (Python's max would ignore it)."""
     return float(np.max(list(errors)))
 
 
 def keeps_original(model: DynamicModel) -> bool:
-    """Whether a model with everything kept has to be the original."""
+    """Whether a model with everything kept must equal the original."""
     return model.method.keeps_original
 
 
 @torch.no_grad()
 def check_identity(model: DynamicModel, inputs: dict[str, Any]) -> Check:
-    """Keep everything: the output is the original's, in a tight plan and in buckets larger than needed."""
+    """Keep everything: the output must equal the original's, in a tight plan and in buckets larger than needed."""
     wanted = model.original_graph(*(inputs[name] for name in model.spec.inputs))[0]
     _, live = model.route(inputs)
     batch, tokens = len(wanted), model.spec.tokens
@@ -91,12 +91,12 @@ def check_identity(model: DynamicModel, inputs: dict[str, Any]) -> Check:
 
 
 def allowed(model: DynamicModel, tolerance: float) -> float:
-    """A tolerance of fp32, or the one of values that pass through a state in half precision."""
+    """The tolerance for fp32, or for values that pass through a state in half precision."""
     return max(tolerance, HALF_STATE_TOLERANCE) if model.method.remembered_as == "fp16" else tolerance
 
 
 def second_step(model: DynamicModel, inputs: dict[str, Any]) -> tuple[np.ndarray, dict[str, Tensor], TensorState]:
-    """Scores, live values and (mode carry) the state of samples that have made one step, keeping everything."""
+    """Scores, live values and (mode carry) the state of samples after one step that kept everything."""
     scores, live = model.route(inputs)
     state = model.empty_state(len(scores))
     if model.spec.states:
@@ -105,7 +105,7 @@ def second_step(model: DynamicModel, inputs: dict[str, Any]) -> tuple[np.ndarray
 
 
 def mixed_plan(model: DynamicModel, scores: np.ndarray, counts: np.ndarray) -> Plan | CarryPlan:
-    """A plan in which samples keep different numbers of tokens; in mode carry that of a second step."""
+    """A plan in which samples keep different numbers of tokens; in mode carry, for a second step."""
     keep = model.planner.planner.select(scores, np.maximum(counts, 1))
     return plan_second(model, keep)
 
@@ -120,7 +120,7 @@ def plan_second(model: DynamicModel, keep: Mask, bucket: Bucket | None = None) -
 
 @torch.no_grad()
 def check_isolation(model: DynamicModel, inputs: dict[str, Any]) -> Check:
-    """Replace the values of the last sample by 1e4, what it remembers included: the other outputs stay."""
+    """Replace the values of the last sample, including its state, by 1e4: the other outputs must not change."""
     scores, live, state = second_step(model, inputs)
     mixed = np.linspace(model.spec.tokens / 8, model.spec.tokens / 2, len(scores)).astype(np.int64)
     plan = mixed_plan(model, scores, mixed)
@@ -137,7 +137,7 @@ def check_isolation(model: DynamicModel, inputs: dict[str, Any]) -> Check:
 
 
 def with_loud_sample(state: Tensor) -> Tensor:
-    """A state [P, B, C, N, E] whose last sample remembers loud values."""
+    """A state [P, B, C, N, E] with loud values for the last sample."""
     return torch.cat([state[:, :-1], torch.full_like(state[:, -1:], LOUD)], dim=1)
 
 
@@ -155,7 +155,7 @@ def drown_last(value: Any) -> Any:
 
 @torch.no_grad()
 def check_batch_invariance(model: DynamicModel, inputs: dict[str, Any]) -> Check:
-    """A sample alone gives what it gives in the batch, on the same keep mask and with the same memory."""
+    """A sample alone must give the same result as in the batch, with the same keep mask and state."""
     scores, live, state = second_step(model, inputs)
     mixed = np.linspace(model.spec.tokens / 2, model.spec.tokens / 8, len(scores)).astype(np.int64)
     plan = mixed_plan(model, scores, mixed)
@@ -197,7 +197,7 @@ def check_runtime(
             taken, made = model.feed("prepare", inputs), model.prepare(inputs)
             prepares.append(Case(f"prepare, batch {batch}", as_arrays(taken), as_arrays(made)))
         for bucket in (b for b in buckets if b.batch == batch):
-            label = f"denoise, batch {batch}, {bucket.row_tokens} tokens a sample"
+            label = f"denoise, batch {batch}, {bucket.row_tokens} tokens per sample"
             tick(label)
             keep = model.planner.planner.select(scores, uneven(batch, bucket.row_tokens))
             plan = plan_second(model, keep, bucket)
@@ -208,7 +208,7 @@ def check_runtime(
 
 
 def uneven(batch: int, most: int) -> np.ndarray:
-    """Kept tokens [B], most of them less than there is room for: padding that a runtime must leave out."""
+    """Kept tokens [B], mostly fewer than the bucket has, so that a runtime must ignore padding."""
     least = max(1, most // 2)
     return np.linspace(most, least, batch).astype(np.int64) if batch > 1 else np.array([max(1, most - 1)])
 
@@ -221,7 +221,7 @@ def denoise_case(
     plan: Any,
     state: TensorState,
 ) -> Case:
-    """What goes into `denoise` for one plan, and what torch makes of it."""
+    """The inputs of `denoise` for one plan, and torch's outputs."""
     feed = model.feed("denoise", inputs, live, plan, state)
     with torch.no_grad():
         made = model.call("denoise", feed)
@@ -230,7 +230,7 @@ def denoise_case(
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: what goes into an ONNX graph and what torch says comes out."""
+    """One comparison: the inputs of an ONNX graph and torch's outputs."""
 
     label: str
     feed: dict[str, np.ndarray]
@@ -278,11 +278,11 @@ Arrays = dict[str, np.ndarray]
 
 
 def as_numbers(found: Arrays, wanted: Arrays) -> tuple[Arrays, Arrays]:
-    """Outputs of two runtimes as they can be compared as numbers.
+    """Outputs of two runtimes in a form that can be compared as numbers.
 
-    Of token merging's scores [B, N, 2] the second is which token each is most like, where rounding decides between
-    near equals: it becomes the share of the tokens that are matched with another one. How badly they are matched, the
-    first, is compared like any output, so that another match has to be as good.
+    Token merging has scores [B, N, 2]. The second is the index of the most similar token, where rounding decides
+    between nearly equal ones: it is replaced by the share of the tokens that are matched differently. The first, how
+    badly they are matched, is compared like any output, so a different match must be as good.
     """
     if wanted.get(SCORES_NAME, np.empty(0)).ndim < 3:
         return found, wanted
@@ -295,7 +295,7 @@ def as_numbers(found: Arrays, wanted: Arrays) -> tuple[Arrays, Arrays]:
 
 
 def scales(cases: list[Arrays]) -> dict[str, float]:
-    """Of every output its root mean square over all cases, at least 1: what rounding errors are in proportion to."""
+    """The root mean square of every output over all cases, at least 1: rounding errors are proportional to it."""
     squares = {name: [np.square(case[name], dtype=np.float64).mean() for case in cases] for name in cases[0]}
     return {name: max(1.0, float(np.sqrt(np.mean(values)))) for name, values in squares.items()}
 

@@ -1,4 +1,4 @@
-"""Checks of a model whose steps compute the whole trunk or forecast it."""
+"""Checks of a model whose steps either compute the whole trunk or forecast it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OWN_UPDATE = "a skipped step with the step's own update equals the original"
 
 
 def full_then_skipped(model: DynamicModel, inputs: dict[str, Any], weights: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Outputs of a step that is computed, and of one with the same inputs that is skipped."""
+    """Outputs of a computed step, and of a skipped step with the same inputs."""
     batch = len(inputs[model.spec.image])
     run = StepRun(model, batch)
     full = run.step(inputs, np.full(batch, model.spec.tokens))[0]
@@ -44,7 +44,7 @@ def full_then_skipped(model: DynamicModel, inputs: dict[str, Any], weights: tupl
 
 @torch.no_grad()
 def check_steps(model: DynamicModel, inputs: dict[str, Any]) -> list[Check]:
-    """The promises that torch alone can show, on example inputs of at least two samples."""
+    """The checks that need only torch, on example inputs of at least two samples."""
     wanted = model.call("original", model.feed("original", inputs))
     original = next(iter(wanted.values()))
     full, skipped = full_then_skipped(model, inputs, (1.0,))
@@ -97,5 +97,5 @@ def check_step_runtime(
 
 
 def tensors_of(feed: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The inputs that a graph's file takes: constants of the call are in the graph."""
+    """The inputs of a graph's file; constants of the call are in the graph."""
     return as_arrays({name: value for name, value in feed.items() if isinstance(value, Tensor)})

@@ -1,1 +1,1 @@
-"""TensorRT engines: which ones a bundle needs, building them in a process of its own, the index of what was built."""
+"""TensorRT engines: which ones a bundle needs, building them in a separate process, the index of built engines."""

@@ -1,7 +1,7 @@
-"""Engines of a bundle: which there are to be, under which keys, and building them in a process of their own.
+"""Engines of a bundle: which ones are needed, their keys, and building them in a separate process.
 
-A folder `engines/<device>/` holds the engines of one backend, version and kind of GPU, and an index. A process of its
-own keeps the builder's crashes, memory and log out of ours, and can be stopped.
+A folder `engines/<device>/` contains the engines for one backend, version and kind of GPU, and an index. The separate
+process isolates the builder's crashes, memory and log, and can be stopped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Shapes = dict[str, tuple[list[int], list[int], list[int]]]  # smallest, best and
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine: a graph, and the profiles it is built for, one a bucket."""
+    """One engine: a graph, and the profiles it is built for, one per bucket."""
 
     graph: str
     onnx: Path
@@ -47,7 +47,7 @@ class Engine:
 
     @property
     def key(self) -> str:
-        """Changes with anything that makes another engine necessary."""
+        """A key that changes with anything that requires another engine."""
         facts = [self.onnx_sha256, self.profiles, self.precision, asdict(self.device)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -56,7 +56,7 @@ class Engine:
         return f"{self.graph}-{self.key}.engine"
 
     def built(self, path: Path, seconds: float, layers: int) -> Built:
-        """What the index says of it, once it is at `path`."""
+        """Its index entry, once it is at `path`."""
         return Built(
             file=self.file,
             graph=self.graph,
@@ -83,8 +83,9 @@ def plan_engines(
 ) -> list[Engine]:
     """The engines for these graphs, ONNX files in a folder; UsageError for one that cannot be read.
 
-    One engine a graph with a profile for every bucket, which share its weights; with `per_bucket` an engine for each.
-    Profiles have one exact shape; with `ranges` all shapes between one bucket and the next smaller of its batch size.
+    There is one engine per graph with a profile for every bucket, which share its weights; with `per_bucket`, there is
+    one engine for each bucket. Profiles have one exact shape; with `ranges`, they cover all shapes between one bucket
+    and the next smaller one of its batch size.
     """
     result = []
     for graph in graphs:
@@ -110,7 +111,7 @@ def plan_engines(
 
 
 def full_buckets(buckets: Sequence[Bucket]) -> list[Bucket]:
-    """The largest bucket of each batch size: route and prepare know no other difference."""
+    """The largest bucket of each batch size; for route and prepare, only the batch size matters."""
     return [max((b for b in buckets if b.batch == batch), key=lambda b: b.tokens) for batch in batches(buckets)]
 
 
@@ -167,7 +168,7 @@ def profile(inputs: Mapping[str, Sequence[int | str]], bucket: Bucket, smallest:
 
 
 def axis_sizes(bucket: Bucket) -> dict[str, int]:
-    """What a bucket says of the symbolic axes of the graphs (see `passes.ir.plan_inputs`)."""
+    """The sizes of the graphs' symbolic axes in a bucket (see `passes.ir.plan_inputs`)."""
     return {
         "batch": bucket.batch,
         "tiles": bucket.tokens // bucket.tile,
@@ -184,15 +185,15 @@ def file_hash(path: Path) -> str:
 
 
 def onnx_parts(path: Path) -> list[Path]:
-    """An ONNX file, and its external data where it has any."""
+    """An ONNX file, and its external data if it has any."""
     return [part for part in (path, path.with_name(f"{path.name}.data")) if part.is_file()]
 
 
 def build_engine(engine: Engine, folder: Path, tick: Callable[[float], None] = lambda _: None) -> Built:
-    """Build one engine into a folder, whole or not at all; what the index says of it. `tick` is told the seconds.
+    """Build one engine in a folder, completely or not at all; returns its index entry. `tick` gets the seconds.
 
-    UsageError with node, op and bucket for a graph that the backend does not take, or a backend that fails.
-    CheckFailedError if it would leave out an input of the graph.
+    Raises UsageError with node, op and bucket if the backend rejects the graph or fails, and CheckFailedError if the
+    engine would ignore an input of the graph.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as work:
         result, log, target = (Path(work) / name for name in ("result.json", "log.txt", "engine"))
@@ -217,7 +218,7 @@ def build_engine(engine: Engine, folder: Path, tick: Callable[[float], None] = l
             raise UsageError(f"{engine.device.backend} cannot build {engine.graph}{where}: {said}")
         if found["unused"]:
             raise CheckFailedError(
-                f"{engine.device.backend} {engine.device.version} leaves out input {', '.join(found['unused'])} of "
+                f"{engine.device.backend} {engine.device.version} ignores input {', '.join(found['unused'])} of "
                 f"{engine.onnx.name}: the engine would be wrong; please report it"
             )
         made = engine.built(target, seconds, found["layers"])
@@ -250,8 +251,8 @@ def builder_error(log: Path) -> str:
 
 def last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "without a word")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 def words(bucket: Bucket) -> str:
-    return f"bucket of batch {bucket.batch}, {bucket.row_tokens} tokens a sample"
+    return f"bucket of batch {bucket.batch}, {bucket.row_tokens} tokens per sample"

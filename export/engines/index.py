@@ -1,4 +1,4 @@
-"""`engines.json`: what the engines in a folder are for, and what each was built from."""
+"""`engines.json`: what the engines in a folder are for, and what each engine was built from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Record = TypeVar("Record", bound="DataclassInstance")
 
 @dataclass(frozen=True)
 class Device:
-    """What engines are built for. `capability`: such as "8.9", or "" for whatever the backend builds by default."""
+    """What engines are built for. `capability`: such as "8.9", or "" for the backend's default."""
 
     backend: str
     version: str
@@ -42,7 +42,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Built:
-    """An engine that is there: a graph in a variant, with a profile for each of `buckets`, in their order."""
+    """A finished engine: a graph in a variant, with a profile for each of `buckets`, in this order."""
 
     file: str
     graph: str
@@ -56,16 +56,16 @@ class Built:
     layers: int
 
     def intact(self, folder: Path) -> bool:
-        """Whether its file is there as it was written."""
+        """Whether its file exists unchanged."""
         path = folder / self.file
         return path.is_file() and path.stat().st_size == self.bytes and file_sha256([path]) == self.sha256
 
 
 @dataclass(frozen=True)
 class Index:
-    """The engines of one device. `ranges`: profiles take all lengths down to the next smaller bucket.
+    """The engines of one device. `ranges`: profiles accept all lengths down to the next smaller bucket.
 
-    `unfinished`: engines of a later build with other options, which serve once all of that build are there.
+    `unfinished`: engines of a later build with other options, which are used once that build is complete.
     """
 
     device: Device

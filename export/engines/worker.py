@@ -1,6 +1,6 @@
 """The process that builds one engine: a request as JSON on its standard input, the result as a JSON file.
 
-It is told which backend to use before polygraphy is imported, which decides then and there.
+It sets the backend before it imports polygraphy, because polygraphy chooses the backend at import.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def main() -> None:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """What became of a request: `layers` and `unused` inputs of the network, or an `error` and the profile it is in.
+    """The result of a request: `layers` and `unused` inputs of the network, or an `error` and its profile.
 
-    An error without words is the builder's: they are in the log.
+    If the error is empty, the builder failed and its message is in the log.
     """
     from polygraphy.backend.trt import NetworkFromOnnxPath
     from polygraphy.exception import PolygraphyException
@@ -48,7 +48,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(parts: tuple[Any, ...], request: dict[str, Any], profiles: Sequence[dict[str, Any]]) -> bool:
-    """Write the engine; False if the builder fails, which says why in its log."""
+    """Write the engine; False if the builder fails; the reason is in its log."""
     from polygraphy.backend.trt import CreateConfig, EngineBytesFromNetwork, Profile
     from polygraphy.exception import PolygraphyException
 
@@ -69,7 +69,7 @@ def build(parts: tuple[Any, ...], request: dict[str, Any], profiles: Sequence[di
 
 
 def configured(config: Any, capability: str) -> Any:
-    """The config, for one compute capability where one is named."""
+    """The config, for one compute capability if one is given."""
     if not capability:
         return config
     from polygraphy.backend.trt import PostprocessConfig
@@ -94,7 +94,7 @@ def inspected(network: Any) -> dict[str, Any]:
 
 
 def parser_error(path: str) -> str | None:
-    """What the parser has against an ONNX file: node, op and reason of the first error."""
+    """The parser's first error for an ONNX file: node, op and reason."""
     from polygraphy.mod.trt_importer import lazy_import_trt
 
     trt = lazy_import_trt()

@@ -32,10 +32,10 @@ def export_onnx(model: DynamicModel, folder: Path, lowerings: Lowerings = PORTAB
     """Write the graphs that a run calls: `route.onnx` and `denoise.onnx`, with `prepare.onnx` for models with text, or
     `full.onnx` and `skip.onnx`.
 
-    UsageError for a model that has no form in ONNX.
+    Raises UsageError for a model that cannot be expressed in ONNX.
     """
     if model.method.row_packing == "varlen":
-        raise UsageError("packing varlen is for torch only: convert with packing rows to export ONNX")
+        raise UsageError("packing varlen works only in torch: convert with packing rows to export ONNX")
     folder.mkdir(parents=True, exist_ok=True)
     inputs = model.spec.example(EXAMPLE_BATCH)
     if model.spec.updates:
@@ -62,7 +62,7 @@ def export_route(model: DynamicModel, path: Path, inputs: dict[str, Any], loweri
 
 
 def export_prepare(model: DynamicModel, path: Path, inputs: dict[str, Any], lowerings: Lowerings = PORTABLE) -> None:
-    """`prepare.onnx`: model inputs -> what stays the same over a run. Only for models that have such values."""
+    """`prepare.onnx`: model inputs -> values that stay the same during a run. Only for models with such values."""
     if model.spec.constants:
         export_plain(model, "prepare", path, inputs, lowerings)
 
@@ -102,14 +102,14 @@ def export_skip(model: DynamicModel, path: Path, inputs: dict[str, Any], lowerin
 
 
 def export_original(model: DynamicModel, path: Path, inputs: dict[str, Any]) -> None:
-    """The fixed-token original, to be measured beside the converted model."""
+    """The unconverted original, for comparison with the converted model."""
     export_plain(model, "original", path, inputs)
 
 
 def export_plain(
     model: DynamicModel, graph: str, path: Path, inputs: dict[str, Any], lowerings: Lowerings = PORTABLE
 ) -> None:
-    """A graph that takes the model's own inputs and nothing else."""
+    """A graph that takes only the model's own inputs."""
     names, module = model.spec.inputs_of(graph), model.graph(graph)
     args = tuple(inputs[name] for name in names)
     outputs = model.spec.outputs_of(graph, count_outputs(module))
@@ -117,7 +117,7 @@ def export_plain(
 
 
 def batch_axes(model: DynamicModel, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """The leading symbolic axes of inputs of a model, or of values that its graphs hand on, which all have a batch."""
+    """The leading symbolic axes of a model's inputs, or of values passed between its graphs; all have a batch axis."""
     once = {spec.name for spec in model.spec.input_specs if not spec.batched}
     return [() if name in once else ("batch",) for name in names]
 
@@ -151,7 +151,7 @@ def export_graph(
         )
         if exported is None:
             raise CheckFailedError(
-                f"the ONNX exporter gave nothing to write to {path.name}; this is a bug of dcconvert"
+                f"the ONNX exporter returned nothing to write to {path.name}; this is a bug in dcconvert"
             )
         for node in exported.model.graph:
             node.metadata_props.pop(STACK_TRACE, None)
@@ -160,7 +160,7 @@ def export_graph(
 
 
 class quiet_exporter(warnings.catch_warnings):  # noqa: N801  (used like a function)
-    """The exporter's notes on its own progress are not the user's concern; errors still are."""
+    """Silence the exporter's progress messages; errors are still shown."""
 
     def __enter__(self) -> Any:
         entered = super().__enter__()

@@ -63,7 +63,7 @@ def padded_attention(q: Any, k: Any, v: Any, row_lengths: Any, scale: float) -> 
 
 
 def masked_padded_attention(q: Any, k: Any, v: Any, row_lengths: Any, scale: float) -> Any:
-    """Row attention with a mask: TensorRT-RTX 1.7 takes `nonpad_kv_seqlen` and then does without it, unsaid."""
+    """Row attention with a mask: TensorRT-RTX 1.7 accepts `nonpad_kv_seqlen` but silently ignores it."""
     slots = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(k, start=2, end=3)), op.Constant(value_int=1))
     used = op.Less(op.Unsqueeze(slots, row(0)), op.Unsqueeze(row_lengths, row(1)))
     return attention(q, k, v, op.Unsqueeze(used, op.Constant(value_ints=[1, 2])), scale=scale)
@@ -76,7 +76,7 @@ def segment_attention(q: Any, k: Any, v: Any, segment_ids: Any, scale: float) ->
 
 
 def packed_attention(q: Any, k: Any, v: Any, query_lengths: Any, key_lengths: Any, scale: float) -> Any:
-    """[G, L, H, d] as [T, H, d]; the layer has no scale of its own."""
+    """[G, L, H, d] as [T, H, d]; the layer does no scaling."""
     register_schema()
     queries, keys, values = map(flatten_pair, (q, k, v))
     scaled = op.Mul(queries, op.CastLike(op.Constant(value_float=scale), queries))
@@ -94,7 +94,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """q [B, H, S, d], k and v [B, H, N, d]; a mask is spread over the queries, as ONNX Runtime does not do it."""
+    """q [B, H, S, d], k and v [B, H, N, d]; a mask is broadcast over the queries here, as ONNX Runtime does not."""
     if attn_mask is not None:
         queries = op.Concat(row(1), row(1), op.Shape(q, start=2, end=3), row(1), axis=0)
         attn_mask = op.Expand(attn_mask, queries)
@@ -111,7 +111,7 @@ def cache_index(index: Any, channels: int) -> Any:
 
 
 def cache_write(state: Any, values: Any, index: Any) -> Any:
-    """[P, B, C, N, E], [G, C, L, E], [G, C, L, 4] -> [P, B, C, N, E]; in place where both ends share a buffer."""
+    """[P, B, C, N, E], [G, C, L, E], [G, C, L, 4] -> [P, B, C, N, E]; in place if input and output share a buffer."""
     return op.ScatterND(state, index, values)
 
 

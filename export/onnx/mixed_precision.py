@@ -1,7 +1,7 @@
-"""Mixed precision written into the graphs: matrix products and attention in half, everything else in fp32.
+"""Mixed precision in the graphs: matrix products and attention in half precision, everything else in fp32.
 
-TensorRT 11 and ONNX Runtime compute in the precision that the file says, so it has to be decided here. The residual
-stream, normalisation, modulation, gates and the embedding of time and class stay in fp32: they are cheap, and diffusion
+TensorRT 11 and ONNX Runtime compute in the precision given in the file, so it must be chosen here. The residual stream,
+normalisation, modulation, gates and the embedding of time and class stay in fp32: they are cheap, and diffusion
 transformers in plain fp16 are known to overflow there.
 """
 
@@ -62,17 +62,17 @@ PASSING = {
 def in_precision(model: DynamicModel, precision: str) -> DynamicModel:
     """The model with its matrix products in "fp16" or "bf16" and its weights shared where they stay in fp32.
 
-    Inputs, outputs and what passes between the graphs keep their types. The original's graph is changed as well, so
-    that the two can be compared in the same precision. Errors as `rewritten`.
+    Inputs, outputs and values passed between the graphs keep their types. The original's graph is changed as well, so
+    that both can be compared in the same precision. Errors as in `rewritten`.
     """
     return rewritten(model, {name: HalfProducts(HALVES[precision]) for name in model.graphs.named()})
 
 
 class HalfProducts(GraphPass):
-    """Let matrix products over tokens, and attention, run in `half`; a graph's outputs keep their types.
+    """Run matrix products over tokens and attention in `half`; a graph's outputs keep their types.
 
     1. A product's operands are cast to `half`; its weights are read as copies in half, called `*_half`.
-    2. What only moves values, or stands between two products, stays in half.
+    2. Ops that only move values, or are between two products, stay in half.
     3. Everything else gets its operands in fp32, as before.
     """
 
@@ -96,7 +96,7 @@ class HalfProducts(GraphPass):
 
 
 class HalfWriter:
-    """Writes the nodes of a graph into another; half-precision values stay so until something needs fp32."""
+    """Copies the nodes of a graph to another; half-precision values stay in half until something needs fp32."""
 
     def __init__(self, source: Graph, half: torch.dtype) -> None:
         self.graph, self.mode, self.half = Graph(), fake_mode(source), half
@@ -139,7 +139,7 @@ class HalfWriter:
         return self.cast(node, self.half)
 
     def as_before(self, node: Node) -> Node:
-        """In the precision that the value had in the old graph."""
+        """The value in the precision that it had in the old graph."""
         if node not in self.in_half or not isinstance(node.meta["val"], Tensor):
             return self.nodes[node]  # of several values, each is looked at where it is taken out
         return self.cast(node, torch.float32)

@@ -1,4 +1,4 @@
-"""A converted model whose attention takes the packed tokens as they are, for TensorRT's layer (`trt_attention`)."""
+"""A converted model with attention directly on packed tokens, for TensorRT's layer (`trt_attention_op`)."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ LENGTHS = ("cu_seqlens", "cu_seqlens_kv")
 
 
 def with_packed_attention(model: DynamicModel) -> DynamicModel:
-    """The model with attention on its packed tokens as they are; weights are shared.
+    """The model with attention directly on its packed tokens; weights are shared.
 
-    UsageError for one whose attention needs rows: mode carry, packing by bins, cross-attention.
+    Raises UsageError for a model whose attention needs rows: mode carry, packing by bins, cross-attention.
     """
     if model.method.stateful or model.method.row_packing != "rows":
         raise UsageError(
@@ -41,17 +41,17 @@ def with_packed_attention(model: DynamicModel) -> DynamicModel:
 
 
 class PackAttention(GraphPass):
-    """Let nothing in a `denoise` graph be laid out in rows.
+    """Remove the layout in rows from a `denoise` graph.
 
-    1. Where packed tokens were laid out in rows, and rows taken apart, they stay as they are.
+    1. The ops that lay packed tokens out in rows, and split rows again, are removed.
     2. Attention over rows becomes attention over segments of the packed tokens. Their bounds are two new inputs.
-    3. Inputs that only described the rows go.
+    3. Inputs that only described the rows are removed.
     """
 
     exact = True
 
     def requires(self, module: GraphModule) -> None:
-        """UsageError if anything but self-attention and moves happens to values that are laid out in rows."""
+        """Raises UsageError if values laid out in rows are used by anything except self-attention and moves."""
         laid: set[Node] = set()
         rows = inputs_of(module.graph).get("grid_index")
         for node in module.graph.nodes:
@@ -62,7 +62,9 @@ class PackAttention(GraphPass):
             elif node.target in PASSING or node.target is own.padded_attention.default:
                 laid.add(node)
             else:
-                raise UsageError(f"this model has no packed attention, because of {node.target} over rows: use masks")
+                raise UsageError(
+                    f"this model has no packed attention, because it uses {node.target} on rows: use masks"
+                )
         if not any(node.target is own.padded_attention.default for node in module.graph.nodes):
             raise UsageError("this model has no self-attention over packed tokens: use masks")
 
@@ -111,7 +113,7 @@ def packed_call(graph: Graph, node: Node, lengths: list[Node]) -> Node:
 
 
 def refusal(model: DynamicModel, precision: str, device: Device) -> str:
-    """Why a backend builds no packed attention of this model's sizes for a device, tried on one node; "" if it does."""
+    """Why a backend cannot build packed attention of this model's sizes for a device (tested on one node), or ""."""
     heads, width = attention_sizes(model)
     with tempfile.TemporaryDirectory() as work:
         path = Path(work) / "probe.onnx"

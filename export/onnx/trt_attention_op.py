@@ -1,7 +1,7 @@
-"""`TRT_Attention`: the op that TensorRT 11 has a layer for, and what ONNX Runtime is to do for it.
+"""`TRT_Attention`: the op that TensorRT 11 has a layer for, and a function that ONNX Runtime runs instead.
 
-The node's domain is `trt`. A file that has it holds a function of the same name: ONNX Runtime runs its body, which
-masks apart all pairs of tokens that are of different samples, and TensorRT's parser puts its own layer there.
+The node's domain is `trt`. A file with this node contains a function of the same name: ONNX Runtime runs its body,
+which masks all pairs of tokens from different samples, and TensorRT's parser uses its own layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PROBE_TOKENS = 64
 
 
 def register_schema() -> None:
-    """Tell the exporter that there is such an op."""
+    """Register the op with the exporter."""
     if not onnx.defs.has(NAME, domain=DOMAIN):
         floats, ints = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ["tensor(int32)"]
         kinds = {"query_lengths": "I", "key_lengths": "I", "mask": "M"}
@@ -44,7 +44,7 @@ def register_schema() -> None:
 
 
 def add_function(model: onnx_ir.Model) -> None:
-    """Add what ONNX Runtime is to do for the op to a model that has it."""
+    """Add the op's function for ONNX Runtime to a model that uses the op."""
     if any(node.domain == DOMAIN for node in model.graph):
         function = onnx_ir.serde.deserialize_function(function_body())
         model.functions[function.identifier()] = function
@@ -52,7 +52,7 @@ def add_function(model: onnx_ir.Model) -> None:
 
 
 def function_body() -> onnx.FunctionProto:
-    """Attention of [T, H, d] under a mask over all pairs: right everywhere, and no faster than its T x T products."""
+    """Attention of [T, H, d] with a mask over all pairs: correct everywhere, but with the cost of T x T products."""
 
     def node(op: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
         return helper.make_node(op, inputs, [output], **attributes)

@@ -51,7 +51,7 @@ def make_session(path: Path, provider: str = CPU, threads: int = 0, settings: Ma
         raise UsageError(f"cannot load {path} on {provider}: {reason}; convert the model again") from error
     running = session.get_providers()[0]
     if running != provider:
-        raise CheckFailedError(f"{path.name} was asked to run on {provider} but runs on {running}")
+        raise CheckFailedError(f"{path.name} should run on {provider} but runs on {running}")
     return session
 
 

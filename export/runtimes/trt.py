@@ -24,10 +24,10 @@ from dcconvert.passes.runtime.state import TensorState, zeros
 
 
 class TrtState(TensorState):
-    """What a run remembers, in buffers on the GPU that stay where they are.
+    """A run's state, in buffers on the GPU that stay where they are.
 
-    Mode carry has them twice: a step reads one and writes the other, then they change places. Mode steps writes an
-    update into the slot of the oldest one, which no computed step reads.
+    Mode carry has two copies: a step reads one and writes the other, then they are swapped. Mode steps writes each
+    update into the slot of the oldest one, which computed steps do not read.
     """
 
     in_place: ClassVar[bool] = True
@@ -51,17 +51,17 @@ class TrtState(TensorState):
 
 
 class LoadedEngine:
-    """An engine with one execution context, which changes its profile when the bucket changes.
+    """An engine with one execution context, which switches its profile when the bucket changes.
 
-    Buffers for what the host gives, and for outputs, are allocated once a shape. It runs on a stream of its own, which
-    waits for the caller's and is waited for by it. UsageError if there is no memory for its context.
+    Buffers for the host's inputs and for outputs are allocated once per shape. It runs on its own stream, and this
+    stream and the caller's wait for each other. Raises UsageError if there is no memory for the context.
     """
 
     def __init__(self, engine: Any, trt: Any, device: str) -> None:
         self.engine, self.device = engine, device
         self.context = engine.create_execution_context()
         if self.context is None:
-            raise UsageError("no execution context for an engine: there is too little free memory on the GPU")
+            raise UsageError("cannot create an execution context for an engine: the GPU has too little free memory")
         self.stream = torch.cuda.Stream() if device != "cpu" else None
         self.profile: int | None = None
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -73,7 +73,8 @@ class LoadedEngine:
     def __call__(self, profile: int, given: Mapping[str, Any], written: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name, in `written` where that has them.
 
-        UsageError for an input of another type than the engine's; CheckFailedError if the engine does not run.
+        Raises UsageError for an input of another type than the engine's, and CheckFailedError if the engine does not
+        run.
         """
         if self.stream is None:
             return self.run(profile, given, written, 0)
@@ -92,7 +93,9 @@ class LoadedEngine:
         for name in self.inputs:
             value = self.on_device(name, given[name])
             shape = tuple(value.shape)
-            require(self.context.set_input_shape(name, shape), f"takes no {name} {list(shape)} in profile {profile}")
+            require(
+                self.context.set_input_shape(name, shape), f"does not accept {name} {list(shape)} in profile {profile}"
+            )
             require(self.context.set_tensor_address(name, value.data_ptr()), f"does not take a buffer for {name}")
         outputs = {name: written[name] if name in written else self.output(name) for name in self.outputs}
         for name, value in outputs.items():
@@ -103,7 +106,7 @@ class LoadedEngine:
     def on_device(self, name: str, value: Any) -> Tensor:
         source = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
         if source.dtype != self.dtypes[name]:
-            raise UsageError(f"input {name} is {source.dtype}, the engine reads {self.dtypes[name]}: convert it")
+            raise UsageError(f"input {name} is {source.dtype}, but the engine needs {self.dtypes[name]}: convert it")
         if isinstance(value, Tensor) and value.is_contiguous() and value.device.type == self.device:
             return value
         return self.buffer(name, tuple(source.shape)).copy_(source)
@@ -125,14 +128,14 @@ def torch_dtype(kind: Any, trt: Any) -> torch.dtype:
 
 
 def require(done: Any, what: str) -> None:
-    """CheckFailedError if TensorRT says that a call failed."""
+    """Raises CheckFailedError if TensorRT reports that a call failed."""
     if not done:
         raise CheckFailedError(f"an engine {what}: build it again with 'dcconvert build'")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a bucket of a graph is: an engine, and the profile in it."""
+    """The place of a graph's bucket: an engine and a profile."""
 
     engine: LoadedEngine
     profile: int
@@ -141,8 +144,8 @@ class Place:
 class TrtModel(Runtime):
     """A converted model on TensorRT or TensorRT-RTX: inputs are numpy arrays by name.
 
-    The bucket set holds the buckets that there are engines for: a batch whose own bucket is missing runs in the next
-    larger one. `onnx`: the folder with the variants that they were built from. `device`: "cuda"; `trt`: the backend's
+    The bucket set has the buckets with engines: if the bucket of a batch is missing, the next larger one is used.
+    `onnx`: the folder with the variants that the engines were built from. `device`: "cuda"; `trt`: the backend's
     module, imported if it is not given.
 
     Raises:
@@ -188,7 +191,7 @@ class TrtModel(Runtime):
 
 
 def open_engines(bundle: Path, onnx: Path, planner: StepPlanner) -> TrtModel:
-    """The engines of a bundle that run on this machine; UsageError, with what there is instead, if none does."""
+    """The engines of a bundle that run on this machine; if there are none, a UsageError that lists what exists."""
     folders = sorted(path.parent for path in (bundle / ENGINES).glob(f"*/{INDEX}"))
     if not folders:
         raise UsageError(f"{bundle} has no engines: make them with 'dcconvert build {bundle}'")
@@ -202,27 +205,27 @@ def open_engines(bundle: Path, onnx: Path, planner: StepPlanner) -> TrtModel:
 
 
 def backend_module(wanted: Device, folder: Path) -> Any:
-    """The module that runs engines of this device; UsageError if that is not here, or not the same."""
+    """The module that runs engines of this device; UsageError if it is not installed or its version differs."""
     name, again = wanted.backend, "build them here with 'dcconvert build'"
     try:
         trt = importlib.import_module(MODULES[name])
     except (ImportError, OSError, KeyError) as error:
-        raise UsageError(f"{folder} is for {name}, which is not installed here: install it, or {again}") from error
+        raise UsageError(f"{folder} is for {name}, which is not installed: install it, or {again}") from error
     if trt.__version__ != wanted.version:
-        raise UsageError(f"{folder} is for {name} {wanted.version}, here is {trt.__version__}: {again}")
+        raise UsageError(f"{folder} is for {name} {wanted.version}, but {trt.__version__} is installed: {again}")
     if not torch.cuda.is_available():
-        raise UsageError(f"{folder}: engines run on an NVIDIA GPU, and torch {torch.__version__} sees none here")
+        raise UsageError(f"{folder}: engines need an NVIDIA GPU, but torch {torch.__version__} finds none")
     found = ".".join(map(str, torch.cuda.get_device_capability()))
     if wanted.capability and wanted.capability != found:
         raise UsageError(
-            f"{folder} is for compute capability {wanted.capability}, this GPU "
+            f"{folder} is for compute capability {wanted.capability}, but this GPU "
             f"({torch.cuda.get_device_name()}) has {found}: {again}"
         )
     return trt
 
 
 def check_graph(entry: Built, onnx: Path, folder: Path) -> None:
-    """UsageError if an engine was not built from the graph that lies in the bundle now."""
+    """Raises UsageError if an engine was not built from the bundle's current graph."""
     path = onnx / entry.variant / f"{entry.graph}.onnx"
     if path.is_file() and file_hash(path) != entry.onnx_sha256:
         raise UsageError(f"{folder / entry.file} is older than {path}: build again with 'dcconvert build'")
@@ -235,14 +238,14 @@ def load_engine(runtime: Any, path: Path) -> Any:
         raise UsageError(f"cannot read {path}: {error.strerror}; build again with 'dcconvert build'") from error
     if engine is None:
         raise UsageError(
-            f"{path} cannot be loaded: it is damaged ('dcconvert build' sees that and builds it again), or not for "
+            f"{path} cannot be loaded: it is damaged ('dcconvert build' detects that and rebuilds it), or not for "
             "this GPU ('dcconvert build --compute-capability' builds for another)"
         )
     return engine
 
 
 def engine_buckets(places: dict[tuple[str, Bucket], Place], planner: StepPlanner, folder: Path) -> BucketSet:
-    """The buckets that can run; UsageError if there is none that keeps everything."""
+    """The buckets that can run; UsageError if none keeps everything."""
     tokens = planner.spec.tokens
     *others, last = planner.spec.graphs
     buckets = tuple(sorted(bucket for graph, bucket in places if graph == last))

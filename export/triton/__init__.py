@@ -1,1 +1,1 @@
-"""A bundle as a model repository for Triton Inference Server, and what runs in the server."""
+"""A bundle as a model repository for Triton Inference Server, and the code that runs in the server."""

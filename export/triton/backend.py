@@ -1,4 +1,4 @@
-"""The model that clients of a Triton server call: the plan of a step, whose graphs are models of their own.
+"""The model that clients of a Triton server call: it decides what a step computes; the graphs are other models.
 
 Triton's Python backend imports a few lines (`model.py`) that call `Served`. It talks to the ONNX models by requests
 inside the server (business logic scripting), through the module that the server gives, `triton_python_backend_utils`.
@@ -34,8 +34,8 @@ CORRELATION, START, END = "CORRID", "START", "END"  # what sequence batching tel
 class TritonModel(Runtime):
     """The runtime whose graphs are models of the same server, `NAME_route` and so on.
 
-    A state is made of the server's own outputs of the step before, wherever they are. `outputs`: how many the original
-    has. UsageError with the server's words if a model fails.
+    A state consists of the server's own outputs of the previous step, wherever they are. `outputs`: the original's
+    number of outputs. Raises UsageError with the server's message if a model fails.
     """
 
     def __init__(self, planner: StepPlanner, bucket_set: BucketSet, name: str, outputs: int, server: Any) -> None:
@@ -74,9 +74,9 @@ class TritonModel(Runtime):
 class Served:
     """Answers the requests of one model instance.
 
-    Mode chunk: every request is a step of its own. Modes steps and carry: the requests of one sampling run are a
-    sequence, from START to END under one CORRID; its batch stays the same. A run that says nothing for IDLE_SECONDS is
-    forgotten.
+    Mode chunk: every request is an independent step. Modes steps and carry: the requests of one sampling run are a
+    sequence, from START to END under one CORRID; its batch stays the same. A run without requests for IDLE_SECONDS is
+    deleted.
     """
 
     def __init__(self, folder: Path, name: str, server: Any) -> None:
@@ -117,7 +117,7 @@ class Served:
         if start:
             self.runs.pop(key, None)
         elif key not in self.runs:
-            raise UsageError(f"sequence {key} is not known (or was silent too long): begin it with START")
+            raise UsageError(f"sequence {key} is unknown or has expired: start it with START")
         run = self.runs[key][0] if key in self.runs else self.model.start(batch)
         self.runs[key] = run, time.monotonic()
         try:

@@ -19,7 +19,7 @@ from dcconvert.passes.ir.spec import count_outputs
 from dcconvert.passes.planning.layout import Bucket
 
 MARK = "dcconvert.json"  # at the top of a repository; Triton looks at folders only
-AGAIN = "convert the model again, or build its graphs again where they are those for ort-cuda"
+AGAIN = "convert the model again, or build its graphs again if they are for ort-cuda"
 KINDS = {"gpu": "KIND_GPU", "cpu": "KIND_CPU"}
 TYPES = {
     TensorProto.FLOAT: "TYPE_FP32",
@@ -52,13 +52,13 @@ class Word(str):
 def export_triton(bundle: Bundle, target: Path, name: str, device: str = "gpu", force: bool = False) -> Path:
     """Write a model repository with NAME and, for each graph of the bundle, NAME_GRAPH (`ModelSpec.graphs`).
 
-    On a GPU the graphs in fp16 are taken if the bundle has them; returns the folder the graphs come from. UsageError
-    if the target cannot be written or is no repository of this kind.
+    On a GPU the fp16 graphs are used if the bundle has them; returns the folder of the graphs. Raises UsageError if the
+    target cannot be written or is not a repository of this kind.
     """
     if not bundle.model.method.plain_plan:
         raise UsageError(
             f"{bundle.folder} was made with method {bundle.model.method.name}, whose plan needs more than a "
-            "schedule and scores: Triton repositories are written for the methods steps, carry, chunk and sparsedit"
+            "schedule and scores: Triton repositories support the methods steps, carry, chunk and sparsedit"
         )
     source = bundle.onnx / "ort-cuda"
     source = source if device == "gpu" and source.is_dir() else bundle.onnx
@@ -102,7 +102,7 @@ def tensor(value: Any) -> dict[str, Any]:
 
 
 def warm_up(inputs: Sequence[Any], bucket: Bucket) -> dict[str, Any]:
-    """Zeros in the shapes of a bucket: valid as indices, and what the first real request would wait for is done."""
+    """Warm-up inputs in the shapes of a bucket: zeros, valid as indices, so that the first request does not wait."""
     axes = axis_sizes(bucket)
     zeros = {
         value.name: {

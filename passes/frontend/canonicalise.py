@@ -1,4 +1,4 @@
-"""Normalise: one spelling for each thing the later passes look at."""
+"""Normalise: one form for everything that later passes look at."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ DROPOUTS = {aten.dropout.default, aten.feature_dropout.default}
 
 
 class Normalise(GraphPass):
-    """Drop what has no effect on values, and rename aliases.
+    """Remove ops that have no effect on values, and rename aliases.
 
-    1. Input guards and metadata assertions go.
-    2. Dropout that is off, copies, casts to the type a tensor already has and squeezes of an axis longer than one are
-       replaced by their input, a copy over another value by what is copied.
+    1. Input guards and metadata assertions are removed.
+    2. Inactive dropout, copies, casts to a tensor's own type and squeezes of an axis longer than one are replaced by
+       their input. A copy over another value is replaced by the copied value.
     3. `view` becomes `reshape` (a removed copy may have been what made the view legal).
-    4. Nodes that nothing uses go.
+    4. Unused nodes are removed.
     """
 
     optional = True

@@ -29,7 +29,7 @@ RESERVED = re.compile("|".join((r"h|live_\d+|scores", *PLAN_ARRAYS)))
 
 
 def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, method: Method) -> Program:
-    """The Program of a module, with a dynamic batch; `method` is carried along in it. Arguments and errors as `export`.
+    """The Program of a module, with a dynamic batch and the given method. Arguments and errors as in `export`.
 
     Training IR: linear, layer_norm and attention stay whole.
     """
@@ -53,7 +53,9 @@ def export(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     leaves = [v for v in pytree.tree_leaves((tuple(args), kwargs)) if isinstance(v, Tensor)]
     ranked = [v for v in leaves if v.ndim > 0]
     if not ranked or ranked[0].shape[0] < 2:
-        raise UsageError("example_inputs must hold a batch of at least 2 samples, so that the batch axis can be seen")
+        raise UsageError(
+            "example_inputs must hold a batch of at least 2 samples, so that the batch axis can be detected"
+        )
     size = ranked[0].shape[0]
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
 
@@ -77,13 +79,13 @@ def export(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
 
 
 def opened(exported: ExportedProgram, method: Method) -> Program:
-    """The Program of a model that was exported already, with a batch axis of any size, and with its example inputs.
+    """The Program of a model that was already exported, with a dynamic batch and with its example inputs.
 
-    UsageError for one without example inputs or with a batch of fixed size.
+    Raises UsageError if it has no example inputs or a fixed batch size.
     """
     example = exported.example_inputs
     if example is None:
-        raise UsageError("the exported program has no example inputs: save it with those it was exported with")
+        raise UsageError("the exported program has no example inputs: save it together with its example inputs")
     shapes = [n.meta["val"].shape for n in exported.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
     if not any(isinstance(size, torch.SymInt) for shape in shapes for size in shape[:1]):
         raise UsageError(
@@ -102,7 +104,7 @@ def plain_graph(exported: ExportedProgram) -> GraphModule:
 
 
 def program_of(exported: ExportedProgram, example: Any, method: Method) -> Program:
-    """The Program of an exported program; inputs with names that a converted model uses get others."""
+    """The Program of an exported program; inputs whose names a converted model uses are renamed."""
     graph_module = plain_graph(exported)
     for node in placeholders(graph_module.graph):
         if RESERVED.fullmatch(node.name):

@@ -1,4 +1,4 @@
-"""Rotary embeddings that are written with complex numbers, in real ones: ONNX and TensorRT have no others."""
+"""Rewrites complex rotary embeddings with real numbers, because ONNX and TensorRT have no complex numbers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ NAME = "dcconvert_rotary"
 
 
 class RealNumbers(GraphPass):
-    """Write view_as_real(view_as_complex(x) * c), c the same for every input, with real numbers.
+    """Write view_as_real(view_as_complex(x) * c), where c is the same for every input, with real numbers.
 
-    (a + ib)(c + id) = (ac - bd) + i(ad + bc), on the last axis of x, which holds a and b. What c is made of is computed
+    (a + ib)(c + id) = (ac - bd) + i(ad + bc), on the last axis of x, which holds a and b. The parts of c are computed
     now, once for each value.
     """
 
@@ -41,7 +41,7 @@ def rewrite(module: GraphModule, node: Node) -> None:
     factors = product.all_input_nodes
     turned = [factor for factor in factors if factor.target is aten.view_as_complex.default]
     if product.target is not aten.mul.Tensor or len(factors) != 2 or len(turned) != 1:
-        raise UnsupportedModelError(f"{where(product)} computes with complex numbers in a way that has no rule")
+        raise UnsupportedModelError(f"{where(product)} uses complex numbers in a way that is not supported")
     [fixed] = [factor for factor in factors if factor is not turned[0]]
     real, imaginary = constants(module, fixed)
     with module.graph.inserting_before(node):
@@ -71,7 +71,7 @@ def constants(module: GraphModule, node: Node) -> tuple[Node, Node]:
 
 
 def evaluated(module: GraphModule, node: Node) -> Any:
-    """What a node gives; UnsupportedModelError if that depends on an input."""
+    """The value of a node; UnsupportedModelError if it depends on an input."""
     needed: set[Node] = set()
     stack = [node]
     while stack:
@@ -80,6 +80,6 @@ def evaluated(module: GraphModule, node: Node) -> Any:
             needed.add(source)
             stack.extend(source.all_input_nodes)
     if inputs := [source.name for source in needed if source.op == "placeholder"]:
-        raise UnsupportedModelError(f"a complex rotary embedding depends on input {inputs[0]}: it has no rule")
+        raise UnsupportedModelError(f"a complex rotary embedding depends on input {inputs[0]}, which is not supported")
     ordered = [other for other in module.graph.nodes if other in needed]
     return run_nodes(module, ordered)[node]

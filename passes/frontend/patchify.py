@@ -1,4 +1,4 @@
-"""Find what makes tokens of the image, and the grid that they lie on."""
+"""Find the node that turns the image into tokens, and the grid of the tokens."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ MOVES = {aten.reshape.default, aten.view.default, aten.permute.default, aten.fla
 
 
 def find_patchify(program: Program) -> tuple[Node, tuple[int, int]]:
-    """The node that makes tokens of the image, and their grid (H, W).
+    """The node that turns the image into tokens, and the tokens' grid (H, W).
 
-    That is the first convolution that gives [B, D, H, W], or [B, D, F, H, W] for video, whose frames count as lying one
-    below the other (F*H, W); else the linear layer over patches of the input that has the
-    output's shape, channels aside. The grid of a linear layer is the program's, or can be seen where the input is an
-    image, or is taken to be square. UnsupportedModelError if there is no such node; UsageError for a grid that does not
+    This is the first convolution that returns [B, D, H, W], or [B, D, F, H, W] for video, whose frames are stacked
+    vertically (F*H, W). Otherwise it is the linear layer over patches of the input that has the output's shape, except
+    for the channels. The grid of a linear layer is the program's, or is inferred if the input is an image, or is
+    assumed to be square. Raises UnsupportedModelError if there is no such node, and UsageError for a grid that does not
     fit.
     """
     for node in program.graph.nodes:
@@ -45,12 +45,12 @@ def find_patchify(program: Program) -> tuple[Node, tuple[int, int]]:
 
 
 def checked(program: Program, seen: tuple[int, int] | None, tokens: int) -> tuple[int, int]:
-    """The program's grid, else the one seen; UsageError if there is none or it has another number of tokens."""
+    """The program's grid, or else the inferred one; UsageError if there is none or its number of tokens is wrong."""
     grid = program.grid or seen
     if grid is None:
-        raise UsageError(f"the grid of the {tokens} tokens cannot be seen in the model: give grid=(height, width)")
+        raise UsageError(f"cannot infer the grid of the {tokens} tokens from the model: pass grid=(height, width)")
     if math.prod(grid) != tokens:
-        raise UsageError(f"the grid {grid[0]}x{grid[1]} does not have the {tokens} tokens of the model")
+        raise UsageError(f"the grid {grid[0]}x{grid[1]} does not match the {tokens} tokens of the model")
     return grid
 
 
@@ -66,7 +66,7 @@ def patched_input(node: Node) -> Node | None:
 
 
 def is_image(program: Program, source: Node) -> bool:
-    """Whether an input has the shape of the first output, channels (the first or last axis of a sample) aside."""
+    """Whether an input has the first output's shape, except for the channels (the first or last axis of a sample)."""
     output = next(iter(reversed(program.graph.nodes))).args[0]
     first = next(iter(output)).meta["val"] if isinstance(output, list | tuple) else output.meta["val"]
     axes = slice(2, None) if first.ndim == 4 else slice(1, -1)
@@ -75,7 +75,7 @@ def is_image(program: Program, source: Node) -> bool:
 
 
 def seen_grid(image: Node, tokens: int) -> tuple[int, int] | None:
-    """The grid of `tokens` patches of an image [B, C, H, W]; of tokens [B, N, C] a square one, if N is a square."""
+    """The grid of `tokens` patches of an image [B, C, H, W]; for tokens [B, N, C] a square grid, if N is a square."""
     shape = image.meta["val"].shape
     if len(shape) == 4:
         height, width = int(shape[2]), int(shape[3])
@@ -93,4 +93,4 @@ def image_input(patchify: Node) -> str:
         if node.op == "placeholder":
             return node.name
         stack.extend(reversed(node.all_input_nodes))
-    raise UnsupportedModelError("patchify depends on no input of the model: there is no image to take apart")
+    raise UnsupportedModelError("patchify does not depend on any input of the model, so there is no image to split")

@@ -24,7 +24,7 @@ ATTENTION = aten.scaled_dot_product_attention.default
 
 @dataclass(frozen=True)
 class Cut:
-    """A place where the graph can be cut: behind `last`, the tokens `node` [B, N, D] and `contexts` are all there is.
+    """A place where the graph can be cut: after `last`, only the tokens `node` [B, N, D] and `contexts` are live.
 
     Contexts [B, X, E] are tokens beside those of the grid, such as text in joint attention.
     """
@@ -37,13 +37,13 @@ class Cut:
 class FindTokenStream(Pass):
     """Locate patchify, cut points, blocks and the trunk; changes no node.
 
-    1. Patchify is what makes tokens of the image: see `find_patchify`.
-    2. A cut point is where of all values that depend on patchify one of shape [B, N, D] is still needed, and no others
-       but contexts, and values that pass by all blocks.
-    3. Blocks are runs of repeating op sequences between cut points that hold attention. (Position terms come before
-       them, being no part of the repetition.) Several runs may follow each other, as in models with double and single
-       streams; the first and last block of a run may lack some ops, as where text enters or ends.
-    4. The trunk is what is left of the blocks between the head and the tail blocks.
+    1. Patchify turns the image into tokens: see `find_patchify`.
+    2. At a cut point, of all values that depend on patchify, only one of shape [B, N, D] is still needed, besides
+       contexts and values that bypass all blocks.
+    3. Blocks are runs of repeating op sequences between cut points that contain attention. (Position terms come before
+       them, because they are not repeated.) Several runs may follow each other, as in models with double and single
+       streams. The first and last block of a run may lack some ops, for example where text enters or ends.
+    4. The trunk consists of the blocks between the head and the tail blocks.
     """
 
     def call(self, program: Program) -> PassResult:
@@ -63,7 +63,7 @@ class FindTokenStream(Pass):
 
 
 def dependents(program: Program, roots: Iterable[Node]) -> list[Node]:
-    """All nodes that depend on `roots`, themselves included, in graph order; the output node is left out."""
+    """All nodes that depend on `roots`, including these, in graph order; without the output node."""
     found = set(roots)
     for node in program.graph.nodes:
         if node.op != "output" and any(source in found for source in node.all_input_nodes):
@@ -97,9 +97,9 @@ def find_cuts(program: Program, patchify: Node, tokens: int) -> list[Cut]:
 
 
 def passing(stream: Sequence[Node], position: Mapping[Node, int]) -> dict[Node, int]:
-    """Values that pass by blocks, and from where on: made before the first attention, and needed behind the last.
+    """Values that bypass the blocks, and from where on: made before the first attention, and needed after the last.
 
-    Between their last use before that and the first one after it they are no part of the stream.
+    Between their last use before the blocks and the first use after them, they are not part of the stream.
     """
     places = [i for i, node in enumerate(stream) if node.target is ATTENTION]
     if len(places) < 2:
@@ -117,7 +117,7 @@ def count_tokens(contexts: Sequence[Node]) -> int:
 
 
 def is_token_tensor(node: Node, batch: torch.SymInt, tokens: int | None = None) -> bool:
-    """Whether a node gives [B, `tokens`, D], any number of them if None."""
+    """Whether a node returns [B, `tokens`, D]; None: any number of tokens."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.ndim != 3 or not same(value.shape[0], batch):
         return False
@@ -156,7 +156,7 @@ def find_boundaries(program: Program, cuts: list[Cut], patchify: Node) -> list[C
 
 
 def no_blocks(stream: list[Node], cuts: list[Cut], program: Program) -> UnsupportedModelError:
-    """Why there is no trunk: how many places were found, and what stays alive over most of the model."""
+    """Explains why there is no trunk: the number of cut points, and the value that stays live longest."""
     position = {node: i for i, node in enumerate(stream)}
     tensors = [node for node in stream if node.users and isinstance(node.meta["val"], Tensor)]
     kept = max(tensors, key=lambda n: max(position.get(user, -1) for user in n.users) - position[n])
@@ -164,9 +164,8 @@ def no_blocks(stream: list[Node], cuts: list[Cut], program: Program) -> Unsuppor
     attentions = sum(n.target is ATTENTION for n in stream)
     return UnsupportedModelError(
         f"no repeating transformer blocks found: {len(cuts)} cut points, {attentions} attention ops on the token "
-        "stream (two equal blocks whose only live value between them is [B, N, D] are needed, beside other tokens "
-        f"[B, X, D], of which there must be another number than N; longest alive is {where(kept)}, until "
-        f"{where(until)})"
+        "stream (there must be two equal blocks with no live values between them other than [B, N, D] and other tokens "
+        f"[B, X, D], with X different from N; the value that stays live longest is {where(kept)}, until {where(until)})"
     )
 
 
@@ -177,7 +176,7 @@ def is_of_grid(node: Node, tokens: int) -> bool:
 
 
 def repeated(segments: Sequence[tuple[str, ...]]) -> list[int]:
-    """Where the longest run of repeating groups of segments that hold attention begins, and where each group ends."""
+    """The start of the longest run of repeating groups of segments with attention, and the end of each group."""
     best = (0, 0, 0)  # covered segments, start, period
     for period in range(1, len(segments) // 2 + 1):
         for start in range(len(segments) - 2 * period + 1):
@@ -194,7 +193,7 @@ def repeated(segments: Sequence[tuple[str, ...]]) -> list[int]:
 
 
 def extended(found: list[int], own: Sequence[tuple[str, ...]]) -> list[int]:
-    """A run with the blocks before and after it that do the same with the tokens of the grid, if not with the others.
+    """A run, extended by blocks before and after it that do the same with the grid's tokens, if not with the others.
 
     `own`: the ops of each segment that are attention or on tokens of the grid alone.
     """

@@ -22,12 +22,12 @@ class UsageError(DcconvertError):
 
 
 class StoppedError(DcconvertError):
-    """The user stopped long work that can go on later (exit 130, as shells have it for Ctrl-C)."""
+    """The user stopped long work that can be resumed (exit 130, as shells use for Ctrl-C)."""
 
     exit_code = 130
 
 
 class UnsupportedModelError(DcconvertError):
-    """The model is readable but holds something no pass or rule supports (exit 3)."""
+    """The model is readable but contains something that no pass or rule supports (exit 3)."""
 
     exit_code = 3

@@ -1,7 +1,7 @@
-"""Fake values of a graph: what every node gives, as a tensor with a shape, a type and a device but no numbers.
+"""Fake values of a graph: the result of every node as a tensor with a shape, a type and a device, but no data.
 
-They are in `node.meta["val"]`. Capture gives them to a graph, a bundle does not store them, and those of a graph whose
-weights were moved or cast are out of date.
+They are in `node.meta["val"]`. Capture creates them and bundles do not store them. If the weights are moved or cast,
+they are out of date.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dcconvert.passes.ir.graph_tools import fake_mode, fake_result, output_node,
 
 
 def give_fake_values(module: GraphModule, example: Mapping[str, Any]) -> None:
-    """Give every node its fake value on an example: values of the graph's inputs by name, and maybe others.
+    """Give every node its fake value for an example: the values of the graph's inputs (and maybe others), by name.
 
-    KeyError if an input is missing; what an op raises if the example does not fit the graph.
+    Raises KeyError if an input is missing, and the op's error if the example does not fit the graph.
     """
     give_leaf_values(module, example)
     renew_fake_values(module)
@@ -37,7 +37,7 @@ def give_leaf_values(module: GraphModule, example: Mapping[str, Any]) -> None:
 
 
 def renew_fake_values(module: GraphModule) -> None:
-    """Give every call its fake value on those of its operands."""
+    """Recompute the fake value of every call from those of its operands."""
     mode = fake_mode(module.graph)
     for node in module.graph.nodes:
         if node.op == "call_function":
@@ -45,13 +45,13 @@ def renew_fake_values(module: GraphModule) -> None:
 
 
 def results_like(module: GraphModule) -> list[Any]:
-    """What a graph returns, with zeros in the place of fake values."""
+    """A graph's outputs, with zeros instead of fake values."""
     values = [node.meta["val"] if isinstance(node, Node) else node for node in output_node(module.graph).args[0]]
     return [torch.zeros(v.shape, dtype=v.dtype, device=v.device) if isinstance(v, Tensor) else v for v in values]
 
 
 def check_fake_values(module: GraphModule, after: str) -> None:
-    """CheckFailedError that names the pass if a value is not what the call or the weight gives."""
+    """Raises CheckFailedError with the name of the pass if a fake value does not match the call or the weight."""
     mode = fake_mode(module.graph)
     for node in module.graph.nodes:
         if node.op not in ("call_function", "get_attr"):
@@ -61,17 +61,17 @@ def check_fake_values(module: GraphModule, after: str) -> None:
             value = fake_result(mode, node) if node.op == "call_function" else tensor_at(module, node.target)
         except Exception as error:  # ops raise many unrelated types
             reason = " ".join(str(error).split())[:200]
-            message = f"{after} left {node.name}, which cannot be called ({reason}); this is a bug of dcconvert"
+            message = f"{after} left {node.name}, which cannot be called ({reason}); this is a bug in dcconvert"
             raise CheckFailedError(message) from error
         if described(value) != described(known):
             raise CheckFailedError(
-                f"{after} says that {node.name} gives {described(known)}, and it gives {described(value)}; "
-                "this is a bug of dcconvert"
+                f"{after} says that {node.name} gives {described(known)}, but it gives {described(value)}; "
+                "this is a bug in dcconvert"
             )
 
 
 def described(value: Any) -> str:
-    """Shape, type and device of a tensor, or of each one of several; any other value as it is written."""
+    """Shape, type and device of a tensor, or of each of several tensors; the representation of any other value."""
     if isinstance(value, Tensor):
         return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
     if isinstance(value, list | tuple):

@@ -17,7 +17,7 @@ from dcconvert.passes.ir.errors import UnsupportedModelError
 
 
 def readable(module: GraphModule) -> str:
-    """One line a node: name, shape, op, arguments, where it came from."""
+    """One line per node: name, shape, op, arguments, source location."""
     lines = []
     for node in module.graph.nodes:
         value = node.meta.get("val")
@@ -37,12 +37,12 @@ def placeholders(graph: torch.fx.Graph) -> list[Node]:
 
 
 def output_node(graph: Graph) -> Any:
-    """The last node, whose only argument is the tuple of what the graph returns."""
+    """The last node, whose only argument is the tuple of the graph's outputs."""
     return next(iter(reversed(graph.nodes)))
 
 
 def copied(module: GraphModule, name: str = "") -> GraphModule:
-    """A graph of its own on the same tensors, those that it does not read left out; `name`: of its class."""
+    """A copy of a graph with the same tensors, except those that it does not read. `name`: the name of its class."""
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     return GraphModule(module, graph, name or module._get_name())
@@ -76,7 +76,7 @@ def read_tensor(module: GraphModule, name: str) -> Node:
 
 
 def add_input(graph: Graph, name: str, shape: Sequence[int | torch.SymInt], like: Tensor, after: Node) -> Node:
-    """Add a graph input behind another one; its fake value is of the shape, and of the type and device of `like`."""
+    """Add a graph input after another one; its fake value has the given shape and the type and device of `like`."""
     with graph.inserting_after(after):
         node = graph.placeholder(name)
     node.name = name  # without the suffix that an input renamed by capture would leave
@@ -86,7 +86,7 @@ def add_input(graph: Graph, name: str, shape: Sequence[int | torch.SymInt], like
 
 
 def owner_of(root: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds what a dotted path names, made where it is missing, and the path's last part."""
+    """The module that contains the target of a dotted path, created if it is missing, and the path's last part."""
     *parents, leaf = name.split(".")
     for part in filter(None, parents):
         if part not in root._modules:
@@ -96,7 +96,7 @@ def owner_of(root: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def give_tensor(root: nn.Module, name: str, value: Tensor) -> None:
-    """Give a module a tensor under a dotted name, as the parameter or the buffer that it is."""
+    """Register a tensor in a module under a dotted name, as a parameter or a buffer like the tensor itself."""
     owner, leaf = owner_of(root, name)
     if isinstance(value, nn.Parameter):
         owner.register_parameter(leaf, value)
@@ -121,7 +121,7 @@ def where(node: Node) -> str:
 
 
 def tensor_at(root: nn.Module, name: str) -> Any:
-    """What a dotted name stands for."""
+    """The object at a dotted name."""
     return reduce(getattr, name.split("."), root)
 
 
@@ -131,16 +131,18 @@ def attributes(graph_module: GraphModule) -> dict[str, Tensor]:
     for path in (node.target for node in graph_module.graph.nodes if node.op == "get_attr"):
         found[path] = tensor_at(graph_module, path)
         if not isinstance(found[path], Tensor):
-            raise UnsupportedModelError(f"the graph reads {path}, which is no tensor and cannot be written to a bundle")
+            raise UnsupportedModelError(
+                f"the graph reads {path}, which is not a tensor and cannot be written to a bundle"
+            )
     return found
 
 
 def run_nodes(
     module: GraphModule, nodes: Iterable[Node], given: Mapping[Node, Any] | None = None, missing: Any = None
 ) -> dict[Node, Any]:
-    """The values of some nodes, in graph order, on those that are given; without gradients.
+    """Compute some nodes, in graph order, from the given values, without gradients.
 
-    `missing` stands for operands that are neither given nor among the nodes, such as sizes that do not matter.
+    `missing` replaces operands that are neither given nor among the nodes, such as sizes that do not matter.
     """
     runner = Interpreter(module, garbage_collect_values=False)
     runner.env = dict(given or {})

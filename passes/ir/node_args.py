@@ -47,4 +47,4 @@ def nodes(node: Node, position: int) -> list[Node]:
 
 def unexpected(node: Node, position: int, wanted: str) -> UnsupportedModelError:
     found = node.args[position] if position < len(node.args) else "nothing"
-    return UnsupportedModelError(f"{where(node)}: argument {position} is {found}, where the rule needs {wanted}")
+    return UnsupportedModelError(f"{where(node)}: argument {position} is {found}, but the rule needs {wanted}")

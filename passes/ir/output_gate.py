@@ -29,20 +29,20 @@ def require_same(found: Sequence[Any], wanted: Sequence[Any], after: str, allowe
     `found` may hold more values than `wanted`; these come last.
     """
     if len(found) < len(wanted):
-        raise CheckFailedError(f"{after} left {len(found)} of {len(wanted)} outputs; this is a bug of dcconvert")
+        raise CheckFailedError(f"{after} left {len(found)} of {len(wanted)} outputs; this is a bug in dcconvert")
     for got, want in zip(found, wanted, strict=False):
         if not (isinstance(want, Tensor) and want.is_floating_point()):
             continue
         if got.shape != want.shape:
             raise CheckFailedError(
-                f"{after} gives {list(got.shape)} where the model gave {list(want.shape)}; this is a bug of dcconvert"
+                f"{after} gives {list(got.shape)} where the model gave {list(want.shape)}; this is a bug in dcconvert"
             )
         limit = max(allowed, tolerance(want.dtype))
         error = float((got.to(want.device) - want).double().norm() / want.double().norm().clamp_min(1e-12))
         if not error <= limit:
             raise CheckFailedError(
                 f"{after} changed the model's output by {error:.2g} (at most {limit:g} is rounding) on the "
-                "example inputs: they hold values that are not finite, or this is a bug of dcconvert"
+                "example inputs: they hold values that are not finite, or this is a bug in dcconvert"
             )
 
 
@@ -66,7 +66,7 @@ class OutputGate:
             found = self.outputs(module)
         except RuntimeError as error:  # of an op that met types that it does not take together, say
             reason = " ".join(str(error).split())[:200]
-            message = f"{current.name} left a graph that does not run ({reason}); this is a bug of dcconvert"
+            message = f"{current.name} left a graph that does not run ({reason}); this is a bug in dcconvert"
             raise CheckFailedError(message) from error
         require_same(found[first:], self.wanted[first:], current.name, allowed)
 

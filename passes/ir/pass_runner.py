@@ -101,7 +101,9 @@ def run_passes(
         if isinstance(current, Pass):
             records.append(run_one(current, program, live_modules, check_graph, gate))
         elif program.parts:
-            raise CheckFailedError(f"{current.name} is for one graph and the program was split; fix the pipeline order")
+            raise CheckFailedError(
+                f"{current.name} works on one graph, but the program was split; fix the pipeline order"
+            )
         else:
             whole = program.graph_module
             records.append(run_one(current, whole, alone, check_graph, lambda _, done: gate(program, done)))
@@ -173,12 +175,12 @@ def check_graph(module: GraphModule, after: str) -> None:
     try:
         module.graph.lint()
     except RuntimeError as error:
-        message = f"{after} left a graph that does not lint ({error}); this is a bug of dcconvert"
+        message = f"{after} left a graph that does not lint ({error}); this is a bug in dcconvert"
         raise CheckFailedError(message) from error
     module.recompile()
     for node in module.graph.nodes:
         if node.op in ("placeholder", "get_attr", "call_function") and "val" not in node.meta:
-            raise CheckFailedError(f"{after} left {node.name} without a fake value; this is a bug of dcconvert")
+            raise CheckFailedError(f"{after} left {node.name} without a fake value; this is a bug in dcconvert")
 
 
 def dump_graphs(program: Program, folder: Path, stem: str) -> None:

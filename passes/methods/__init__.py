@@ -22,16 +22,16 @@ PRESETS = tuple(name for name in METHODS if name not in MODES)
 
 
 def find(name: str) -> type[Method]:
-    """The method of a name; UsageError for another name."""
+    """The method with this name; UsageError for an unknown name."""
     if name not in METHODS:
         raise UsageError(f"unknown method '{name}': choose one of {', '.join(METHODS)}")
     return METHODS[name]
 
 
 def method_of(mode: str = DEFAULT, ratio: float | None = None, **options: Any) -> Method:
-    """A method by its name, with its options; at a ratio, which decides some options of some methods.
+    """A method by its name, with its options, for a ratio, which decides some options of some methods.
 
-    UsageError for an unknown method, an option that it does not have, or one that is out of range.
+    Raises UsageError for an unknown method, an unknown option, or a value that is out of range.
     """
     found = find(mode)
     if unknown := sorted({*options} - {*found.option_names()}):
@@ -41,7 +41,7 @@ def method_of(mode: str = DEFAULT, ratio: float | None = None, **options: Any) -
 
 
 def method_from_dict(data: Mapping[str, Any]) -> Method:
-    """The method that a bundle was made with, from what `Method.as_dict` gave or a bundle of format 2 holds."""
+    """The method that a bundle was made with, from the output of `Method.as_dict` or from a bundle of format 2."""
     given = dict(data)
     if "guard" in given:  # its name up to format 3
         given["max_staleness"] = given.pop("guard")
@@ -51,7 +51,7 @@ def method_from_dict(data: Mapping[str, Any]) -> Method:
 
 
 def from_format_2(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Name and options of a method, from the one set of options that all methods shared in bundles of format 2."""
+    """Name and options of a method, from the options of a format 2 bundle, where all methods shared one set."""
     given = dict(data)
     mode, trunk, dechunk = given.pop("mode"), given.pop("trunk", "plain"), given.pop("dechunk", "gaussian")
     by_trunk = {"sparse-dense": "sparsedit", "patch-sizes": "ddit"}

@@ -1,4 +1,4 @@
-"""Method `carry`: tokens that a step does not compute keep what they were last computed as, on a straight line."""
+"""Method `carry`: tokens that a step does not compute are extrapolated linearly from their last computed values."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ class Carry(Method):
         return counts
 
     def urgency(self, history: History, scores: np.ndarray, counts: np.ndarray, taus: Doubles) -> Doubles:
-        """How much each token needs computing [B, N]: noise levels since it was, times what the router says.
+        """How urgently each token should be computed [B, N]: noise levels since it last was, times the router's factor.
 
-        `drift` takes the square root of the speed at which the token's update moved, `age` takes nothing more; ties go
-        by the scores, which of these two cover the grid evenly. Any other router's scores are the factor themselves. A
-        token that waited `max_staleness` times as long as taking turns would have it wait comes before all others.
+        For `drift`, the factor is the square root of the speed at which the token's update changed; for `age`, it is 1.
+        With these two, the scores break ties and cover the grid evenly. The scores of any other router are the factor.
+        A token that was not computed for `max_staleness` times the round-robin interval comes before all others.
         """
         elapsed = history.elapsed(taus)
         router = self.router

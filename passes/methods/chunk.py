@@ -1,4 +1,4 @@
-"""Method `chunk`: tokens that are not kept are absent from the trunk, and take the update of kept ones near them."""
+"""Method `chunk`: dropped tokens are left out of the trunk and take the update of kept tokens near them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Chunk(Method):
     packing: str = "rows"
 
     name: ClassVar[str] = "chunk"
-    title: ClassVar[str] = "tokens that are not kept are absent from the trunk; needs training"
+    title: ClassVar[str] = "dropped tokens are left out of the trunk; needs training"
     limits: ClassVar[tuple[str, ...]] = (WHAT_CHUNK_NEEDS,)
     routers: ClassVar[tuple[str, ...]] = PLAIN_ROUTERS
 

@@ -40,8 +40,8 @@ MORE = 1.4
 
 @dataclass(frozen=True)
 class DcDit(Method):
-    """Router `own`, for a model of DC-DiT's own architecture, also means its own de-chunk: by values, after the norm
-    that closes the trunk. `refined`: that architecture was made of another model (`--refine-grid`)."""
+    """Router `own` is for a model with DC-DiT's own architecture, and also selects its own dechunk: by values, after
+    the norm that closes the trunk. `refined`: the architecture was made from another model (`--refine-grid`)."""
 
     refined: bool = False
 
@@ -59,7 +59,7 @@ class DcDit(Method):
 
     @property
     def by_values(self) -> bool:
-        """Whether dechunk gives the trunk's values in the place of adding its update."""
+        """Whether dechunk returns the trunk's values instead of adding its update."""
         return self.router == OWN
 
     @property
@@ -97,13 +97,14 @@ class DcDit(Method):
         return levels[np.minimum(np.searchsorted(levels, natural), len(levels) - 1)]
 
     def finished(self, model: Model) -> Model:
-        """With a router adapter, whose bias is shifted and which learns, where the model has no router of its own."""
+        """The model with a trainable router adapter, whose bias is shifted, unless it has its own router."""
         return model if self.router == OWN else with_router_adapter(model, self.seed)  # type: ignore[return-value]
 
     def fitted(self, model: Model, runs: Runs) -> Model:
-        """The router's logits shifted to the ratio, and the levels that numbers of tokens are rounded up to.
+        """The model with the router's logits shifted to the ratio, and with the levels that token counts are rounded up
+        to.
 
-        The router of a DC-DiT checkpoint stays as it is.
+        The router of a DC-DiT checkpoint is not changed.
         """
         if not self.by_values or self.refined:
             shift(model, runs)
@@ -130,7 +131,7 @@ class DcDit(Method):
 
 
 def shift(model: DynamicModel, runs: Runs) -> None:
-    """Shift the router's logits until one token in `base` is kept by its threshold, on runs of the model itself."""
+    """Shift the router's logits until its threshold keeps one token in `base`, on runs of the model itself."""
     names, tokens = model.spec.inputs, model.spec.tokens
     unrounded = model.with_schedule(replace(model.schedule, levels=()))
     wanted = (tokens / model.schedule.base - 2) / (tokens - 2)  # the first and the last token are always kept
@@ -156,12 +157,12 @@ def bias_of(model: DynamicModel) -> Tensor:
 
 
 def of_own_architecture(method: Method, refined: bool) -> DcDit:
-    """The choice for a model of DC-DiT's own architecture: its router, its dechunk, all blocks on the kept tokens.
+    """The method for a model with DC-DiT's own architecture: its router, its dechunk, all blocks on the kept tokens.
 
-    UsageError for another method, or where head or tail blocks were asked for.
+    Raises UsageError for another method, or if head or tail blocks were requested.
     """
     if not isinstance(method, DcDit):
-        raise UsageError("a DC-DiT is converted in its own way: choose preset dc-dit")
+        raise UsageError("a DC-DiT checkpoint needs preset dc-dit: choose it")
     if any(blocks not in (0, method.blocks) for blocks in (method.head_blocks, method.tail_blocks)):
         raise UsageError("all blocks of a DC-DiT run on the kept tokens: leave out --head-blocks and --tail-blocks")
     return replace(method, router=OWN, head_blocks=0, tail_blocks=0, refined=refined)

@@ -1,4 +1,4 @@
-"""Method `ddit`: one patch size a step, chosen by how the latents move (DDiT, arXiv 2602.16968)."""
+"""Method `ddit`: one patch size per step, chosen by how the latents change (DDiT, arXiv 2602.16968)."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class DDiT(Method):
 
     name: ClassVar[str] = "ddit"
     title: ClassVar[str] = (
-        "DDiT (arXiv 2602.16968): one patch size a step, chosen by the third difference of the latents"
+        "DDiT (arXiv 2602.16968): one patch size per step, chosen by the third difference of the latents"
     )
     limits: ClassVar[tuple[str, ...]] = (
         WHAT_CHUNK_NEEDS,
-        "DDiT trains embeddings and low-rank changes for its larger patches. Here they start from a bilinear resize; "
+        "DDiT trains embeddings and low-rank updates for its larger patches. Here they start from a bilinear resize; "
         "'dcconvert upcycle' trains them.",
     )
     blocks: ClassVar[int] = 0
@@ -94,17 +94,17 @@ class DDiT(Method):
         return sizes[largest_below(spread, planner.schedule.threshold)]
 
     def training_counts(self, planner: StepPlanner, size: int, number: int) -> np.ndarray | None:
-        """Patch sizes in turns."""
+        """Alternates between the patch sizes."""
         if planner.schedule.kind != DIFFERENCE:
             return None
         sizes = np.array(planner.sizes)
         return sizes[(number + np.arange(size)) % len(sizes)]
 
     def fitted(self, model: Model, runs: Runs) -> Model:
-        """The threshold with which the model's own runs keep one token in `ratio`, and the detail that images have.
+        """The model with the threshold for which its own runs keep one token in `ratio`, and with the detail of images.
 
-        Larger patches change how the latents move, and with it what the criterion says, so it is searched for on runs
-        of the model itself. UsageError for a ratio that cannot be had.
+        Larger patches change how the latents change, and so the criterion. Therefore the threshold is searched for on
+        runs of the model itself. Raises UsageError for a ratio that cannot be reached.
         """
         latents: list[Tensor] = []
 
@@ -129,7 +129,7 @@ class DDiT(Method):
         if least > 1 / ratio + 1e-9:
             raise UsageError(
                 f"patches of {patches[-1]} pixels from the fourth of {len(latents)} steps on give {1 / least:.1f}x at "
-                f"most: ask for less than {ratio:g}x, or more steps"
+                f"most: choose a ratio below {ratio:g}x, or more steps"
             )
         windows = [latents[i : i + ORDER + 1] for i in range(len(latents) - ORDER)]
         spread = np.stack([patch_spread(third_difference(window), patches) for window in windows])
@@ -144,7 +144,7 @@ class DDiT(Method):
 
 
 def set_detail(model: DynamicModel, images: Tensor) -> None:
-    """Tell the skip how much detail images have that patches of each size lose: its variance."""
+    """Set, in the skip, the variance of the image detail that patches of each size lose."""
     found: dict[str, Any] = attributes(model.denoise_graph)
     name = f"{NAME}.skip.detail"
     if name not in found:

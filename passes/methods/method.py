@@ -1,4 +1,4 @@
-"""What a method is: how a model is rewritten, how many tokens its steps keep, and what a user has to know of it."""
+"""The definition of a method: how it rewrites a model, how many tokens its steps keep, and what users must know."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ FRONTEND: Passes = (
 
 @dataclass(frozen=True)
 class Method:
-    """A way to spend fewer tokens. A subclass is a method, its fields are its options, and an instance is a choice.
+    """A way to compute fewer tokens. A subclass is a method, its fields are its options, and an instance holds their
+    values.
 
-    Everything that differs between methods is asked of this class; nothing else in the project looks at a method's
-    name. A new method is one file in `passes/methods`, a line in its registry, and a test (docs/adding_a_method.md).
+    Everything that differs between methods is defined by this class; no other code depends on a method's name. A new
+    method is one file in `passes/methods`, a line in its registry, and a test (docs/adding_a_method.md).
 
-    `head_blocks` and `tail_blocks` compute all tokens before and after the trunk (-1: the method's default).
-    `router` scores the tokens ("": the first of `routers`). `seed` is that of random routers and new weights.
-    UsageError for options that are out of range.
+    `head_blocks` and `tail_blocks` compute all tokens before and after the trunk (-1: the method's default). `router`
+    scores the tokens ("": the first of `routers`). `seed` is used for random routers and new weights. Raises UsageError
+    for options that are out of range.
     """
 
     head_blocks: int = -1
@@ -85,7 +86,7 @@ class Method:
         self.check()
 
     def check(self) -> None:
-        """UsageError for options that are out of range or do not go together."""
+        """Raises UsageError for options that are out of range or conflict."""
         if min(self.head_blocks, self.tail_blocks) < 0:
             raise UsageError(
                 f"head blocks ({self.head_blocks}) and tail blocks ({self.tail_blocks}) cannot be negative"
@@ -97,11 +98,11 @@ class Method:
 
     @classmethod
     def for_ratio(cls, ratio: float, **given: Any) -> Self:
-        """The method with the options that were given, and those that the ratio decides."""
+        """The method with the given options, and with those that the ratio decides."""
         return cls(**given)
 
     def with_prediction(self, prediction: str) -> Self:
-        """The same for a model that predicts `eps` or `flow` ("": not known), where that matters."""
+        """The same method for a model that predicts `eps` or `flow` ("": unknown), if that matters."""
         return self
 
     # What passes ask.
@@ -113,32 +114,32 @@ class Method:
 
     @property
     def by_values(self) -> bool:
-        """Whether dechunk gives the trunk's values, and does not add its update."""
+        """Whether dechunk returns the trunk's values instead of adding its update."""
         return False
 
     @property
     def remembered_as(self) -> str:
-        """The precision of what a run remembers, one of STATE_DTYPES."""
+        """The precision of a run's state, one of STATE_DTYPES."""
         return "model"
 
     @property
     def predicts(self) -> str:
-        """What the model predicts: `eps`, `flow`, or "" where it is not known or does not matter."""
+        """What the model predicts: `eps`, `flow`, or "" if it is unknown or does not matter."""
         return ""
 
     @property
     def stateful(self) -> bool:
-        """Whether a run's samples remember something."""
+        """Whether the samples of a run have a state."""
         return bool(self.remembers)
 
     @property
     def keeps_original(self) -> bool:
-        """Whether the model is the original when every token is kept."""
+        """Whether the model equals the original when every token is kept."""
         return True
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """How the names of those weights begin that training leaves alone."""
+        """Prefixes of the names of weights that training does not change."""
         return ()
 
     def pipeline(self) -> Passes:
@@ -155,37 +156,37 @@ class Method:
 
     @classmethod
     def policy(cls, ratio: float) -> Schedule:
-        """How many tokens each step keeps, unless the user chooses a schedule; 1/ratio of them on average."""
+        """How many tokens each step keeps unless the user chooses a schedule; 1/ratio of them on average."""
         return Schedule(cls.schedule, ratio)
 
     def run_counts(self, planner: StepPlanner, taus: np.ndarray) -> np.ndarray:
-        """Kept tokens a sample at every step of a run at these noise levels."""
+        """Kept tokens per sample at every step of a run with these noise levels."""
         return planner.schedule.run_counts(taus, planner.spec.tokens)
 
     def found_counts(self, planner: StepPlanner, scores: np.ndarray, spread: np.ndarray | None) -> np.ndarray:
-        """Kept tokens of each sample where a step finds them, from scores [B, N] or from `ThirdDifference.spread`."""
+        """Kept tokens of each sample, if steps decide them, from scores [B, N] or from `ThirdDifference.spread`."""
         raise NotImplementedError
 
     def urgency(self, history: History, scores: np.ndarray, counts: np.ndarray, taus: Doubles) -> Doubles:
-        """How much each token needs computing [B, N], of a method whose samples remember something."""
+        """How urgently each token should be computed [B, N], for methods with a state."""
         raise NotImplementedError
 
     def finished(self, model: Model) -> Model:
-        """The rewritten model with what the method adds to it."""
+        """The rewritten model with the method's additions."""
         return model
 
     def fitted(self, model: Model, runs: Any) -> Model:
-        """The model fitted to its ratio on sampling runs (`methods.runs.Runs`), where steps find their numbers."""
+        """The model fitted to its ratio on sampling runs (`methods.runs.Runs`), if steps decide their token counts."""
         return model
 
     # How it is trained.
 
     def training_ratios(self, schedule: Schedule) -> tuple[float, ...]:
-        """The ratios that are trained for, one drawn at every step, unless the user names some."""
+        """The ratios to train for unless the user names some; one is drawn at every step."""
         return (schedule.ratio,)
 
     def training_counts(self, planner: StepPlanner, size: int, number: int) -> np.ndarray | None:
-        """Kept tokens of the samples of a training batch, the `number`-th; None: as the schedule says."""
+        """Kept tokens of the samples of the `number`-th training batch; None: by the schedule."""
         return None
 
     def unrounded(self, schedule: Schedule) -> Schedule:

@@ -1,4 +1,4 @@
-"""Fitting a method to its ratio on sampling runs, where steps find at run time how many tokens they keep."""
+"""Fitting a method to its ratio on sampling runs, for methods whose steps decide how many tokens they keep."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def kept(model: DynamicModel, runs: Runs) -> np.ndarray:
 
 
 def expecting(model: Model, runs: Runs, schedule: Schedule) -> Model:
-    """The model under a schedule that says what its runs keep."""
+    """The model with a schedule that records what its runs keep."""
     fractions = kept(model.with_schedule(schedule), runs).mean(1) / model.spec.tokens
     order = np.argsort(runs.taus)
     knots = tuple((float(runs.taus[i]), float(fractions[i])) for i in order)

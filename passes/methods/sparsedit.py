@@ -75,7 +75,7 @@ class SparseDiT(Method):
     def policy(cls, ratio: float) -> Schedule:
         """r(t): r_min up to a quarter of the noise, then linear to r_max; the kept fraction is 1 - r.
 
-        The shape is that of the published pair whose mean is nearest to 1/ratio; it is scaled to that mean.
+        Uses the published pair with the mean nearest to 1/ratio, scaled to that mean.
         """
         if ratio == 1:
             return super().policy(ratio)

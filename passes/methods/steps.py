@@ -1,4 +1,4 @@
-"""Method `steps`: some steps are computed whole, and the others forecast what the trunk would have added."""
+"""Method `steps`: some steps are computed in full, and the others forecast the trunk's update."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Steps(Method):
     mode: ClassVar[str] = "steps"
     remembers: ClassVar[str] = "updates"
     run: ClassVar[type[Run]] = StepRun
-    title: ClassVar[str] = "steps compute the whole trunk or forecast it from the last updates; no training"
+    title: ClassVar[str] = "each step computes the whole trunk or forecasts it from the last updates; no training"
     limits: ClassVar[tuple[str, ...]] = (
         "Mode steps needs the steps of one image in order: a run keeps the last updates of every sample, and a sampler "
         "that goes back to more noise has to start another run.",

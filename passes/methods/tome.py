@@ -1,4 +1,4 @@
-"""Method `tome`: tokens are merged with those they are most like (arXiv 2210.09461; for diffusion, 2303.17604)."""
+"""Method `tome`: similar tokens are merged (arXiv 2210.09461; for diffusion, 2303.17604)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens beside the grid (text in joint attention): where they join the grid's tokens and leave them, and positions."""
+"""Tokens beside the grid (text in joint attention): where they join and leave the grid, and their positions."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def joins(packer: Packer, node: Node) -> bool:
     if packer.joint(grid):
         raise packer.refuse(node, "it joins tokens of the grid with others a second time")
     if not same(other.meta["val"].shape[laid.batch], packer.program.batch):
-        raise packer.refuse(node, "what it joins to the tokens is not there once for each sample")
+        raise packer.refuse(node, "the values that it joins to the tokens do not exist once per sample")
     size = int(other.meta["val"].shape[axis])
     start = 0 if parts[0] is grid else size
     packer.store_joint(node, Joint(start, size), laid, packer.outside(other))
@@ -55,7 +55,7 @@ def joins(packer: Packer, node: Node) -> bool:
 
 
 def takes_apart(packer: Packer, node: Node, joint: Joint) -> bool:
-    """Write an op that takes grid tokens or the others out of a value with both; False for any other op."""
+    """Write an op that selects the grid tokens or the others from a value with both; False for any other op."""
     source = node.all_input_nodes[0]
     if node.target is operator.getitem and source.target in SPLITS and splits_tokens(packer, source):
         sizes, which = integers(source, 1), integer(node, 1)
@@ -98,14 +98,16 @@ def store_part(packer: Packer, node: Node, source: Node, joint: Joint, span: tup
     elif span == context:
         packer.keep_outside(node, packer.get(source, "context").node)
     else:
-        raise packer.refuse(node, f"it takes tokens {span[0]} to {span[1]} out, neither the grid's nor all others")
+        raise packer.refuse(
+            node, f"it selects tokens {span[0]} to {span[1]}, which are neither the grid's nor all others"
+        )
 
 
 def positional(packer: Packer, value: Node, laid: PackedValue, node: Node) -> Node:
-    """A value that varies with the token's place, such as a rotary embedding, at the places of packed tokens.
+    """A value that varies with the token's position, such as a rotary embedding, at the positions of packed tokens.
 
-    Of a value for grid tokens and others a context gets the others'. UnsupportedModelError if it is neither for all
-    tokens nor the same, or else different, for all samples.
+    For a value with grid tokens and others, a context gets the others' part. Raises UnsupportedModelError if the value
+    is not for all tokens, or exists neither once nor once per sample.
     """
     rank, shape = laid.node.meta["val"].ndim, value.meta["val"].shape
     joint = packer.joint(packer.trunk_input(node))
@@ -132,7 +134,7 @@ def positional(packer: Packer, value: Node, laid: PackedValue, node: Node) -> No
         elif samples == 1:
             index = packer.remembered(("places",), lambda: places(packer))
         else:
-            raise packer.refuse(node, f"an operand of shape {tuple(shape)} is there neither once nor for each sample")
+            raise packer.refuse(node, f"an operand of shape {tuple(shape)} exists neither once nor once per sample")
         return packer.from_front(packer.emit(torch.ops.dcconvert.gather_tokens.default, front, index), whole)
 
     return packer.remembered((value, laid.batch, laid.token, rank, start), placed)

@@ -1,17 +1,16 @@
-"""The packer: walks the trunk and writes each op again for packed tokens.
+"""The packer: walks the trunk and rewrites each op for packed tokens.
 
-A trunk value of the original has a batch axis (size B) and a token axis (size N). Packed, it has the same
-rank with sizes G and L: G tiles of L tokens, a tile holding tokens of one sample only, so that per-sample
-values (adaLN shift, scale, gate) are gathered once a tile and broadcast. When every sample keeps k tokens,
-a tile is a sample (L = k) and nothing is padded; otherwise small tiles bound the padding. In the attention
-grid the sizes are R and S. Ops are written in the packed layout. Ops that only
-move data exist in whichever layout they are asked for, so attention pulls its operands' reshapes and
-permutes into the grid and the two gathers land where a value is smallest: at the output of the linear
-layer before attention and at the input of the one after it.
+A trunk value of the original has a batch axis (size B) and a token axis (size N). Packed, it has the same rank with
+sizes G and L: G tiles of L tokens, a tile holding tokens of one sample only, so that per-sample values (adaLN shift,
+scale, gate) are gathered once per tile and broadcast. When every sample keeps k tokens, a tile is a sample (L = k) and
+nothing is padded; otherwise small tiles limit the padding. In the attention grid the sizes are R and S. Ops are written
+in the packed layout. Ops that only move data are written in the layout that their user requests. So attention pulls its
+operands' reshapes and permutes into the grid, and the two gathers happen where a value is smallest: at the output of
+the linear layer before attention and at the input of the one after it.
 
-Where other tokens take part in attention (text in joint attention, always computed), a value of theirs alone stays what
-it was, [B, X, ...], and one that holds both is kept in two parts: its grid tokens, laid out as above, and its context.
-Every op on it is written twice, once for each part.
+If other tokens take part in attention (text in joint attention, always computed), values with only these tokens do not
+change, [B, X, ...], and values with both are kept in two parts: the grid tokens, laid out as above, and the context.
+Every op on such a value is written twice, once for each part.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ aten = torch.ops.aten
 
 
 class Packer:
-    """State of one packing: which original node became what, in which layout."""
+    """State of one packing: the rewritten node of each original node, and its layout."""
 
     def __init__(
         self,
@@ -67,7 +66,7 @@ class Packer:
         self._store(node, PackedValue(packed, 0, 1))
 
     def visit(self, node: Node) -> None:
-        """Rewrite one trunk node, all of whose trunk inputs were visited before."""
+        """Rewrite one trunk node; all its trunk inputs must have been visited before."""
         if not any(source in self._native for source in node.all_input_nodes):
             self.keep_outside(node, self.copied(node))
             return
@@ -85,12 +84,12 @@ class Packer:
             self.store_context(node, rule.apply(self, node, "context"))
 
     def copied(self, node: Node) -> Node:
-        """A node of context alone, written again on what its inputs became."""
+        """A node with only context, rewritten on its rewritten inputs."""
         args, kwargs = map_arg((node.args, node.kwargs), self.outside)
         return self.again(node, *args, **kwargs)
 
     def outside(self, value: Node) -> Node:
-        """What a value without grid tokens became; itself if the trunk does not change it."""
+        """The rewritten form of a value without grid tokens; the value itself if the trunk does not change it."""
         return self._outside.get(value, value)
 
     def keep_outside(self, node: Node, value: Node) -> None:
@@ -110,7 +109,7 @@ class Packer:
         self._laid[node, "context"] = replace(laid, layout="context")
 
     def store(self, node: Node, laid: PackedValue) -> None:
-        """Declare what a node of grid tokens alone became."""
+        """Declare the rewritten form of a node with only grid tokens."""
         self._store(node, laid)
 
     def _store(self, node: Node, laid: PackedValue) -> None:
@@ -125,7 +124,7 @@ class Packer:
         return next(n for n in node.all_input_nodes if n in self._native)
 
     def get(self, node: Node, layout: Layout) -> PackedValue:
-        """A visited node's value in the layout asked for, converted or written again where needed."""
+        """A visited node's value in the requested layout, converted or rewritten if needed."""
         known = self._laid.get((node, layout))
         if known is not None:
             return known
@@ -139,7 +138,7 @@ class Packer:
         return self._laid[node, self._native[node]]
 
     def moved(self, node: Node, layout: Layout) -> PackedValue:
-        """A visited node's value as it was written, moved to the layout asked for."""
+        """A visited node's value as it was written, moved to the requested layout."""
         if (node, layout) not in self._laid:
             self._laid[node, layout] = self._convert(self.native(node), layout)
         return self._laid[node, layout]
@@ -174,9 +173,9 @@ class Packer:
     def outside_operand(self, value: Node, laid: PackedValue, node: Node) -> Any:
         """An operand of a pointwise op that was computed outside the trunk, made to fit packed tokens or a context.
 
-        Constants that do not vary with position pass; a per-sample value is gathered once a tile and left to
-        broadcast over the tile's tokens; of one that varies with position (rotary embeddings) each packed token gets
-        the part of its place. UnsupportedModelError if its token axis is no axis of positions.
+        Constants that do not vary with position are used as they are. A per-sample value is gathered once per tile and
+        broadcast over the tile's tokens. For a value that varies with position (rotary embeddings), each packed token
+        gets the part of its position. Raises UnsupportedModelError if the token axis is not an axis of positions.
         """
         value = self.outside(value)
         tensor = value.meta.get("val")
@@ -195,13 +194,13 @@ class Packer:
         return self._expanded[key]
 
     def remembered(self, key: tuple[Any, ...], make: Callable[[], Node]) -> Node:
-        """A node that several places need, made when it is first asked for."""
+        """A node that several places need, created when it is first needed."""
         if key not in self._expanded:
             self._expanded[key] = make()
         return self._expanded[key]
 
     def token_index(self) -> Node:
-        """Flat b*N+n of every packed token [G, L]; of a chunk, the one it was made around."""
+        """Flat index b*N+n of every packed token [G, L]; for a chunk, of its central token."""
         if self.carry is not None:
             return self.plan_input("token_index")
         chunks = self.plan_input("chunk_index")
@@ -213,7 +212,7 @@ class Packer:
     def again(self, node: Node, *args: Any, **kwargs: Any) -> Node:
         """The op of `node` on other operands."""
         if isinstance(node.target, str):
-            raise self.refuse(node, "it is no call of a function")
+            raise self.refuse(node, "it is not a function call")
         return self.emit(node.target, *args, **kwargs)
 
     def plan_input(self, name: str) -> Node:

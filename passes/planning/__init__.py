@@ -1,1 +1,1 @@
-"""What is decided on the host, in numpy: how many tokens a step keeps, which ones, and the index arrays that say so."""
+"""Decisions on the host, in numpy: how many tokens a step keeps, which ones, and the index arrays of the plan."""

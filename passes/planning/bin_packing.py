@@ -1,7 +1,7 @@
 """Which samples share a row of the attention grid: packing of variable lengths into rows of one capacity.
 
-Per sample, as a plan needs it once a step: `one_a_row`, `first_fit`, `shortest_pack_first`. On a histogram of lengths,
-as a data set has it once: `spfhp` and `nnlshp`, the two of Krell et al. (arXiv 2107.02027).
+Per sample, for the plan of each step: `one_a_row`, `first_fit`, `shortest_pack_first`. On a histogram of lengths, once
+for a data set: `spfhp` and `nnlshp`, both from Krell et al. (arXiv 2107.02027).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def first_fit(lengths: ArrayLike, capacity: int) -> tuple[Ints, Ints]:
 def shortest_pack_first(lengths: ArrayLike, capacity: int) -> tuple[Ints, Ints]:
     """Row and first slot of every sample: longest first, each into the row with the most room left, else a new one.
 
-    SPFHP of Krell et al. (arXiv 2107.02027) without its histogram, which pays only for far larger batches. Ties go to
-    the lower sample and the lower row. UsageError if a sample is longer than ``capacity``.
+    SPFHP of Krell et al. (arXiv 2107.02027) without the histogram, which is useful only for far larger batches. Ties go
+    to the lower sample and the lower row. UsageError if a sample is longer than ``capacity``.
     """
 
     def roomiest(used: list[int], length: int) -> int | None:
@@ -123,7 +123,7 @@ def nnlshp(histogram: Mapping[int, int], capacity: int, depth: int = 3) -> Count
 
     The packs are all of up to ``depth`` lengths that fill a row exactly; how often each is used comes from a weighted
     least squares fit of the histogram, rounded down. Samples that remain are packed by `spfhp`, to the same depth.
-    Slots that the fit filled with samples there are none of stay empty. UsageError for a length above ``capacity``, or
+    Slots that the fit filled with samples that do not exist stay empty. UsageError for a length above ``capacity``, or
     without scipy, which does the fit.
     """
     try:
@@ -160,7 +160,7 @@ def exact_packs(capacity: int, depth: int, longest: int) -> Iterator[Pack]:
 
 
 def taken(pack: Pack, count: int, left: dict[int, int]) -> Iterator[tuple[int, Pack]]:
-    """Use a pack ``count`` times with the samples that are left; where those of a length run out, without them."""
+    """Use a pack ``count`` times with the remaining samples; if the samples of a length run out, without them."""
     while count:
         need = Counter(pack)
         kept = tuple(length for length in pack if left.get(length, 0) >= need[length])
@@ -197,7 +197,7 @@ def rows_of(packs: Mapping[Pack, int], lengths: Sequence[int] | Ints) -> tuple[I
 
 
 def by_histogram(pack: Callable[[Mapping[int, int], int], Mapping[Pack, int]]) -> Packer:
-    """A histogram algorithm as one that says row and first slot of every sample."""
+    """A histogram algorithm adapted to return the row and first slot of every sample."""
 
     def rows(lengths: ArrayLike, capacity: int) -> tuple[Ints, Ints]:
         kept = checked(lengths, capacity)

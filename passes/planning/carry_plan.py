@@ -27,8 +27,7 @@ class CarryPlan:
     - write_index [G, L, 4]: state slot, sample, 0 and token that each packed token is written to.
     - recall_weight [P, B, N]: weights of the state's slots in the value of each token now.
 
-    Pads copy the first kept token of their tile's sample in everything, so that what they write to the state is what is
-    there anyway.
+    Pads copy everything from the first kept token of their tile's sample, so they write the same values to the state.
     """
 
     keep: Mask
@@ -41,15 +40,15 @@ class CarryPlan:
     recall_weight: NDArray[np.float32]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The inputs of `denoise` that the plan makes, by name."""
+        """The plan's inputs of `denoise`, by name."""
         return {name: getattr(self, name) for name in CARRY_ARRAYS}
 
 
 def carry_plan(history: History, keep: Mask, tau: Doubles, bucket: Bucket | None = None) -> CarryPlan:
     """Plan a step at noise levels `tau` [B] that computes the tokens of `keep` [B, N], and note it in the history.
 
-    CheckFailedError if a sample keeps nothing; UsageError for a mask that is misshapen or does not fit the bucket, or
-    noise that rose.
+    Raises CheckFailedError if a sample keeps nothing, and UsageError if the mask has the wrong shape or does not fit
+    the bucket, or if the noise rose.
     """
     history.check(tau)
     keep = np.ascontiguousarray(keep, dtype=bool)

@@ -1,6 +1,6 @@
-"""The packing plan: from keep scores to the index arrays that chunk, packed attention and dechunk take.
+"""The packing plan: from keep scores to the index arrays for chunk, packed attention and dechunk.
 
-All of it runs on the host in numpy, once a denoising step. Packed tokens are ordered by sample, then by grid index.
+All of it runs on the host in numpy, once per denoising step. Packed tokens are ordered by sample, then by grid index.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Plan:
 
 
 class Planner:
-    """Makes plans for one token grid; everything that depends only on the grid is computed here, once.
+    """Makes plans for one token grid; everything that depends only on the grid is computed once, here.
 
     ``grid``: (H, W). ``members``: M, tokens averaged into a packed one; 1 selects it unchanged. ``neighbours``: K.
     ``packing``: ``rows`` puts sample b in row b (what cross-attention needs), as does ``varlen``; ``bins`` lets short
@@ -130,10 +130,10 @@ class Planner:
         self._lately: dict[tuple[bytes, bytes, Bucket | None], Plan] = {}
 
     def __call__(self, scores: np.ndarray, counts: ArrayLike, bucket: Bucket | None = None) -> Plan:
-        """Select ``counts`` [B] tokens a sample by ``scores`` [B, N] and plan them; errors as in those two.
+        """Select ``counts`` [B] tokens per sample by ``scores`` [B, N] and plan them; errors as in `select` and `plan`.
 
-        The same scores and counts give the plan that they gave lately: a router that does not look at the tokens, such
-        as `pool`, says the same at every step.
+        The last plan is reused for the same scores and counts: a router that does not look at the tokens, such as
+        `pool`, gives the same scores at every step.
         """
         key = (np.asarray(scores).tobytes(), np.asarray(counts).tobytes(), bucket)
         if key not in self._lately:
@@ -147,11 +147,11 @@ class Planner:
         return self.plan(np.ones((batch, self.tokens), dtype=bool), bucket)
 
     def select(self, scores: np.ndarray, counts: ArrayLike) -> Mask:
-        """Keep mask [B, N] with exactly ``counts`` [B] tokens a sample, best scores first, ties by lower index.
+        """Keep mask [B, N] with exactly ``counts`` [B] tokens per sample, best scores first, ties by lower index.
 
-        With coverage, the best token of every square cell comes before all others; the cells are the smallest of which
-        there are no more than the count. CheckFailedError names a sample with a non-finite score; UsageError for shapes
-        that do not match the grid or a count outside 1..N.
+        With coverage, the best token of every square cell comes before all others; the cells are the smallest for which
+        there are no more cells than the count. Raises CheckFailedError with the number of a sample that has a
+        non-finite score, and UsageError for shapes that do not match the grid or a count outside 1..N.
         """
         scores = np.asarray(scores)
         if scores.ndim != 2 or len(scores) == 0 or scores.shape[1] != self.tokens:
@@ -175,7 +175,7 @@ class Planner:
         return keep
 
     def _cover(self, scores: np.ndarray, wanted: Ints) -> tuple[Mask, Ints]:
-        """Mask of the best token of every cell, and how many tokens each sample is still to keep."""
+        """Mask of the best token of every cell, and how many more tokens each sample must keep."""
         keep = np.zeros(scores.shape, dtype=bool)
         left = wanted.copy()
         if not self.coverage:
@@ -195,8 +195,8 @@ class Planner:
     def plan(self, keep: Mask, bucket: Bucket | None = None, scores: np.ndarray | None = None) -> Plan:
         """Plan a keep mask [B, N]; with a bucket the arrays have exactly its sizes, else the smallest that do.
 
-        `scores`: those of the router, for planners that look at more than which tokens are kept.
-        CheckFailedError if a sample keeps nothing; UsageError if the mask is misshapen or does not fit the bucket.
+        `scores`: the router's scores, for planners that use more than the mask. Raises CheckFailedError if a sample
+        keeps nothing, and UsageError if the mask has the wrong shape or does not fit the bucket.
         """
         keep = np.ascontiguousarray(keep, dtype=bool)
         laid = lay_out(keep, self.tokens, self.packing, bucket)

@@ -1,4 +1,4 @@
-"""DDiT's criterion: how large a patch the next step may have, from how the latents moved (arXiv 2602.16968)."""
+"""DDiT's criterion: how large a patch the next step may have, from how the latents changed (arXiv 2602.16968)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ THRESHOLD = 1e-3  # as published, for FLUX.1 in 50 steps
 
 
 class ThirdDifference:
-    """The last latents of every sample of a run, and what the criterion makes of them."""
+    """The last latents of every sample of a run, and the criterion computed from them."""
 
     def __init__(self, batch: int) -> None:
         self.seen: list[Tensor] = []
@@ -30,7 +30,7 @@ class ThirdDifference:
         self.tau[list(samples)] = np.inf
 
     def note(self, latents: Any, taus: np.ndarray) -> None:
-        """Take in the latents [B, C, H, W] of the next step; UsageError if the noise of a sample rose."""
+        """Record the latents [B, C, H, W] of the next step; UsageError if the noise of a sample rose."""
         if (taus > self.tau + 1e-6).any():
             sample = int((taus > self.tau + 1e-6).argmax())
             raise UsageError(
@@ -41,7 +41,7 @@ class ThirdDifference:
         self.tau = np.array(taus, np.float64)
 
     def spread(self, patches: Sequence[int]) -> np.ndarray:
-        """How much the latents changed [B, patches], for patches of so many pixels; infinite where it is too early."""
+        """How much the latents changed [B, patches], for patches of these sizes in pixels; infinite if too early."""
         if len(self.seen) <= ORDER:
             return np.full((len(self.age), len(patches)), np.inf)
         found = patch_spread(third_difference(self.seen), patches)
@@ -67,7 +67,7 @@ def patch_spread(difference: Tensor, patches: Sequence[int]) -> np.ndarray:
 
 
 def largest_below(spread: np.ndarray, threshold: float) -> np.ndarray:
-    """The place [B] of the largest patch whose spread is below the threshold; 0, the smallest patch, where none is.
+    """The index [B] of the largest patch whose spread is below the threshold; 0, the smallest patch, if none is.
 
     spread [B, patches], from the smallest patch to the largest.
     """

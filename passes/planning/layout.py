@@ -77,7 +77,7 @@ class TokenLayout:
 def lay_out(keep: Mask, tokens: int, packing: str = "rows", bucket: Bucket | None = None) -> TokenLayout:
     """Lay out a keep mask [B, N]; with a bucket in exactly its sizes, else in the smallest that do.
 
-    CheckFailedError if a sample keeps nothing; UsageError if the mask is misshapen or does not fit the bucket.
+    Raises CheckFailedError if a sample keeps nothing, and UsageError if the mask has the wrong shape or does not fit.
     """
     if keep.ndim != 2 or len(keep) == 0 or keep.shape[1] != tokens:
         raise UsageError(f"keep mask has shape {list(keep.shape)}: expected [batch, {tokens}]")
@@ -90,7 +90,7 @@ def lay_out(keep: Mask, tokens: int, packing: str = "rows", bucket: Bucket | Non
 
 @lru_cache(maxsize=64)
 def _lay_out_counts(kept: bytes, packing: str, bucket: Bucket | None) -> tuple[Any, ...]:
-    """All of a layout that the numbers of kept tokens decide; the steps of a run often keep the same ones."""
+    """The parts of a layout that depend only on the numbers of kept tokens, which steps often have in common."""
     counts = np.frombuffer(kept, np.int64)
     row, start, sizes = _sizes(counts, packing, bucket)
     place = _places(counts, sizes.tile)

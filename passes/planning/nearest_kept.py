@@ -31,7 +31,7 @@ class Nearest:
 
 
 class Neighbourhood:
-    """Finds nearest kept tokens on one grid: in a window of near positions, or by search where that holds too few.
+    """Finds nearest kept tokens on one grid: in a window of near positions, or by search if the window has too few.
 
     ``token_bits`` and ``distance_bits`` hold any index and any squared distance of the grid.
     """

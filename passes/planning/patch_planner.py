@@ -1,4 +1,4 @@
-"""Plans for DDiT's trunk: one patch size a sample and step, out of p, 2p and 4p (arXiv 2602.16968)."""
+"""Plans for DDiT's trunk: one patch size per sample and step, out of p, 2p and 4p (arXiv 2602.16968)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SCALES = (1, 2, 4)  # patch sizes, in those of the model
 
 
 def scales_of(grid: tuple[int, int]) -> tuple[int, ...]:
-    """The patch sizes that tile a grid, in those of the model."""
+    """The patch sizes that tile a grid, in units of the model's patch size."""
     return tuple(scale for scale in SCALES if grid[0] % scale == grid[1] % scale == 0)
 
 
 def cells_of(grid: tuple[int, int], scale: int) -> tuple[Ints, Ints]:
-    """For every token of the grid [N]: its patch of `scale` tokens a side, and its place in that patch."""
+    """For every token of the grid [N]: its patch of `scale` tokens per side, and its position in that patch."""
     y, x = np.indices(grid)
     return (y // scale * (grid[1] // scale) + x // scale).ravel(), (y % scale * scale + x % scale).ravel()
 
@@ -26,10 +26,10 @@ def cells_of(grid: tuple[int, int], scale: int) -> tuple[Ints, Ints]:
 class PatchPlanner(SizedPlanner):
     """Plans in which each sample is cut into patches of one size: it keeps N / scale^2 tokens.
 
-    The tokens that are packed come out of all embeddings one after the other, N / scale^2 of each scale, and what the
-    trunk gives for a packed token is `variants` values, scale^2 of each scale: one for every token of a patch.
-    `chunk_index` [G, L, 1] is in B x sum of N / scale^2; `fill_index` [B, N, 2] in T x variants, and in B x N x scales
-    (which scale it is).
+    Packed tokens are selected from the concatenation of all embeddings, N / scale^2 tokens of each scale. For a packed
+    token, the trunk returns `variants` values, scale^2 of each scale: one for every token of a patch. `chunk_index` [G,
+    L, 1] is in B x sum of N / scale^2; `fill_index` [B, N, 2] in T x variants, and in B x N x scales (which scale it
+    is).
     """
 
     def __init__(self, grid: tuple[int, int], packing: str = "rows") -> None:

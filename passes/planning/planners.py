@@ -1,4 +1,4 @@
-"""Planners of the published methods: other ways into the packed tokens and back out than `Planner` has."""
+"""Planners of the published methods, which pack tokens and restore the grid differently from `Planner`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ CERTAIN = 1e-4  # DC-DiT keeps p this far from 0 and 1
 
 
 class MergePlanner(Planner):
-    """Token merging (ToMe, arXiv 2210.09461): a token that is not kept joins the one it is most like.
+    """Token merging (ToMe, arXiv 2210.09461): a token that is not kept joins the one it is most similar to.
 
-    Scores are [B, N, 2]: how badly a token is matched, and which token of the grid it is matched with, as
-    `MergeRouter` gives them. A packed token is the mean of a kept one and of those that joined it (of `members` at
-    most); each of them gets its update. A token whose match is not kept goes by the nearest kept one.
+    Scores are [B, N, 2], from `MergeRouter`: how badly a token is matched, and the grid index of its match. A packed
+    token is the mean of a kept token and those that joined it (at most `members`); each of them gets its update. A
+    token whose match is not kept uses the nearest kept token.
     """
 
     def select(self, scores: np.ndarray, counts: ArrayLike) -> Mask:
@@ -39,17 +39,17 @@ class MergePlanner(Planner):
 
 
 class SmoothedPlanner(Planner):
-    """DC-DiT's choice and de-chunk (arXiv 2603.06351), on the trunk's update or its values.
+    """DC-DiT's selection and dechunk (arXiv 2603.06351), on the trunk's update or its values.
 
     The first and the last token are always kept. With p the score of a kept token, its update becomes p times its own
-    and 1 - p times the mean of the kept ones around it, by Gaussian weight times their p; a dropped position takes that
-    of the nearest kept token. (Of those around it the `neighbours` nearest count, where DC-DiT sums over all.) Without
-    scores, as where everything is kept for a check, p is 1.
+    plus 1 - p times the mean of the kept ones around it, weighted by a Gaussian times their p. A dropped position takes
+    the update of the nearest kept token. (Only the `neighbours` nearest tokens count, whereas DC-DiT sums over all.)
+    Without scores, for example when a check keeps everything, p is 1.
     """
 
     @property
     def sigma(self) -> float:
-        """Width of the Gaussian in grid cells: 1 up to 32 cells a side, 2 at 64, as DC-DiT has it."""
+        """Width of the Gaussian in grid cells: 1 up to 32 cells per side, 2 at 64, as in DC-DiT."""
         return max(1.0, max(self.grid) / 32)
 
     def select(self, scores: np.ndarray, counts: ArrayLike) -> Mask:
@@ -80,7 +80,7 @@ class SmoothedPlanner(Planner):
         return index, np.take_along_axis(weight, nearest, axis=1).astype(np.float32)
 
     def natural(self, scores: np.ndarray, drop: float) -> Ints:
-        """Tokens a sample [B] with p > 0.5, less the fraction `drop` of them (tail dropping); at least one."""
+        """Tokens per sample [B] with p > 0.5, minus the fraction `drop` of them (tail dropping); at least one."""
         chosen = (forced(scores) > 0.5).sum(1)
         return np.maximum(chosen - np.floor(drop * chosen + 1e-9), 1).astype(np.int64)
 

@@ -34,22 +34,22 @@ def windows(length: int, parts: int) -> list[range]:
 
 
 def pooled_sizes(grid: tuple[int, int]) -> dict[int, tuple[int, int]]:
-    """Pooled grids of an H x W one by their numbers of tokens, ascending; one for every length of the long side."""
+    """Pooled grids of an H x W grid by their numbers of tokens, ascending; one for every length of the long side."""
     longest = max(grid)
     shapes = [tuple(-(-side * part // longest) for side in grid) for part in range(1, longest + 1)]
     return {height * width: (height, width) for height, width in shapes}
 
 
 class SizedPlanner(Planner):
-    """Plans whose samples keep one of a few numbers of tokens, and with it always the same ones, whatever the scores.
+    """Plans whose samples keep one of a few numbers of tokens, and for each number always the same tokens.
 
-    `sizes`: what stands for each number, which becomes the next smaller one that there is. Subclasses set it.
+    `sizes`: the value for each number of tokens; other numbers are rounded down to one of these. Subclasses set it.
     """
 
     sizes: dict[int, Any]
 
     def allowed(self, counts: ArrayLike) -> Ints:
-        """The largest numbers of tokens that are no larger than each of `counts`, or the least there is."""
+        """The largest allowed numbers of tokens that do not exceed each of `counts`, or the smallest one."""
         known = np.array(sorted(self.sizes))
         return known[np.maximum(np.searchsorted(known, np.asarray(counts), side="right") - 1, 0)]
 
@@ -58,7 +58,7 @@ class SizedPlanner(Planner):
         return self.mask(self.allowed(counts))
 
     def mask(self, counts: Ints) -> Mask:
-        """Keep mask [B, N] of so many tokens a sample, each of them one of the sizes: the first token of each cell."""
+        """Keep mask [B, N] with these numbers of tokens per sample (each in `sizes`): the first token of each cell."""
         return np.stack([self.first(count) for count in counts.tolist()])
 
     def first(self, count: int) -> Mask:
@@ -70,7 +70,7 @@ class SizedPlanner(Planner):
 
 
 class PooledPlanner(SizedPlanner):
-    """Plans that keep the same cells of every sample: as many tokens as a pooled grid has, the scores play no part.
+    """Plans that keep the same cells of every sample, as many as a pooled grid has; scores are not used.
 
     `fewest`: the smallest fraction of the tokens that any step keeps; it bounds the tokens averaged into one.
     """

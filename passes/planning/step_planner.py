@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class StepPlanner:
-    """The schedule says how many tokens a step keeps, router and history which, the plan where they go."""
+    """The schedule decides how many tokens a step keeps, router and history which ones, the plan where they go."""
 
     def __init__(self, spec: ModelSpec, method: Method, schedule: Schedule) -> None:
         self.spec = spec
@@ -36,10 +36,10 @@ class StepPlanner:
         self.check()
 
     def check(self) -> None:
-        """UsageError for a schedule that this model cannot have."""
+        """Raises UsageError for a schedule that does not work with this model."""
         kind, levels = self.schedule.kind, self.schedule.levels
         if self.schedule.data_dependent and kind not in self.method.schedules:
-            raise UsageError(f"schedule '{kind}' is for models converted with another method than {self.method.name}")
+            raise UsageError(f"schedule '{kind}' does not work with method {self.method.name}: choose another")
         most = levels[-1] if levels else self.spec.tokens
         bounded = most == self.spec.tokens if kind == NATURAL else most <= self.spec.tokens  # else it would cut off
         if levels and (not bounded or (self.sizes and not {*levels} <= {*self.sizes})):
@@ -49,13 +49,13 @@ class StepPlanner:
         if kind != DIFFERENCE and fewest > 1 and self.schedule.ratio > self.spec.tokens / fewest + 1e-6:
             raise UsageError(
                 f"the coarsest grid of this model has {fewest} of {self.spec.tokens} tokens, which is "
-                f"{self.spec.tokens / fewest:.3g}x: ask for less than {self.schedule.ratio:g}x, or convert again"
+                f"{self.spec.tokens / fewest:.3g}x: choose a ratio below {self.schedule.ratio:g}x, or convert again"
             )
 
     def at_ratio(self, ratio: float, taus: np.ndarray) -> StepPlanner:
-        """The same planner with its schedule at another ratio, its mean over a run at these noise levels.
+        """The same planner with another ratio, as a mean over a run with these noise levels.
 
-        UsageError for a ratio that such a run cannot have.
+        Raises UsageError for a ratio that such a run cannot reach.
         """
         if self.schedule.data_dependent and ratio != self.schedule.ratio:
             return StepPlanner(self.spec, self.method, self.schedule.dropping(ratio))
@@ -65,19 +65,19 @@ class StepPlanner:
         return StepPlanner(self.spec, self.method, other)
 
     def levelled(self, taus: np.ndarray, most: int) -> Schedule:
-        """The schedule with at most `most` numbers of kept tokens, all of them such as the model can keep."""
+        """The schedule with at most `most` different numbers of kept tokens, which the model can keep."""
         if self.skips:  # all or none
             return self.schedule
         return self.schedule.levelled(taus, self.spec.tokens, most, self.sizes)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The only numbers of tokens that a sample can keep; empty where any will do."""
+        """The only numbers of tokens that a sample can keep; empty if there is no restriction."""
         return tuple(self.planner.sizes) if isinstance(self.planner, SizedPlanner) else ()
 
     @property
     def patches(self) -> tuple[int, ...]:
-        """Pixels a side of the patches that a step may have, of a trunk with patch sizes."""
+        """Pixels per side of the patches that a step may use, for a trunk with patch sizes."""
         image = next(item for item in self.spec.input_specs if item.name == self.spec.image)
         patch = image.shape[-1] // self.spec.grid[1]
         return tuple(patch * scale for scale in scales_of(self.spec.grid))
@@ -97,10 +97,10 @@ class StepPlanner:
         return self.method.remembers == "updates"
 
     def taus(self, inputs: dict[str, Any], batch: int) -> Doubles:
-        """Noise levels [B] of a step's inputs; 0.5 where the schedule is the same at all of them.
+        """Noise levels [B] of a step's inputs; 0.5 if the schedule does not depend on them.
 
-        UsageError if the schedule needs the timestep and no input is known to be it, or if a timestep is outside its
-        range; CheckFailedError naming a sample whose timestep is not finite.
+        Raises UsageError if the schedule needs the timestep but the timestep input is unknown, or if a timestep is
+        outside its range, and CheckFailedError with the number of a sample whose timestep is not finite.
         """
         if self.spec.timestep is not None:
             timesteps = torch.as_tensor(inputs[self.spec.timestep]).detach().double().cpu().numpy().reshape(-1)
@@ -115,7 +115,7 @@ class StepPlanner:
         if self.schedule.kind in ("constant", NATURAL) or self.schedule.ratio == 1:
             return np.full(batch, 0.5)
         raise UsageError(
-            f"schedule '{self.schedule.kind}' needs the timestep, but no input of the model is known to be it; "
+            f"schedule '{self.schedule.kind}' needs the timestep, but which input of the model that is, is unknown; "
             "name it with timestep=..., or use the constant schedule"
         )
 
@@ -124,11 +124,11 @@ class StepPlanner:
         return self.schedule.counts(taus, self.spec.tokens, steps)
 
     def fraction(self, taus: Doubles, steps: np.ndarray) -> Doubles:
-        """Mode steps: which fraction of the steps is to be computed at noise levels [B], `steps` [B] into the runs."""
+        """Mode steps: the fraction of the steps to compute at noise levels [B], `steps` [B] into the runs."""
         return self.schedule.step_fraction(taus, steps)
 
     def found_counts(self, scores: np.ndarray, spread: np.ndarray | None) -> np.ndarray:
-        """Kept tokens of each sample where a step finds them: from scores [B, N], or from `ThirdDifference.spread`."""
+        """Kept tokens of each sample, if steps decide them: from scores [B, N], or from `ThirdDifference.spread`."""
         return self.method.found_counts(self, scores, spread)
 
     def bucket_counts(self, taus: np.ndarray) -> np.ndarray:
@@ -138,7 +138,7 @@ class StepPlanner:
         return np.array(self.schedule.levels) if self.schedule.data_dependent else self.run_counts(taus)
 
     def run_counts(self, taus: np.ndarray) -> np.ndarray:
-        """Kept tokens a sample at every step of a run."""
+        """Kept tokens per sample at every step of a run."""
         return self.method.run_counts(self, taus)
 
     def plan(self, scores: np.ndarray, counts: np.ndarray, bucket: Bucket | None = None) -> Plan:
@@ -155,22 +155,22 @@ class StepPlanner:
         bucket: Bucket | None = None,
         adjust: Callable[[Doubles], Doubles] | None = None,
     ) -> CarryPlan:
-        """Mode carry: the plan of a step, noted in the history; errors as in `plan`.
+        """Mode carry: the plan of a step, which is also recorded in the history; errors as in `plan`.
 
-        `adjust` may change the urgency [B, N] of the tokens before the choice is made.
+        `adjust` may change the urgency [B, N] of the tokens before they are chosen.
         """
         check_finite(scores)
         urgency = self.method.urgency(history, scores, counts, taus)
         return carry_plan(history, most_urgent(adjust(urgency) if adjust else urgency, counts), taus, bucket)
 
     def of_mask(self, keep: Mask, bucket: Bucket | None = None) -> Plan | CarryPlan:
-        """The plan of a keep mask [B, N] for a step that nothing came before, in either mode."""
+        """The plan of a keep mask [B, N] for the first step of a run, in either mode."""
         if self.carries:
             return carry_plan(History(*keep.shape), keep, np.ones(len(keep)), bucket)
         return self.planner.plan(keep, bucket)
 
     def full_plan(self, batch: int, bucket: Bucket | None = None) -> Plan | CarryPlan:
-        """The plan that keeps everything, for a step that nothing came before."""
+        """The plan that keeps everything, for the first step of a run."""
         return self.of_mask(np.ones((batch, self.spec.tokens), bool), bucket)
 
 

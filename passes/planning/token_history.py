@@ -1,7 +1,7 @@
-"""What `carry` remembers about every token on the host: when it was computed, and how fast it changes.
+"""The host's record of every token in mode carry: when it was computed, and how fast it changes.
 
-The values themselves stay on the device, in a state of two slots a token (`passes.rewrite.carry_trunk`). Here is
-the bookkeeping that says which slot to write and with which weights to read.
+The values themselves stay on the device, in a state with two slots per token (`passes.rewrite.carry_trunk`). This
+module decides which slot to write and with which weights to read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REACH = 2.0
 
 
 def check_falling(before: Doubles, tau: Doubles, who: str) -> None:
-    """UsageError if the noise of a sample rose from its last step to this one; `who` needs that it does not."""
+    """Raises UsageError if the noise of a sample rose since its last step; `who` says what requires falling noise."""
     rose = np.flatnonzero(tau > before[: len(tau)] + 1e-6)
     if len(rose):
         sample = int(rose[0])
@@ -53,14 +53,14 @@ class History:
         self.distance: Doubles = np.zeros((batch, tokens))  # between the updates in the two slots
 
     def restart(self, samples: Sequence[int] | Ints) -> None:
-        """Forget these samples: their next step is the first of a run and computes every token."""
+        """Clear these samples: their next step is the first of a run and computes every token."""
         self.steps[samples] = 0
         self.tau[samples] = np.inf
         for array in (self.latest, self.before, self.newest, self.written, self.age, self.distance):
             array[samples] = 0
 
     def check(self, tau: Doubles) -> None:
-        """UsageError if the noise of a sample rose since its last step."""
+        """Raises UsageError if the noise of a sample rose since its last step."""
         check_falling(self.tau, tau, "carry needs")
 
     def elapsed(self, tau: Doubles) -> Doubles:
@@ -68,13 +68,14 @@ class History:
         return self.latest - tau[:, None]
 
     def gaps(self) -> Doubles:
-        """Noise levels between the two last computations of each token [B, N]; 0 where there are not two."""
+        """Noise levels between the last two computations of each token [B, N]; 0 if there were fewer than two."""
         return (self.before - self.latest) * (self.written > 1)
 
     def drift(self) -> Doubles:
-        """How far each token's update moved per unit of noise level [B, N].
+        """How much each token's update changed per unit of noise level [B, N].
 
-        A token that was not computed twice yet is taken to move like the fastest of its sample; 1 where none was.
+        A token that was not computed twice yet gets the speed of the fastest token of its sample, or 1 if there is
+        none.
         """
         gaps = self.gaps()
         known = gaps > 0
@@ -83,7 +84,7 @@ class History:
         return np.where(known, drift, fastest[:, None])
 
     def write(self, keep: Mask, tau: Doubles) -> Ints:
-        """Note that a step at `tau` [B] computes the tokens of `keep`; the slot each token is written to [B, N]."""
+        """Record that a step at `tau` [B] computes the tokens of `keep`; returns the slots to write them to [B, N]."""
         fresh = keep & (
             self.latest != tau[:, None]
         )  # of solvers that look twice at one noise level the last look counts
@@ -98,7 +99,7 @@ class History:
         return self.newest
 
     def weights(self, tau: Doubles) -> NDArray[np.float32]:
-        """Weights [P, B, N] that read every token at `tau` [B]: a line through its two values, 1 and 0 if fresh."""
+        """Weights [P, B, N] to read every token at `tau` [B]: linear in its two values, or 1 and 0 if fresh."""
         gaps = self.gaps()
         ahead = np.divide(self.elapsed(tau), gaps, out=np.zeros_like(gaps), where=gaps > 0).clip(0, REACH)
         weights = np.empty((SLOTS, self.batch, self.tokens), np.float32)

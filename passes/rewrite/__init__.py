@@ -1,1 +1,1 @@
-"""The passes that change the graph: one rewrite a file."""
+"""The passes that change the graph: one rewrite per file."""

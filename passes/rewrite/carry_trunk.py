@@ -1,4 +1,4 @@
-"""Rewrite the trunk for mode `carry`: kept tokens are computed, the others remembered."""
+"""Rewrite the trunk for mode `carry`: kept tokens are computed, the others are read from the state."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ UPDATE = "update"
 
 
 class CarryTrunk(PackTrunk):
-    """Rewrite h -> trunk -> h' with a state that lives from step to step.
+    """Rewrite h -> trunk -> h' with a state that is passed from step to step.
 
     1. The plan's index tensors and, for every carried value, a state [P, B, C, N, E] become graph inputs: P slots hold
        the last computed values of C x E numbers of each of N tokens.
-    2. The kept tokens of h are packed and every trunk node is written again by its op's packing rule, as in PackTrunk.
+    2. The kept tokens of h are packed and every trunk node is rewritten by its op's packing rule, as in PackTrunk.
     3. Self-attention writes the keys and values of the kept tokens into their states and attends to those of all
        tokens, read from there. (Cross-attention has its keys outside the tokens and is as in PackTrunk.)
     4. The trunk's update is written and read in the same way: h' = h + update.
-    5. New outputs: `distance` [B, N], between the two last updates of each token, then every state.
+    5. New outputs: `distance` [B, N], between the last two updates of each token, then every state.
     """
 
     def prepare(self, program: Program) -> Packer:
@@ -50,7 +50,7 @@ class CarryTrunk(PackTrunk):
         output = next(iter(reversed(program.graph.nodes)))
         found = [node.target for node in output.args[0][-len(program.state) :]]
         if not program.state or any(target is not torch.ops.dcconvert.cache_write.default for target in found):
-            raise CheckFailedError("the states are not the graph's last outputs; this is a bug of dcconvert")
+            raise CheckFailedError("the states are not the graph's last outputs; this is a bug in dcconvert")
 
 
 class Memory:
@@ -93,7 +93,7 @@ class Memory:
         return self._cache_index[channels]
 
     def give_out(self, distance: Node) -> None:
-        """Make the distance and the states outputs of the graph."""
+        """Add the distance and the states to the graph's outputs."""
         output = next(iter(reversed(self.program.graph.nodes)))
         output.args = ((*output.args[0], distance, *self.written.values()),)
 

@@ -1,4 +1,4 @@
-"""Hoist what stays the same over a sampling run: text keys and values are computed once, not at every step."""
+"""Hoist values that stay the same during a run: text keys and values are computed once, not at every step."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ CONSTANT = "constant"
 
 
 class HoistConstants(Pass):
-    """Move into a third graph, `prepare`, what `denoise` computes from neither image nor timestep.
+    """Move values of `denoise` that depend on neither image nor timestep into a third graph, `prepare`.
 
-    1. A value is constant over a run if it depends on model inputs, and on none but those.
-    2. Constant values with a batch axis that something else uses, and that took a matrix product to make, become the
-       outputs of `prepare` and inputs `constant_0`, ... of `denoise`.
-    3. A model with nothing of that kind (classes instead of text) gets no third graph; nor does one whose constants
-       are there once for all samples, because then no input of `prepare` says how many samples there are.
+    1. A value is constant during a run if it depends on model inputs, but not on the image or the timestep.
+    2. Constant values with a batch axis that need a matrix product, and that other values use, become the outputs of
+       `prepare` and the inputs `constant_0`, ... of `denoise`.
+    3. A model without such values (classes instead of text) gets no third graph. Neither does a model whose constants
+       exist once for all samples, because then no input of `prepare` has the batch size.
     """
 
     optional = True
@@ -57,7 +57,7 @@ class HoistConstants(Pass):
 
 
 def constant_nodes(program: Program, graph: Graph) -> set[Node]:
-    """Nodes that depend on model inputs, and on none but those that stay the same over a run."""
+    """Nodes that depend on model inputs, but only on those that stay the same during a run."""
     still = set(program.inputs) - {program.image, program.timestep}
     found: set[Node] = set()
     moving = {node for node in placeholders(graph) if node.name not in still}
@@ -85,7 +85,7 @@ def worth_keeping(program: Program, node: Node, constant: set[Node]) -> bool:
 
 
 def is_batched_input(node: Node) -> bool:
-    """Whether a node is an input that is there for each sample: `prepare` reads the batch size off such a one."""
+    """Whether a node is an input with a batch axis, from which `prepare` can read the batch size."""
     return node.op == "placeholder" and has_batch_axis(node)
 
 

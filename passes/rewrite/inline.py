@@ -1,4 +1,4 @@
-"""Copy a module into a graph: routers, adapters and new layers are written as modules and become ops of the graph."""
+"""Copy a module into a graph: routers, adapters and new layers are written as modules and inlined as ops."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dcconvert.passes.ir.pass_runner import run_graph_passes
 
 
 def inline(target: GraphModule, module: nn.Module, sources: Sequence[Node], name: str) -> Node:
-    """Copy `module(*sources)` to the graph's insertion point; returns the result's node.
+    """Copy `module(*sources)` to the graph's insertion point and return the result's node.
 
-    The module's tensors appear in `target` under `name`. Errors as `export`.
+    The module's tensors appear in `target` under `name`. Errors as in `export`.
     """
     values = [source.meta["val"] for source in sources]
     example = [torch.zeros(3, *map(int, v.shape[1:]), dtype=v.dtype, device=v.device) for v in values]

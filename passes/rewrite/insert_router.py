@@ -15,7 +15,7 @@ PREFIX = "router"
 class InsertRouter(Pass):
     """Add p [B, N] = router(h [B, N, D]) to the graph, ahead of the original output.
 
-    1. The router is captured like any module and its ops are copied in after the trunk's input.
+    1. The router is captured like any module, and its ops are inserted after the trunk's input.
     2. Its parameters and buffers appear in the program under `router.`, or `dcconvert_router.` if the model has one.
     """
 
@@ -27,7 +27,7 @@ class InsertRouter(Pass):
         if method.router != OWN:
             router = method.router_module(stream.grid)
         elif router is None:
-            raise UsageError("router 'own' is for models that have one (DC-DiT): choose another")
+            raise UsageError("router 'own' needs a model with its own router (DC-DiT): choose another")
         name = f"dcconvert_{PREFIX}" if hasattr(program.graph_module, PREFIX) else PREFIX
         with program.graph.inserting_before(start.next):
             program.scores = inline(program.graph_module, router, (start,), name)

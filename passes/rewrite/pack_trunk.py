@@ -29,9 +29,9 @@ class PackTrunk(Pass):
 
     1. The plan's index tensors become graph inputs.
     2. `chunk` packs the trunk's input h [B, N, D] into u [G, L, D].
-    3. Every trunk node that depends on h is written again by its op's packing rule, giving v [G, L, D].
-    4. `dechunk` adds the update v - u to h near the tokens it was computed for; for models of
-       DC-DiT's own architecture, it gives v itself, after the norm that closes the trunk.
+    3. Every trunk node that depends on h is rewritten by its op's packing rule; the result is v [G, L, D].
+    4. `dechunk` adds the update v - u to h near the tokens it was computed for. For models with DC-DiT's own
+       architecture, it returns v itself, after the norm that closes the trunk.
     """
 
     exact = True
@@ -62,7 +62,7 @@ class PackTrunk(Pass):
         return PassResult(packer.attentions, (f"{len(nodes)} trunk nodes rewritten, {packer.attentions} attentions",))
 
     def prepare(self, program: Program) -> Packer:
-        """The packer of this trunk, the plan's inputs declared."""
+        """The packer of this trunk, with the plan's inputs declared."""
         add_plan_inputs(program, CHUNK_INPUTS)
         return Packer(program, find_rule, program.found_stream().tokens, program.method.row_packing)
 
@@ -83,15 +83,15 @@ class PackTrunk(Pass):
         if str(end.meta["val"].shape) != str(start.meta["val"].shape):
             raise CheckFailedError(
                 f"dechunk gives {tuple(end.meta['val'].shape)} where the trunk had {tuple(start.meta['val'].shape)}; "
-                "this is a bug of dcconvert"
+                "this is a bug in dcconvert"
             )
         for node in program.graph.nodes:
             if node.op == "call_function" and not node.users:
-                raise CheckFailedError(f"{where(node)} is still in the graph but unused; this is a bug of dcconvert")
+                raise CheckFailedError(f"{where(node)} is still in the graph but unused; this is a bug in dcconvert")
 
 
 def closing_norm(end: Node) -> Node:
-    """The norm that follows the last block; UnsupportedModelError where there is none."""
+    """The norm that follows the last block; UnsupportedModelError if there is none."""
     norms = [user for user in end.users if user.target is aten.rms_norm.default]
     if len(norms) != 1 or len(end.users) != 1:
         raise UnsupportedModelError("dechunk by values needs an RMS norm after the last block, as DC-DiT has it")
@@ -99,7 +99,7 @@ def closing_norm(end: Node) -> Node:
 
 
 def trunk_nodes(program: Program, start: Node, ends: Sequence[Node]) -> list[Node]:
-    """Nodes on a path from `start` to one of `ends`, in graph order, `start` left out."""
+    """Nodes on a path from `start` to one of `ends`, in graph order, without `start`."""
     after = dependents(program, [start])
     needed, found = set(ends), []
     for node in reversed(after):
@@ -110,7 +110,7 @@ def trunk_nodes(program: Program, start: Node, ends: Sequence[Node]) -> list[Nod
 
 
 def add_plan_inputs(program: Program, wanted: Mapping[str, PlanInput]) -> None:
-    """Graph inputs for the plan; their symbolic sizes are of this program, and shared by inputs with the same axis."""
+    """Add graph inputs for the plan; inputs with the same axis share its symbolic size in this program."""
     stream, method = program.found_stream(), program.method
     planner = method.planner(stream.grid)
     sizes: dict[str, int | torch.SymInt] = {name: program.new_size(hint) for name, hint in HINTS.items()}

@@ -1,4 +1,4 @@
-"""DDiT's trunk: every sample and step in patches of one size, out of several (arXiv 2602.16968)."""
+"""DDiT's trunk: each sample and step uses one of several patch sizes (arXiv 2602.16968)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAME = "patch_sizes"
 
 @dataclass(frozen=True)
 class Pixels:
-    """Where the features of a token go: feature f of token (y, x) is pixel (y p + dy, x p + dx) of channel c.
+    """The pixels of a token's features: feature f of token (y, x) is pixel (y p + dy, x p + dx) of channel c.
 
     order [F]: c p^2 + dy p + dx of each feature; `patch`: p.
     """
@@ -45,12 +45,14 @@ class Pixels:
 class PatchSizes(Pass):
     """Rewrite image -> tokens -> blocks -> pixels so that it runs in patches of p, 2p or 4p; the plan says which.
 
-    1. Patches of 2p and 4p have an embedding of their own: pseudo-inverse of bilinear resize, positions interpolated.
+    1. Patches of 2p and 4p have their own embedding: the pseudo-inverse of a bilinear resize, with interpolated
+       positions.
     2. `chunk` takes the tokens of the plan's size; everything up to the last linear layer is packed.
-    3. That layer has a form for each size too (bilinear resize of what it gives for p); every token of the grid takes
-       its part of what its patch gave, and what detail of the input a patch of that size cannot hold (`PatchSkip`).
+    3. That layer also has a version for each size (a bilinear resize of its output for p). Every token of the grid
+       takes its part of its patch's output, plus the detail of the input that a patch of that size cannot represent
+       (`PatchSkip`).
 
-    With every patch of size p it is the original.
+    If every patch has size p, the result is the original.
     """
 
     exact = True
@@ -58,9 +60,7 @@ class PatchSizes(Pass):
     def requires(self, program: Program) -> None:
         stream = program.found_stream()
         if any(stream.contexts.get(node) for node in stream.boundaries):
-            raise UnsupportedModelError(
-                "patch sizes have no rule for tokens beside the grid (joint attention with text)"
-            )
+            raise UnsupportedModelError("patch sizes do not support tokens beside the grid (joint attention with text)")
         if len(scales_of(stream.grid)) == 1:
             raise UnsupportedModelError(
                 f"a grid of {stream.grid[0]}x{stream.grid[1]} tokens has no patches of twice the size"
@@ -91,7 +91,7 @@ class PatchSizes(Pass):
         return PassResult(packer.attentions, (f"patches of {sizes}, {packer.attentions} attentions",))
 
     def pixels(self, packer: Packer, end: Node, pixels: Pixels, scales: Sequence[int]) -> Node:
-        """What the packed tokens give, as features of every token of the grid [B, N, F]."""
+        """The output of the packed tokens, as features of every token of the grid [B, N, F]."""
         program, features = packer.program, int(end.meta["val"].shape[2])
         own, source = (packer.get(node, "packed").node for node in (end, operand(end)))
         tensors = [tensor_of(program, node) for node in end.args[1:] if isinstance(node, Node)]
@@ -117,13 +117,13 @@ class PatchSizes(Pass):
 class PatchPacker(Packer):
     def token_index(self) -> Node:
         raise UnsupportedModelError(
-            "the blocks look at the places of tokens (rotary embeddings): patch sizes have a rule for positions that "
-            "are added before the first block only"
+            "the blocks use token positions (rotary embeddings): patch sizes support only positions that "
+            "are added before the first block"
         )
 
 
 def last_linear(program: Program) -> Node:
-    """The last linear layer over tokens: what gives the pixels of each."""
+    """The last linear layer over tokens, which computes the pixels of each."""
     after = dependents(program, [program.found_stream().boundaries[-1]])
     found = [
         n
@@ -136,7 +136,7 @@ def last_linear(program: Program) -> Node:
 
 
 def pixels_of(program: Program, end: Node) -> Pixels:
-    """Where unpatchify puts the features of a token, found by running it on their numbers."""
+    """Where unpatchify puts the features of a token, found by running it on the features' indices."""
     tokens, features = int(end.meta["val"].shape[1]), int(end.meta["val"].shape[2])
     height, width = program.found_stream().grid
     output: Any = next(iter(reversed(program.graph.nodes)))
@@ -145,12 +145,12 @@ def pixels_of(program: Program, end: Node) -> Pixels:
     values = run_nodes(program.graph_module, dependents(program, [end]), given, missing=1)
     image = values.get(wanted)
     if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[2] % height or image.shape[3] % width:
-        raise UnsupportedModelError("the model's output is no image [B, C, H, W] in patches of the token grid")
+        raise UnsupportedModelError("the model's output is not an image [B, C, H, W] in patches of the token grid")
     patch, channels = int(image.shape[2]) // height, int(image.shape[1])
     cells = image[0].reshape(channels, height, patch, width, patch).permute(1, 3, 0, 2, 4).reshape(tokens, -1)
     order = cells[0].argsort()
     if not torch.equal(cells[:, order], values[end][0]):
-        raise UnsupportedModelError("what follows the last linear layer is more than putting pixels in their places")
+        raise UnsupportedModelError("the ops after the last linear layer do more than rearrange pixels")
     return Pixels(order, patch, channels)
 
 
@@ -169,7 +169,7 @@ def embeddings(program: Program, start: Node, patch: int, scales: Sequence[int])
     probe = torch.randn(2, *image_shape(program), generator=torch.Generator().manual_seed(0))
     plain = torch.nn.functional.conv2d(probe.to(weight), weight, stride=patch).flatten(2).transpose(1, 2)
     if not torch.allclose(first(probe), plain + base, rtol=1e-3, atol=1e-3 * float(plain.abs().max())):
-        raise UnsupportedModelError("between patchify and the first block there is more than an addition of positions")
+        raise UnsupportedModelError("the model does more than add positions between patchify and the first block")
     module = PatchEmbedding(weight, resized(base, stream.grid, scales), scales)
     image = input_of(program, program.image)
     assert image is not None
@@ -184,12 +184,12 @@ def image_shape(program: Program) -> tuple[int, ...]:
 
 
 def prefix(program: Program, start: Node) -> Any:
-    """What makes the first block's input [B, N, D] of the image, as a function; nothing else may go into it."""
+    """A function from the image to the first block's input [B, N, D], which may depend on nothing else."""
     needed = ancestors([start])
     others = [n.name for n in needed if n.op == "placeholder" and n.name != program.image]
     if others:
         raise UnsupportedModelError(
-            f"tokens depend on {', '.join(sorted(others))} before the first block: patch sizes have no rule for it"
+            f"tokens depend on {', '.join(sorted(others))} before the first block: patch sizes do not support this"
         )
 
     def run(image: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def prefix(program: Program, start: Node) -> Any:
 def tensor_of(program: Program, node: Node) -> Tensor:
     """The value of a weight."""
     if node.op != "get_attr":
-        raise UnsupportedModelError(f"{where(node)}: it is computed, where a weight is needed")
+        raise UnsupportedModelError(f"{where(node)}: this is computed, but a weight is needed")
     value: Tensor = run_nodes(program.graph_module, [node])[node]
     return value.detach()
 

@@ -1,7 +1,7 @@
 """A converted model on another device or in another precision.
 
-`torch.export` writes the device and some types of the capture into a graph: where a new tensor is made, what a value is
-cast to, and that two types were equal and needed no cast. `Module.to` moves the weights alone, so the graphs follow.
+`torch.export` fixes the device and some types in a graph: where a new tensor is created, what a value is cast to, and
+that two types were equal and needed no cast. `Module.to` moves only the weights, so the graphs must be adapted.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ MIXING = {
 
 
 def retyped_spec(spec: ModelSpec, old: torch.dtype, new: torch.dtype) -> ModelSpec:
-    """The spec with inputs and states that were of the old precision in the new one; timesteps stay as they are.
+    """The spec with inputs and states changed from the old precision to the new one; timesteps do not change.
 
-    UsageError if `new` is no precision that models run in.
+    Raises UsageError if models cannot run in precision `new`.
     """
     if new not in PRECISIONS:
         raise UsageError(f"a converted model cannot be cast to {new}: choose one of {', '.join(map(str, PRECISIONS))}")
@@ -51,20 +51,20 @@ def retyped_spec(spec: ModelSpec, old: torch.dtype, new: torch.dtype) -> ModelSp
 
 
 class Retarget(GraphPass):
-    """Let a graph follow its weights, which are on another device or in another precision than before.
+    """Adapt a graph to weights that are now on another device or in another precision.
 
-    1. Tensors are made on the new device.
-    2. Casts to a half precision that the model no longer has become casts to the new one. Those to float32 stay,
-       because a model asks for them where it needs the range.
-    3. Where an op that takes one type only sees several, operands are cast.
-    4. Fake values become those on an example of the graph's inputs, by name.
+    1. New tensors are created on the new device.
+    2. Casts to a half precision that the model no longer has become casts to the new one. Casts to float32 stay,
+       because the model needs their range.
+    3. If an op that accepts only one type gets several, its operands are cast.
+    4. Fake values are recomputed on an example of the graph's inputs, by name.
     """
 
     optional = True
     exact = True
 
     def __init__(self, example: Mapping[str, Any], old: Tensor, new: Tensor) -> None:
-        """`old`, `new`: tensors like the weights before and now, of which device and type matter."""
+        """`old`, `new`: tensors with the device and type of the weights before and now."""
         self.example, self.device = example, new.device
         self.old, self.new = old.dtype, new.dtype
         self.rounds_to = None if old.dtype == new.dtype else new.dtype
@@ -87,13 +87,13 @@ class Retarget(GraphPass):
         return PassResult(changed, (f"{len(casts)} casts",))
 
     def followed(self, value: Any) -> Any:
-        """An argument of a call as it is now."""
+        """An argument of a call, adapted to the new weights."""
         if isinstance(value, torch.device):
             return self.device
         return self.new if value is self.old and self.old not in (torch.float32, self.new) else value
 
     def wrong(self, node: Node) -> list[tuple[Node, torch.dtype]]:
-        """Operands of a node that need a cast, and to what."""
+        """Operands of a node that need a cast, and the type to cast to."""
         operands = [source for source in node.all_input_nodes if is_float(source.meta["val"])]
         types = [source.meta["val"].dtype for source in operands]
         if not takes_one_type(node.target) or len(set(types)) < 2:
@@ -108,14 +108,14 @@ def is_float(value: Any) -> bool:
 
 
 def takes_one_type(target: Callable[..., Any] | str) -> bool:
-    """Whether a call refuses operands of several floating types: all do but pointwise ones, which promote."""
+    """Whether a call rejects operands of several floating types: all do except pointwise ops, which promote."""
     return isinstance(target, torch._ops.OpOverload) and target not in MIXING and torch.Tag.pointwise not in target.tags
 
 
 def retarget(module: GraphModule, example: Mapping[str, Any], old: Tensor, new: Tensor) -> list[Any]:
-    """Run Retarget over a graph; its results on the example, zeros.
+    """Run Retarget on a graph; returns its results on the example, as zeros.
 
-    The numbers are not looked at: that takes two runs of the whole model, one of them before its weights go.
+    Numbers are not compared: that would take two runs of the whole model, one of them before its weights move.
     """
     run_graph_passes(module, [Retarget(example, old, new)])
     return results_like(module)

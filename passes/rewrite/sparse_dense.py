@@ -1,4 +1,4 @@
-"""SparseDiT's trunk: groups of blocks on a pooled grid, each ended by one that brings all tokens back (2412.06028)."""
+"""SparseDiT's trunk: groups of blocks on a pooled grid, each of which restores all tokens at its end (2412.06028)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Group:
 
 
 def arrange(depth: int, head: int, tail: int) -> list[Group]:
-    """Four groups of equal length between `head` pooling and `tail` dense blocks, fewer in models of few blocks.
+    """Four groups of equal length between `head` pooling and `tail` dense blocks, fewer in models with few blocks.
 
     UsageError if they leave less than one group.
     """
@@ -59,22 +59,22 @@ def arrange(depth: int, head: int, tail: int) -> list[Group]:
 
 
 class SparseDense(Pass):
-    """Rewrite the blocks in SparseDiT's way; the schedule of the pooled grids comes with the plan.
+    """Rewrite the blocks as in SparseDiT; the schedule of the pooled grids comes with the plan.
 
-    1. Head blocks mix tokens by the mean of their values alone, without queries and keys.
+    1. Head blocks replace attention by the mean of the values, without queries and keys.
     2. A group pools the grid; its first block's queries are the pooled tokens, keys and values those of the whole
        grid. The sparse blocks that follow see the pooled tokens only.
     3. The block before its last gets X W2 + up-sampled pooled tokens W1 (nearest) as tokens, with W1 = 0 and W2 = I
-       before training, and the pooled tokens as keys and values. Its last block is as it was.
+       before training, and the pooled tokens as keys and values. Its last block does not change.
 
-    Not the original with everything kept: it needs training.
+    With everything kept, the result is not the original: it needs training.
     """
 
     def call(self, program: Program) -> PassResult:
         stream, method = program.found_stream(), program.method
         if any(stream.contexts.get(node) for node in stream.boundaries):
             raise UnsupportedModelError(
-                "sparse-dense blocks have no rule for tokens beside the grid (joint attention with text): use the "
+                "sparse-dense blocks do not support tokens beside the grid (joint attention with text): use the "
                 "plain trunk"
             )
         groups = arrange(stream.depth, method.head_blocks, method.tail_blocks)
@@ -139,13 +139,14 @@ def recover(packer: Packer, body: Sequence[Node], entry: Node, recovered: Node) 
 def pool_values(program: Program, body: Sequence[Node]) -> None:
     """Let the attentions of a block give every token the mean of all values.
 
-    Values are linear in what their layer reads, so the mean is taken there: one token's values in place of all.
+    Values are linear in their layer's input, so the mean is taken there: values are computed for one token instead of
+    all.
     """
     for node in [n for n in body if n.target is ATTENTION and key_of(n) in body]:
         path = ancestors_in(body, [value_of(node)])
         layer = next((n for n in reversed(path) if n.target is aten.linear.default), None)
         if layer is None:
-            raise UnsupportedModelError(f"{where(node)}: its values are no linear function of tokens")
+            raise UnsupportedModelError(f"{where(node)}: its values are not a linear function of tokens")
         source = operand(layer)
         needed = [n for n in dependents(program, [source]) if n in path and n is not source]
         packer = MeanPacker(program, find_rule, program.found_stream().tokens, program.method.row_packing)
@@ -161,7 +162,7 @@ def pool_values(program: Program, body: Sequence[Node]) -> None:
 
 
 class MeanPacker(Packer):
-    """Writes ops again for one token a sample, the mean of all."""
+    """Rewrites ops for one token per sample, the mean of all."""
 
     def groups(self, layout: str) -> Node:
         return self.remembered(("batch",), lambda: self.emit(aten.sym_size.int, self.entry, 0))

@@ -50,8 +50,8 @@ class Part:
 class SplitProjections(Pass):
     """Rewrite linear(x) [B, N, F] whose users take disjoint runs of features as one linear layer for each run.
 
-    So that a pass which needs the keys of some tokens and the queries of others does not compute both for all. Which
-    features a user takes is found by running what lies between on their numbers.
+    Then a pass that needs the keys of some tokens and the queries of others does not compute both for all tokens. The
+    features that a user takes are found by running the ops in between on the features' indices.
     """
 
     optional = True
@@ -72,7 +72,7 @@ class SplitProjections(Pass):
 
 
 def parts_of(program: Program, node: Node) -> list[Part]:
-    """What the users of a linear layer take of its features; nothing unless that is several runs of all of them."""
+    """The features that each user of a linear layer takes; nothing unless they are several runs that cover all."""
     features, tokens = int(node.meta["val"].shape[2]), int(node.meta["val"].shape[1])
     moved = moved_from(node)
     given = {node: torch.arange(features).expand(1, tokens, features)}
@@ -90,7 +90,7 @@ def parts_of(program: Program, node: Node) -> list[Part]:
 
 
 def moved_from(node: Node) -> list[Node]:
-    """All that is a move of a node's value, in graph order."""
+    """All nodes that only move a node's value, in graph order."""
     found, pending = {node}, list(node.users)
     order = []
     while pending:
@@ -105,7 +105,7 @@ def moved_from(node: Node) -> list[Node]:
 
 
 def part_of(node: Node, value: Tensor, tokens: int) -> Part | None:
-    """The run of features that a value [1, N, E] or [1, H, N, d] holds, if it is one in order."""
+    """The run of features that a value [1, N, E] or [1, H, N, d] contains, if they are consecutive and in order."""
     begin = int(value.min())
     if value.ndim == 3:
         wanted = torch.arange(value.shape[2]) + begin

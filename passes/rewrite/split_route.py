@@ -24,10 +24,10 @@ HIDDEN = "h"
 class SplitRoute(Pass):
     """Cut the graph in two, because the plan between the halves is made on the host.
 
-    1. `route` holds what the scores and the trunk's input need. It returns the scores first, then every value
-       `denoise` needs from it: the trunk's input `h`, and per-sample values as `live_0`, `live_1`, ... Values without
-       a batch axis are computed again instead.
-    2. `denoise` holds the rest. It takes those values, the model inputs it still needs, and the plan.
+    1. `route` computes the scores and the trunk's input. It returns the scores first, then every value that `denoise`
+       needs from it: the trunk's input `h`, and per-sample values as `live_0`, `live_1`, ... Values without a batch
+       axis are recomputed instead.
+    2. `denoise` computes the rest. It takes those values, the model inputs that it still needs, and the plan.
     3. Batch sizes that crossed the cut are read again from `h`.
     """
 
@@ -50,7 +50,7 @@ class SplitRoute(Pass):
 
 
 def ancestors(roots: list[Node], ends: Callable[[Node], bool] = lambda _: False) -> set[Node]:
-    """The roots and all they are computed from, nothing beyond nodes at which it `ends`."""
+    """The roots and everything they are computed from; the search stops at nodes for which `ends` is true."""
     found: set[Node] = set()
     stack = list(roots)
     while stack:
@@ -75,7 +75,7 @@ def is_batched(program: Program, node: Node) -> bool:
 
 
 def used_late(program: Program, late: list[Node], early: set[Node]) -> set[Node]:
-    """Nodes that `denoise` reads, those behind values it computes again included."""
+    """Nodes that `denoise` reads, including those behind values that it recomputes."""
     found: set[Node] = set()
     stack = [source for node in late for source in node.all_input_nodes if source is not program.scores]
     while stack:
@@ -102,7 +102,7 @@ def build_route(program: Program, early: set[Node], values: list[Node]) -> Graph
 
 
 def is_input_size(program: Program, node: Node) -> bool:
-    """Whether a node reads the batch size off an input of the model."""
+    """Whether a node reads the batch size from an input of the model."""
     if node.target is not aten.sym_size.int or not same(node.meta["val"], program.batch):
         return False
     return node.all_input_nodes[0].name in program.inputs
@@ -124,7 +124,7 @@ def build_denoise(program: Program, early: set[Node], names: dict[Node, str]) ->
     size: Node | None = None  # of the batch
 
     def again(node: Node) -> Node:
-        """A weight, a size or a value without a batch axis of the early half, once more in this graph."""
+        """A weight, a size or a value without a batch axis from the early half, recomputed in this graph."""
         if node not in copied:
             if node.op == "get_attr":
                 copied[node] = graph.node_copy(node)

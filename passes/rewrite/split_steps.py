@@ -1,4 +1,4 @@
-"""Make two graphs of one: `full`, which also returns its trunk's update, and `skip`, which does without a trunk."""
+"""Make two graphs from one: `full`, which also returns the trunk's update, and `skip`, which has no trunk."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ aten = torch.ops.aten
 
 
 class SplitSteps(Pass):
-    """Make two graphs of one, for runs whose steps compute the whole trunk or nothing of it.
+    """Make two graphs from one, for runs whose steps either compute the whole trunk or skip it.
 
-    1. `full` is the graph as it is. Its last output is the trunk's update [B, N, D], what it added to the tokens.
+    1. `full` is the graph as it is. Its last output is the trunk's update [B, N, D], which the trunk added to the
+       tokens.
     2. `skip` replaces the trunk by h + sum_k weights[k] * update_k. Its last inputs are `weights` [P, B] and the last P
-       updates, `update_0` [B, N, D] and so on. With weights (1, 0, ...) and the update of the same call it gives what
-       `full` gives.
+       updates, `update_0` [B, N, D] and so on. With weights (1, 0, ...) and the update of the same call, it returns the
+       same as `full`.
 
-    Holding the last update, a straight line and the forecasts of TaylorSeer (arXiv 2503.06923) are all rows of weights.
+    Holding the last update, linear extrapolation and the forecasts of TaylorSeer (arXiv 2503.06923) are all rows of
+    weights.
     """
 
     def __init__(self, updates: int = UPDATES) -> None:
@@ -41,13 +43,13 @@ class SplitSteps(Pass):
         if left and not (method.head_blocks or method.tail_blocks):
             raise UnsupportedModelError(
                 f"{left} of {whole} attention ops do not go through the tokens' update: a step that skips the trunk "
-                "would compute them all the same; use --mode carry"
+                "would still compute them; use --mode carry"
             )
         return PassResult(whole - left, (f"{whole - left} of {whole} attention ops are skipped",))
 
 
 def copied(program: Program) -> tuple[Graph, dict[Node, Node], tuple[Node, ...]]:
-    """The program's graph once more, where its nodes went, and its outputs."""
+    """A copy of the program's graph, the copy of each node, and the outputs."""
     graph = Graph()
     places: dict[Node, Node] = {}
     outputs = graph.graph_copy(program.graph, places)

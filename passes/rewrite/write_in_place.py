@@ -1,4 +1,4 @@
-"""States that are written to where they are, instead of being copied first."""
+"""Writes states in place instead of copying them first."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dcconvert.passes.ir.pass_runner import GraphPass, PassResult
 
 
 class WriteInPlace(GraphPass):
-    """Let a `denoise` graph of mode carry write to the states it is given; what it returns are the same tensors.
+    """Make a `denoise` graph of mode carry write to the states that it gets; it returns the same tensors.
 
-    For inference in torch: gradients need the states as they were, and exported graphs get the same from the runtime,
-    which shares the buffers.
+    For inference in torch only: gradients need the old states, and exported graphs do not need this pass, because the
+    runtime shares the buffers.
     """
 
     exact = True

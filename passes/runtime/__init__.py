@@ -1,1 +1,1 @@
-"""A converted model in torch: how it is called, how a run goes from step to step, and its sets of weights."""
+"""A converted model in torch: calls, runs and their steps, and sets of weights."""

@@ -1,4 +1,4 @@
-"""Which call of a model goes on from the one before: sampling loops that know nothing of runs."""
+"""Detects which calls of a model continue the previous call, for sampling loops that know nothing about runs."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ WARN_AFTER = 5  # restarts of a run that was going down, before the log says so
 
 
 class FollowedRun:
-    """Steps of a run, where the calls themselves have to tell whose image they go on with.
+    """Steps of a run that is inferred from the calls themselves.
 
-    A sample is taken for the one of the call before if its noise level did not rise, all its other inputs but the
-    image are equal, and the image has moved no further than a sampler's step would move it. Whatever fails this is
-    started anew and computed in full, which is always right and only slower. What passes is close to what was
-    remembered, in noise level, conditioning and content. That is a judgement: a loop that can hold a `Run` should.
+    A sample continues that of the previous call if its noise level did not rise, all inputs except the image are equal,
+    and the image changed no more than one sampler step would change it. Otherwise it starts again and is computed in
+    full, which is always correct and only slower. A sample that passes is close to the stored one in noise level,
+    conditioning and content. This is a heuristic: if a loop can hold a `Run`, it should.
     """
 
     def __init__(self, runtime: Runtime, limit: float | None = None) -> None:
-        """`limit`: how far an image may move in any step, relative to its norm, where it is known who calls."""
+        """`limit`: how far an image may move in any step, relative to its norm, if the caller is known."""
         self.runtime = runtime
         self.limit = limit
         self.run: Run | None = None
@@ -57,11 +57,11 @@ class FollowedRun:
         return outputs
 
     def forget(self) -> None:
-        """Drop the run and what it remembers; the next call starts a new one."""
+        """Drop the run and its state; the next call starts a new one."""
         self.run, self.last = None, {}
 
     def _elsewhere(self, inputs: dict[str, Any]) -> bool:
-        """Whether the image is on another device or of another type than that of the call before."""
+        """Whether the image's device or type differs from that of the previous call."""
         now, before = (given[self.runtime.planner.spec.image] for given in (inputs, self.last))
         return bool(now.device != before.device or now.dtype != before.dtype)
 
@@ -93,8 +93,8 @@ class FollowedRun:
         self._restarts = self._restarts + 1 if (falling & ~goes_on).any() else 0
         if self._restarts == WARN_AFTER:
             log.warning(
-                "%d calls in a row were no continuation of the one before, though the noise fell: every token is "
-                "computed and nothing saved. If this is one image, step through model.start(batch) instead",
+                "%d calls in a row did not continue the previous one, although the noise fell: every token is "
+                "computed and nothing is saved. If this is one image, step through model.start(batch) instead",
                 WARN_AFTER,
             )
 

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class Graphs:
     """The graphs of a converted model, over one set of weights. `original` is the fixed-token model.
 
-    `route` scores the tokens and `denoise` computes those that the host then chose; `prepare` makes what stays the same
-    over a run, where there is such. Or `full` computes all tokens, and `skip` none.
+    `route` scores the tokens, and `denoise` computes those that the host then chooses; `prepare`, if there is one,
+    computes the values that stay the same during a run. In mode steps, `full` computes all tokens, and `skip` none.
     """
 
     original: GraphModule
@@ -44,15 +44,15 @@ class Graphs:
     skip: GraphModule | None = None
 
     def named(self) -> dict[str, GraphModule]:
-        """Those that there are, by name."""
+        """The existing graphs, by name."""
         return {item.name: found for item in fields(self) if (found := getattr(self, item.name)) is not None}
 
 
 class DynamicModel(nn.Module, Runtime):
-    """A converted model in torch: call it like the original, or step through a run that `start` gives.
+    """A converted model in torch: call it like the original, or step through a run that `start` returns.
 
-    Its graphs are GraphModules over the original's parameters, called `route_graph` and so on; those that its method
-    does not have are not there.
+    Its graphs are GraphModules over the original's parameters, called `route_graph` and so on; it has only the graphs
+    of its method.
     """
 
     original_graph: GraphModule
@@ -84,16 +84,16 @@ class DynamicModel(nn.Module, Runtime):
         return self.planner.schedule
 
     def with_schedule(self, schedule: Schedule) -> DynamicModel:
-        """The same weights and graphs under another schedule."""
+        """The same weights and graphs with another schedule."""
         return DynamicModel(self.graphs, StepPlanner(self.spec, self.method, schedule), self.records)
 
     def with_graphs(self, spec: ModelSpec | None = None, /, **graphs: GraphModule) -> DynamicModel:
-        """The same model with some other graphs, and the names and shapes at their seams if these changed."""
+        """The same model with some graphs replaced, and another spec if their interfaces changed."""
         planner = StepPlanner(spec or self.spec, self.method, self.schedule)
         return DynamicModel(replace(self.graphs, **graphs), planner, self.records)
 
     def flat_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The call's inputs by name; UsageError if it is not shaped like the call that was captured."""
+        """The call's inputs by name; UsageError if they do not have the structure of the captured call."""
         in_spec = pytree.treespec_loads(self.spec.in_spec)
         wanted = in_spec.children()[1].context if hasattr(in_spec, "children") else in_spec.children_specs[1].context
         if set(wanted) == set(kwargs):
@@ -111,7 +111,7 @@ class DynamicModel(nn.Module, Runtime):
                 raise UsageError(f"input {spec.name} was {was} when the model was captured and is {now}: convert again")
             if isinstance(leaf, Tensor) and spec.batched and tuple(leaf.shape[1:]) != spec.shape:
                 raise UsageError(
-                    f"input {spec.name} has shape {list(leaf.shape)}, the model was captured for [batch, "
+                    f"input {spec.name} has shape {list(leaf.shape)}, but the model was captured for [batch, "
                     f"{', '.join(map(str, spec.shape))}]: convert again for another size"
                 )
         return dict(zip(self.spec.inputs, leaves, strict=True))
@@ -128,12 +128,12 @@ class DynamicModel(nn.Module, Runtime):
         bucket: Bucket | None = None,
         into: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """A graph's outputs by name; torch takes every shape, and its states are new tensors."""
+        """A graph's outputs by name. torch accepts every shape, and the states are new tensors."""
         results = self.graph(graph)(*(feed[name] for name in self.spec.inputs_of(graph)))
         return dict(zip(self.spec.outputs_of(graph, len(results)), results, strict=True))
 
     def skip_feed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What a skipped step takes of a run that remembers nothing: the right shapes, and zeros."""
+        """Inputs of a skipped step for a run without a state: zeros of the right shapes."""
         batch = len(inputs[self.spec.image])
         state = self.empty_state(batch)
         weights = state.values[update_name(0)].new_zeros(self.spec.updates, batch)
@@ -146,16 +146,16 @@ class DynamicModel(nn.Module, Runtime):
         return value
 
     def beside(self, array: np.ndarray, value: Tensor) -> Tensor:
-        """The array on the device and, if it is of floats, in the precision of another value."""
+        """The array on the device of another value and, if it is floating-point, in its precision."""
         tensor = torch.from_numpy(array)
         tensor = tensor.to(value.dtype) if tensor.is_floating_point() else tensor
         return tensor.pin_memory().to(value.device, non_blocking=True) if value.is_cuda else tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicModel:
-        """What `to`, `cuda`, `half` and the like come down to: the graphs follow the weights.
+        """Implements `to`, `cuda`, `half` and similar methods: the graphs follow the weights.
 
-        Weights are shared with the module that was converted, and both weights and graphs with models that
-        `with_schedule` made of this one: move each of those that you go on using.
+        The weights are shared with the converted module, and weights and graphs are shared with models made by
+        `with_schedule`: move each of those that you continue to use.
         """
         super()._apply(fn, recurse)
         old, new = self.target, place_of(self)
@@ -166,7 +166,7 @@ class DynamicModel(nn.Module, Runtime):
         return self
 
     def retarget(self, old: Tensor, new: Tensor) -> None:
-        """Let graphs and spec follow weights that were moved or cast: they were like `old` and are like `new`."""
+        """Adapt graphs and spec to weights that were moved or cast from `old` to `new`."""
         self.planner = StepPlanner(retyped_spec(self.spec, old.dtype, new.dtype), self.method, self.schedule)
         batch = 2
         inputs = self.spec.example(batch)
@@ -191,13 +191,13 @@ class DynamicModel(nn.Module, Runtime):
         return zeros(self.spec, batch, place_of(self).device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's call. In mode carry, calls that go on from the last one share its run (see `FollowedRun`)."""
+        """The original's call. In mode carry, a call that continues the previous one shares its run (`FollowedRun`)."""
         inputs = self.flat_inputs(args, kwargs)
         outputs = self.followed.step(inputs)
         return pytree.tree_unflatten(outputs, pytree.treespec_loads(self.spec.out_spec))
 
     def forget(self) -> None:
-        """Drop what calls of the model remember (mode carry), and its memory; the next call starts anew."""
+        """Drop the state of plain calls (mode carry) and free its memory; the next call starts a new run."""
         self.followed.forget()
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
@@ -211,7 +211,7 @@ class DynamicModel(nn.Module, Runtime):
         spec, method, schedule = self.spec, self.method, self.schedule
         kept = f"{spec.tokens * schedule.expected:.0f} kept on average ({schedule.ratio:g}x)"
         if schedule.data_dependent and not schedule.mean:
-            kept = f"asked for {schedule.ratio:g}x; what steps find was fitted to no runs: look at what they keep"
+            kept = f"{schedule.ratio:g}x was requested, but not fitted on sampling runs: check what steps keep"
         lines = [
             f"{spec.grid[0]}x{spec.grid[1]} = {spec.tokens} tokens, {kept}",
             f"{spec.depth} blocks: {method.head_blocks} head, "
@@ -223,6 +223,6 @@ class DynamicModel(nn.Module, Runtime):
 
 
 def place_of(module: nn.Module) -> Tensor:
-    """An empty tensor on the device and of the precision of a module's weights."""
+    """An empty tensor with the device and the precision of a module's weights."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     return weight.detach().new_empty(0)

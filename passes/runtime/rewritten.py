@@ -1,4 +1,4 @@
-"""Graph passes over a finished model: what changes its graphs after the conversion, or takes them to another form."""
+"""Graph passes over a finished model, which change its graphs after the conversion or convert them to another form."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def rewritten(
 ) -> DynamicModel:
     """The model with a pass run over some of its graphs, by their names, and a record of each pass.
 
-    The graphs are copies and the weights are shared: `model` stays as it is. Fake values and the numeric gate are those
-    of `example_of(model)`; `added` holds values of inputs that passes add. Errors as `run_graph_passes`.
+    The graphs are copies and the weights are shared; `model` is not changed. Fake values and the numeric gate use
+    `example_of(model)`; `added` holds values for inputs that passes add. Errors as in `run_graph_passes`.
     """
     example = {**example_of(model), **(added or {})}
     graphs, records = {}, list(model.records)
@@ -43,9 +43,9 @@ def rewritten(
 
 @torch.no_grad()
 def example_of(model: DynamicModel) -> dict[str, Any]:
-    """What graphs of a model take in a step that gives what the original gives, by name.
+    """Inputs of a model's graphs, by name, for a step that returns the original's output.
 
-    All arrays of the step's plan are there, also those that no graph takes yet.
+    Contains all arrays of the step's plan, including those that no graph takes yet.
     """
     inputs = model.spec.example(BATCH)
     if model.spec.updates:

@@ -1,7 +1,7 @@
-"""A sampling run, and what a runtime offers to it: the same steps in torch and in every exported runtime.
+"""A sampling run, and the interface of a runtime: the same steps in torch and in every exported runtime.
 
-A step is route, plan on the host, denoise. In mode chunk steps know nothing of each other. In mode carry a run holds
-what its samples remember: a state on the runtime's device, and the bookkeeping on the host.
+A step consists of route, the plan on the host, and denoise. In mode chunk, steps are independent. In mode carry, a run
+has a state on the runtime's device and the bookkeeping on the host.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Buckets(Protocol):
 
 
 class Runtime(ABC):
-    """A converted model in some runtime. Values in the runtime's own memory are passed on as they are.
+    """A converted model in some runtime. Values in the runtime's own memory are passed on without a copy.
 
-    A new runtime writes `call`, `empty_state` and `array`; docs/adding_a_runtime.md shows one. `planner` decides what a
-    step computes; `bucket_set` holds the shapes that the runtime is limited to, None for shapes as they come.
+    A new runtime implements `call`, `empty_state` and `array`; docs/adding_a_runtime.md shows an example. `planner`
+    decides what a step computes; `bucket_set` holds the shapes that the runtime is limited to (None: dynamic shapes).
     """
 
     planner: StepPlanner
@@ -58,14 +58,14 @@ class Runtime(ABC):
 
     @abstractmethod
     def empty_state(self, batch: int) -> State:
-        """What `batch` samples remember before their first step: zeros in the shapes of `ModelSpec.state_shapes`."""
+        """The state of `batch` samples before their first step: zeros in the shapes of `ModelSpec.state_shapes`."""
 
     @abstractmethod
     def array(self, value: Any) -> np.ndarray:
-        """An output on the host, in memory that later calls leave alone."""
+        """An output on the host, in memory that later calls do not change."""
 
     def result(self, value: Any) -> Any:
-        """An output of the model as the caller of a run gets it."""
+        """An output of the model in the form that the caller of a run gets."""
         return self.array(value)
 
     def start(self, batch: int, groups: int = 1) -> Run:
@@ -73,7 +73,7 @@ class Runtime(ABC):
         return self.planner.method.run(self, batch, groups)
 
     def beside(self, array: np.ndarray, value: Any) -> Any:
-        """An array of the host where another value of the runtime is, for graphs that take both."""
+        """A host array moved to where another value of the runtime is, for graphs that take both."""
         return array
 
     @property
@@ -81,15 +81,15 @@ class Runtime(ABC):
         return self.planner.spec
 
     def padded(self, batch: int) -> int:
-        """The batch size that `batch` samples run in; UsageError if there is none so large."""
+        """The batch size that `batch` samples run in; UsageError if no bucket is large enough."""
         return batch if self.bucket_set is None else self.bucket_set.choose(batch, self.spec.tokens).batch
 
     def bucket(self, counts: np.ndarray) -> Bucket | None:
-        """The bucket that a batch keeping `counts` [B] tokens runs in; None for shapes as they come."""
+        """The bucket for a batch that keeps `counts` [B] tokens; None for dynamic shapes."""
         return None if self.bucket_set is None else self.bucket_set.choose(len(counts), counts)
 
     def plan_shape(self, counts: np.ndarray) -> Bucket | None:
-        """The shape that a plan is laid out for: the bucket, unless the runtime takes shapes between buckets."""
+        """The shape of a plan: the bucket, unless the runtime accepts shapes between buckets."""
         return self.bucket(counts)
 
     def feed(
@@ -100,10 +100,10 @@ class Runtime(ABC):
         plan: Plan | CarryPlan | None = None,
         state: State | None = None,
     ) -> dict[str, Any]:
-        """What a graph takes, by name and in its order.
+        """The inputs of a graph, by name and in order.
 
-        `inputs`: the model's, and what `prepare` made of them (made here for `denoise` if it is missing). `live`: what
-        `route` made. `plan` and `state` as in `denoise`.
+        `inputs`: the model's inputs, and the results of `prepare` (computed here for `denoise` if they are missing).
+        `live`: the results of `route`. `plan` and `state` as in `denoise`.
         """
         given = {**inputs, **(live or {}), **(state.values if state else {})}
         names, constants = self.spec.inputs_of(graph), self.spec.constants
@@ -115,7 +115,7 @@ class Runtime(ABC):
         return {name: given[name] for name in names}
 
     def prepare(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What stays the same over a run, by name; nothing for most models."""
+        """Values that stay the same during a run, by name; none for most models."""
         if not self.spec.constants:
             return {}
         return self.call("prepare", self.feed("prepare", inputs), self.full_bucket(inputs), {})
@@ -128,9 +128,9 @@ class Runtime(ABC):
     def denoise(
         self, inputs: Mapping[str, Any], live: Mapping[str, Any], plan: Plan | CarryPlan, state: State | None = None
     ) -> list[Any]:
-        """Flat outputs of the model under one plan; in mode carry the state (None: an empty one) is brought forward.
+        """Flat outputs of the model for a plan. In mode carry, also updates the state (None: an empty one).
 
-        `inputs`: the model's, and what `prepare` made of them (made here if it is missing).
+        `inputs`: the model's inputs, and the results of `prepare` (computed here if they are missing).
         """
         if state is None:
             state = self.empty_state(len(plan.counts))
@@ -161,16 +161,18 @@ class StageTimes:
 class Run:
     """One batch of samples on their way from noise to image.
 
-    Call `step` with the original's inputs by name, in the sampler's order. `restart` makes some of the samples new
-    ones: their next step remembers nothing. Samples may be at different timesteps and start at different times.
-    With `groups` the batch is that many equal parts, such as the conditional and unconditional half of guidance, and
-    sample i of every part computes the same tokens (mode carry).
-    Inputs other than image and timestep are those of a sample's first step; what they alone decide is computed then.
+    Call `step` with the original's inputs by name, in the sampler's order. `restart` replaces some of the samples by
+    new ones, which have no state at their next step. Samples may be at different timesteps and start at different
+    times. With `groups`, the batch consists of that many equal parts, such as the conditional and unconditional halves
+    of guidance, and sample i of every part computes the same tokens (mode carry). Inputs other than image and timestep
+    must stay the same as at a sample's first step; values that depend only on them are computed then.
     """
 
     def __init__(self, runtime: Runtime, batch: int, groups: int = 1, *, gradients: bool = False) -> None:
         if batch % groups:
-            raise UsageError(f"a batch of {batch} cannot be {groups} groups that share their choice of tokens")
+            raise UsageError(
+                f"a batch of {batch} cannot be split into {groups} groups that share their choice of tokens"
+            )
         self.runtime = runtime
         self.batch = batch
         self.groups = groups
@@ -198,11 +200,11 @@ class Run:
 
     @property
     def remembered(self) -> History | ThirdDifference | UpdateHistory | None:
-        """What a run keeps of its earlier steps on the host."""
+        """The host's record of a run's earlier steps."""
         return self.history or self.watch
 
     def restart(self, samples: Sequence[int] | None = None) -> None:
-        """Forget what these samples (all of them, if None) remember, and with them those they share tokens with."""
+        """Clear the state of these samples (None: all), and of those that share tokens with them."""
         named = list(range(self.batch) if samples is None else samples)
         if not all(0 <= sample < self.batch for sample in named):
             raise UsageError(f"samples {named}: this run has samples 0 to {self.batch - 1}")
@@ -213,7 +215,7 @@ class Run:
         self.forget(chosen)
 
     def forget(self, samples: Sequence[int]) -> None:
-        """Drop what these samples remember, of the filled-up batch."""
+        """Clear the state of these samples of the filled-up batch."""
         if self.history is not None:
             self._constants = None
             self.history.restart(samples)
@@ -224,12 +226,12 @@ class Run:
     def step(
         self, inputs: dict[str, Any], counts: np.ndarray | None = None, planners: Sequence[StepPlanner] = ()
     ) -> list[Any]:
-        """Flat outputs of one step; sample b keeps counts[b] tokens, or what the schedule says.
+        """Flat outputs of one step; sample b keeps counts[b] tokens (None: as the schedule says).
 
-        `planners`: of each of the groups, where they differ in how many tokens they find worth keeping.
+        `planners`: one for each group, if the groups decide differently how many tokens to keep.
 
-        Mode carry gives gradients only to a run that was made with `gradients`: they reach back through what its steps
-        remember, until the state is detached. A step that fails leaves nothing half remembered: the run starts anew.
+        In mode carry, only a run that was made with `gradients` has gradients: they go back through the states of its
+        steps until the state is detached. If a step fails, the state is cleared and the run starts again.
         """
         inputs = self._filled(inputs)
         if self.history is None:
@@ -279,14 +281,14 @@ class Run:
         return [output[: self.batch] for output in outputs] if self.size > self.batch else list(outputs)
 
     def _found(self, scores: np.ndarray, planners: Sequence[StepPlanner]) -> np.ndarray:
-        """What the samples keep [B] where every step finds it; the copies that fill up the batch as the last one."""
+        """Kept tokens of the samples [B], if steps decide them; copies that fill up the batch keep as many."""
         spread = None if self.watch is None else self.watch.spread(self.runtime.planner.patches)
         groups = np.minimum(np.arange(self.size) * len(planners) // self.batch, len(planners) - 1)
         found = [planner.found_counts(scores, spread) for planner in planners]
         return np.stack(found)[groups, np.arange(self.size)]
 
     def _shared(self, urgency: np.ndarray) -> np.ndarray:
-        """Urgency [B, N] averaged over the groups; the copies that fill up the batch keep their own."""
+        """Urgency [B, N] averaged over the groups; the copies that fill up the batch are not averaged."""
         mean = urgency[: self.batch].reshape(self.groups, -1, urgency.shape[1]).mean(0)
         return np.concatenate([np.tile(mean, (self.groups, 1)), urgency[self.batch :]])
 
@@ -295,13 +297,11 @@ class Run:
         specs = {spec.name: spec for spec in self.runtime.planner.spec.input_specs}
         found = {len(value) for name, value in inputs.items() if specs[name].batched}
         if found != {self.batch}:
-            raise UsageError(
-                f"this run has {self.batch} samples, its step was given {sorted(found)}: start another run"
-            )
+            raise UsageError(f"this run has {self.batch} samples, but the step got {sorted(found)}: start another run")
         for name, value in inputs.items():
             wanted = specs[name].dtype
             if isinstance(value, np.ndarray) and wanted and value.dtype != wanted:
-                raise UsageError(f"input {name} is {value.dtype}, the model reads {wanted}: give it as that")
+                raise UsageError(f"input {name} is {value.dtype}, but the model needs {wanted}: convert it")
         if self.size == self.batch:
             return inputs
         return {n: fill_batch(value, self.size) if specs[n].batched else value for n, value in inputs.items()}

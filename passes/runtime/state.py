@@ -1,4 +1,4 @@
-"""What the samples of a run remember, in a runtime's own memory."""
+"""The state of a run's samples, in a runtime's own memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dcconvert.passes.ir.spec import ModelSpec, state_output
 
 
 class State(ABC):
-    """What a run remembers, by name (`ModelSpec.state_shapes`).
+    """The state of a run, by name (`ModelSpec.state_shapes`).
 
-    Mode carry: every carried value [P, B, C, N, E], and the distance [B, N] between the two last updates of a token.
+    Mode carry: every carried value [P, B, C, N, E], and the distance [B, N] between the last two updates of a token.
     Mode steps: the trunk's last updates [B, N, D]. Mode chunk: nothing.
     """
 
@@ -28,11 +28,11 @@ class State(ABC):
 
     @property
     def into(self) -> dict[str, Any]:
-        """Buffers that the next step has to write its state to, by the name of the output; none if it makes its own."""
+        """Buffers that the next step must write its state to, by output name; empty if the step makes its own."""
         return {}
 
     def advance(self, made: Mapping[str, Any], distance: np.ndarray | None) -> None:
-        """Go on from what a step made."""
+        """Store the state that a step returned."""
         self.values = {name: made[state_output(name)] for name in self.values}
         self.distance = distance
 
@@ -46,7 +46,7 @@ class State(ABC):
 
     @abstractmethod
     def put(self, name: str, samples: np.ndarray, made: Any, rows: np.ndarray) -> None:
-        """Store the updates of some samples, which are these rows of what a call made [b, N, D]."""
+        """Store the updates of some samples, which are these rows of a call's result [b, N, D]."""
 
 
 class TensorState(State):
@@ -69,11 +69,11 @@ class TensorState(State):
         return torch.as_tensor(samples, device=self.values[name].device)
 
     def detach(self) -> None:
-        """Cut what is remembered off from the gradients of the steps that computed it."""
+        """Detach the state from the gradients of the steps that computed it."""
         self.values = {name: value.detach() for name, value in self.values.items()}
 
 
 def zeros(spec: ModelSpec, batch: int, device: torch.device | str = "cpu") -> TensorState:
-    """What `batch` samples remember before their first step."""
+    """The state of `batch` samples before their first step."""
     shapes = spec.state_shapes(batch).items()
     return TensorState({n: torch.zeros(s, dtype=getattr(torch, dtype), device=device) for n, (s, dtype) in shapes})

@@ -1,4 +1,4 @@
-"""A run whose steps compute the whole trunk or nothing of it."""
+"""A run whose steps either compute the whole trunk or skip it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from dcconvert.passes.runtime.update_history import UpdateHistory
 
 
 class StepRun(Run):
-    """One batch of samples on their way from noise to image, where a step is computed or skipped.
+    """One batch of samples on their way from noise to image, where each step is computed or skipped.
 
-    A computed step is the original's and also gives the trunk's update. A skipped step adds a weighted sum of the last
-    updates instead. Samples may be at different timesteps, and some may be computed while others are skipped: each
+    A computed step is the original's and also returns the trunk's update. A skipped step adds a weighted sum of the
+    last updates instead. Samples may be at different timesteps, and some may be computed while others are skipped: each
     graph then runs on its own samples only.
     """
 
@@ -62,13 +62,15 @@ class StepRun(Run):
         planners: Sequence[StepPlanner] = (),
         weights: Sequence[float] = (),
     ) -> list[Any]:
-        """Flat outputs of one step; sample b is computed if counts[b] is not 0, or as the schedule says.
+        """Flat outputs of one step; sample b is computed if counts[b] is not 0 (None: as the schedule says).
 
-        `weights`: of the last updates, newest first, in the samples that are skipped; a straight line if there are
-        none. UsageError for weights of more updates than a skipped step reads, or for noise that rose.
+        `weights`: weights of the last updates, newest first, for the skipped samples; linear extrapolation if empty.
+        Raises UsageError for more weights than a skipped step reads updates, or for noise that rose.
         """
         if len(weights) > self.updates.slots:
-            raise UsageError(f"{len(weights)} weights: a skipped step reads the last {self.updates.slots} updates")
+            raise UsageError(
+                f"{len(weights)} weights: a skipped step needs one for each of the last {self.updates.slots} updates"
+            )
         inputs = self._filled(inputs)
         start = time.perf_counter()
         taus = self.runtime.planner.taus(inputs, self.size)
@@ -95,7 +97,7 @@ class StepRun(Run):
         return full
 
     def _computed(self, inputs: dict[str, Any], taus: Doubles, full: Mask, weights: Sequence[float]) -> list[Any]:
-        """Outputs of the step, each graph on its own samples."""
+        """Outputs of the step; each graph runs on its own samples."""
         if not full.any():
             return self._call_skip(inputs, self._weights(taus, weights), self.state.values)
         if full.all() and np.ptp(self.updates.newest) == 0:
@@ -142,7 +144,7 @@ class StepRun(Run):
         return [self.runtime.result(value) for value in made.values()]
 
     def _weights(self, taus: Doubles, weights: Sequence[float]) -> np.ndarray:
-        """Those of the slots [P, B], as a skipped step takes them."""
+        """The weights of the slots [P, B], as a skipped step reads them."""
         newest_first = self.updates.line(taus)
         if len(weights):
             newest_first = np.zeros_like(newest_first)

@@ -1,6 +1,6 @@
-"""What runs of full and skipped steps remember on the host: when each sample's trunk was computed, and in which slot.
+"""The host's record of runs with full and skipped steps: when each sample's trunk was computed, and in which slot.
 
-The updates themselves stay in the runtime's memory, in as many slots as a skipped step reads.
+The updates themselves are in the runtime's memory, in as many slots as a skipped step reads.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ class UpdateHistory:
         return other
 
     def restart(self, samples: Sequence[int] | Ints) -> None:
-        """Forget these samples: their next step is the first of a run and is computed."""
+        """Clear these samples: their next step is the first of a run and is computed."""
         self.steps[samples] = 0
         self.tau[samples] = np.inf
         self.computed[samples] = 0
         self.owed[samples] = 0
 
     def check(self, tau: Doubles) -> None:
-        """UsageError if the noise of a sample rose since its last step."""
+        """Raises UsageError if the noise of a sample rose since its last step."""
         check_falling(self.tau, tau, "forecasts need")
 
     def due(self, fraction: Doubles) -> Mask:
-        """Which samples [B] a step computes, where `fraction` [B] of the steps are to be; the first always is.
+        """Which samples [B] a step computes, for a `fraction` [B] of computed steps; the first step is always computed.
 
-        What a schedule wants is added up, so that a fraction of 1/4 computes every fourth step.
+        Fractions are accumulated, so that a fraction of 1/4 computes every fourth step.
         """
         first = self.computed == 0
         self.owed = np.where(first, 1.0, self.owed + fraction)
@@ -57,7 +57,7 @@ class UpdateHistory:
     def line(self, tau: Doubles) -> Doubles:
         """Weights of the last updates [slots, B], newest first: a straight line in the noise level through two.
 
-        It is followed no further than REACH times the distance between these two. Samples with one update hold it.
+        The line is extrapolated at most REACH times the distance between these two. Samples with one update hold it.
         """
         weights = np.zeros_like(self.levels)
         gap = self.levels[1] - self.levels[0]
@@ -74,7 +74,7 @@ class UpdateHistory:
         return found
 
     def note(self, tau: Doubles, full: Mask) -> None:
-        """Bring forward what is known after a step at noise levels [B] that computed some samples [B]."""
+        """Record a step at noise levels [B] that computed some samples [B]."""
         self.steps += 1
         self.tau = tau.copy()
         self.levels[:, full] = np.concatenate([tau[None, full], self.levels[:-1, full]])

@@ -1,1 +1,1 @@
-"""Graphs and what belongs to them as JSON, read back without pickle and checked."""
+"""Graphs and their specs as JSON, which are read back without pickle and checked."""

@@ -1,8 +1,8 @@
 """Graphs as JSON: a form of a converted model that loads without pickle and can name no code.
 
-A file may call only ATen ops and dcconvert's own, looked up by exact name, and the few Python functions that
-compute sizes. Three doors beside that one are kept shut: names end up in the Python source of a compiled graph,
-so only plain identifiers pass; some ATen ops open files; and torch imports modules that a tree spec names.
+A file may call only ATen ops and dcconvert's own, looked up by exact name, and the few Python functions that compute
+sizes. Three other risks are excluded: names end up in the Python source of a compiled graph, so only plain identifiers
+are allowed; some ATen ops open files; and torch imports modules that a tree spec names.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ T = TypeVar("T")
 
 
 def model_to_dict(model: DynamicModel) -> dict[str, Any]:
-    """Everything about a converted model but its tensors, as JSON values without NaN or infinity.
+    """Everything about a converted model except its tensors, as JSON values without NaN or infinity.
 
     Raises UnsupportedModelError for a model with a call, an argument or an input structure that has no such form.
     """
@@ -108,7 +108,7 @@ def model_from_dict(data: Any, tensors: Mapping[str, Tensor]) -> DynamicModel:
 
 
 def planner_from_dict(data: Any) -> StepPlanner:
-    """The planner of a model without its graphs and tensors; errors as `model_from_dict`."""
+    """The planner of a model without its graphs and tensors; errors as in `model_from_dict`."""
     with damage_is_a_usage_error():
         return StepPlanner(*read_facts(data))
 
@@ -120,7 +120,7 @@ def read_facts(data: Any) -> tuple[ModelSpec, Method, Schedule]:
         method = plainly(method_from_dict(data["method"] if "method" in data else data["options"]))
         return spec, method, StepPlanner(spec, method, plainly(Schedule(**schedule))).schedule
     except UsageError as error:
-        raise damaged(f"has options or a schedule that cannot be ({error})") from error
+        raise damaged(f"has invalid options or an invalid schedule ({error})") from error
 
 
 def model_tensors(model: DynamicModel) -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ def model_tensors(model: DynamicModel) -> dict[str, Tensor]:
 
 
 def read_spec(fields: dict[str, Any]) -> ModelSpec:
-    """A ModelSpec whose later use runs nothing a file could choose."""
+    """A ModelSpec that cannot make later code run anything that the file chooses."""
     inputs = [{**item, "value": decode(item["value"], {})} for item in fields["input_specs"]]
     spec = plainly(ModelSpec.from_dict({**fields, "input_specs": inputs}))
     for item in spec.input_specs:
@@ -157,7 +157,7 @@ def read_spec(fields: dict[str, Any]) -> ModelSpec:
     for state in spec.states:
         plainly(state)
         if state.dtype not in STATE_DTYPES or not 1 <= state.channels * state.width <= MAX_STATE:
-            raise damaged(f"gives the state {shown(state.name)} a shape or dtype that it cannot have")
+            raise damaged(f"gives the state {shown(state.name)} an invalid shape or dtype")
     if len(spec.grid) != 2 or not all(type(size) is int and size > 0 for size in spec.grid):
         raise damaged(f"gives {shown(spec.grid)} as token grid, not two positive integers")
     return spec
@@ -235,7 +235,7 @@ def read_node(
 
 
 def target_name(node: Node) -> str:
-    """How a file spells what a node calls or reads."""
+    """The name in a file of what a node calls or reads."""
     if node.op == "placeholder" and not node.args:
         return node.name  # its target may be a Python name that a graph renamed
     if node.op in ("get_attr", "output"):
@@ -332,7 +332,7 @@ def decode(value: Any, nodes: Mapping[str, Node]) -> Any:
         known: Mapping[str, Any] = nodes if kind == "node" else CONSTANTS.get(kind, {})
         if content in known:
             return known[content]
-    raise damaged(f"has the argument {shown(value)}, which stands for nothing")
+    raise damaged(f"has the argument {shown(value)}, which has no meaning")
 
 
 def checked_name(name: Any, reserved: Collection[str] = RESERVED_NAMES) -> str:
@@ -346,12 +346,14 @@ def checked_name(name: Any, reserved: Collection[str] = RESERVED_NAMES) -> str:
 def check_version(data: Any) -> None:
     if type(data["version"]) is not int or data["version"] not in READABLE:
         found = shown(data["version"])
-        raise UsageError(f"the graph file has version {found}, this dcconvert reads {VERSION}: convert the model again")
+        raise UsageError(
+            f"the graph file has version {found}, but this dcconvert reads {VERSION}: convert the model again"
+        )
 
 
 @contextmanager
 def damage_is_a_usage_error() -> Iterator[None]:
-    """Odd data trips over many things, in here and in torch: all of them mean that the file is damaged."""
+    """Invalid data raises many kinds of errors, here and in torch: all of them mean that the file is damaged."""
     try:
         yield
     except DcconvertError:

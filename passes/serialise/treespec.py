@@ -1,4 +1,4 @@
-"""Serialised pytree specs from files that nobody vouches for."""
+"""Serialised pytree specs from untrusted files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ shown = _shown.repr  # one short line, whatever a file holds
 
 
 def treespec_fault(text: str) -> str:
-    """Why a serialised pytree spec is refused, or nothing.
+    """Why a serialised pytree spec is rejected, or "".
 
     A context that holds a JSON object makes torch import a module by the name given there (enums, defaultdict).
     """

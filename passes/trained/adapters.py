@@ -1,4 +1,4 @@
-"""New paths that training may add to a rewritten model of mode chunk; both start at zero and change nothing then.
+"""New paths that training may add to a rewritten model in mode chunk; both start at zero and change nothing at first.
 
 The router adapter learns where tokens are needed; the dechunk adapter learns what the dropped tokens miss. Their
 parameters are called `router_adapter.*` and `dechunk_adapter.*`, in every graph and file.
@@ -32,7 +32,7 @@ Adapter = TypeVar("Adapter", bound=nn.Module)
 
 
 class RouterAdapter(nn.Module):
-    """Learned change of any router's scores: what a local predictor misses, as in DC-DiT v2 (arXiv 2603.06351).
+    """Learned change of any router's scores, from the error of a local predictor, as in DC-DiT v2 (arXiv 2603.06351).
 
     z = projection of the normalised token, r = z - 3x3 convolution of z, and a linear score of r is added to the
     router's own in logits. The score starts at zero.
@@ -55,7 +55,7 @@ class RouterAdapter(nn.Module):
 
 
 class DechunkAdapter(nn.Module):
-    """Learned correction of what dechunk gives, from the token itself and the updates around it.
+    """Learned correction of dechunk's output, from the token itself and the updates around it.
 
     The update h' - h is looked at through a depthwise 3x3 convolution, the token through its normalised trunk input;
     both are projected, added and projected back. The way back starts at zero.
@@ -91,7 +91,7 @@ def as_tokens(image: Tensor) -> Tensor:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a tensor of a model is none of the original: of an adapter, or of a trunk with weights of its own."""
+    """Whether a tensor is not part of the original model, but of an adapter or of a trunk with its own weights."""
     return name.split(".")[0] in (ROUTER, *NEW_PATHS)
 
 
@@ -101,7 +101,7 @@ def has_adapter(model: DynamicModel, name: str) -> bool:
 
 
 class AddRouterAdapter(GraphPass):
-    """Let an adapter change the scores of a `route` graph, which it does not do before it is trained."""
+    """Add an adapter to the scores of a `route` graph; it changes nothing before it is trained."""
 
     exact = True
 
@@ -118,7 +118,7 @@ class AddRouterAdapter(GraphPass):
 
 
 class AddDechunkAdapter(GraphPass):
-    """Let an adapter add to what dechunk gives in a `denoise` graph: nothing before it is trained."""
+    """Add an adapter to dechunk's output in a `denoise` graph; it changes nothing before it is trained."""
 
     exact = True
 
@@ -152,7 +152,7 @@ class AddGate(GraphPass):
 
 
 class ShowFeatures(GraphPass):
-    """Make what leaves the trunk, h' [B, N, D], the last output of a `denoise` graph."""
+    """Make the trunk's output, h' [B, N, D], the last output of a `denoise` graph."""
 
     exact = True
 
@@ -167,10 +167,10 @@ class ShowFeatures(GraphPass):
 def with_router_adapter(model: DynamicModel, seed: int = 0) -> DynamicModel:
     """The model with a router adapter, which changes nothing yet; the model itself if it has one.
 
-    CheckFailedError for a model of mode carry, whose router looks at the history of a run.
+    Raises CheckFailedError for a model in mode carry, whose router uses the history of a run.
     """
     if model.spec.states:
-        raise CheckFailedError("mode carry has no learned router: its routers look at the history of a run")
+        raise CheckFailedError("mode carry has no learned router, because its routers use the history of a run")
     if has_adapter(model, ROUTER):
         return model
     return rewritten(model, {"route": AddRouterAdapter(made_for(model, RouterAdapter, seed))})
@@ -198,14 +198,14 @@ def with_gate(model: DynamicModel) -> DynamicModel:
 
 
 def with_features(model: DynamicModel) -> DynamicModel:
-    """The model whose `denoise` returns what leaves the trunk as well, last; CheckFailedError without a dechunk."""
+    """The model whose `denoise` also returns the trunk's output, last; CheckFailedError without a dechunk."""
     return rewritten(model, {"denoise": ShowFeatures()})
 
 
 def dechunk_of(graph: Graph) -> Node:
     found = [node for node in graph.nodes if node.target is torch.ops.dcconvert.dechunk.default]
     if len(found) != 1:
-        raise CheckFailedError(f"the graph has {len(found)} dechunks where one was expected: mode chunk has one")
+        raise CheckFailedError(f"the graph has {len(found)} dechunks, but mode chunk needs one")
     return found[0]
 
 

@@ -118,7 +118,7 @@ def test_a_module_called_by_position():
 
 
 def test_inputs_that_must_be_given():
-    with pytest.raises(UsageError, match="example_inputs are needed to capture a Linear"):
+    with pytest.raises(UsageError, match="capturing a Linear needs example_inputs"):
         convert(nn.Linear(2, 2))
 
 

@@ -22,7 +22,7 @@ def test_a_module_from_python():
     assert (model.method.name, model.schedule.kind) == ("dc-dit", NATURAL)
     x, t, y = torch.randn(2, 1, 16, 16), torch.tensor([300.0, 700.0]), torch.tensor([0, 1])
     assert model(x, t, y).shape == (2, 1, 16, 16)
-    assert "asked for 4x; what steps find was fitted to no runs" in model.summary()
+    assert "4x was requested, but not fitted on sampling runs" in model.summary()
 
 
 def test_a_model_from_a_checkpoint_is_fitted_from_python_too(tmp_path, monkeypatch):
@@ -52,7 +52,7 @@ def test_what_a_module_predicts_is_said_beside_the_preset():
     ("wrong", "message"),
     [
         ({"preset": "typo"}, "unknown method 'typo'"),
-        ({"preset": "dc-dit", "refine_grid": True}, "refine_grid makes a DC-DiT of a DiT"),
+        ({"preset": "dc-dit", "refine_grid": True}, "refine_grid converts only a DiT"),
         ({"preset": "carry", "warm_up": 0}, "at least one warm-up step"),
         ({"ratio": 0.5}, "is not a number of at least 1"),
     ],

@@ -106,7 +106,7 @@ def test_with_other_head_and_tail_blocks(head, tail):
 
 
 def test_pixart_in_bins_is_refused():
-    with pytest.raises(UsageError, match="one sample a row: use --packing rows"):
+    with pytest.raises(UsageError, match="one sample per row: use packing='rows'"):
         rewrite(*pixart_call(), method_of("chunk", packing="bins"), ALL)
 
 

@@ -25,7 +25,7 @@ def attention(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     """Self-attention over each sample's kept tokens, or cross-attention from them to per-sample keys."""
     given: dict[str, Any] = dict(zip(ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
     if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
-        raise packer.refuse(node, "attention with dropout, a causal mask or grouped queries has no rule")
+        raise packer.refuse(node, "attention with dropout, a causal mask or grouped queries is not supported")
     if any(packer.joint(given[name]) for name in ARGUMENTS[:3]):
         return joint_attention(packer, node, given)
     tokenwise = [packer.in_trunk(given[name]) for name in ("key", "value")]
@@ -56,9 +56,9 @@ def joint_attention(packer: Packer, node: Node, given: dict[str, Any]) -> Packed
         raise packer.refuse(node, "queries, keys and values must hold the same tokens beside the grid in one order")
     mask = given.get("attn_mask")
     if mask is not None and (mask.meta["val"].dtype != torch.bool or tuple(mask.meta["val"].shape[1:-1]) != (1, 1)):
-        raise packer.refuse(node, "joint attention has a rule for masks [B, 1, 1, N] of keys only")
+        raise packer.refuse(node, "joint attention supports only key masks [B, 1, 1, N]")
     if packer.packing == "bins":
-        raise UsageError("this model has joint attention, which needs one sample a row: use --packing rows")
+        raise UsageError("this model has joint attention, which needs one sample per row: use packing='rows'")
     q = packer.moved(given["query"], "grid") if packer.carry else packer.get(given["query"], "grid")
     carried = packer.carry and [packed_heads(packer, node, given[name], q) for name in ("key", "value")]
     layouts = [q] if packer.carry else [packer.get(given[name], "grid") for name in ARGUMENTS[:3]]
@@ -120,7 +120,7 @@ def packed_heads(packer: Packer, node: Node, value: Node, q: PackedValue) -> Nod
 
 def self_attention(packer: Packer, node: Node, given: dict[str, Any], q: PackedValue, scale: float) -> PackedValue:
     if given.get("attn_mask") is not None:
-        raise packer.refuse(node, "self-attention with a mask has no rule")
+        raise packer.refuse(node, "self-attention with a mask is not supported")
     if packer.carry is not None:
         return carried_attention(packer, node, given, q, scale)
     k, v = (packer.get(given[name], q.layout) for name in ("key", "value"))
@@ -138,7 +138,7 @@ def self_attention(packer: Packer, node: Node, given: dict[str, Any], q: PackedV
 def whole_attention(packer: Packer, node: Node, given: dict[str, Any], q: PackedValue, scale: float) -> PackedValue:
     """Packed queries against the keys and values of all tokens of their sample, which are left where they are."""
     if packer.packing != "rows" or given.get("attn_mask") is not None:
-        raise packer.refuse(node, "attention to the whole grid needs one sample a row (--packing rows) and no mask")
+        raise packer.refuse(node, "attention to the whole grid needs one sample per row (packing='rows') and no mask")
     operands = (q.node, given["key"], given["value"], None)
     return q.at(packer.emit(aten.scaled_dot_product_attention.default, *operands, scale=scale))
 
@@ -166,10 +166,10 @@ def carried_attention(packer: Packer, node: Node, given: dict[str, Any], q: Pack
 def cross_attention(packer: Packer, node: Node, given: dict[str, Any], q: PackedValue, scale: float) -> PackedValue:
     """Queries of row r against the keys of sample r; pad queries give rows nobody reads."""
     if packer.packing == "bins":
-        raise UsageError("this model has cross-attention, which needs one sample a row: use --packing rows")
+        raise UsageError("this model has cross-attention, which needs one sample per row: use packing='rows'")
     mask = given.get("attn_mask")
     if isinstance(mask, Node) and mask.meta["val"].ndim > 1 and mask.meta["val"].shape[-2] != 1:
-        raise packer.refuse(node, "its mask varies with the token's position")
+        raise packer.refuse(node, "its mask depends on the token's position")
     key, value = (packer.outside(given[name]) for name in ("key", "value"))
     operands = (q.node, key, value, mask)
     return q.at(packer.emit(aten.scaled_dot_product_attention.default, *operands, scale=scale))

@@ -64,7 +64,7 @@ def side_by_side(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     first = laid[0]
     axis = integer(node, 1, 0) % node.meta["val"].ndim
     if any((x.batch, x.token) != (first.batch, first.token) for x in laid):
-        raise packer.refuse(node, "its operands carry batch and token on different axes")
+        raise packer.refuse(node, "its operands have batch and token on different axes")
     new = node.target is aten.stack.default
     if not new and axis in (first.batch, first.token):
         raise packer.refuse(node, "it joins tokens with tokens, or samples with samples")

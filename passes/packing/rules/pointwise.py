@@ -27,7 +27,7 @@ def pointwise(packer: Packer, node: Node, layout: Layout) -> PackedValue:
             return packer.outside_operand(value, first, node)
         laid = packer.get(value, layout)
         if (laid.batch, laid.token) != (first.batch, first.token):
-            raise packer.refuse(node, "its operands carry batch and token on different axes")
+            raise packer.refuse(node, "its operands have batch and token on different axes")
         return laid.node
 
     return first.at(packer.again(node, *map_arg(node.args, operand), **map_arg(node.kwargs, operand)))

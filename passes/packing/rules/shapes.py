@@ -123,5 +123,5 @@ def feature_axis(packer: Packer, node: Node, layout: Layout, axis: int) -> tuple
     x = packer.get(operand(node), layout)
     axis %= operand(node).meta["val"].ndim
     if axis in (x.batch, x.token):
-        raise packer.refuse(node, f"it takes the {'batch' if axis == x.batch else 'token'} axis apart")
+        raise packer.refuse(node, f"it splits the {'batch' if axis == x.batch else 'token'} axis")
     return x, axis

@@ -97,7 +97,7 @@ def test_what_is_there_is_not_built_again(built, rtx):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.engine")}
     run = run_cli("build", folder, "--backend", "tensorrt-rtx")
     assert run.code == 0
-    assert "all 2 engines are there already" in run.err
+    assert "all 2 engines exist already" in run.err
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.engine")} == before
 
 
@@ -294,7 +294,7 @@ def test_without_a_backend_it_is_one_line(copied, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(importlib, "import_module", missing)
         said = refusal(2, "build", copied)
-        assert "no backend to build engines with (tensorrt: No module named 'tensorrt'; tensorrt-rtx:" in said
+        assert "no backend can build engines (tensorrt: No module named 'tensorrt'; tensorrt-rtx:" in said
         assert "pip install 'dcconvert[gpu]' or pip install 'dcconvert[rtx]'" in said
         assert "dcconvert[gpu]" not in refusal(2, "build", copied, "--backend", "tensorrt-rtx")
     assert not (copied / "engines").exists()
@@ -304,7 +304,7 @@ def test_tensorrt_without_a_gpu_is_one_line(copied, monkeypatch):
     monkeypatch.setattr(build, "this_gpu", lambda: None)
     monkeypatch.setattr(importlib, "import_module", lambda name: type("trt", (), {"__version__": "11.4"}))
     said = refusal(2, "build", copied, "--backend", "tensorrt")
-    assert "there is no GPU, and its engines are for the GPU they are built on" in said
+    assert "there is no GPU here, and it builds only for the GPU of the machine" in said
 
 
 def test_the_gpu_of_this_machine_is_what_engines_are_for(monkeypatch):
@@ -319,12 +319,12 @@ def test_a_gpu_that_tensorrt_rtx_does_not_build_for(monkeypatch):
     module = type("trt", (), {"__version__": "1.7", "ComputeCapability": known})
     monkeypatch.setattr(build, "this_gpu", lambda: ("NVIDIA H200", "9.0"))
     monkeypatch.setattr(importlib, "import_module", lambda name: module)
-    with pytest.raises(UsageError, match=r"the GPU here has compute capability 9\.0, it builds for 8\.9, 12\.0"):
+    with pytest.raises(UsageError, match=r"the GPU here has compute capability 9\.0, but it builds for 8\.9, 12\.0"):
         build.find_device("tensorrt-rtx")
     for text in ("8.9", "89"):
         assert build.find_device("tensorrt-rtx", text).capability == "8.9"
     for text in ("9.0", "1.20", "x", "8"):
-        with pytest.raises(UsageError, match="does not know compute capability"):
+        with pytest.raises(UsageError, match="does not support compute capability"):
             build.find_device("tensorrt-rtx", text)
     monkeypatch.setattr(build, "this_gpu", lambda: ("NVIDIA L40", "8.9"))
     assert build.find_device("tensorrt-rtx") == Device("tensorrt-rtx", "1.7")
@@ -352,7 +352,7 @@ def test_engines_do_not_run_without_a_gpu(built, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     said = refusal(2, "sample", built[0], "--runtime", "trt", "-o", tmp_path / "s.png")
-    assert "engines run on an NVIDIA GPU" in said
+    assert "engines need an NVIDIA GPU" in said
     assert "has no graphs for ort-cuda" in refusal(
         2, "sample", built[0], "--runtime", "ort-cuda", "-o", tmp_path / "s.png"
     )

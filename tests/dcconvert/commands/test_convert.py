@@ -263,7 +263,7 @@ def test_as_many_buckets_as_were_asked_for(half):
     assert bundle.model.schedule.levels == bundle.bucket_set.lengths
     assert most_buckets(bundle) == 3
     bundle.manifest["most_buckets"] = "many"
-    with pytest.raises(UsageError, match="no number of at least 2 as most_buckets"):
+    with pytest.raises(UsageError, match="most_buckets in the manifest is not a number of at least 2"):
         most_buckets(bundle)
 
 
@@ -299,8 +299,8 @@ def test_a_bundle_is_sampled_as_it_was_converted(half, tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--mode", "chunk", "--warm-up", 1), "warm-up and refresh steps are of mode carry"),
-        (("--mode", "chunk", "--refresh", 5), "warm-up and refresh steps are of mode carry"),
+        (("--mode", "chunk", "--warm-up", 1), "warm-up and refresh steps apply only to mode carry"),
+        (("--mode", "chunk", "--refresh", 5), "warm-up and refresh steps apply only to mode carry"),
         (("--mode", "chunk", "--state", "fp16"), "method chunk has no state"),
         (("--mode", "chunk", "--router", "drift"), "method chunk has no router 'drift': choose one of"),
         (("--mode", "chunk", "--router", "age"), "method chunk has no router 'age': choose one of"),

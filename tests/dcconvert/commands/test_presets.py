@@ -187,7 +187,7 @@ def test_evaluation_and_samples(bundles, preset, tmp_path):
 def test_merged_and_structural_presets_have_no_router_to_train(bundles, tmp_path):
     for preset in ("tome", "sparsedit"):
         message = refusal(2, "upcycle", bundles[preset], "-o", tmp_path / "out", "--train", "router")
-        assert f"cannot train 'router': method {preset} has none that could learn" in message
+        assert f"cannot train 'router': method {preset} has no trainable router" in message
 
 
 def test_inspect_and_wrong_use(checkpoint, tmp_path):
@@ -211,7 +211,7 @@ def test_inspect_and_wrong_use(checkpoint, tmp_path):
         tmp_path / "a",
         after=["read", "rewrite"],
     )
-    assert "at most: ask for less than 8x, or more steps" in many
+    assert "at most: choose a ratio below 8x, or more steps" in many
     assert not (tmp_path / "a").exists()
 
 
@@ -241,7 +241,7 @@ def test_steps_that_a_threshold_was_not_found_for(bundles, tmp_path):
 
 def test_ratios_beyond_the_coarsest_grid(bundles, tmp_path):
     message = refusal(2, "evaluate", bundles["sparsedit"], "--ratio", "40x", "--images", 5)
-    assert "ask for less than 40x, or convert again" in message
+    assert "choose a ratio below 40x, or convert again" in message
 
 
 def test_commands_that_a_preset_has_no_use_for(bundles, tmp_path):

@@ -287,7 +287,7 @@ def test_images_without_detail(chunk_job, tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--data", "nowhere.npz"), "there is no nowhere.npz"),
+        (("--data", "nowhere.npz"), "nowhere.npz does not exist"),
         (("--ratio", "0.5x"), "at least 1"),
         (("--ratio", "100x"), "less than one of the 64 tokens"),
         (("--count", 0), "0 is not in the range"),

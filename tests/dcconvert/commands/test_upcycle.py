@@ -147,12 +147,12 @@ def test_a_run_that_was_stopped_goes_on(trained, bundle, monkeypatch):
         interrupt_at(patch, 3)
         run = run_cli("upcycle", bundle, *WORDS)
     assert run.code == 130
-    assert run.err.splitlines()[-1].startswith("error: stopped: the same command goes on from step 3 of 6")
+    assert run.err.splitlines()[-1].startswith("error: stopped: run the same command to resume from step 3 of 6")
     assert {path.name for path in bundle.parent.iterdir()} == {"bundle", "bundle.upcycle"}
     assert all(torch.equal(value, before[name]) for name, value in weights(bundle).items())
     run = run_cli("upcycle", bundle, *WORDS)
     assert run.code == 0, run.err
-    assert "going on at step 3 of 6" in run.err
+    assert "resuming at step 3 of 6" in run.err
     assert {path.name for path in bundle.parent.iterdir()} == {"bundle"}
     after, wanted = weights(bundle), weights(trained[0])
     assert after.keys() == wanted.keys()
@@ -210,7 +210,7 @@ def test_a_failed_export_leaves_the_bundle_and_the_state(bundle, monkeypatch):
     assert {path.name for path in bundle.parent.iterdir()} == {"bundle", "bundle.upcycle"}
     run = run_cli("upcycle", bundle, *WORDS)  # nothing is trained again
     assert run.code == 0, run.err
-    assert "going on at step 6 of 6" in run.err
+    assert "resuming at step 6 of 6" in run.err
 
 
 def test_a_full_disk_is_one_line(bundle, monkeypatch):
@@ -291,7 +291,7 @@ def test_mode_carry_learns_on_its_own_runs(main_job, tmp_path):
 def test_mode_carry_takes_no_data(main_job):
     run = run_cli("upcycle", main_job.folder, "--data", "images")
     assert run.code == 2
-    assert "is in mode carry, which learns on its own runs: leave out --data" in run.err
+    assert "is in mode carry, which is trained on its own sampling runs: leave out --data" in run.err
 
 
 def test_new_paths_are_exported(bundle):

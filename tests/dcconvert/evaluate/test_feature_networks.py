@@ -80,7 +80,7 @@ def test_a_network_without_maps_or_logits(tmp_path):
         (["logits"], (2, 3, 8, 8), True, "'features'"),
         (["features", "logits", "flat"], (2, 3, 8, 8), True, "feature maps"),
         (["features"], (2, 1, 8, 8), True, "one input"),
-        (["features"], (2, 3, 8, 8), False, "batches of 2 only"),
+        (["features"], (2, 3, 8, 8), False, "only batches of 2"),
     ],
 )
 def test_networks_that_do_not_fit(tmp_path, names, shape, dynamic, said):

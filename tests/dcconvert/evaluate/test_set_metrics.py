@@ -96,7 +96,7 @@ def test_a_narrow_model_is_precise_and_forgets():
 
 
 def test_precision_needs_equally_many():
-    with pytest.raises(ValueError, match="equally many"):
+    with pytest.raises(ValueError, match="both numbers must be equal"):
         precision_recall(normal(5, 2), normal(6, 2))
 
 

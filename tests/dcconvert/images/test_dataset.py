@@ -73,10 +73,10 @@ def test_a_folder_with_a_folder_for_each_class(config: DiTConfig, tmp_path):
         ({"images": PIXELS / 1.0, "labels": LABELS}, CONFIG, "floats must be from -1 to 1"),
         ({"images": PIXELS / 255, "labels": LABELS}, CONFIG, "floats must be from -1 to 1"),
         ({"images": np.zeros((6, 4, 16, 16), np.uint8), "labels": LABELS}, LATENT, "the model works on latents"),
-        ({"images": PIXELS}, CONFIG, "has no labels and the model has 4 classes"),
-        ({"images": PIXELS, "labels": LABELS[:3]}, CONFIG, "an integer for each image"),
-        ({"images": PIXELS, "labels": LABELS / 2}, CONFIG, "an integer for each image"),
-        ({"images": PIXELS, "labels": LABELS + 1}, CONFIG, "labels 1 to 4: the model knows 0 to 3"),
+        ({"images": PIXELS}, CONFIG, "has no labels, but the model has 4 classes"),
+        ({"images": PIXELS, "labels": LABELS[:3]}, CONFIG, "use one integer per image"),
+        ({"images": PIXELS, "labels": LABELS / 2}, CONFIG, "use one integer per image"),
+        ({"images": PIXELS, "labels": LABELS + 1}, CONFIG, "labels 1 to 4: the model has labels 0 to 3"),
         ({"images": PIXELS, "labels": LABELS}, COLOUR, r"\[6, 16, 16, 1\]: the model needs \[n, 3, 16, 16\]"),
         ({"images": PIXELS[:, :8], "labels": LABELS}, CONFIG, r"the model needs \[n, 1, 16, 16\]"),
         ({"images": PIXELS[:0], "labels": LABELS[:0]}, CONFIG, r"the model needs \[n, 1, 16, 16\]"),
@@ -116,8 +116,8 @@ def test_pickled_arrays_are_refused(tmp_path):
 def test_folders_that_are_not_the_classes(tmp_path):
     (tmp_path / "a").mkdir()
     Image.new("L", (16, 16)).save(tmp_path / "a" / "0.png")
-    with pytest.raises(UsageError, match="holds 1 class folders, the model has 4 classes"):
+    with pytest.raises(UsageError, match="holds 1 class folders, but the model has 4 classes"):
         read_images(tmp_path, CONFIG)
     Image.new("L", (16, 16)).save(tmp_path / "0.png")
-    with pytest.raises(UsageError, match="holds pictures beside the folders of its classes"):
+    with pytest.raises(UsageError, match="holds pictures outside its class folders"):
         read_images(tmp_path, CONFIG)

@@ -149,15 +149,21 @@ def test_the_releases_names(module, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("pos_embed"), "missing keys of a DC-DiT: pos_embed"),
+        (lambda s: s.pop("pos_embed"), "a DC-DiT without the keys pos_embed"),
         (lambda s: s.pop("hnet.residual_proj.bias"), "missing keys: hnet.residual_proj.bias"),
-        (lambda s: s.update({"hnet.extra": torch.ones(1)}), "keys that a DC-DiT has not: hnet.extra"),
+        (lambda s: s.update({"hnet.extra": torch.ones(1)}), "keys that a DC-DiT does not have: hnet.extra"),
         (lambda s: s.update({"hnet.encoder.rmsnorm.weight": torch.ones(3)}), r"is \[3\], expected \[64\]"),
         (lambda s: s.update({f"{BLOCKS}99999999.norm": torch.ones(1)}), r"layers\.99999999 is not one of 4 blocks"),
         (lambda s: s.update({f"{BLOCKS}x.norm": torch.ones(1)}), r"layers\.x is not one of 4 blocks"),
-        (lambda s: s.update({"pos_embed": torch.ones(64)}), r"pos_embed is \[64\]: a DC-DiT's has 3 dimensions"),
-        (lambda s: s.update({f"{BLOCKS}0.mlp.fc1.weight": torch.tensor(1.0)}), r"is \[\]: a DC-DiT's has 2 dim"),
-        (lambda s: s.update({"y_embedder.embedding_table.weight": torch.ones(11, 2)}), "width 2: that of a DC-DiT"),
+        (
+            lambda s: s.update({"pos_embed": torch.ones(64)}),
+            r"pos_embed has shape \[64\], in a DC-DiT it has 3 dimensions",
+        ),
+        (
+            lambda s: s.update({f"{BLOCKS}0.mlp.fc1.weight": torch.tensor(1.0)}),
+            r"has shape \[\], in a DC-DiT it has 2 dim",
+        ),
+        (lambda s: s.update({"y_embedder.embedding_table.weight": torch.ones(11, 2)}), "width 2 is not a multiple of"),
     ],
 )
 def test_checkpoints_that_are_not_whole(module, tmp_path, change, message):
@@ -171,10 +177,10 @@ def test_checkpoints_that_are_not_whole(module, tmp_path, change, message):
 def test_a_dc_dit_is_no_dit(module, tmp_path):
     from dcconvert.passes.ir.errors import UnsupportedModelError
 
-    with pytest.raises(UnsupportedModelError, match=r"a DC-DiT, where a DiT is needed"):
+    with pytest.raises(UnsupportedModelError, match=r"a DC-DiT, not a DiT"):
         dcconvert.load_checkpoint(write(module, tmp_path / "dc.pt"), heads=2)
     message = refusal(2, tmp_path / "dc.pt", "--ratio", "4x", "--heads", 2, "-o", tmp_path / "out", after=["read"])
-    assert "choose preset dc-dit" in message
+    assert "needs preset dc-dit" in message
 
 
 def test_a_release_checkpoint_is_inspected_as_it_is_converted(module, tmp_path):
@@ -185,7 +191,7 @@ def test_a_release_checkpoint_is_inspected_as_it_is_converted(module, tmp_path):
     run = run_cli("inspect", path, "--heads", 2)
     assert run.code == 2
     assert "cut points" in run.out
-    assert "choose preset dc-dit" in run.out
+    assert "needs preset dc-dit" in run.out
 
 
 def test_the_main_job_on_a_release_checkpoint(module, tmp_path):
@@ -256,8 +262,8 @@ def test_refining_trains_everything_but_the_embedders(tmp_path):
 def test_refining_is_for_dits_and_preset_dc_dit(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "tiny.safetensors")
     message = refusal(2, checkpoint, "--ratio", "4x", "--refine-grid", "-o", tmp_path / "out", after=["read"])
-    assert "choose preset dc-dit" in message
-    with pytest.raises(UsageError, match="makes a DC-DiT of a DiT"):
+    assert "needs preset dc-dit" in message
+    with pytest.raises(UsageError, match="converts only a DiT"):
         dcconvert.convert(RefinedDiT(CONFIG), 4, preset="dc-dit", refine_grid=True)
 
 

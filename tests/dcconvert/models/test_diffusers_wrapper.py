@@ -150,13 +150,13 @@ def test_other_sizes_are_other_conversions():
     pipe, _, run = pictures("sd3")
     pipe.transformer = drop = dcconvert.convert(pipe.transformer, ratio=2)
     assert "will be converted when it is called" in drop.summary()
-    with pytest.raises(UsageError, match="there are 0 conversions"):
+    with pytest.raises(UsageError, match="the model has 0 conversions"):
         drop.save("anywhere")
     run()
     run(height=16, width=8)
     run()
     assert grids(drop) == ["4x4 = 16 tokens", "8x4 = 32 tokens"]
-    with pytest.raises(UsageError, match="there are 2 conversions"):
+    with pytest.raises(UsageError, match="the model has 2 conversions"):
         drop.save("anywhere")
     for height in (4, 12, 16):
         run(height=height, width=12)
@@ -229,7 +229,7 @@ def test_wrong_options_are_noticed_before_the_first_call():
 def test_wrong_calls_are_named():
     transformer, args, kwargs = made(FAMILIES["sd3"])
     drop = dcconvert.convert(transformer, ratio=2)
-    with pytest.raises(UsageError, match=r"SD3Transformer2DModel is not called like this: .*prompt"):
+    with pytest.raises(UsageError, match=r"SD3Transformer2DModel cannot be called with these arguments: .*prompt"):
         drop(*args, **kwargs, prompt="a cat")
     with pytest.raises(AttributeError, match="no_such_thing"):
         drop.no_such_thing  # noqa: B018

@@ -79,10 +79,10 @@ def test_wrong_sizes(text):
 
 def test_sizes_that_a_model_cannot_have(folders, tmp_path):
     words = ("--ratio", "2x", "-o", tmp_path / "out")
-    assert "patches of 2 pixels" in refusal(2, folders["flux"], "--image-size", "9", *words)
+    assert "must be a multiple of 2" in refusal(2, folders["flux"], "--image-size", "9", *words)
     assert "write it as 64" in refusal(2, folders["flux"], "--image-size", "9y", *words)
     write_checkpoint(tmp_path / "tiny.safetensors")
-    assert "images of a DiT checkpoint are square" in refusal(
+    assert "a DiT checkpoint has square images" in refusal(
         2, tmp_path / "tiny.safetensors", "--image-size", "32x16", *words
     )
 
@@ -120,8 +120,8 @@ def test_inspect_names_what_it_found(folders):
     ("change", "said", "code"),
     [
         (lambda folder: (folder / "config.json").unlink(), "is a folder without config.json", 2),
-        (lambda folder: (folder / "config.json").write_text("[1]"), "it is no JSON object", 2),
-        (lambda folder: (folder / "config.json").write_text('{"_class_name": "UNet"}'), "holds a UNet; folders are", 3),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "it is not a JSON object", 2),
+        (lambda folder: (folder / "config.json").write_text('{"_class_name": "UNet"}'), "supported are", 3),
         (lambda folder: next(folder.glob("*.safetensors")).unlink(), "cannot load the SD3Transformer2DModel", 2),
         (lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"x"), "cannot load the SD3Transformer", 2),
     ],
@@ -152,7 +152,7 @@ def exported(path: Path) -> torch.export.ExportedProgram:
 def test_an_exported_program_is_not_opened_by_the_command_line(tmp_path):
     exported(tmp_path / "model.pt2")
     said = refusal(2, tmp_path / "model.pt2", "--ratio", "2x", "-o", tmp_path / "out")
-    assert "torch.export.load runs code that such a file may hold" in said
+    assert "may contain code that torch.export.load runs" in said
 
 
 def test_an_exported_program_is_converted_from_python(tmp_path):

@@ -48,9 +48,9 @@ BUCKETS = (Bucket(1, 6, 1, 6, 6), Bucket(3, 18, 3, 6, 6), Bucket(3, 60, 3, 16, 4
 LABELS = [
     "route, batch 1",
     "route, batch 3",
-    "denoise, batch 1, 6 tokens a sample",
-    "denoise, batch 3, 6 tokens a sample",
-    "denoise, batch 3, 16 tokens a sample",
+    "denoise, batch 1, 6 tokens per sample",
+    "denoise, batch 3, 6 tokens per sample",
+    "denoise, batch 3, 16 tokens per sample",
 ]
 
 

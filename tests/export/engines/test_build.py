@@ -206,7 +206,7 @@ def test_an_input_that_the_parser_leaves_out_is_noticed(rows_model, tmp_path):
     device = Device(RTX, rtx_version())
     write_variant(VARIANTS["ort-cuda"], rows_model, tmp_path, BUCKETS[:1])
     *_, denoise = plan_engines(tmp_path / "ort-cuda", GRAPHS, BUCKETS[:1], "fp16", device)
-    with pytest.raises(CheckFailedError, match=r"leaves out input row_lengths of denoise\.onnx"):
+    with pytest.raises(CheckFailedError, match=r"ignores input row_lengths of denoise\.onnx"):
         build_engine(denoise, tmp_path)
     assert not list(tmp_path.glob("*.engine"))
 
@@ -216,7 +216,7 @@ def test_a_builder_that_fails_names_the_bucket(rows_model, tmp_path):
     device = Device(RTX, rtx_version())
     export_onnx(rows_model, tmp_path, VARIANTS["trt"].lowerings)
     *_, denoise = plan_engines(tmp_path, GRAPHS, BUCKETS[2:], "fp32", device)
-    with pytest.raises(UsageError, match=r"cannot build denoise, bucket of batch 3, 6 tokens a sample: .*Attention"):
+    with pytest.raises(UsageError, match=r"cannot build denoise, bucket of batch 3, 6 tokens per sample: .*Attention"):
         build_engine(denoise, tmp_path)
 
 
@@ -236,7 +236,7 @@ def test_a_graph_that_is_not_understood_names_node_and_op(tmp_path):
 
 def test_a_worker_that_dies_is_one_line(graphs, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(UsageError, match="cannot build route: its process died: without a word"):
+    with pytest.raises(UsageError, match="cannot build route: its process died: it printed nothing"):
         build_engine(planned(graphs)[0], tmp_path)
     assert not list(tmp_path.iterdir())
 

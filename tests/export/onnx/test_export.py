@@ -184,7 +184,7 @@ def test_large_weights_are_beside_the_graph(rows_model, rows_onnx, tmp_path, mon
 
 def test_an_exporter_that_gives_nothing(rows_model, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
-    with pytest.raises(CheckFailedError, match=r"gave nothing to write to route\.onnx"):
+    with pytest.raises(CheckFailedError, match=r"returned nothing to write to route\.onnx"):
         export_route(rows_model, tmp_path / "route.onnx", inputs())
     assert not list(tmp_path.iterdir())
 

@@ -100,7 +100,7 @@ def test_what_needs_rows_is_refused(options):
 def test_cross_attention_needs_rows():
     module, args, kwargs = pixart_call()
     model = rewrite(module, args, kwargs, method_of("chunk"), Schedule("constant", 2))
-    with pytest.raises(UsageError, match=r"because of aten\.scaled_dot_product_attention"):
+    with pytest.raises(UsageError, match=r"because it uses aten\.scaled_dot_product_attention"):
         with_packed_attention(model)
 
 

@@ -178,7 +178,7 @@ def test_a_value_that_is_not_finite_names_its_sample(name, value, sample, runtim
 def test_an_input_of_another_type(name, kind, rows_model, rows_onnx):
     given = arrays(3)
     given[name] = given[name].astype(kind)
-    with pytest.raises(UsageError, match=rf"input {name} is {kind}, the model reads \w+: give it as that"):
+    with pytest.raises(UsageError, match=rf"input {name} is {kind}, but the model needs \w+: convert it"):
         OrtModel(rows_onnx, rows_model.planner).start(3).step(given)
 
 
@@ -197,7 +197,7 @@ def test_a_session_that_fell_back_to_another_provider(rows_onnx, monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
     real = onnxruntime.InferenceSession
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, providers: real(path, providers=[CPU]))
-    with pytest.raises(CheckFailedError, match=f"asked to run on {CUDA} but runs on {CPU}"):
+    with pytest.raises(CheckFailedError, match=f"should run on {CUDA} but runs on {CPU}"):
         make_session(rows_onnx / "route.onnx", CUDA)
 
 

@@ -180,7 +180,7 @@ def test_an_engine_that_does_not_run_fails_the_check(rows_model, rows_onnx, tmp_
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("set_input_shape", r"takes no \w+ \["),
+        ("set_input_shape", r"does not accept \w+ \["),
         ("set_tensor_address", "does not take a buffer for"),
         ("set_optimization_profile_async", "has no profile"),
     ],
@@ -198,14 +198,14 @@ def test_inputs_of_another_type_are_refused(mode, tmp_path):
     model, graphs = mode
     build(graphs, tmp_path)
     runtime = opened(model, graphs, tmp_path)
-    with pytest.raises(UsageError, match=r"input x is torch\.float64, the engine reads torch\.float32: convert it"):
+    with pytest.raises(UsageError, match=r"input x is torch\.float64, but the engine needs torch\.float32: convert it"):
         runtime.route({**at(1, 4), "x": np.zeros((4, 1, 16, 16))})
 
 
 def test_too_little_memory_is_one_line(rows_model, rows_onnx, tmp_path, monkeypatch):
     build(rows_onnx, tmp_path)
     monkeypatch.setattr(fake_trt.Engine, "create_execution_context", lambda self: None)
-    with pytest.raises(UsageError, match="too little free memory on the GPU"):
+    with pytest.raises(UsageError, match="the GPU has too little free memory"):
         opened(rows_model, rows_onnx, tmp_path)
 
 
@@ -233,7 +233,7 @@ def test_engines_of_another_version(bundle, rows_model, rows_onnx, monkeypatch):
 
 def test_engines_without_a_gpu(bundle, rows_model, rows_onnx, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "engines run on an NVIDIA GPU, and torch" in refused(bundle, rows_model, rows_onnx)
+    assert "engines need an NVIDIA GPU, but torch" in refused(bundle, rows_model, rows_onnx)
 
 
 def test_engines_of_another_gpu(bundle, rows_model, rows_onnx, monkeypatch):
@@ -243,7 +243,7 @@ def test_engines_of_another_gpu(bundle, rows_model, rows_onnx, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
     said = refused(bundle, rows_model, rows_onnx)
-    assert "is for compute capability 8.9, this GPU (H200) has 9.0" in said
+    assert "is for compute capability 8.9, but this GPU (H200) has 9.0" in said
 
 
 def test_a_backend_that_is_not_installed(bundle, rows_model, rows_onnx, monkeypatch):
@@ -251,7 +251,7 @@ def test_a_backend_that_is_not_installed(bundle, rows_model, rows_onnx, monkeypa
         raise ImportError(name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    assert "is for tensorrt-rtx, which is not installed here" in refused(bundle, rows_model, rows_onnx)
+    assert "is for tensorrt-rtx, which is not installed" in refused(bundle, rows_model, rows_onnx)
 
 
 def test_a_bundle_without_engines(tmp_path, rows_model, rows_onnx):

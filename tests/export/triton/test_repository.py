@@ -149,7 +149,7 @@ def test_a_run_that_is_silent_is_forgotten(carry, monkeypatch):
     now[0] += IDLE_SECONDS / 2
     carry.images(**at(1), **controls(1, 1))
     now[0] += IDLE_SECONDS + 1
-    assert "sequence 1 is not known (or was silent too long)" in carry.refusal(**at(2), **controls(1, 2))
+    assert "sequence 1 is unknown or has expired" in carry.refusal(**at(2), **controls(1, 2))
 
 
 def test_a_failed_step_starts_the_run_anew_and_the_server_lives(carry):
@@ -165,7 +165,7 @@ def test_bad_requests_are_one_line(chunk, carry):
     assert "the request has no input y: it needs x, t, y" in chunk.refusal(**given)
     assert "batch 5 is outside the buckets" in chunk.refusal(**at(0, 5))
     assert "the request has no CORRID: call the model as a sequence" in carry.refusal(**at(0))
-    assert "sequence 3 is not known" in carry.refusal(**at(1), **controls(3, 1))
+    assert "sequence 3 is unknown" in carry.refusal(**at(1), **controls(3, 1))
     wrong = at(0) | {"x": np.zeros((3, 1, 8, 8), np.float32)}
     assert chunk.refusal(**wrong).startswith("dit_route: ")
 

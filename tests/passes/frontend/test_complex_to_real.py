@@ -84,8 +84,8 @@ def test_real_graphs_stay_as_they_are():
 @pytest.mark.parametrize(
     ("turn", "said"),
     [
-        (lambda x, table: x + table.unsqueeze(1), "in a way that has no rule"),
-        (lambda x, table: x * x, "in a way that has no rule"),
+        (lambda x, table: x + table.unsqueeze(1), "in a way that is not supported"),
+        (lambda x, table: x * x, "in a way that is not supported"),
         (lambda x, table: x * torch.polar(x.abs(), x.abs()), "depends on input"),
     ],
 )

@@ -123,13 +123,13 @@ def test_the_grid_of_a_linear_patchify_may_be_given():
     run_passes(program, (Normalise(), FindTokenStream()))
     assert program.found_stream().grid == (2, 8)
     program.grid = (3, 5)
-    with pytest.raises(UsageError, match="the grid 3x5 does not have the 16 tokens"):
+    with pytest.raises(UsageError, match="the grid 3x5 does not match the 16 tokens"):
         run_passes(program, (FindTokenStream(),))
 
 
 def test_long_skips_are_named():
     program = capture(*made(FAMILIES["hunyuan-dit"]), method_of("carry"))
-    with pytest.raises(UnsupportedModelError, match=r"longest alive is .* in blocks\.0 .*, until .* in blocks\.3"):
+    with pytest.raises(UnsupportedModelError, match=r"stays live longest is .* in blocks\.0 .*, until .* in blocks\.3"):
         run_passes(program, (Normalise(), FindTokenStream()))
 
 

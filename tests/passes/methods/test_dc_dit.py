@@ -57,7 +57,7 @@ def test_the_architecture_of_its_own():
     )
     assert own.frozen
     assert not method_of("dc-dit").frozen
-    with pytest.raises(UsageError, match="choose preset dc-dit"):
+    with pytest.raises(UsageError, match="needs preset dc-dit"):
         of_own_architecture(method_of("chunk"), refined=False)
     with pytest.raises(UsageError, match="leave out --head-blocks and --tail-blocks"):
         of_own_architecture(method_of("dc-dit", head_blocks=2), refined=False)

@@ -139,14 +139,18 @@ def models():
         (
             "tome",
             Schedule(NATURAL, 4, base=4),
-            "schedule 'natural' is for models converted with another method than tome",
+            "schedule 'natural' does not work with method tome",
         ),
-        ("sparsedit", Schedule(DIFFERENCE, 4, threshold=1), "schedule 'difference' is for .* than sparsedit"),
-        ("ddit", Schedule(NATURAL, 4, base=4), "schedule 'natural' is for"),
+        (
+            "sparsedit",
+            Schedule(DIFFERENCE, 4, threshold=1),
+            "schedule 'difference' does not work with method sparsedit",
+        ),
+        ("ddit", Schedule(NATURAL, 4, base=4), "schedule 'natural' does not work with method ddit"),
         ("dc-dit", Schedule(NATURAL, 4, base=4, levels=(65, 1000)), "a sample of this model can keep at most 64"),
         ("dc-dit", Schedule(NATURAL, 4, base=4, levels=(17,)), "a sample of this model can keep at most 64"),
         ("ddit", Schedule(DIFFERENCE, 4, threshold=1, levels=(5, 64)), "a sample of this model can keep 4, 16, 64"),
-        ("sparsedit", Schedule("constant", 32), r"has \d+ of 64 tokens, which is .*: ask for less than 32x"),
+        ("sparsedit", Schedule("constant", 32), r"has \d+ of 64 tokens, which is .*: choose a ratio below 32x"),
     ],
 )
 def test_schedules_of_another_model(models, preset, schedule, message):

@@ -224,7 +224,7 @@ def refused(call, match):
 
 
 def test_what_has_no_rule_is_refused():
-    refused((TinyModel(Block() for _ in range(3)), tiny_inputs(), {}), "no image")
+    refused((TinyModel(Block() for _ in range(3)), tiny_inputs(), {}), "not an image")
     refused(dit_call(image_size=6), "no patches of twice the size")
 
     class Normed(Image):
@@ -232,7 +232,7 @@ def test_what_has_no_rule_is_refused():
             super().__init__(Block() for _ in range(3))
             self.patchify: Any = nn.Sequential(self.patchify, nn.GroupNorm(2, self.patchify.out_channels))
 
-    refused((Normed(), tiny_inputs(), {}), "more than an addition of positions")
+    refused((Normed(), tiny_inputs(), {}), "does more than add positions")
 
     class Timed(Image):
         def __init__(self) -> None:

@@ -303,7 +303,7 @@ def test_it_warns_once_when_calls_never_go_on(caplog):
     for number in range(WARN_AFTER + 5):
         called(model, image(0), 0.9 - 0.01 * number, (number % 2,) * 3)
         assert len(caplog.records) == (number >= WARN_AFTER)
-    assert "5 calls in a row were no continuation" in caplog.text
+    assert "5 calls in a row did not continue the previous one" in caplog.text
     assert "model.start(batch)" in caplog.text
 
 

@@ -288,10 +288,10 @@ def test_only_its_own_samples_can_be_restarted(samples):
 def test_another_batch_is_refused():
     model, call = carried("tiny")
     run = model.start(BATCH)
-    with pytest.raises(UsageError, match=r"this run has 3 samples, its step was given \[2\]: start another run"):
+    with pytest.raises(UsageError, match=r"this run has 3 samples, but the step got \[2\]: start another run"):
         step(run, model, pick(call, [0, 1]))
     x, t = call[1]
-    with pytest.raises(UsageError, match=r"given \[2, 3\]"):
+    with pytest.raises(UsageError, match=r"got \[2, 3\]"):
         run.step({"x": x, "t": t[:2]})
 
 
@@ -387,7 +387,7 @@ def test_restart_takes_the_partner_along(sample, left):
 
 
 def test_groups_must_be_equal():
-    with pytest.raises(UsageError, match="a batch of 3 cannot be 2 groups"):
+    with pytest.raises(UsageError, match="a batch of 3 cannot be split into 2 groups"):
         Run(carried("tiny")[0], 3, groups=2)
 
 

@@ -143,7 +143,7 @@ def test_noise_that_rises_is_refused(model):
 def test_too_many_weights_are_refused(model):
     run = start(model)
     step(run, at(model, 0.5))
-    with pytest.raises(UsageError, match="4 weights: a skipped step reads the last 3 updates"):
+    with pytest.raises(UsageError, match="4 weights: a skipped step needs one for each of the last 3 updates"):
         step(run, at(model, 0.4), 0, 0, 0, weights=(1.0, 1, 1, 1))
 
 

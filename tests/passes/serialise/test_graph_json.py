@@ -326,7 +326,7 @@ def test_submodules_cannot_be_written():
         graph_to_dict(GraphModule(nn.Sequential(nn.ReLU()), graph))
     graph = Graph()
     graph.output((graph.get_attr("0"),))
-    with pytest.raises(UnsupportedModelError, match="reads 0, which is no tensor"):
+    with pytest.raises(UnsupportedModelError, match="reads 0, which is not a tensor"):
         graph_to_dict(GraphModule(nn.Sequential(nn.ReLU()), graph))
 
 

@@ -63,7 +63,7 @@ def test_a_model_out_of_a_file_has_no_fake_values_and_gets_them():
 
 @pytest.mark.parametrize("add", [with_gate, with_dechunk_adapter])
 def test_mode_carry_has_no_dechunk(add):
-    with pytest.raises(CheckFailedError, match="0 dechunks where one was expected"):
+    with pytest.raises(CheckFailedError, match="0 dechunks, but mode chunk needs one"):
         add(converted("carry"))
 
 

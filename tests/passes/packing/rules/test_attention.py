@@ -91,7 +91,7 @@ def test_cross_attention_with_a_mask_over_the_keys():
 
 
 def test_cross_attention_needs_one_sample_a_row():
-    with pytest.raises(UsageError, match="--packing rows"):
+    with pytest.raises(UsageError, match="packing='rows'"):
         pack(cross_attention, H, torch.randn(BATCH, KEYS, WIDTH), packing="bins")
 
 
@@ -119,7 +119,7 @@ def test_grouped_queries_are_refused():
 
 @pytest.mark.parametrize("shape", [(BATCH, 1, TOKENS, KEYS), (TOKENS, KEYS)], ids=str)
 def test_a_cross_attention_mask_that_varies_with_position_is_refused(shape):
-    with pytest.raises(UnsupportedModelError, match="varies with the token's position"):
+    with pytest.raises(UnsupportedModelError, match="depends on the token's position"):
         pack(cross_attention, H, torch.randn(BATCH, KEYS, WIDTH), torch.zeros(shape))
 
 
