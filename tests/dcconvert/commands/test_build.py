@@ -6,9 +6,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,15 +52,13 @@ def index_of(folder: Path, rtx: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def worker(tmp_path, monkeypatch) -> Iterator[FakeWorker]:
+def worker(tmp_path, monkeypatch) -> FakeWorker:
     """Engines for a TensorRT-RTX 1, made at once; it has no kernel for packed attention."""
     fake_backends(monkeypatch, tensorrt_rtx=SimpleNamespace(__version__="1"))
     made = FakeWorker(tmp_path / "worker")
     made.refuse(probe="it has [no] kernel")
     monkeypatch.setattr(sys, "executable", str(made.script))
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
-    yield made
-    signal.signal(signal.SIGINT, handler)
+    return made
 
 
 def fake_backends(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
