@@ -55,7 +55,7 @@ class Watched(Console):
         self.shown: list[str] = []
 
     @contextmanager
-    def status(self, status: Any, **_: Any) -> Iterator[Any]:
+    def status(self, status: Any, **_: Any) -> Iterator[Any]:  # type: ignore[override]
         self.shown.append(status)
         yield SimpleNamespace(update=self.shown.append)
 
