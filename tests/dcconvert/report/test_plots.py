@@ -131,7 +131,7 @@ def test_only_the_control_is_left():
 
 
 def test_the_dashed_line_is_the_originals_time_by_the_ratio_of_operations():
-    figure = plots.latency_bars([LATENCY])
+    figure: Any = plots.latency_bars([LATENCY])
     [axes] = figure.axes
     original, converted = axes.patches
     assert [bar.get_width() for bar in (original, converted)] == [50, 30]
