@@ -325,27 +325,29 @@ def step_checks(model: DynamicModel) -> dict[str, Any]:
     return {**errors, "onnxruntime": worst.value, "failed": failed}
 
 
-def measured(key: str, family: Family, mode: str) -> dict[str, Any]:
-    """One row of the matrix."""
+def measured(
+    key: str, family: Family, mode: str, check: Callable[[DynamicModel], dict[str, Any]] = checks
+) -> dict[str, Any]:
+    """One row of the matrix; `check` says what a converted model gives."""
     row = {"family": key, "models": family.models, "class": family.cls, "mode": mode}
     try:
         model = converted(family, mode)
         facts = {"grid": list(model.spec.grid), "blocks": model.spec.depth}
-        return {**row, **facts, **checks(model)}
+        return {**row, **facts, **check(model)}
     except DcconvertError as error:
         return {**row, "reason": str(error)}
 
 
-def main() -> None:
+def main(words: list[str] | None = None, check: Callable[[DynamicModel], dict[str, Any]] = checks) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="*", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--output", type=Path, default=None, help="[benchmarks/results/families_cpu.json]")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     warnings.simplefilter("ignore")
     rows = []
     for key in args.only:
         for mode in (*MODES, *STRUCTURAL):
-            rows.append(measured(key, FAMILIES[key], mode))
+            rows.append(measured(key, FAMILIES[key], mode, check))
             said = rows[-1].get("reason") or rows[-1]["failed"] or f"ONNX Runtime {rows[-1]['onnxruntime']:.0e}"
             print(f"{key}, {mode}: {said}", flush=True)
     print(f"Results: {write_result('families_cpu', {'batch': BATCH}, rows, args.output)}")

@@ -36,7 +36,7 @@ from dcconvert.models.load import shipped_model
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.planning.schedule import AUTO, Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.report.plots import frontier
+from dcconvert.report.plots import frontier, png
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep, OrtPair
 
@@ -172,7 +172,7 @@ class Bench:
 def draw(result: dict[str, Any]) -> None:
     """docs/frontier.png: the best carry row of every budget against the control."""
     path = Path(__file__).parent.parent / "docs" / "frontier.png"
-    path.write_bytes(frontier(result["rows"]))
+    path.write_bytes(png(frontier(result["rows"])))
 
 
 if __name__ == "__main__":

@@ -323,7 +323,11 @@ def prepared(args: argparse.Namespace) -> tuple[Record, list[Job]]:
 def work(args: argparse.Namespace) -> int:
     """Measure the cases that the file does not have yet; BROKEN if one of them left this process of no use."""
     torch.backends.cudnn.allow_tf32 = False  # or float32 would mean something else in convolutions than in linears
-    record, wanted = prepared(args)
+    return measure(*prepared(args))
+
+
+def measure(record: Record, wanted: list[Job]) -> int:
+    """What `work` returns, of these cases."""
     record.read()
     for job in wanted[len(record.rows) :]:
         if not record.do(job):

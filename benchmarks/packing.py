@@ -39,22 +39,23 @@ from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
 
 CAPACITY, SAMPLES, DEPTH = 512, 100_000, 3
-STEPS = 50
 PLANNED = (("carry", "drift"), ("chunk", "pool"), ("chunk", "predictability"))
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Packing of variable lengths into attention rows.")
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
     parser.add_argument("--runs", type=int, default=15, help="timed steps of each form")
     parser.add_argument("--capacity", type=int, default=CAPACITY, help="longest length of the data set")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--name", default="packing_cpu", help="result file, without .json")
-    args = parser.parse_args()
+    parser.add_argument("--steps", type=int, default=50, help="of the runs whose plans and lengths are taken")
+    parser.add_argument("--output", type=Path, default=None, help="[benchmarks/results/packing_cpu.json]")
+    args = parser.parse_args(words)
     rows = [*data_set(args.capacity), *(row for batch in args.batches for row in measured(batch, args))]
     rows += [planning(mode, router, min(args.batches), args) for mode, router in PLANNED]
-    settings = {"model": shipped_model().name, "runtime": "onnxruntime CPUExecutionProvider, fp32", **vars(args)}
-    print(f"Results: {write_result(args.name, settings, rows)}")
+    asked = {name: value for name, value in vars(args).items() if name != "output"}
+    settings = {"model": shipped_model().name, "runtime": "onnxruntime CPUExecutionProvider, fp32", **asked}
+    print(f"Results: {write_result('packing_cpu', settings, rows, args.output)}")
 
 
 def data_set(capacity: int) -> list[dict[str, Any]]:
@@ -96,7 +97,7 @@ def measured(batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     model = models["rows"]
     feed = {key: as_array(value) for key, value in model.spec.example(batch).items()}
     cases = {
-        f"falling 4x, {batch} samples at different steps": staggered(model, batch),
+        f"falling 4x, {batch} samples at different steps": staggered(model, batch, args.steps),
         f"natural threshold, {batch} samples": natural(model, batch),
     }
     with tempfile.TemporaryDirectory() as tmp:
@@ -154,8 +155,8 @@ def packed(
 def planning(mode: str, router: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     """One row: how long the plan takes in a run of the shipped model at 4x, with one sample a row."""
     dit = dcconvert.load_checkpoint(shipped_model())
-    model = dcconvert.convert(dit, 4, steps=STEPS, options=method_of(mode, router=router))
-    taus = 1 - np.arange(STEPS) / STEPS
+    model = dcconvert.convert(dit, 4, steps=args.steps, options=method_of(mode, router=router))
+    taus = 1 - np.arange(args.steps) / args.steps
     planner = StepPlanner(model.spec, model.method, model.schedule.fitted(taus))
     feed = {key: as_array(value) for key, value in model.spec.example(batch).items()}
     with tempfile.TemporaryDirectory() as tmp:
@@ -185,11 +186,11 @@ def timed(call: Callable[[], Any], least: int = 20) -> float:
     return float(np.median(found))
 
 
-def staggered(model: Converted, batch: int) -> np.ndarray:
+def staggered(model: Converted, batch: int, steps: int) -> np.ndarray:
     """Kept tokens of samples whose runs of a falling schedule began one after the other."""
-    taus = 1 - np.arange(STEPS) / STEPS
+    taus = 1 - np.arange(steps) / steps
     counts = Schedule("falling", 4).fitted(taus).run_counts(taus, model.spec.tokens)
-    return counts[np.arange(batch) * STEPS // batch]
+    return counts[np.arange(batch) * steps // batch]
 
 
 def natural(model: Converted, batch: int) -> np.ndarray:

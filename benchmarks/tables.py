@@ -333,9 +333,11 @@ def fitted_short() -> str:
     return markdown(headers, cells) + note(result["settings"], rows) + machine_note(result)
 
 
-def gpu() -> str:
+def gpu(result: Path = RESULTS / "gpu.json") -> str:
     """One line while there is no result."""
-    return gpu_table(read("gpu"), markdown) if (RESULTS / "gpu.json").is_file() else "On a GPU: not measured yet.\n"
+    if not result.is_file():
+        return "On a GPU: not measured yet.\n"
+    return gpu_table(json.loads(result.read_text()), markdown)
 
 
 TABLES: dict[str, Callable[[], str]] = {

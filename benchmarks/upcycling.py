@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.common import write_result
 from benchmarks.preset_table import preset_plot
 from dcconvert.models.load import shipped_model
-from dcconvert.report.plots import quality_over_cost
+from dcconvert.report.plots import png, quality_over_cost
 from training.fashion_dit import load_split
 
 STEPS = 25
@@ -174,7 +174,7 @@ def evaluate(part: str, work: Path) -> None:
         (docs / "presets.png").write_bytes(preset_plot(rows))
     if part == "distance":
         for key, label in (("frechet", "FD-EffLite0"), ("psnr", "PSNR, dB")):
-            (docs / f"upcycling_{key}.png").write_bytes(quality_over_cost(rows, key, label))
+            (docs / f"upcycling_{key}.png").write_bytes(png(quality_over_cost(rows, key, label)))
 
 
 def with_name(row: dict[str, Any], part: str, names: tuple[str, ...]) -> dict[str, Any]:

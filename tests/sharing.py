@@ -55,12 +55,13 @@ class SharedExports:
         axes: Sequence[tuple[str, ...]],
         outputs: Sequence[str],
         lowerings: Lowerings = PORTABLE,
+        most_inside: int = export.EXTERNAL_DATA_BYTES,
     ) -> None:
         def make(target: Path) -> None:
             self.made += 1
-            REAL(graph_module, target, args, axes, outputs, lowerings)
+            REAL(graph_module, target, args, axes, outputs, lowerings, most_inside)
 
-        text = described(graph_module, args, axes, outputs, lowerings)
+        text = described(graph_module, args, axes, outputs, lowerings, most_inside)
         if " at 0x" in text or torch.onnx.export is not EXPORTER:  # a function without a name; a test's own exporter
             make(path)
         else:
@@ -81,6 +82,7 @@ def described(
     axes: Sequence[tuple[str, ...]],
     outputs: Sequence[str],
     lowerings: Mapping[Any, Any],
+    most_inside: int,
 ) -> str:
     """Everything that an export depends on but the weights; tensors among the arguments by shape and type.
 
@@ -92,7 +94,7 @@ def described(
     ]
     given = [(a.dtype, a.shape, a.stride()) if isinstance(a, Tensor) else a for a in args]
     written = {str(op): f"{function.__module__}.{function.__qualname__}" for op, function in lowerings.items()}
-    settings = (type(graph_module).__name__, given, axes, outputs, written, export.EXTERNAL_DATA_BYTES)
+    settings = (type(graph_module).__name__, given, axes, outputs, written, most_inside)
     return "\n".join([*lines, *map(repr, settings)])
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch.fx import Graph, GraphModule
 
-from dcconvert.export.onnx import export
 from dcconvert.export.onnx.lowerings import TENSORRT
 from tests.sharing import REAL, SharedExports, made_once
 
@@ -50,21 +49,16 @@ def test_a_copy_is_what_the_exporter_writes(shared: SharedExports, tmp_path: Pat
     assert files[2].read_bytes() == files[0].read_bytes()
 
 
-def test_weights_beside_the_graph_are_copied_too(
-    shared: SharedExports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export, "EXTERNAL_DATA_BYTES", 0)
+def test_weights_beside_the_graph_are_copied_too(shared: SharedExports, tmp_path: Path) -> None:
     for folder in (tmp_path / "made", tmp_path / "copied"):
         folder.mkdir()
-        shared(scaled(), folder / "g.onnx", (torch.ones(3, 4),), AXES, ("y",))
+        shared(scaled(), folder / "g.onnx", (torch.ones(3, 4),), AXES, ("y",), most_inside=0)
         assert onnx.load(folder / "g.onnx").graph.input[0].name == "x"
     assert (shared.made, shared.copied) == (1, 1)
     assert len({tuple(sorted(p.name for p in (tmp_path / f).iterdir())) for f in ("made", "copied")}) == 1
 
 
-def test_another_graph_is_another_export(
-    shared: SharedExports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_graph_is_another_export(shared: SharedExports, tmp_path: Path) -> None:
     x = torch.ones(3, 4)
     path, other, x = tmp_path / "g.onnx", tmp_path / "other.onnx", torch.ones(3, 4)
     shared(scaled(), path, (x,), AXES, ("y",))
@@ -75,8 +69,7 @@ def test_another_graph_is_another_export(
     shared(scaled(), path, (x,), ((),), ("y",))
     shared(scaled(), path, (x,), AXES, ("z",))
     shared(scaled(), path, (x,), AXES, ("y",), TENSORRT)
-    monkeypatch.setattr(export, "EXTERNAL_DATA_BYTES", 0)
-    shared(scaled(), path, (x,), AXES, ("y",))
+    shared(scaled(), path, (x,), AXES, ("y",), most_inside=0)
     assert (shared.made, shared.copied) == (9, 0)
 
 

@@ -55,13 +55,13 @@ def load_split(path: Path, split: str, device: str = "cpu") -> tuple[Tensor, Ten
     return torch.from_numpy(images).to(device).float() / 127.5 - 1, torch.from_numpy(labels).to(device).long()
 
 
-def main(words: list[str] | None = None) -> None:
+def main(words: list[str] | None = None, recipe: Recipe = RECIPE) -> None:
     parser = training_parser("Train a DiT on CIFAR-10.", out="runs/cifar", samples=10_000_000, batch=512)
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10's binary files, or an .npz")
     args = parser.parse_args(words)
     args.out.mkdir(parents=True, exist_ok=True)
     train, test = (load_split(args.data, split, args.device) for split in ("train", "test"))
-    Trainer.start(args, RECIPE).run(train, test)
+    Trainer.start(args, recipe).run(train, test)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def load_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(x.astype(np.float32) / 127.5 - 1), torch.from_numpy(y.astype(np.int64))
 
 
-def main(words: list[str] | None = None) -> None:
+def main(words: list[str] | None = None, recipe: Recipe = RECIPE) -> None:
     parser = training_parser("Train the small Fashion-MNIST DiT.", out="runs/fashion", samples=300_000, batch=32)
     parser.add_argument("--data", type=Path, default=Path("runs/fashion-mnist"), help="folder of the four .gz files")
     args = parser.parse_args(words)
@@ -61,7 +61,7 @@ def main(words: list[str] | None = None) -> None:
         fetch(args.data)
     splits = (load_split(args.data, split) for split in ("train", "test"))
     train, test = ((images.to(args.device), labels.to(args.device)) for images, labels in splits)
-    Trainer.start(args, RECIPE).run(train, test)
+    Trainer.start(args, recipe).run(train, test)
 
 
 if __name__ == "__main__":

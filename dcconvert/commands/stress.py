@@ -49,6 +49,7 @@ class Settings:
     seed: int
     threads: int
     command: str
+    samples: int = SAMPLES
 
 
 def stress_bundle(settings: Settings, console: Console) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def stress_bundle(settings: Settings, console: Console) -> dict[str, Any]:
     found = without_nan(
         {
             "command": settings.command,
-            "source": str(settings.data) if settings.data else f"{SAMPLES} samples of the original",
+            "source": str(settings.data) if settings.data else f"{settings.samples} samples of the original",
             "seed": settings.seed,
             "start": float(cases.part.taus[0]),
             "early": outcomes[0].looks[0].tau,
@@ -160,14 +161,14 @@ def source_images(bundle: Bundle, sampler: Sampler, settings: Settings, stages: 
     if settings.data:
         return read_images(settings.data, dit_config(bundle))
     with stages.stage("draw images from the original") as tick:
-        return own_samples(bundle, sampler, settings.seed, tick)
+        return own_samples(bundle, sampler, settings.samples, settings.seed, tick)
 
 
-def own_samples(bundle: Bundle, sampler: Sampler, seed: int, tick: Tick) -> LabelledImages:
+def own_samples(bundle: Bundle, sampler: Sampler, count: int, seed: int, tick: Tick) -> LabelledImages:
     """Samples of the original to choose from; number i has the noise of seed + i."""
     config = dit_config(bundle)
-    noise = initial_noise(seed, SAMPLES, config.in_channels, config.image_size)
-    labels = labels_for(SAMPLES, config.num_classes)
+    noise = initial_noise(seed, count, config.in_channels, config.image_size)
+    labels = labels_for(count, config.num_classes)
     many = Sampler(sampler.prediction, SAMPLE_STEPS, SAMPLE_SOLVER)
     images = many.run_batches(
         lambda: original_step(bundle), noise, labels, BATCH, on_step=lambda _: tick(f"batches of {BATCH}")

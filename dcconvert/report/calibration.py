@@ -80,8 +80,8 @@ class Calibration(Record):
 
     @property
     def curves_plot(self) -> bytes:
-        return plots.kept_curves(self.curves)
+        return plots.png(plots.kept_curves(self.curves))
 
     @property
     def trials_plot(self) -> bytes:
-        return plots.calibration_trials(self)
+        return plots.png(plots.calibration_trials(self))

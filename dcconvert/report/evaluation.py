@@ -202,7 +202,7 @@ class EvaluationReport(Record):
         """Every measure that all judged rows have, against what they cost, by its name."""
         rows = [vars(row) for row in self.judged]
         known = [(key, label) for key, label in PLOTTED if rows and all(row[key] is not None for row in rows)]
-        return {label: plots.quality_over_cost(rows, key, label) for key, label in known}
+        return {label: plots.png(plots.quality_over_cost(rows, key, label)) for key, label in known}
 
     def for_terminal(self) -> list[TerminalTable | str]:
         """What the command prints: cost, quality, ways of running, and what was not measured."""

@@ -1,4 +1,4 @@
-"""The plots of a report, each as PNG data."""
+"""The plots of a report, and how one becomes a picture."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ WIDTH = 7.0  # inches
 NOISE_LEVEL = "noise level (1 = noise, 0 = clean)"
 
 
-def velocity_error(curve: Sequence[StepError]) -> bytes:
+def velocity_error(curve: Sequence[StepError]) -> Figure:
     """Relative error of one step over the noise level."""
     figure, (axes,) = new_figure(2.6)
     axes.plot([point.tau for point in curve], numbers(point.error for point in curve), marker=".", color=BLUE)
     axes.set(xlabel=NOISE_LEVEL, ylabel="relative error of one step")
     axes.set_ylim(bottom=0)
     axes.invert_xaxis()
-    return png(figure)
+    return figure
 
 
-def spending(steps: Sequence[StepCost], tokens: int | None, gmacs: float | None) -> bytes:
+def spending(steps: Sequence[StepCost], tokens: int | None, gmacs: float | None) -> Figure:
     """Kept tokens and GMACs of every step of a run, below those of the original."""
     figure, panels = new_figure(4.0, 2)
     taus = [step.tau for step in steps]
@@ -45,10 +45,10 @@ def spending(steps: Sequence[StepCost], tokens: int | None, gmacs: float | None)
     panels[0].legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     panels[-1].set_xlabel(NOISE_LEVEL)
     panels[-1].invert_xaxis()  # both: the axis is shared
-    return png(figure)
+    return figure
 
 
-def upcycling_curve(log: Sequence[TrainingPoint]) -> bytes:
+def upcycling_curve(log: Sequence[TrainingPoint]) -> Figure:
     """Fidelity and training loss over the samples that were seen."""
     figure, (above, below) = new_figure(4.0, 2)
     above.plot([row.samples for row in log], numbers(row.psnr for row in log), marker="o", color=BLUE)
@@ -57,10 +57,10 @@ def upcycling_curve(log: Sequence[TrainingPoint]) -> bytes:
     below.plot([row.samples for row in known], numbers(row.output for row in known), marker="o", color=ORANGE)
     below.set(xlabel="training samples", ylabel="relative squared error\nof one step")
     below.set_ylim(bottom=0)
-    return png(figure)
+    return figure
 
 
-def quality_over_cost(rows: Sequence[Mapping[str, Any]], key: str = "psnr", label: str = "PSNR, dB") -> bytes:
+def quality_over_cost(rows: Sequence[Mapping[str, Any]], key: str = "psnr", label: str = "PSNR, dB") -> Figure:
     """Quality against compute and latency: the control (original, fewer steps) as curves, converted as points."""
     costs = [("gmacs", "GMACs per image (whole run)"), ("latency_ms", "ms per image (whole run)")]
     costs = [cost for cost in costs if all(row[cost[0]] is not None for row in rows)]
@@ -81,14 +81,14 @@ def quality_over_cost(rows: Sequence[Mapping[str, Any]], key: str = "psnr", labe
         axes.margins(x=0.15, y=0.2)
         axes.set_xlim(left=0)
     panels[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
-    return png(figure)
+    return figure
 
 
 def annotate(axes: Axes, place: tuple[float, float], text: str, offset: tuple[int, int]) -> None:
     axes.annotate(text, place, offset, textcoords="offset points", fontsize=8, va="top")
 
 
-def frontier(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def frontier(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Fidelity against compute and against latency: the original with fewer steps, and the upper edge of `carry`.
 
     Rows as `benchmarks.frontier` writes them; one colour a solver, dashes for the original.
@@ -106,7 +106,7 @@ def frontier(rows: Sequence[Mapping[str, Any]]) -> bytes:
                     axes.plot(*zip(*line, strict=True), style, color=colour, label=f"{mode}, {solver}", markersize=4)
         axes.set(xlabel=label, ylabel="PSNR, dB", xscale="log")
     panels[0].legend(frameon=False, ncols=2, loc="lower right")
-    return png(figure)
+    return figure
 
 
 def upper_edge(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -118,7 +118,7 @@ def upper_edge(points: Sequence[tuple[float, float]]) -> list[tuple[float, float
     return edge
 
 
-def kept_curves(curves: Mapping[str, Sequence[KeptStep]]) -> bytes:
+def kept_curves(curves: Mapping[str, Sequence[KeptStep]]) -> Figure:
     """Kept fraction at every step of a run, before calibration and, where that changed anything, after it."""
     figure, (axes,) = new_figure(3.0)
     for name, style, colour in (("before", "o--", GREY), ("after", "s-", BLUE)):
@@ -130,10 +130,10 @@ def kept_curves(curves: Mapping[str, Sequence[KeptStep]]) -> bytes:
     axes.set_ylim(0, 1.05)
     axes.invert_xaxis()
     axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
-    return png(figure)
+    return figure
 
 
-def calibration_trials(found: Calibration) -> bytes:
+def calibration_trials(found: Calibration) -> Figure:
     """PSNR of every candidate over its number of steps, and of the present schedule and the original."""
     figure, (axes,) = new_figure(3.2)
     tried = [trial for trial in found.candidates if trial.psnr_screen is not None]
@@ -151,10 +151,10 @@ def calibration_trials(found: Calibration) -> bytes:
     axes.set(xlabel="sampling steps", ylabel="PSNR, dB")
     axes.margins(x=0.1, y=0.15)
     axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
-    return png(figure)
+    return figure
 
 
-def latency_bars(rows: Sequence[LatencyRow]) -> bytes:
+def latency_bars(rows: Sequence[LatencyRow]) -> Figure:
     """Step latency, one panel a runtime: original, converted, and what the saved operations alone would give."""
     figure, panels = new_figure(0.7 + 1.15 * len(rows), len(rows), shared=False)
     for axes, row in zip(panels, rows, strict=True):
@@ -174,7 +174,7 @@ def latency_bars(rows: Sequence[LatencyRow]) -> bytes:
         axes.grid(visible=False, axis="y")
     panels[0].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, fontsize=9)
     panels[-1].set_xlabel("one step, ms (median; whiskers: 10th to 90th percentile)")
-    return png(figure)
+    return figure
 
 
 def new_figure(height: float, panels: int = 1, *, shared: bool = True) -> tuple[Figure, list[Axes]]:
@@ -194,6 +194,7 @@ def numbers(values: Iterable[float | None]) -> np.ndarray:
 
 
 def png(figure: Figure) -> bytes:
+    """A plot as PNG data."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

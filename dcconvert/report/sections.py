@@ -181,7 +181,7 @@ class Latency(Rows):
     @property
     def plot(self) -> bytes | None:
         drawn = [row for row in self.rows if row.drawable]
-        return plots.latency_bars(drawn) if drawn else None
+        return plots.png(plots.latency_bars(drawn)) if drawn else None
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class Compute(Record):
 
     def plot(self, tokens: int | None) -> bytes | None:
         """What every step spends, beside a model of so many tokens."""
-        return plots.spending(self.per_step, tokens, self.original_gmacs) if self.per_step else None
+        return plots.png(plots.spending(self.per_step, tokens, self.original_gmacs)) if self.per_step else None
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ class Images(Record):
     @property
     def plot(self) -> bytes | None:
         drawn = [vars(row) for row in self.compared if row.psnr is not None]
-        return plots.quality_over_cost(drawn) if drawn else None
+        return plots.png(plots.quality_over_cost(drawn)) if drawn else None
 
 
 @dataclass(frozen=True)
@@ -332,7 +332,7 @@ class Fidelity(Record):
     @property
     def error_plot(self) -> bytes | None:
         curve = [point for point in self.velocity_error if point.error is not None]
-        return plots.velocity_error(curve) if curve else None
+        return plots.png(plots.velocity_error(curve)) if curve else None
 
 
 @dataclass(frozen=True)
@@ -366,7 +366,7 @@ class Upcycling(Record):
 
     @property
     def plot(self) -> bytes:
-        return plots.upcycling_curve(self.log)
+        return plots.png(plots.upcycling_curve(self.log))
 
 
 @dataclass(frozen=True)

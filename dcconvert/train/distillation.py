@@ -278,12 +278,15 @@ class StepDistillation(Distillation):
         self, model: DynamicModel, recipe: Recipe, taus: np.ndarray, distributed: Distributed | None = None
     ) -> None:
         self.inside = model.method.original_trunk and not model.method.by_values
-        student = plainly_named(with_gate(model) if "router" in recipe.train else model)
+        student = model
         if self.inside:
             teacher = teacher_of(model)
             require([check_identity(teacher, teacher.spec.example(2))])
             student = with_features(student)
             self.teacher = Passes(with_features(teacher)).requires_grad_(False)
+        if "router" in recipe.train:
+            student = with_gate(student)  # last: it adds an input, which other passes have no example of
+        student = plainly_named(student)
         super().__init__(model, Passes(student), recipe, taus, distributed or Distributed())
 
     def run_student(

@@ -233,27 +233,22 @@ class Training:
 
     def noised_data(self, data: LabelledImages, generator: torch.Generator) -> dict[str, Tensor]:
         """The model's inputs for a round of mode chunk."""
-        batch, sampler = self.task.settings.recipe.batch, self.task.sampler
-        pick = torch.randint(len(data), (batch,), generator=generator)
-        clean, labels = data.images[pick], self.without_some(data.labels[pick].clone(), generator)
-        t = sampler.times(spread_times(batch, generator))
+        recipe, sampler = self.task.settings.recipe, self.task.sampler
+        pick = torch.randint(len(data), (recipe.batch,), generator=generator)
+        clean = data.images[pick]
+        labels = without_some(data.labels[pick], recipe.class_dropout, self.task.null_class, generator)
+        t = sampler.times(spread_times(recipe.batch, generator))
         noise = torch.randn(clean.shape, generator=generator)
         values = (sampler.add_noise(clean, noise, t), t, labels)
         return dict(zip(self.task.bundle.model.spec.inputs, values, strict=True))
 
     def start_of_runs(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Noise and labels for a round of mode carry."""
-        batch, config = self.task.settings.recipe.batch, self.task.config
-        noise = torch.randn(batch, config.in_channels, config.image_size, config.image_size, generator=generator)
-        labels = torch.randint(config.num_classes, (batch,), generator=generator)
-        return {"noise": noise, "labels": self.without_some(labels, generator)}
-
-    def without_some(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Labels [B] with some of them replaced by the unconditional class, if the model has one."""
-        dropped = torch.rand(len(labels), generator=generator) < self.task.settings.recipe.class_dropout
-        if self.task.null_class is not None:
-            labels[dropped] = self.task.null_class
-        return labels
+        recipe, config = self.task.settings.recipe, self.task.config
+        size = (config.in_channels, config.image_size, config.image_size)
+        noise = torch.randn(recipe.batch, *size, generator=generator)
+        labels = torch.randint(config.num_classes, (recipe.batch,), generator=generator)
+        return {"noise": noise, "labels": without_some(labels, recipe.class_dropout, self.task.null_class, generator)}
 
     def one_round(self) -> None:
         """Train on the next batch or, in mode carry, on the next batch of runs."""
@@ -374,6 +369,12 @@ class Training:
         self.saved = self.distillation.step
         self.log, self.losses, self.seconds = list(state["log"]), list(state["losses"]), float(state["seconds"])
         return True
+
+
+def without_some(labels: Tensor, share: float, null_class: int | None, generator: torch.Generator) -> Tensor:
+    """Labels [B], about this share of them replaced by the unconditional class, if the model has one."""
+    dropped = torch.rand(len(labels), generator=generator) < share
+    return labels if null_class is None else labels.masked_fill(dropped, null_class)
 
 
 def shown(value: Any) -> str:

@@ -28,7 +28,7 @@ from dcconvert.passes.planning.layout import Bucket
 ENGINES = "engines"
 TIMING_CACHE = "timing.cache"
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # of the backends
-POLL_SECONDS = 0.2
+TICK_SECONDS = 0.2
 
 Shapes = dict[str, tuple[list[int], list[int], list[int]]]  # smallest, best and largest shape of every input
 
@@ -235,9 +235,12 @@ def run_worker(request: dict[str, Any], log: Path, tick: Callable[[], None]) -> 
             assert worker.stdin is not None
             with suppress(BrokenPipeError), worker.stdin:  # it may have died already
                 worker.stdin.write(json.dumps(request).encode())
-            while worker.poll() is None:
+            running = True
+            while running:
                 tick()
-                time.sleep(POLL_SECONDS)
+                with suppress(subprocess.TimeoutExpired):
+                    worker.wait(TICK_SECONDS)
+                    running = False
         finally:
             worker.kill()
             worker.wait()

@@ -24,7 +24,7 @@ from dcconvert.passes.planning.chunk_plan import Plan
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.runtime.model import DynamicModel
 
-EXTERNAL_DATA_BYTES = 1_000_000_000  # above this, weights go to a file of their own beside the graph
+EXTERNAL_DATA_BYTES = 1_000_000_000
 STACK_TRACE = "pkg.torch.onnx.stack_trace"  # what the exporter notes at every node: paths of this machine
 
 
@@ -129,8 +129,12 @@ def export_graph(
     axes: Sequence[tuple[str, ...]],
     outputs: Sequence[str],
     lowerings: Lowerings = PORTABLE,
+    most_inside: int = EXTERNAL_DATA_BYTES,
 ) -> None:
-    """Export one graph at opset 24 with named symbolic axes (leading axes of each input, in order)."""
+    """Export one graph at opset 24 with named symbolic axes (leading axes of each input, in order).
+
+    Weights of more than `most_inside` bytes go to a file of their own beside the graph.
+    """
     symbols = {axis for named in axes for axis in named if axis}
     dims = {name: torch.export.Dim(name, min=1, max=1 << 22) for name in symbols}
     shapes = tuple({i: dims[name] for i, name in enumerate(named) if name} or None for named in axes)
@@ -156,7 +160,7 @@ def export_graph(
         for node in exported.model.graph:
             node.metadata_props.pop(STACK_TRACE, None)
         add_function(exported.model)
-        exported.save(str(path), external_data=size > EXTERNAL_DATA_BYTES)
+        exported.save(str(path), external_data=size > most_inside)
 
 
 class quiet_exporter(warnings.catch_warnings):  # noqa: N801  (used like a function)

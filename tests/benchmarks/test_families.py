@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 
 import pytest
 
-from benchmarks import families
-from benchmarks.families import BATCH, FAMILIES, STRUCTURAL, checks, converted, measured
+from benchmarks.families import BATCH, FAMILIES, STRUCTURAL, checks, converted, main, measured
 from dcconvert.export.checks.parity import check_identity, check_isolation
 from dcconvert.passes.methods import MODES
 
@@ -48,11 +46,10 @@ def test_a_family_that_is_not_supported_says_why(name):
     assert "\n" not in row["reason"]
 
 
-def test_the_script_writes_a_row_for_each_family_and_mode(tmp_path, monkeypatch, capsys):
+def test_the_script_writes_a_row_for_each_family_and_mode(tmp_path, capsys):
     target = tmp_path / "families.json"
-    monkeypatch.setattr(sys, "argv", ["families", "--only", "sana", "sit", "--output", str(target)])
-    monkeypatch.setattr(families, "checks", lambda model: {"identity": 0.0, "failed": ["denoise"]})
-    families.main()
+    words = ["--only", "sana", "sit", "--output", str(target)]
+    main(words, check=lambda model: {"identity": 0.0, "failed": ["denoise"]})
     rows = json.loads(target.read_text())["rows"]
     assert [(row["family"], row["mode"]) for row in rows] == [
         (f, m) for f in ("sana", "sit") for m in (*MODES, *STRUCTURAL)

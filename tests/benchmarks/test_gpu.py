@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,36 +94,37 @@ def test_no_time_left(tmp_path):
     assert {row["skipped"] for row in found["rows"]} == {"out of time"}
 
 
-def worked(out: Path, *words: str) -> tuple[int, dict[str, Any]]:
-    """What a worker returns and writes, in this process."""
-    args = gpu.parsed(["--tiny", "--runs", "2", "--out", str(out), *words])
-    gpu.prepared(args)[0].write()
-    status = gpu.work(args)
-    return status, json.loads(out.read_text())
+def failing(out: Path, error: str, fresh: bool = True) -> tuple[int, list[dict[str, Any]]]:
+    """What a worker returns and the rows it leaves, in this process, where every parity case fails."""
+
+    def fails() -> dict[str, Any]:
+        raise RuntimeError(error)
+
+    args = gpu.parsed(["--tiny", "--runs", "2", "--out", str(out), "--parts", "parity", "attention"])
+    record, wanted = gpu.prepared(args)
+    if fresh:
+        record.write()
+    jobs = [replace(job, measure=fails) if job.part == "parity" else job for job in wanted]
+    status = gpu.measure(record, jobs)
+    return status, json.loads(out.read_text())["rows"]
 
 
-def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch):
-    def fails(*_: object) -> dict[str, Any]:
-        raise RuntimeError("no kernel\n for this")
-
-    monkeypatch.setattr(gpu, "parity", fails)
-    status, found = worked(tmp_path / "gpu.json", "--parts", "parity", "attention")
+def test_a_case_that_fails_leaves_the_others(tmp_path):
+    status, found = failing(tmp_path / "gpu.json", "no kernel\n for this")
     assert status == 0
-    assert {row["skipped"] for row in rows(found, "parity")} == {"RuntimeError: no kernel for this"}
-    assert all("ms" in row for row in rows(found, "attention"))
+    parity, others = ([row for row in found if (row["part"] == "parity") == wanted] for wanted in (True, False))
+    assert {row["skipped"] for row in parity} == {"RuntimeError: no kernel for this"}
+    assert others
+    assert all("ms" in row for row in others)
 
 
-def test_after_an_error_of_cuda_a_worker_stops_and_the_next_goes_on_behind_it(tmp_path, monkeypatch):
-    def fails(*_: object) -> dict[str, Any]:
-        raise RuntimeError("CUDA error:\n an illegal memory access")
-
-    monkeypatch.setattr(gpu, "parity", fails)
-    status, found = worked(tmp_path / "gpu.json", "--parts", "parity", "attention")
-    assert (status, len(found["rows"])) == (gpu.BROKEN, 1)
-    assert found["rows"][0]["skipped"] == "RuntimeError: CUDA error: an illegal memory access"
-    args = gpu.parsed(["--tiny", "--runs", "2", "--out", str(tmp_path / "gpu.json"), "--parts", "parity", "attention"])
-    assert gpu.work(args) == gpu.BROKEN
-    assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == 2
+def test_after_an_error_of_cuda_a_worker_stops_and_the_next_goes_on_behind_it(tmp_path):
+    words = (tmp_path / "gpu.json", "CUDA error:\n an illegal memory access")
+    status, found = failing(*words)
+    assert (status, len(found)) == (gpu.BROKEN, 1)
+    assert found[0]["skipped"] == "RuntimeError: CUDA error: an illegal memory access"
+    status, found = failing(*words, fresh=False)
+    assert (status, len(found)) == (gpu.BROKEN, 2)
 
 
 def supervised(tmp_path: Path, script: str, minutes: str = "9") -> list[dict[str, Any]]:
@@ -205,17 +207,17 @@ def test_steps_of_all_or_nothing(result):
     assert ceiling["gb_per_s"] > 0 < ceiling["tflops_bf16"]
 
 
-def test_the_table_shows_a_result(tmp_path, monkeypatch, result):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.gpu() == "On a GPU: not measured yet.\n"
+def test_the_table_shows_a_result(tmp_path, result):
+    path = tmp_path / "gpu.json"
+    assert tables.gpu(path) == "On a GPU: not measured yet.\n"
     shown = {**result, "machine": {**result["machine"], "gpu": "a GPU"}}
     shown["rows"] = [{**row, "runtime": "CUDA graph"} for row in result["rows"]]
-    (tmp_path / "gpu.json").write_text(json.dumps(shown))
+    path.write_text(json.dumps(shown))
     [steps], [carry] = rows(result, "steps"), [row for row in rows(result, "latency") if row["form"] == "carry"]
     [by_steps] = [run["speedup"] for run in steps["runs"] if run["ratio"] == 4]
-    assert "| DiT-S/2, 64 px, batch 2 | " in tables.gpu()
-    assert f"| {by_steps:.2f} | {carry['speedup']:.2f} |" in tables.gpu()
-    assert "Measured on a GPU: a GPU; torch" in tables.gpu()
+    assert "| DiT-S/2, 64 px, batch 2 | " in tables.gpu(path)
+    assert f"| {by_steps:.2f} | {carry['speedup']:.2f} |" in tables.gpu(path)
+    assert "Measured on a GPU: a GPU; torch" in tables.gpu(path)
 
 
 def test_the_bound_is_the_slower_of_operations_and_bytes():

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import pytest
 
-from benchmarks import common, packing
+from benchmarks import packing
 
 pytest.importorskip("scipy", reason="scipy does the fit of NNLSHP")
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("results")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "RESULTS", folder)
-        patch.setattr(packing, "STEPS", 9)
-        patch.setattr(sys, "argv", ["packing", "--batches", "4", "--runs", "1", "--capacity", "48", "--threads", "1"])
-        packing.main()
-    found = json.loads((folder / "packing_cpu.json").read_text())["rows"]
+    output = tmp_path_factory.mktemp("results") / "packing.json"
+    words = ("--batches", 4, "--runs", 1, "--capacity", 48, "--threads", 1, "--steps", 9, "--output", output)
+    packing.main([*map(str, words)])
+    found = json.loads(output.read_text())["rows"]
     assert isinstance(found, list)
     return found
 

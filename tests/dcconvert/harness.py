@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,39 @@ class Run:
         return cls(**json.loads((folder / "run.json").read_text()))
 
 
-def run_cli(*words: Any) -> Run:
-    """Run the command line in this process; an exception that `main` lets through fails the test."""
-    out, err = io.StringIO(), io.StringIO()
+class Terminal(io.StringIO):
+    """Somebody presses Ctrl-C as soon as it shows a text."""
+
+    def __init__(self, interrupt_at: str) -> None:
+        super().__init__()
+        self.interrupt_at = interrupt_at
+
+    def write(self, text: str) -> int:
+        count = super().write(text)
+        if self.interrupt_at and self.interrupt_at in self.getvalue():
+            self.interrupt_at = ""
+            signal.raise_signal(signal.SIGINT)
+        return count
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt, also where a shell started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run_cli(*words: Any, interrupt_at: str = "") -> Run:
+    """Run the command line in this process; an exception that `main` lets through fails the test.
+
+    `interrupt_at`: a message at which the user presses Ctrl-C.
+    """
+    out, err = io.StringIO(), Terminal(interrupt_at)
     code = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with interruptible(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main([str(word) for word in words])
         except SystemExit as stop:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -45,25 +47,31 @@ def test_a_stage_that_fails_is_not_done(console):
     assert printed(console) == ""
 
 
-def test_notes_are_counted(console, monkeypatch):
-    shown = []
+class Watched(Console):
+    """A console that keeps what its status line said."""
+
+    def __init__(self) -> None:
+        super().__init__(file=io.StringIO())
+        self.shown: list[str] = []
 
     @contextmanager
-    def status(text):
-        shown.append(text)
-        yield SimpleNamespace(update=shown.append)
+    def status(self, status: Any, **_: Any) -> Iterator[Any]:  # type: ignore[override]
+        self.shown.append(status)
+        yield SimpleNamespace(update=self.shown.append)
 
-    monkeypatch.setattr(console, "status", status)
+
+def test_notes_are_counted():
+    console = Watched()
     with Stages(console).stage("measure") as tick:
         for note in ("torch", "ONNX Runtime", "torch"):
             tick(note)
-    assert [text.rsplit(",", 1)[0] for text in shown] == [
+    assert [text.rsplit(",", 1)[0] for text in console.shown] == [
         "measure ...",
         "measure: torch (1)",
         "measure: ONNX Runtime (1)",
         "measure: torch (2)",
     ]
-    assert shown[-1].endswith(" 0 s")
+    assert console.shown[-1].endswith(" 0 s")
 
 
 def test_a_terminal_shows_the_stage_while_it_runs():

@@ -54,13 +54,13 @@ def test_both_forms_of_the_data_hold_the_same_images(tmp_path, binary, images):
     assert len(cifar_dit.load_split(binary, "train")[0]) == 5 * 128
 
 
-def test_a_run_ends_by_the_clock_and_exports_half_the_bytes(tmp_path, binary, monkeypatch):
+def test_a_run_ends_by_the_clock_and_exports_half_the_bytes(tmp_path, binary):
     small = dcconvert.DiTConfig(
         depth=1, width=32, heads=2, patch=8, image_size=32, in_channels=3, num_classes=10, learn_sigma=False
     )
-    monkeypatch.setattr(cifar_dit, "RECIPE", replace(cifar_dit.RECIPE, config=small))
     words = ["--data", str(binary), "--out", str(tmp_path / "run"), "--minutes", "0.02", "--batch", "4"]
-    cifar_dit.main([*words, "--device", "cpu", "--no-compile", "--bf16"])
+    recipe = replace(cifar_dit.RECIPE, config=small)
+    cifar_dit.main([*words, "--device", "cpu", "--no-compile", "--bf16"], recipe)
     tensors = load_file(tmp_path / "run" / "cifar_dit.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 

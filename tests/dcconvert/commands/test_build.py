@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
+import re
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from dcconvert.commands import build
-from dcconvert.export.engines.index import Built, Device, read_index
+from dcconvert.commands.build import find_device
+from dcconvert.export.bundle import read_bundle
+from dcconvert.export.engines.build import MODULES
+from dcconvert.export.engines.index import Device, read_index
 from dcconvert.export.runtimes.trt import check_graph
+from dcconvert.export.variants import VARIANTS, write_variant
 from dcconvert.passes.ir.errors import UsageError
+from tests.dcconvert.fake_worker import FakeWorker
 from tests.dcconvert.harness import contents, refusal, run_cli
+
+NO_KERNEL = "tensorrt-rtx cannot build packed attention: it has [no] kernel"
 
 
 @pytest.fixture(scope="module")
@@ -41,39 +51,50 @@ def index_of(folder: Path, rtx: str) -> dict[str, Any]:
     return found
 
 
-class Instant:
-    """Builds engines at once, of their keys; the graphs built so far are in `done`. Interrupted at number `limit`."""
+@pytest.fixture
+def worker(tmp_path, monkeypatch) -> FakeWorker:
+    """Engines for a TensorRT-RTX 1, made at once; it has no kernel for packed attention."""
+    fake_backends(monkeypatch, tensorrt_rtx=SimpleNamespace(__version__="1"))
+    made = FakeWorker(tmp_path / "worker")
+    made.refuse(probe="it has [no] kernel")
+    monkeypatch.setattr(sys, "executable", str(made.script))
+    return made
 
-    def __init__(self) -> None:
-        self.done: list[str] = []
-        self.limit = -1
 
-    def __call__(self, engine: Any, folder: Path, tick: Any) -> Built:
-        if len(self.done) == self.limit:
-            raise KeyboardInterrupt
-        self.done.append(engine.graph)
-        tick(0.0)
-        (folder / engine.file).write_text(engine.key)
-        made: Built = engine.built(folder / engine.file, 0.0, 1)
-        return made
+def fake_backends(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
+    """The only backends that are installed."""
+    for name in MODULES.values():
+        monkeypatch.setitem(sys.modules, name, modules.get(name))
 
 
 @pytest.fixture
-def instant(monkeypatch) -> Instant:
-    builder = Instant()
-    monkeypatch.setattr(build, "build_engine", builder)
-    monkeypatch.setattr(build, "find_device", lambda *_: Device("tensorrt-rtx", "1"))
-    monkeypatch.setattr(build, "refusal", lambda *_: "it has [no] kernel")
-    return builder
+def machine_gpu(tmp_path, monkeypatch) -> Callable[[str], None]:
+    """Says which GPU the driver finds, as nvidia-smi does; torch sees none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+
+    def driver(says: str) -> None:
+        script = tmp_path / "bin" / "nvidia-smi"
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(f"#!/bin/sh\necho '{says}'\n")
+        script.chmod(0o755)
+
+    return driver
 
 
-@pytest.fixture
-def copied(built, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def with_graphs(chunk_job, tmp_path_factory) -> Path:
     """A bundle with the graphs for TensorRT and no engines."""
-    folder = tmp_path / "bundle"
-    shutil.copytree(built[0], folder)
-    shutil.rmtree(folder / "engines")
+    folder = tmp_path_factory.mktemp("graphs") / "bundle"
+    shutil.copytree(chunk_job.folder, folder)
+    bundle = read_bundle(folder)
+    write_variant(VARIANTS["trt"], bundle.model, bundle.onnx, bundle.bucket_set.buckets)
     return folder
+
+
+@pytest.fixture
+def copied(with_graphs, tmp_path) -> Path:
+    return Path(shutil.copytree(with_graphs, tmp_path / "bundle"))
 
 
 def test_every_bucket_gets_a_profile(built, rtx, chunk_job):
@@ -111,7 +132,7 @@ def test_a_dry_run_builds_nothing(copied, rtx):
     assert contents(copied) == before
 
 
-def test_a_dry_run_leaves_no_graphs(copied, instant):
+def test_a_dry_run_leaves_no_graphs(copied, worker):
     shutil.rmtree(copied / "onnx" / "trt")
     before = contents(copied)
     run = run_cli("build", copied, "--dry-run")
@@ -120,7 +141,7 @@ def test_a_dry_run_leaves_no_graphs(copied, instant):
     assert contents(copied) == before
 
 
-def test_graphs_that_are_incomplete_are_written_again(copied, instant):
+def test_graphs_that_are_incomplete_are_written_again(copied, worker):
     assert run_cli("build", copied).code == 0
     (copied / "onnx" / "trt" / "denoise.onnx").unlink()
     assert run_cli("build", copied).code == 0
@@ -129,47 +150,40 @@ def test_graphs_that_are_incomplete_are_written_again(copied, instant):
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-1] + b"?", lambda data: None])
-def test_damaged_engines_are_built_again(copied, instant, damage):
+def test_damaged_engines_are_built_again(copied, worker, damage):
     assert run_cli("build", copied).code == 0
     [engine] = (copied / "engines" / "tensorrt-rtx-1").glob("denoise-*.engine")
     data = damage(engine.read_bytes())
     engine.unlink() if data is None else engine.write_bytes(data)
     assert run_cli("build", copied).code == 0
-    assert instant.done == ["route", "denoise", "denoise"]
+    assert worker.done == ["route", "denoise", "denoise"]
 
 
-def test_engines_go_on_serving_until_those_with_other_options_are_finished(copied, instant):
+def test_engines_go_on_serving_until_those_with_other_options_are_finished(copied, worker):
     assert run_cli("build", copied).code == 0
     folder = copied / "engines" / "tensorrt-rtx-1"
     before = read_index(folder)
-    instant.limit = 4
+    worker.interrupt_at(4)
     assert run_cli("build", copied, "--per-bucket", "--ranges").code == 130
     during = read_index(folder)
     assert (during.ranges, during.engines) == (False, before.engines)
     assert len(during.unfinished) == 2
     assert all(entry.intact(folder) for entry in (*during.engines, *during.unfinished))
-    instant.limit = -1
+    worker.interrupt_at(None)
     assert run_cli("build", copied, "--per-bucket", "--ranges").code == 0
     after = read_index(folder)
     assert (after.ranges, after.unfinished) == (True, ())
     assert set(during.unfinished) < set(after.engines)
-    assert len(instant.done) == 2 + len(after.engines)  # none of them twice
+    assert len(worker.done) == 2 + len(after.engines)  # none of them twice
     assert len(list(folder.glob("*.engine"))) == len(after.engines)
 
 
-def test_masks_take_over_where_packed_attention_fails_in_the_whole_graph(copied, instant, monkeypatch):
+def test_masks_take_over_where_packed_attention_fails_in_the_whole_graph(copied, worker):
     """One node of it may be built, and the graph with its dynamic shapes not."""
-    monkeypatch.setattr(build, "refusal", lambda *_: "")
-
-    def fails(engine: Any, folder: Path, tick: Any) -> Built:
-        if engine.onnx.parent.name == "trt-packed":
-            raise UsageError("no [kernel] for it")
-        return instant(engine, folder, tick)
-
-    monkeypatch.setattr(build, "build_engine", fails)
+    worker.refuse(**{"trt-packed": "no [kernel] for it"})
     run = run_cli("build", copied)
     assert run.code == 0, run.err
-    assert "attention with masks, because no [kernel] for it" in run.err
+    assert "attention with masks, because tensorrt-rtx cannot build route: no [kernel] for it" in run.err
     assert denoise_variant(copied) == "trt"
     assert "no [kernel] for it" in refusal_of_packed(copied)
 
@@ -180,7 +194,7 @@ def refusal_of_packed(folder: Path) -> str:
     return run.err.splitlines()[-1]
 
 
-def test_what_builds_that_were_killed_left_goes_after_a_day(copied, instant):
+def test_what_builds_that_were_killed_left_goes_after_a_day(copied, worker):
     for place, name in (("onnx", ".variant-old"), ("engines/tensorrt-rtx-1", ".building-old")):
         (copied / place / name).mkdir(parents=True)
         (copied / place / f"{name}-new").mkdir()
@@ -198,13 +212,13 @@ def test_sampling_looks_for_the_graphs_that_engines_were_built_from(built, rtx):
             check_graph(replace(entry, onnx_sha256="0"), folder / "onnx", folder)
 
 
-def test_packed_attention_is_used_where_it_is_built(copied, instant, monkeypatch):
+def test_packed_attention_is_used_where_it_is_built(copied, worker):
     run = run_cli("build", copied)
-    assert "attention with masks, because it has [no] kernel" in run.err
+    assert f"attention with masks, because {NO_KERNEL}" in run.err
     assert denoise_variant(copied) == "trt"
     insisted = run_cli("build", copied, "--attention", "packed")
-    assert (insisted.code, insisted.err.splitlines()[-1]) == (2, "error: it has [no] kernel")
-    monkeypatch.setattr(build, "refusal", lambda *_: "")
+    assert (insisted.code, insisted.err.splitlines()[-1]) == (2, f"error: {NO_KERNEL}")
+    worker.refuse()
     assert run_cli("build", copied).code == 0
     assert denoise_variant(copied) == "trt-packed"
     assert run_cli("build", copied, "--attention", "masks").code == 0
@@ -216,36 +230,36 @@ def denoise_variant(folder: Path) -> str:
     return str(entry["variant"])
 
 
-def test_a_damaged_index_is_no_obstacle(copied, instant):
+def test_a_damaged_index_is_no_obstacle(copied, worker):
     assert run_cli("build", copied).code == 0
     index = copied / "engines" / "tensorrt-rtx-1" / "engines.json"
     index.write_text("{")
     run = run_cli("build", copied)
     assert run.code == 0, run.err
-    assert instant.done == ["route", "denoise"] * 2
+    assert worker.done == ["route", "denoise"] * 2
 
 
-def test_an_engine_for_each_bucket(copied, instant, chunk_job):
+def test_an_engine_for_each_bucket(copied, worker, chunk_job):
     run = run_cli("build", copied, "--per-bucket")
     buckets = chunk_job.manifest["buckets"]["buckets"]
     batches = {bucket["batch"] for bucket in buckets}
-    assert instant.done == ["route"] * len(batches) + ["denoise"] * len(buckets)
-    assert f"engine {len(instant.done)} of {len(instant.done)}: denoise, bucket of batch" in run.err
+    assert worker.done == ["route"] * len(batches) + ["denoise"] * len(buckets)
+    assert f"engine {len(worker.done)} of {len(worker.done)}: denoise, bucket of batch" in run.err
 
 
-def test_an_interrupt_leaves_finished_engines_valid(copied, instant):
-    instant.limit = 2
+def test_an_interrupt_leaves_finished_engines_valid(copied, worker):
+    worker.interrupt_at(2)
     run = run_cli("build", copied, "--per-bucket")
     assert run.code == 130
     assert "interrupted: 2 of" in run.err
     assert len(index_of(copied, "tensorrt-rtx-1")["engines"]) == 2
-    instant.limit = -1
+    worker.interrupt_at(None)
     assert run_cli("build", copied, "--per-bucket").code == 0
     files = [entry["file"] for entry in index_of(copied, "tensorrt-rtx-1")["engines"]]
-    assert len(instant.done) == len(set(files)) == len(files)  # none of them twice
+    assert len(worker.done) == len(set(files)) == len(files)  # none of them twice
 
 
-def test_engines_of_no_use_any_more_go(copied, instant):
+def test_engines_of_no_use_any_more_go(copied, worker):
     assert run_cli("build", copied, "--per-bucket").code == 0
     assert run_cli("build", copied).code == 0
     folder = copied / "engines" / "tensorrt-rtx-1"
@@ -262,13 +276,13 @@ def test_graphs_for_cuda(copied):
     assert not (copied / "engines").exists()
 
 
-def test_mode_steps_has_engines_and_graphs_for_cuda(steps_job, instant, tmp_path):
+def test_mode_steps_has_engines_and_graphs_for_cuda(steps_job, worker, tmp_path):
     """One profile a batch size, and nothing is said of packed attention where nothing is packed."""
     folder = tmp_path / "bundle"
     shutil.copytree(steps_job.folder, folder)
     run = run_cli("build", folder)
     assert run.code == 0, run.err
-    assert instant.done == ["full", "skip"]
+    assert worker.done == ["full", "skip"]
     assert "packed" not in run.err
     entries = read_index(folder / "engines" / "tensorrt-rtx-1").engines
     batches = json.loads((folder / "manifest.json").read_text())["buckets"]["buckets"]
@@ -288,49 +302,44 @@ def test_options_of_engines_are_refused_for_graphs(copied, words):
 
 
 def test_without_a_backend_it_is_one_line(copied, monkeypatch):
-    def missing(name: str) -> Any:
-        raise ImportError(f"No module named '{name}'")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(importlib, "import_module", missing)
-        said = refusal(2, "build", copied)
-        assert "no backend can build engines (tensorrt: No module named 'tensorrt'; tensorrt-rtx:" in said
-        assert "pip install 'dcconvert[gpu]' or pip install 'dcconvert[rtx]'" in said
-        assert "dcconvert[gpu]" not in refusal(2, "build", copied, "--backend", "tensorrt-rtx")
+    fake_backends(monkeypatch)
+    said = refusal(2, "build", copied)
+    assert re.search(r"no backend can build engines \(tensorrt: .*tensorrt .*; tensorrt-rtx: .*tensorrt_rtx ", said)
+    assert "pip install 'dcconvert[gpu]' or pip install 'dcconvert[rtx]'" in said
+    assert "dcconvert[gpu]" not in refusal(2, "build", copied, "--backend", "tensorrt-rtx")
     assert not (copied / "engines").exists()
 
 
-def test_tensorrt_without_a_gpu_is_one_line(copied, monkeypatch):
-    monkeypatch.setattr(build, "this_gpu", lambda: None)
-    monkeypatch.setattr(importlib, "import_module", lambda name: type("trt", (), {"__version__": "11.4"}))
+def test_tensorrt_without_a_gpu_is_one_line(copied, machine_gpu, monkeypatch):
+    fake_backends(monkeypatch, tensorrt=SimpleNamespace(__version__="11.4"))
     said = refusal(2, "build", copied, "--backend", "tensorrt")
     assert "there is no GPU here, and it builds only for the GPU of the machine" in said
 
 
-def test_the_gpu_of_this_machine_is_what_engines_are_for(monkeypatch):
-    monkeypatch.setattr(build, "this_gpu", lambda: ("NVIDIA H200", "9.0"))
-    monkeypatch.setattr(importlib, "import_module", lambda name: type("trt", (), {"__version__": "11.4"}))
-    assert build.find_device(None) == Device("tensorrt", "11.4", "9.0", "NVIDIA H200")
-    assert build.find_device("tensorrt-rtx", "8.9") == Device("tensorrt-rtx", "11.4", "8.9")
+def test_the_gpu_of_this_machine_is_what_engines_are_for(machine_gpu, monkeypatch):
+    module = SimpleNamespace(__version__="11.4")
+    fake_backends(monkeypatch, tensorrt=module, tensorrt_rtx=module)
+    machine_gpu("NVIDIA H200, 9.0")
+    assert find_device(None) == Device("tensorrt", "11.4", "9.0", "NVIDIA H200")
+    assert find_device("tensorrt-rtx", "8.9") == Device("tensorrt-rtx", "11.4", "8.9")
 
 
-def test_a_gpu_that_tensorrt_rtx_does_not_build_for(monkeypatch):
-    known = type("known", (), {"__members__": {"NONE": 0, "CURRENT": 1, "SM89": 2, "SM120": 3}})
-    module = type("trt", (), {"__version__": "1.7", "ComputeCapability": known})
-    monkeypatch.setattr(build, "this_gpu", lambda: ("NVIDIA H200", "9.0"))
-    monkeypatch.setattr(importlib, "import_module", lambda name: module)
+def test_a_gpu_that_tensorrt_rtx_does_not_build_for(machine_gpu, monkeypatch):
+    known = SimpleNamespace(__members__={"NONE": 0, "CURRENT": 1, "SM89": 2, "SM120": 3})
+    fake_backends(monkeypatch, tensorrt_rtx=SimpleNamespace(__version__="1.7", ComputeCapability=known))
+    machine_gpu("NVIDIA H200, 9.0")
     with pytest.raises(UsageError, match=r"the GPU here has compute capability 9\.0, but it builds for 8\.9, 12\.0"):
-        build.find_device("tensorrt-rtx")
+        find_device("tensorrt-rtx")
     for text in ("8.9", "89"):
-        assert build.find_device("tensorrt-rtx", text).capability == "8.9"
+        assert find_device("tensorrt-rtx", text).capability == "8.9"
     for text in ("9.0", "1.20", "x", "8"):
         with pytest.raises(UsageError, match="does not support compute capability"):
-            build.find_device("tensorrt-rtx", text)
-    monkeypatch.setattr(build, "this_gpu", lambda: ("NVIDIA L40", "8.9"))
-    assert build.find_device("tensorrt-rtx") == Device("tensorrt-rtx", "1.7")
+            find_device("tensorrt-rtx", text)
+    machine_gpu("NVIDIA L40, 8.9")
+    assert find_device("tensorrt-rtx") == Device("tensorrt-rtx", "1.7")
 
 
-def test_bad_input_is_one_line(tmp_path, copied):
+def test_bad_input_is_one_line(tmp_path, copied, rtx):
     assert "is not a bundle" in refusal(2, "build", tmp_path)
     (copied / "onnx" / "trt" / "denoise.onnx").write_bytes(b"no graph")
     assert "cannot read" in refusal(2, "build", copied, "--backend", "tensorrt-rtx", "--attention", "masks")
@@ -347,8 +356,6 @@ def test_a_compute_capability_is_built_for_or_refused(rtx, copied, capability):
 
 
 def test_engines_do_not_run_without_a_gpu(built, tmp_path):
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     said = refusal(2, "sample", built[0], "--runtime", "trt", "-o", tmp_path / "s.png")

@@ -5,27 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+import torch
+from PIL import Image
 
 import dcconvert
-from dcconvert.commands import rewrite_bundle as reschedule
-from dcconvert.commands.calibrate import Bench, Finalist, Settings, Task
-from dcconvert.evaluate import conversion_metrics as measure
-from dcconvert.evaluate.schedule_search import Candidate, Trial
+from dcconvert.commands.calibrate import Bench, Settings, Task
+from dcconvert.evaluate.schedule_search import Candidate
 from dcconvert.export.bundle import read_bundle
-from dcconvert.export.checks.parity import Check
-from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.sampling import steps
+from dcconvert.images.pixels import CAPTION
+from dcconvert.passes.planning.schedule import CURVE, Schedule
+from dcconvert.report.figures import comparison
 from dcconvert.sampling.bundle_runs import run_planner
-from dcconvert.sampling.samplers import Sampler
+from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
+from dcconvert.sampling.steps import ConvertedStep
 from tests.dcconvert.harness import TOKENS, contents, refusal, run_cli
 
 STEPS, RATIO = 12, 4  # of the main job
 BUDGET = STEPS / RATIO
 QUICK = ("--images", 2, "--reference-steps", 8, "--threads", 1)
+SHORT = 6  # steps of the short run
+NARROW = ("--ratio", "1.25x", "--images", 1, "--reference-steps", 8, "--threads", 1)  # of it: hardly any choice
 STAGES = ("export original", "draw the reference", "search", "compare on fresh images")
 UNCHANGED = ("model.safetensors", "onnx/route.onnx", "onnx/denoise.onnx")
 
@@ -53,27 +59,40 @@ def fresh(main_job, tmp_path):
     return Path(shutil.copytree(main_job.folder, tmp_path / "bundle"))
 
 
-@pytest.fixture
-def exported(monkeypatch, original_onnx):
-    """The original need not be exported again."""
-    for module in (steps, measure):
-        monkeypatch.setattr(module, "export_original", lambda model, path, inputs: shutil.copy(original_onnx, path))
+def short_bundle(main_job, folder):
+    """A bundle for a short run, without a report, whose figures need not be measured again."""
+    shutil.copytree(main_job.folder, folder)
+    change_manifest(folder, lambda manifest: manifest["sampler"].update(steps=SHORT))
+    for name in ("report.json", "report.html", "samples.png", "token_maps.png"):
+        (folder / name).unlink()
+    return folder
 
 
-def found_by_search(monkeypatch, score):
-    """Replace the search by one that finds a single candidate."""
-    candidate = Candidate(8, 2, (0.2, 0.6, 1.0))
+@pytest.fixture(scope="module")
+def narrowed(main_job, tmp_path_factory):
+    """A short bundle after a calibration, and hard links to the files that it had before, with their digests."""
+    work = tmp_path_factory.mktemp("narrowed")
+    folder, linked = short_bundle(main_job, work / "bundle"), work / "linked"
+    before = digests(folder)
+    shutil.copytree(folder, linked, copy_function=os.link)
+    run = run_cli("calibrate", folder, *NARROW)
+    assert run.code == 0, run.err
+    return folder, linked, before
 
-    def search(bench, task, images, tick):
-        taus = bench.sampler(candidate.steps, task.solver).taus
-        schedule = candidate.schedule(task.budget, taus)
-        return [Trial(candidate, schedule, tuple(schedule.run_counts(taus, TOKENS).tolist()), score)]
 
-    def finalists(bench, task, trials, images, tick):
-        return [Finalist(trial, bench.sampler(trial.candidate.steps, task.solver), trial.score) for trial in trials]
+@pytest.fixture(scope="module")
+def worsened(narrowed, tmp_path_factory):
+    """The same after another one for less compute, on a disk without links."""
 
-    monkeypatch.setattr(Bench, "search", search)
-    monkeypatch.setattr(Bench, "finalists", finalists)
+    def no_links(*_):
+        raise OSError("no links here")
+
+    folder = Path(shutil.copytree(narrowed[0], tmp_path_factory.mktemp("worsened") / "bundle"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "link", no_links)
+        run = run_cli("calibrate", folder, *NARROW, "--ratio", "2x")
+    assert run.code == 0, run.err
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -114,19 +133,24 @@ def test_the_best_schedule_is_stored_and_used(calibrated, found):
     assert set(counts.tolist()) & set(bundle.bucket_set.lengths)
 
 
-def test_samples_are_those_of_the_stored_schedule(calibrated, found, tmp_path, monkeypatch):
-    folder, *_ = calibrated
-    kept: list[int] = []
-    plan = StepPlanner.carry
+@torch.no_grad()
+def test_samples_are_those_of_the_stored_schedule(calibrated, found, main_job, tmp_path):
+    """The images of `sample` are those of the best candidate, as the report lists it."""
+    best, model = found["candidates"][0], read_bundle(main_job.folder).model
+    sampler = Sampler("flow", best["steps"], "unipc")
+    knots = tuple((tau, kept) for tau, kept in best["knots"])
+    schedule = Schedule(CURVE, best["steps"] / BUDGET, warm_up=best["warm_up"], knots=knots).fitted(sampler.taus)
 
-    def watch(self, history, scores, counts, *more):
-        kept.append(int(counts[0]))
-        return plan(self, history, scores, counts, *more)
+    def sampled(schedule: Schedule) -> np.ndarray:
+        made = model.with_schedule(schedule)
+        images = sampler.run(ConvertedStep(made, made), initial_noise(0, 2, 1, 16), labels_for(2, 4))
+        return np.asarray(comparison({"carry": images}, None))[CAPTION:].astype(int)
 
-    monkeypatch.setattr(StepPlanner, "carry", watch)
-    run = run_cli("sample", folder, "-n", 2, "-o", tmp_path / "out.png")
+    run = run_cli("sample", calibrated[0], "-n", 2, "--runtime", "torch", "-o", tmp_path / "out.png")
     assert run.code == 0, run.err
-    assert kept == [round(point["kept"] * TOKENS) for point in found["curves"]["after"]]
+    shown = np.asarray(Image.open(tmp_path / "out.png"))[CAPTION:].astype(int)
+    assert abs(shown - sampled(schedule)).max() <= 1
+    assert abs(shown - sampled(Schedule("falling", 4).fitted(sampler.taus))).max() > 1
 
 
 def test_it_says_so_everywhere(calibrated, found):
@@ -169,26 +193,17 @@ def test_weights_and_graphs_stay(calibrated):
     assert [path.name for path in folder.parent.iterdir()] == ["bundle"]
 
 
-def test_a_link_is_no_way_back_to_the_old_bundle(exported, fresh, monkeypatch, tmp_path):
+def test_a_link_is_no_way_back_to_the_old_bundle(narrowed):
     """Somebody else's hard links to the files that change keep the old contents."""
-    before = digests(fresh)
-    linked = tmp_path / "linked"
-    shutil.copytree(fresh, linked, copy_function=os.link)
-    found_by_search(monkeypatch, 99.0)
-    assert run_cli("calibrate", fresh, *QUICK).code == 0
+    folder, linked, before = narrowed
+    assert digests(folder) != before
     assert digests(linked) == before
-    assert (fresh / "model.safetensors").samefile(linked / "model.safetensors")
+    assert (folder / "model.safetensors").samefile(linked / "model.safetensors")
 
 
-def test_copies_where_there_are_no_links(exported, fresh, monkeypatch):
-    def no_links(*_):
-        raise OSError("no links here")
-
-    before = digests(fresh)
-    monkeypatch.setattr(os, "link", no_links)
-    found_by_search(monkeypatch, -1.0)
-    assert run_cli("calibrate", fresh, *QUICK).code == 0
-    after = digests(fresh)
+def test_copies_where_there_are_no_links(worsened, narrowed):
+    before, after = digests(narrowed[0]), digests(worsened)
+    assert after["manifest.json"] != before["manifest.json"]
     assert all(after[name] == before[name] for name in UNCHANGED)
 
 
@@ -235,48 +250,46 @@ def test_the_report_shows_table_and_curves(calibrated, found):
     assert "Candidate 1 is stored" in section
 
 
-def test_a_present_schedule_that_nothing_beats_stays(exported, fresh, monkeypatch):
-    before, schedule = digests(fresh), read_bundle(fresh).model.schedule
-    found_by_search(monkeypatch, -1.0)
-    run = run_cli("calibrate", fresh, *QUICK)
+def test_a_present_schedule_that_nothing_beats_stays(narrowed, tmp_path):
+    """Another search finds the schedule that is there, and nothing better."""
+    folder = Path(shutil.copytree(narrowed[0], tmp_path / "bundle"))
+    before, bundle = digests(folder), read_bundle(folder)
+    run = run_cli("calibrate", folder, *NARROW[2:])
     assert run.code == 0, run.err
     assert "No candidate beat the present schedule" in run.out
-    assert read_bundle(fresh).model.schedule == schedule
-    after = digests(fresh)
+    assert read_bundle(folder).model.schedule == bundle.model.schedule
+    after = digests(folder)
     assert {name for name in before if after[name] != before[name]} == {"manifest.json", "report.json", "report.html"}
-    manifest = json.loads((fresh / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest.pop("calibration")["changed"] is False
-    assert manifest["sampler"]["steps"] == STEPS
-    assert "it was not changed" in (fresh / "report.html").read_text()
+    assert manifest["sampler"] == bundle.manifest["sampler"]
+    assert "it was not changed" in (folder / "report.html").read_text()
 
 
-def test_another_ratio_is_stored_even_if_it_is_worse(exported, fresh, monkeypatch):
+def test_another_ratio_is_stored_even_if_it_is_worse(worsened):
     """The present schedule is no rival at another compute."""
-    found_by_search(monkeypatch, -1.0)
-    assert run_cli("calibrate", fresh, "--ratio", "5x", *QUICK).code == 0
-    bundle = read_bundle(fresh)
-    assert bundle.model.schedule.ratio == pytest.approx(8 / (STEPS / 5))
+    bundle = read_bundle(worsened)
+    found = bundle.manifest["calibration"]
+    best, present = (next(row for row in found["rows"] if row["kind"] == kind) for kind in ("candidate", "present"))
+    assert best["psnr"] < present["psnr"]
+    assert found["changed"]
+    assert bundle.model.schedule.ratio == pytest.approx(best["steps"] / (SHORT / 2))
     # Of the run the bundle was made for, not of the shorter one that is stored now.
-    again = Task.read(settings(fresh, ratio=5))
-    assert again.budget == pytest.approx(STEPS / 5)
-    assert again.most == STEPS
+    again = Task.read(settings(worsened, ratio=2))
+    assert again.budget == pytest.approx(SHORT / 2)
+    assert again.most == SHORT
     assert again.same_compute
-    assert Task.read(settings(fresh)).budget == pytest.approx(STEPS / 5)
+    assert Task.read(settings(worsened)).budget == pytest.approx(SHORT / 2)
 
 
-def test_a_bundle_without_a_report_gets_one(exported, fresh, monkeypatch):
-    for name in ("report.json", "report.html", "samples.png", "token_maps.png"):
-        (fresh / name).unlink()
-    found_by_search(monkeypatch, 99.0)
-    run = run_cli("calibrate", fresh, *QUICK)
-    assert run.code == 0, run.err
-    report = json.loads((fresh / "report.json").read_text())
+def test_a_bundle_without_a_report_gets_one(narrowed):
+    report = json.loads((narrowed[0] / "report.json").read_text())
     assert "latency" not in report  # nothing had been measured
     assert report["model"]["tokens"] == TOKENS
-    assert "<h2>Calibration</h2>" in (fresh / "report.html").read_text()
+    assert "<h2>Calibration</h2>" in (narrowed[0] / "report.html").read_text()
 
 
-def test_the_score_is_that_of_the_images(exported, fresh, tmp_path):
+def test_the_score_is_that_of_the_images(fresh, tmp_path):
     """Keeping nearly everything is nearly the original, and a reference compared with itself is exact."""
     task = Task.read(settings(fresh))
     bench = Bench(task, tmp_path)
@@ -292,26 +305,27 @@ def test_the_score_is_that_of_the_images(exported, fresh, tmp_path):
 # What is left alone
 
 
-def test_interrupted(exported, fresh, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
+def test_interrupted(fresh):
     before = digests(fresh.parent)
-    monkeypatch.setattr(Bench, "search", interrupt)
-    run = run_cli("calibrate", fresh, *QUICK)
+    run = run_cli("calibrate", fresh, *QUICK, interrupt_at="draw the reference")
     assert run.code == 130
     assert "interrupted; nothing was left behind" in run.err
     assert digests(fresh.parent) == before
     assert [path.name for path in fresh.parent.iterdir()] == ["bundle"]
 
 
-def test_a_failed_check(exported, fresh, monkeypatch):
-    before = digests(fresh.parent)
-    found_by_search(monkeypatch, 99.0)
-    monkeypatch.setattr(reschedule, "check_runtime", lambda *_: [Check("denoise, batch 1", 1.0, 1e-4, "made up")])
-    message = refusal(1, "calibrate", fresh, *QUICK, after=STAGES)
-    assert "check 'denoise, batch 1' failed" in message
-    assert digests(fresh.parent) == before
+def test_a_failed_check(main_job, tmp_path):
+    """The ONNX graphs are those of other weights."""
+    folder = short_bundle(main_job, tmp_path / "bundle")
+    path = folder / "onnx" / "denoise.onnx"
+    graph = onnx.load(path)
+    weight = max(graph.graph.initializer, key=lambda tensor: np.prod(tensor.dims))
+    weight.CopyFrom(onnx.numpy_helper.from_array(1.1 * onnx.numpy_helper.to_array(weight), weight.name))
+    onnx.save(graph, path)
+    before = digests(tmp_path)
+    message = refusal(1, "calibrate", folder, *NARROW, after=STAGES)
+    assert re.search(r"check 'denoise, batch \d.*' failed", message)
+    assert digests(tmp_path) == before
 
 
 # Errors

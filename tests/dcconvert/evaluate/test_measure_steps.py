@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from dcconvert.evaluate import measure_steps as evaluate
+from benchmarks.families import FAMILIES, made
 from dcconvert.evaluate.measure_steps import Shape, Timed, compute_section, latency_section, memory_section, timed_row
-from dcconvert.export.checks import latency
 from dcconvert.export.checks.flops import converted_gmacs
+from dcconvert.export.runtimes.ort import OrtModel
 from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.methods import method_of
+from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.schedule import Schedule
 from dcconvert.passes.planning.step_planner import StepPlanner
@@ -167,12 +171,18 @@ def test_a_run_of_fewer_steps_stands_for_the_originals(bundle, planner, taus):
     assert longer["ratio"] == pytest.approx(2 * same["ratio"])
 
 
-def test_what_is_made_once_in_a_run_counts_once(bundle, planner, taus, monkeypatch):
-    before = compute_section(bundle.model, planner.run_counts(taus), taus)["run_gmacs"]
-    monkeypatch.setattr(evaluate, "prepare_gmacs", lambda model, inputs: 0.5)
-    after = compute_section(bundle.model, planner.run_counts(taus), taus)["run_gmacs"]
-    assert after["converted"] == pytest.approx(before["converted"] + 0.5)
-    assert after["original"] == before["original"]
+def test_what_is_made_once_in_a_run_counts_once():
+    """The keys and values of a text, whatever the number of steps."""
+    model = rewrite(*made(FAMILIES["pixart"]), method_of("carry"), Schedule("constant", 2))
+    once = []
+    for steps in (3, 6):
+        counts = np.array([16] + [8] * (steps - 1))
+        compute = compute_section(model, counts, 1 - np.arange(steps) / steps)
+        run = compute["run_gmacs"]
+        assert run["original"] == pytest.approx(steps * compute["original_gmacs"])
+        once.append(run["converted"] - sum(step["gmacs"] for step in compute["per_step"]))
+    assert once[0] > 0
+    assert once[0] == pytest.approx(once[1])
 
 
 def test_compute_of_everything_is_hardly_more_than_the_original(everything, taus):
@@ -190,24 +200,21 @@ def test_a_row_weights_buckets_by_their_steps(monkeypatch):
     compute: dict[str, Any] = {"ratio": 5.0, "per_step": [{"kept": 16}] * 3 + [{"kept": 64}]}
     compute["run_gmacs"] = {"steps": 4, "original_steps": 4}
     shapes = [Shape("16 tokens", few, np.full(8, 16), 0.75), Shape("64 tokens", many, np.full(8, 64), 0.25)]
-    times = {"original": [6.0, 6.0], "16 tokens": [2.0, 2.0], "64 tokens": [6.0, 6.0]}
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     counts: list[list[int]] = []
+
+    def original() -> None:
+        clock.now += 6
 
     def converted(kept: np.ndarray) -> Any:
         counts.append(kept.tolist())
         share = 1.0 if kept[0] == 16 else 3.0
+        clock.now += 2 * share
         return SimpleNamespace(last_times=StageTimes(0.5 * share, 0.1 * share, 1.4 * share))
 
-    def once(candidates: dict[str, Any], runs: int, tick: Any) -> dict[str, list[float]]:
-        for candidate in candidates.values():
-            candidate()
-        assert list(candidates) == list(times)
-        return times
-
-    monkeypatch.setattr(evaluate, "interleaved", once)
-    timed = Timed("r", lambda: None, converted)
-    row = timed_row(timed, shapes, compute, 8, 2, lambda _: None)
-    assert counts == [[16] * 8, [64] * 8]
+    row = timed_row(Timed("r", original, converted), shapes, compute, 8, 2, lambda _: None)
+    assert counts == [[16] * 8, [64] * 8] * 3  # the first time to warm up
     assert row["speedup"] == pytest.approx(2)
     assert row["flop_ratio"] == pytest.approx(5)
     assert row["efficiency"] == pytest.approx(0.4)
@@ -240,37 +247,36 @@ def test_every_bucket_of_the_run_is_timed(runtime, bundle, planner, taus):
     assert set(ticks) == {"ONNX Runtime CPU", "torch CPU, eager"}
 
 
-def test_sparse_steps_are_timed_with_few_tokens(runtime, bundle, planner, taus, monkeypatch):
+class Watched:
+    """A runtime whose runs note how many tokens their steps kept."""
+
+    def __init__(self, runtime: OrtModel) -> None:
+        self.runtime = runtime
+        self.bucket_set = runtime.bucket_set
+        self.provider = runtime.provider
+        self.kept: list[int] = []
+
+    def start(self, batch: int) -> Any:
+        run = self.runtime.start(batch)
+
+        def step(inputs: Any, counts: np.ndarray) -> None:
+            run.step(inputs, counts)
+            assert run.last_plan is not None
+            self.kept.append(int(run.last_plan.counts.max()))
+            watched.last_times = run.last_times
+
+        watched = SimpleNamespace(step=step, last_times=None)
+        return watched
+
+
+def test_sparse_steps_are_timed_with_few_tokens(runtime, bundle, planner, taus):
     """In mode carry the first step of a run keeps everything: it only warms up."""
-    kept: list[tuple[str, int]] = []
-    measured = latency.interleaved
-
-    def watch(candidates: dict[str, Any], runs: int, **more: Any) -> Any:
-        def watched(name: str, candidate: Any) -> Any:
-            def call() -> None:
-                candidate()
-                if name != "original":
-                    kept.append((name, int(runs_of[-1].last_plan.counts.max())))
-
-            return call
-
-        return measured({n: watched(n, c) for n, c in candidates.items()}, runs, **more)
-
-    runs_of: list[Any] = []
-    start = type(runtime.converted).start
-
-    def remember(model: Any, batch: int) -> Any:
-        runs_of.append(start(model, batch))
-        return runs_of[-1]
-
-    monkeypatch.setattr(type(runtime.converted), "start", remember)
-    monkeypatch.setattr(evaluate, "interleaved", watch)
-    latency_section(runtime, compute_section(bundle.model, planner.run_counts(taus), taus), 2, 2, in_torch=False)
-    names = {name for name, _ in kept}
-    assert len(names) > 1
-    last = dict(kept)  # the last turn of each
-    assert {f"{count} tokens" for count in last.values()} == names
-    assert all(name == f"{count} tokens" for name, count in kept[len(names) :])
+    runtime.converted = watched = Watched(runtime.converted)
+    compute = compute_section(bundle.model, planner.run_counts(taus), taus)
+    [row] = latency_section(runtime, compute, 2, 2, in_torch=False)
+    lengths = [int(name.removesuffix(" tokens")) for name in row["by_bucket_ms"]]
+    assert len(lengths) > 1
+    assert watched.kept[len(lengths) :] == lengths * 2
 
 
 def test_latency_without_torch(runtime, bundle, planner, taus):
@@ -292,18 +298,20 @@ def test_memory_is_that_of_fresh_processes(runtime, bundle, planner, taus, origi
     assert all(10 < row["peak_mb"] < 2000 for row in rows)
 
 
-def test_memory_is_that_of_the_largest_step(runtime, bundle, planner, taus, original_onnx, monkeypatch):
+def test_memory_is_that_of_the_largest_step(runtime, bundle, planner, taus, original_onnx, tmp_path, monkeypatch):
     """Its plan keeps as many tokens as any step of the run, and its state goes in and out in one place."""
-    feeds: list[Any] = []
-
-    def look(files: Any, given: Any, folder: Any) -> float:
-        feeds.append(given)
-        return 1.0
-
-    monkeypatch.setattr(evaluate, "peak_memory", look)
+    probe = tmp_path / "python"  # called as: python -c PROGRAM FOLDER FILE ...
+    probe.write_text(f'#!/bin/sh\ncp -r "$3" "{tmp_path}/$(basename "$4" .onnx)" && echo 1000000\n')
+    probe.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(probe))
     compute = compute_section(bundle.model, planner.run_counts(taus), taus)
-    memory_section(runtime, compute, bundle.onnx, original_onnx, 2)
-    [original], [_, denoise] = feeds
+    rows = memory_section(runtime, compute, bundle.onnx, original_onnx, 2)
+    assert [row["peak_mb"] for row in rows] == [1, 1]
+
+    def feeds(first_file: str) -> list[Any]:
+        return [np.load(path) for path in sorted((tmp_path / first_file).iterdir())]
+
+    [original], [_, denoise] = feeds("original"), feeds("route")
     assert set(original) == {"x", "t", "y"}
     most = max(step["kept"] for step in compute["per_step"])
     assert denoise["packed_index"].shape == (2, most)

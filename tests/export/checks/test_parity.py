@@ -19,7 +19,6 @@ from polygraphy.logger import G_LOGGER
 from torch import Tensor
 
 from dcconvert.export.buckets import Bucket
-from dcconvert.export.checks import parity
 from dcconvert.export.checks.parity import (
     IDENTITY_TOLERANCE,
     RUNTIME_TOLERANCE,
@@ -65,19 +64,21 @@ def run(check: Callable[..., Check], model: DynamicModel) -> Check:
     return result
 
 
+class Broken(DynamicModel):
+    """A sound model whose outputs go through `spoil(output, live, plan)`, and whose plans through `replan(plan)`."""
+
+    def __init__(self, model: DynamicModel, spoil: Callable[..., Tensor], replan: Callable[[Plan], Plan]) -> None:
+        super().__init__(model.graphs, model.planner)
+        self.spoil, self.replan = spoil, replan
+
+    def denoise(self, inputs: Any, live: Any, plan: Any, state: Any = None) -> list[Any]:
+        return [self.spoil(output, live, plan) for output in super().denoise(inputs, live, self.replan(plan), state)]
+
+
 @pytest.fixture
-def broken(rows_model, monkeypatch) -> Callable[..., DynamicModel]:
-    """A model whose outputs go through `spoil(output, live, plan)`, and whose plans through `replan(plan)`."""
-
+def broken(rows_model) -> Callable[..., DynamicModel]:
     def make(spoil: Any = lambda output, live, plan: output, replan: Any = lambda plan: plan) -> DynamicModel:
-        model = rows_model.with_schedule(rows_model.schedule)  # another object on the same graphs
-        denoise = model.denoise
-
-        def spoiled(given: dict[str, Any], live: dict[str, Tensor], plan: Plan, state: None = None) -> list[Tensor]:
-            return [spoil(output, live, plan) for output in denoise(given, live, replan(plan))]
-
-        monkeypatch.setattr(model, "denoise", spoiled)
-        return model
+        return Broken(rows_model, spoil, replan)
 
     return make
 
@@ -280,9 +281,9 @@ def test_every_case_is_judged_alone(identity):
     assert [(check.name, check.passed) for check in checks] == [("a", True), ("b", False), ("c", True)]
 
 
-def test_polygraphys_verdict_counts(identity, monkeypatch):
-    monkeypatch.setattr(parity, "scaled_error", lambda *_: 0.0)
-    (check,) = compare(identity, [case([1, 2], [1, 3])])
+def test_an_output_of_another_shape_never_agrees(identity):
+    """Though its values are equal where numpy repeats them: polygraphy's verdict counts too."""
+    (check,) = compare(identity, [case([1, 1], [1])])
     assert not check.passed
 
 

@@ -13,8 +13,7 @@ import onnxruntime
 import pytest
 import torch
 
-from dcconvert.export.onnx import export as onnx_export
-from dcconvert.export.onnx.export import export_original, export_route, quiet_exporter
+from dcconvert.export.onnx.export import export_graph, export_original, export_route, quiet_exporter
 from dcconvert.export.onnx.lowerings import OPSET
 from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.ir.plan_inputs import PLAN_INPUTS, SYMBOLIC, symbolic_axes
@@ -164,10 +163,11 @@ def test_small_weights_are_in_the_graph(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["denoise.onnx", "route.onnx"]
 
 
-def test_large_weights_are_beside_the_graph(rows_model, rows_onnx, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_export, "EXTERNAL_DATA_BYTES", 1000)
-    path = tmp_path / "route.onnx"
-    export_route(rows_model, path, inputs())
+def test_large_weights_are_beside_the_graph(rows_model, rows_onnx, tmp_path):
+    path, module = tmp_path / "route.onnx", rows_model.route_graph
+    given = rows_model.feed("route", inputs())
+    names = output_names(count_outputs(module))
+    export_graph(module, path, list(given.values()), [("batch",)] * len(given), names, most_inside=1000)
     assert sorted(other.name for other in tmp_path.iterdir()) == ["route.onnx", "route.onnx.data"]
     weights = onnx.load(path, load_external_data=False).graph.initializer
     large = [tensor for tensor in weights if np.prod(tensor.dims) >= 1000]

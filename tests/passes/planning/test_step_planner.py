@@ -229,7 +229,7 @@ def test_noise_levels_are_timesteps_by_their_scale():
     assert given.taus({"t": np.array([750])}, 1).tolist() == [0.75]
 
 
-@pytest.mark.parametrize("timestep", [-1.0, 1.5, 500.0])
+@pytest.mark.parametrize("timestep", [-1.0, -0.05, 1.05, 1.5, 500.0])
 def test_timesteps_of_another_scale_are_refused(timestep):
     with pytest.raises(UsageError, match=f"timestep {timestep:g} is outside 0 to 1: .*timestep_scale"):
         planner().taus({"t": torch.tensor([0.5, timestep])}, 2)
