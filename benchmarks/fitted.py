@@ -15,7 +15,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +49,19 @@ def main() -> None:
     parser.add_argument("--guided-budgets", type=float, nargs="*", default=GUIDED_BUDGETS, help="budgets at that scale")
     parser.add_argument("--images", type=int, default=16, help="that tables are fitted to")
     parser.add_argument("--fresh", type=int, default=48, help="that every run is judged on")
-    parser.add_argument("--polish", type=int, default=2, help="rounds of Gauss-Newton after the fit")
-    parser.add_argument("--polish-up-to", type=float, default=12.5, help="budget up to which tables are polished")
+    parser.add_argument("--polish", type=int, default=2, help="rounds of Gauss-Newton after the fit, at guidance 1")
+    parser.add_argument("--polish-up-to", type=float, default=12.5, help="the largest budget that is polished")
     parser.add_argument("--reference-steps", type=int, default=200)
     parser.add_argument("--latency-batch", type=int, default=8)
     parser.add_argument("--runs", type=int, default=15)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as tmp, torch.inference_mode(), Progress() as progress:
         bench = Bench(Path(tmp), args, progress)
-        times = step_times(bench.pair, args.latency_batch, args.runs)
-        rows = bench.rows(1.0, args.budgets, times)
+        tried = bench.tried(1.0, args.budgets)
         if args.guided_budgets:
-            rows += bench.rows(args.guidance, args.guided_budgets, times)
+            tried += bench.tried(args.guidance, args.guided_budgets)
+        times = step_times(bench.pair, args.latency_batch, args.runs)
+        rows = [row(one, trial, times) for one in tried for trial in one.trials]
         settings = {"model": shipped_model().name, **vars(args), "runtime": "onnxruntime CPU, fp32", "steps": STEPS}
         path = write_result(NAME, {**settings, "times_ms": times}, rows)
     ship(rows)
@@ -75,6 +76,16 @@ def ship(rows: Sequence[dict[str, Any]]) -> None:
             best[row["budget"]] = row
     tables = {file_sha256([shipped_model()]): [row["table"] for _, row in sorted(best.items())]}
     ASSET.write_text(json.dumps(tables, separators=(",", ":")) + "\n")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The runs of one budget, best first, and how far half the reference's steps are from it, in dB."""
+
+    guidance: float
+    budget: float
+    trials: list[Trial]
+    converged: float
 
 
 class Bench:
@@ -102,7 +113,7 @@ class Bench:
         labels = labels_for(count, self.cfg.num_classes)
         return tuner.images(noise, labels, self.args.reference_steps, lambda: self.progress.advance(task))
 
-    def rows(self, guidance: float, budgets: Sequence[float], times: StepTimes) -> list[dict[str, Any]]:
+    def tried(self, guidance: float, budgets: Sequence[float]) -> list[Tried]:
         halves = 1 if guidance == 1 else 2
         tuner = Tuner(
             lambda: FittedStep(self.model, self.pair.converted, halves),
@@ -114,43 +125,35 @@ class Bench:
         seen = self.drawn(tuner, SEED, self.args.images, f"guidance {guidance:g}: reference to fit to")
         fresh = self.drawn(tuner, 0, self.args.fresh, f"guidance {guidance:g}: reference to judge by")
         converged = tuner.convergence(fresh, self.args.reference_steps // 2, lambda: None)
-        rows = []
+        found = []
         task = self.progress.add_task(f"guidance {guidance:g}: budgets", total=len(budgets))
         for budget in budgets:
-            rounds = self.args.polish if budget <= self.args.polish_up_to else 0
+            rounds = self.args.polish if guidance == 1 and budget <= self.args.polish_up_to else 0
             trials = replace(tuner, polish=rounds).trials(budget, seen, fresh, self.note)
-            best = trials[0].psnr
-            rows += [self.row(guidance, budget, trial, best, converged, times) for trial in trials]
+            found.append(Tried(guidance, budget, trials, converged))
             self.progress.advance(task)
-        return rows
+        return found
 
-    def row(
-        self,
-        guidance: float,
-        budget: float,
-        trial: Trial,
-        best: torch.Tensor,
-        converged: float,
-        times: StepTimes,
-    ) -> dict[str, Any]:
-        table = trial.table.to_dict() if isinstance(trial.table, RunTable) and trial.fitted else None
-        behind = best - trial.psnr
-        return {
-            "guidance": guidance,
-            "budget": budget,
-            "run": trial.name,
-            "fitted": trial.fitted,
-            "steps": trial.table.steps,
-            "computed": trial.table.evaluations,
-            "cost": round(trial.cost, 4),
-            "speedup": round(times["original"]["median"] * STEPS / run_time(trial.table, times), 3),
-            "psnr": round(trial.mean, 3),
-            "psnr_error": round(trial.error, 3),
-            "behind_best": round(float(behind.mean()), 3),
-            "behind_best_error": round(float(behind.std() / len(behind) ** 0.5), 3),
-            "reference_converged_db": round(converged, 1),
-            "table": table,
-        }
+
+def row(tried: Tried, trial: Trial, times: StepTimes) -> dict[str, Any]:
+    """A run in figures. "behind_best": how much better the best run of its budget is, image by image."""
+    behind = tried.trials[0].psnr - trial.psnr
+    return {
+        "guidance": tried.guidance,
+        "budget": tried.budget,
+        "run": trial.name,
+        "fitted": trial.fitted,
+        "steps": trial.table.steps,
+        "computed": trial.table.evaluations,
+        "cost": round(trial.cost, 4),
+        "speedup": round(times["original"]["median"] * STEPS / run_time(trial.table, times), 3),
+        "psnr": round(trial.mean, 3),
+        "psnr_error": round(trial.error, 3),
+        "behind_best": round(float(behind.mean()), 3),
+        "behind_best_error": round(float(behind.std() / len(behind) ** 0.5), 3),
+        "reference_converged_db": round(tried.converged, 1),
+        "table": trial.table.to_dict() if isinstance(trial.table, RunTable) and trial.fitted else None,
+    }
 
 
 if __name__ == "__main__":
