@@ -28,7 +28,7 @@ from dcconvert.passes.ir.spec import EXAMPLE_BATCH
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.methods.method import Method
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import AUTO, LEVELS, Schedule, noise_levels, parse_ratio
+from dcconvert.passes.planning.schedule import AUTO, LEVELS, Policy, Timetable, noise_levels, parse_ratio
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.sampling.fitting import fitted
@@ -52,7 +52,7 @@ class Converted(DynamicModel):
         made.facts = facts
         return made
 
-    def with_schedule(self, schedule: Schedule) -> Converted:
+    def with_schedule(self, schedule: Timetable) -> Converted:
         return self.of(super().with_schedule(schedule), self.facts)
 
     def choose_buckets(self, batches: Sequence[int] = DEFAULT_BATCHES) -> BucketSet:
@@ -137,7 +137,7 @@ def convert_call(
     ratio: float | str = 4,
     *,
     example_inputs: Sequence[Any] | Mapping[str, Any],
-    schedule: str | Schedule | None = None,
+    schedule: str | Policy | None = None,
     steps: int = DEFAULT_STEPS,
     warm_up: int = AUTO,
     refresh: int = 0,
@@ -157,7 +157,7 @@ def convert_call(
     Args:
         module, ratio, example_inputs: as in `convert`.
         schedule: kept fraction over time: constant, rising or falling (toward clean images), or a whole
-            schedule; None for that of the mode.
+            policy; None for that of the mode.
         steps: sampling steps of a run, over which the ratio is meant.
         warm_up, refresh: mode carry: how many first steps, and every how many steps after them, compute everything.
         buckets: most numbers of kept tokens that a run uses, each of them a static shape of the exported model.
@@ -211,14 +211,14 @@ def convert_call(
 def chosen(
     ratio: float | str,
     *,
-    schedule: str | Schedule | None = None,
+    schedule: str | Policy | None = None,
     steps: int = DEFAULT_STEPS,
     warm_up: int = AUTO,
     refresh: int = 0,
     options: Method | None = None,
     preset: str | None = None,
     **_: Any,
-) -> tuple[Method, Schedule]:
+) -> tuple[Method, Timetable]:
     """Method and schedule that arguments of `convert_call` stand for; UsageError for those that cannot be."""
     wanted = parse_ratio(ratio)
     if preset is not None:
@@ -226,17 +226,17 @@ def chosen(
             raise UsageError(f"preset '{preset}' chooses schedule and options: leave them out, or the preset")
         options = method_of(preset, wanted)
     method = options or method_of()
-    if isinstance(schedule, Schedule):
-        spending = schedule
+    if isinstance(schedule, Policy):
+        policy = schedule
     else:
-        spending = Schedule(schedule, wanted) if schedule else method.policy(wanted)
+        policy = Policy(schedule, wanted) if schedule else method.policy(wanted)
     if not method.stateful:
         if warm_up > 0 or refresh:
             raise UsageError("warm-up and refresh steps are of mode carry: mode chunk remembers nothing")
-        return method, spending
+        return method, policy.timetable()
     if warm_up == 0:
         raise UsageError("mode carry needs at least one warm-up step: before it there is nothing to carry over")
-    return method, replace(spending, warm_up=warm_up, refresh=refresh).fitted(noise_levels(steps))
+    return method, replace(policy, warm_up=warm_up, refresh=refresh).timetable(noise_levels(steps))
 
 
 def check_scale(times: Tensor, timestep_scale: float) -> None:

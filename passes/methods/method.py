@@ -16,7 +16,7 @@ from dcconvert.passes.ir.pass_runner import Passes
 from dcconvert.passes.ir.spec import DECHUNK
 from dcconvert.passes.modules.routers import make_router
 from dcconvert.passes.planning.chunk_plan import Planner
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy, Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.planning.token_history import Doubles, History
 from dcconvert.passes.runtime.model import DynamicModel
@@ -154,9 +154,9 @@ class Method:
         raise NotImplementedError
 
     @classmethod
-    def policy(cls, ratio: float) -> Schedule:
+    def policy(cls, ratio: float) -> Policy:
         """How many tokens each step keeps, unless the user chooses a schedule; 1/ratio of them on average."""
-        return Schedule(cls.schedule, ratio)
+        return Policy(cls.schedule, ratio)
 
     def run_counts(self, planner: StepPlanner, taus: np.ndarray) -> np.ndarray:
         """Kept tokens a sample at every step of a run at these noise levels."""
@@ -180,7 +180,7 @@ class Method:
 
     # How it is trained.
 
-    def training_ratios(self, schedule: Schedule) -> tuple[float, ...]:
+    def training_ratios(self, schedule: Timetable) -> tuple[float, ...]:
         """The ratios that are trained for, one drawn at every step, unless the user names some."""
         return (schedule.ratio,)
 
@@ -188,7 +188,7 @@ class Method:
         """Kept tokens of the samples of a training batch, the `number`-th; None: as the schedule says."""
         return None
 
-    def unrounded(self, schedule: Schedule) -> Schedule:
+    def unrounded(self, schedule: Timetable) -> Timetable:
         """The schedule without the rounding that static shapes need."""
         return schedule
 

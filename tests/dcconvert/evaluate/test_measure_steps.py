@@ -15,7 +15,7 @@ from dcconvert.export.checks import latency
 from dcconvert.export.checks.flops import converted_gmacs
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.run import StageTimes
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
@@ -34,7 +34,7 @@ def taus(mode):
 @pytest.fixture
 def everything(bundle, original_onnx):
     """A runtime that keeps all tokens: the original, in the end."""
-    planner = StepPlanner(bundle.model.spec, bundle.model.method, Schedule("constant", 1))
+    planner = StepPlanner(bundle.model.spec, bundle.model.method, Policy("constant", 1).timetable())
     return OrtPair.open(bundle.model, planner, bundle.bucket_set, bundle.onnx, original_onnx.parent, threads=1)
 
 
