@@ -19,8 +19,9 @@ from dcconvert.passes.methods.method import FRONTEND, Method, Model
 from dcconvert.passes.methods.runs import Runs, expecting, kept
 from dcconvert.passes.modules.routers import OWN, PLAIN_ROUTERS
 from dcconvert.passes.planning.chunk_plan import Planner
+from dcconvert.passes.planning.levels import nearest_levels
 from dcconvert.passes.planning.planners import SmoothedPlanner
-from dcconvert.passes.planning.schedule import LEVELS, NATURAL, Policy, Timetable, nearest_levels
+from dcconvert.passes.planning.schedule import LEVELS, NATURAL, Policy, Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner, check_finite
 from dcconvert.passes.rewrite.insert_router import InsertRouter
 from dcconvert.passes.rewrite.pack_trunk import PackTrunk

@@ -17,7 +17,7 @@ from dcconvert.passes.methods.runs import Runs, expecting, kept
 from dcconvert.passes.modules.patch_resize import enlarging, reducing
 from dcconvert.passes.planning.chunk_plan import Planner
 from dcconvert.passes.planning.latent_difference import ORDER, THRESHOLD, largest_below, patch_spread, third_difference
-from dcconvert.passes.planning.patch_planner import PatchPlanner, scales_of
+from dcconvert.passes.planning.planners import PatchPlanner, scales_of
 from dcconvert.passes.planning.schedule import DIFFERENCE, Policy, Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.rewrite.insert_router import InsertRouter

@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.planning.levels import diffused, levels_of, nearest
 
 KINDS = ("constant", "rising", "falling")
 CURVE = "curve"  # made by `dcconvert calibrate`
 NATURAL = "natural"  # as many as the router scores above 0.5 (DC-DiT)
 DIFFERENCE = "difference"  # patches as large as the third difference of the latents allows (DDiT)
-DATA_DEPENDENT = (NATURAL, DIFFERENCE)  # how many is found at every step; knots, if there are any, say what is expected
+DATA_DEPENDENT = (NATURAL, DIFFERENCE)  # how many is found at every step; what is expected is what runs kept
 AUTO = -1  # warm-up steps chosen from what the run may cost
 LEVELS = 6  # numbers of kept tokens that a run uses, each of them a shape to export, compile and capture
 WARM_UP = 3  # steps it takes to know how things change; more cost what later steps need (docs/carry.md)
@@ -257,15 +258,7 @@ class Timetable:
             even = np.geomspace(max(1, tokens / self.ratio / 2), tokens, most).round().astype(int)
             return replace(self, levels=tuple(sorted(sizes) if sizes else np.unique(even).tolist()))
         counts = self.policy.timetable(taus).run_counts(taus, tokens)
-        sparse = counts[counts < tokens]
-        if sizes:
-            known = np.array(sorted(sizes))
-            sparse = known[np.abs(sparse[:, None] - known).argmin(1)]
-            sparse = sparse[sparse < tokens]
-        chosen = nearest_levels(sparse, most - 1).tolist() if sparse.size else []
-        if sizes:
-            chosen = np.unique([known[np.abs(known - level).argmin()] for level in chosen]).tolist()
-        return replace(self, levels=(*chosen, tokens))
+        return replace(self, levels=levels_of(counts, tokens, most, sizes))
 
     def fraction(self, tau: ArrayLike) -> NDArray[np.float64]:
         """Kept fraction, in (0, 1], of a sparse step at each ``tau``, in its shape; UsageError outside [0, 1]."""
@@ -290,8 +283,7 @@ class Timetable:
         self.policy.check(tokens)
         counts = np.maximum(np.rint(self.fraction(tau) * tokens), 1).astype(np.int64)
         if self.levels and not self.data_dependent:  # where they are found, their mean over samples is expected
-            levels = np.asarray(self.levels)
-            counts = levels[np.abs(counts[..., None] - levels).argmin(-1)]
+            counts = nearest(self.levels, counts)
         if step is None:
             return counts
         return np.where(self.policy.is_dense(np.asarray(step), self.dense_first), tokens, counts)
@@ -324,43 +316,6 @@ def _checked_knots(knots: Iterable[Sequence[float]]) -> Knots:
     if checked and not np.all(np.diff(_checked_tau([tau for tau, _ in checked])) > 0):
         raise UsageError("the knots of a curve must have rising noise levels")
     return checked
-
-
-def diffused(counts: NDArray[np.int64], levels: Sequence[int]) -> NDArray[np.int64]:
-    """Numbers among ``levels`` that stay as near as they can to the running sum of ``counts``."""
-    known, found, owed = np.asarray(levels), [], 0.0
-    for count in counts.tolist():
-        owed += count
-        found.append(int(known[np.abs(known - owed).argmin()]))
-        owed -= found[-1]
-    return np.array(found, np.int64)
-
-
-def nearest_levels(counts: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """At most ``most`` numbers, ascending, with the least squared distance of ``counts`` to the nearest of them.
-
-    Exact k-means on a line, by dynamic programming over the sorted distinct counts: least[j] is the least cost of the
-    counts up to j in the groups so far. Each number is the rounded mean of its group, which keeps the mean of all.
-    """
-    values, weights = np.unique(counts, return_counts=True)
-    heads, sums, squares = (
-        np.concatenate([[0.0], np.cumsum(weights * np.power(values, power, dtype=np.float64))]) for power in (0, 1, 2)
-    )
-    # cost[i, j]: squared distances of counts i..j to their mean.
-    size, total, square = (part[None, 1:] - part[:-1, None] for part in (heads, sums, squares))
-    cost = square - np.divide(total**2, size, out=np.zeros_like(total), where=size > 0)
-    cost[np.tril_indices(len(values), -1)] = np.inf
-    least, cuts = cost[0], []
-    for _ in range(min(most, len(values)) - 1):
-        before = np.concatenate([[np.inf], least[:-1]])[:, None] + cost  # one more group, which begins at i
-        cuts.append(before.argmin(axis=0))
-        least = before.min(axis=0)
-    ends, last = [len(values)], len(values) - 1
-    for cut in reversed(cuts):
-        ends.append(int(cut[last]))
-        last = ends[-1] - 1
-    parts = [slice(start, end) for start, end in pairwise([0, *reversed(ends)])]
-    return np.unique([round(np.average(values[part], weights=weights[part])) for part in parts])
 
 
 def _checked_tau(tau: ArrayLike) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from dcconvert.passes.planning.carry_plan import CarryPlan, carry_plan
 from dcconvert.passes.planning.chunk_plan import Plan
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.nearest_kept import Mask
-from dcconvert.passes.planning.patch_planner import scales_of
+from dcconvert.passes.planning.planners import scales_of
 from dcconvert.passes.planning.pooled_planner import SizedPlanner
 from dcconvert.passes.planning.schedule import DIFFERENCE, LEVELS, NATURAL, Timetable
 from dcconvert.passes.planning.token_history import Doubles, History

@@ -7,7 +7,7 @@ import numpy as np
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.methods.ddit import DDiT
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.patch_planner import PatchPlanner
+from dcconvert.passes.planning.planners import PatchPlanner
 from dcconvert.passes.planning.schedule import DIFFERENCE, Policy
 from dcconvert.passes.planning.step_planner import StepPlanner
 from tests.passes.harness import dit_call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from typing import Any
@@ -22,8 +21,6 @@ from dcconvert.passes.planning.schedule import (
     NATURAL,
     Policy,
     Timetable,
-    diffused,
-    nearest_levels,
     parse_ratio,
 )
 
@@ -237,29 +234,6 @@ def test_bad_knots(kind, knots, message):
         Policy(kind, 4, knots=knots)
 
 
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=9), st.integers(1, 4))
-def test_levels_are_the_nearest_there_are(counts, most):
-    """Against every way of cutting the sorted counts into groups."""
-    found = nearest_levels(np.array(counts), most)
-    assert 1 <= len(found) <= most
-    assert list(found) == sorted(set(found))
-    values = np.unique(counts)
-
-    def cost(ends: tuple[int, ...]) -> float:
-        groups = np.split(values, ends)
-        return sum(float(np.var(c) * len(c)) for g in groups if len(c := [n for n in counts if n in g]))
-
-    parts = min(most, len(values))
-    best = min(cost(ends) for ends in itertools.combinations(range(1, len(values)), parts - 1))
-    rounded = sum(float(np.square(found - count).min()) for count in counts)
-    assert rounded <= best + len(counts) * 0.25 + 1e-9  # a rounded mean is half a token off at most
-
-
-def test_hand_computed_levels():
-    assert nearest_levels(np.array([10, 11, 30, 32, 50]), 3).tolist() == [10, 31, 50]
-    assert nearest_levels(np.array([7, 7]), 5).tolist() == [7]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ratio", [1, 2, 4, 16])
 @pytest.mark.parametrize("warm_up", [0, AUTO])
@@ -320,7 +294,6 @@ def test_expected_sizes_are_spread_over_the_steps():
     counts = schedule.run_counts(np.linspace(1, 0.05, 20), 64)
     assert set(counts.tolist()) <= {4, 16, 64}
     assert counts.mean() == pytest.approx(32, abs=1.5)
-    assert diffused(np.full(6, 64), (4, 16, 64)).tolist() == [64] * 6
 
 
 def test_levels_of_found_schedules():

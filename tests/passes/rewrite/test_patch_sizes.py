@@ -19,7 +19,7 @@ from dcconvert.passes.methods import method_of
 from dcconvert.passes.modules.patch_resize import PatchSkip, enlarging, noise_levels, reducing, spreading
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.patch_planner import PatchPlanner, cells_of
+from dcconvert.passes.planning.planners import PatchPlanner, cells_of
 from dcconvert.passes.planning.schedule import Policy
 from tests.passes.harness import (
     WIDTH,
