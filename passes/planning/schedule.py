@@ -129,10 +129,10 @@ class Policy:
         UsageError if the dense steps alone cost more. None: to no sampler in particular, so that the mean is 1/ratio
         over evenly spread noise levels and sparse steps, a curve stays as it is, and ``AUTO`` is no step at all.
         """
-        if self.ratio == 1:  # no step can be denser than the others
-            return Timetable(replace(self, knots=tuple((tau, 1.0) for tau, _ in self.knots)), mean=1.0)
         if taus is None:
             return Timetable(self, mean=1 / self.ratio, dense_first=max(self.warm_up, 0))
+        if self.ratio == 1:  # no step can be denser than the others
+            return Timetable(replace(self, knots=tuple((tau, 1.0) for tau, _ in self.knots)), mean=1.0)
         taus = _checked_tau(taus).ravel()
         steps, budget = len(taus), len(taus) / self.ratio
         first = min(WARM_UP, max(1, int(budget / 2))) if self.warm_up == AUTO else self.warm_up
@@ -181,21 +181,14 @@ class Timetable:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Timetable:
-        """Undo ``as_dict``. Also reads files in which zeros said that the schedule was fitted to no sampler."""
+        """Undo ``as_dict``; a mean of 0 is that of older files for a schedule that was fitted to no sampler."""
         own = {field.name: data[field.name] for field in fields(Policy) if field.name in data}
         if unknown := data.keys() - own.keys() - {"centre", "mean", "dense_first", "levels"}:
             raise TypeError(f"a schedule has no {', '.join(sorted(unknown))}")
         seen = own.pop("knots", ()) if own["kind"] in DATA_DEPENDENT else ()
-        policy = Policy(**own)
-        plain = policy.timetable()
-        return cls(
-            policy,
-            mean=data.get("mean") or plain.mean,
-            centre=data.get("centre", plain.centre),
-            dense_first=data.get("dense_first") or plain.dense_first,
-            levels=data.get("levels", ()),
-            seen=seen,
-        )
+        made = replace(Policy(**own).timetable(), levels=data.get("levels", ()), seen=seen)
+        made = replace(made, centre=data.get("centre", made.centre))
+        return replace(made, mean=data["mean"], dense_first=data["dense_first"]) if data.get("mean") else made
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as a bundle stores them."""
