@@ -23,7 +23,7 @@ from dcconvert.export.buckets import choose_buckets
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.passes.ir.spec import SLOTS
 from dcconvert.passes.methods import method_of
-from dcconvert.passes.planning.schedule import AUTO, Schedule, noise_levels
+from dcconvert.passes.planning.schedule import AUTO, Policy, noise_levels
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.sampling.steps import OrtPair
 
@@ -53,7 +53,7 @@ def measure_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         export_onnx(model, folder)
         rows = []
         for ratio in args.ratios:
-            schedule = Schedule("falling", ratio, warm_up=AUTO).fitted(taus)
+            schedule = Policy("falling", ratio, warm_up=AUTO).timetable(taus)
             planner = StepPlanner(model.spec, model.method, schedule)
             compute = compute_section(model, planner.run_counts(taus), taus)
             bucket_set = choose_buckets((args.batch,), planner.run_counts(taus), model.spec.tokens)

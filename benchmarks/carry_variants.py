@@ -28,7 +28,7 @@ from dcconvert.images.pixels import psnr
 from dcconvert.models.dit import Block, DiT, modulate
 from dcconvert.models.load import shipped_model
 from dcconvert.passes.modules.routers import even_priorities
-from dcconvert.passes.planning.schedule import AUTO, Schedule
+from dcconvert.passes.planning.schedule import AUTO, Policy, Timetable
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
 
 
@@ -52,9 +52,10 @@ class Variant:
     tail: int = 0
     groups: tuple[float, ...] = (1.0,)  # kept tokens of equal runs of trunk blocks, relative to the mean
 
-    def schedule(self, taus: np.ndarray) -> Schedule:
+    def schedule(self, taus: np.ndarray) -> Timetable:
         kind = "curve" if self.curve else "constant"
-        return Schedule(kind, 1 / self.kept, warm_up=self.warm_up, refresh=self.refresh, knots=self.curve).fitted(taus)
+        policy = Policy(kind, 1 / self.kept, warm_up=self.warm_up, refresh=self.refresh, knots=self.curve)
+        return policy.timetable(taus)
 
 
 TRIED: tuple[tuple[str, dict[str, Any]], ...] = (

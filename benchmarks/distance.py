@@ -28,7 +28,7 @@ from dcconvert.evaluate.measure_steps import compute_section
 from dcconvert.evaluate.set_metrics import frechet_distance
 from dcconvert.images.pixels import to_images
 from dcconvert.models.load import shipped_model
-from dcconvert.passes.planning.schedule import AUTO, Schedule
+from dcconvert.passes.planning.schedule import AUTO, Policy
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.sampling.samplers import Sampler, Step
 from dcconvert.sampling.steps import ConvertedStep
@@ -87,7 +87,7 @@ def measure(
     bench: Bench, sampler: Sampler, ratio: float | None, features: Callable[[Tensor], np.ndarray], real: np.ndarray
 ) -> dict[str, Any]:
     model = bench.model
-    schedule = Schedule("falling", ratio or 1, warm_up=AUTO).fitted(sampler.taus)
+    schedule = Policy("falling", ratio or 1, warm_up=AUTO).timetable(sampler.taus)
     planner = bench.converted.planner = StepPlanner(model.spec, model.method, schedule)
     run = compute_section(model, planner.run_counts(sampler.taus), sampler.taus)["run_gmacs"]
     kind = "original" if ratio is None else f"carry {ratio:g}x"

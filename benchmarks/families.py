@@ -36,7 +36,7 @@ from dcconvert.passes.methods import MODES, method_of
 from dcconvert.passes.methods.method import Method
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.runtime.model import DynamicModel
 
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a module and one call of it
@@ -288,7 +288,8 @@ def options_of(mode: str) -> Method:
 
 def converted(family: Family, mode: str) -> DynamicModel:
     """The family's small model in a mode; DcconvertError if it cannot be converted."""
-    return rewrite(*made(family), options_of(mode), Schedule("constant", 2), timestep_scale=family.timestep_scale)
+    half = Policy("constant", 2).timetable()
+    return rewrite(*made(family), options_of(mode), half, timestep_scale=family.timestep_scale)
 
 
 def checks(model: DynamicModel) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from dcconvert.export.runtimes.ort import pick
 from dcconvert.images.pixels import psnr
 from dcconvert.models.load import shipped_model
 from dcconvert.passes.methods import method_of
-from dcconvert.passes.planning.schedule import AUTO, Schedule
+from dcconvert.passes.planning.schedule import AUTO, Policy, Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.report.plots import frontier, png
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
@@ -114,7 +114,7 @@ class Bench:
                 rows += [self.row(*run, reference) for run in self.runs(solver, budget)]
         return rows
 
-    def runs(self, solver: str, budget: float) -> list[tuple[Sampler, Schedule]]:
+    def runs(self, solver: str, budget: float) -> list[tuple[Sampler, Timetable]]:
         """Ways to spend a budget, a fraction of BASE_STEPS full steps: sampler and schedule."""
         found = {}
         for kept in KEPT:
@@ -122,13 +122,13 @@ class Bench:
             sampler = Sampler(self.prediction, steps, solver)
             found[steps] = (
                 sampler,
-                Schedule("falling", steps / (budget * BASE_STEPS), warm_up=AUTO).fitted(sampler.taus),
+                Policy("falling", steps / (budget * BASE_STEPS), warm_up=AUTO).timetable(sampler.taus),
             )
         return list(found.values())
 
-    def row(self, sampler: Sampler, schedule: Schedule | None, reference: Tensor) -> dict[str, Any]:
+    def row(self, sampler: Sampler, schedule: Timetable | None, reference: Tensor) -> dict[str, Any]:
         """One way of sampling; a schedule of None is the original."""
-        planner = StepPlanner(self.model.spec, self.model.method, schedule or Schedule("constant", 1))
+        planner = StepPlanner(self.model.spec, self.model.method, schedule or Policy("constant", 1).timetable())
         compute = compute_section(self.model, planner.run_counts(sampler.taus), sampler.taus)
         name = f"original, {sampler.solver}, {sampler.steps} steps"
         new_step: Callable[[], Step] = lambda: self.original_step  # noqa: E731

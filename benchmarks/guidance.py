@@ -23,7 +23,7 @@ from dcconvert.export.onnx.export import export_onnx
 from dcconvert.images.pixels import psnr_mean
 from dcconvert.models.load import shipped_model
 from dcconvert.passes.methods import method_of
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep, OrtPair
@@ -64,7 +64,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
             for steps, ratio, warm_up in RUNS:
                 sampler = Sampler(prediction, steps)
-                schedule = Schedule("constant", ratio, warm_up=warm_up).fitted(sampler.taus)
+                schedule = Policy("constant", ratio, warm_up=warm_up).timetable(sampler.taus)
                 planner = runtime.converted.planner = StepPlanner(model.spec, model.method, schedule)
                 full_steps = round(
                     steps / compute_section(model, planner.run_counts(sampler.taus), sampler.taus)["ratio"], 2

@@ -35,7 +35,7 @@ from dcconvert.models.load import shipped_model
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.methods.chunk import Chunk
 from dcconvert.passes.planning.bin_packing import PACKERS, Packer, efficiency, nnlshp, spfhp
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.planning.step_planner import StepPlanner
 
 CAPACITY, SAMPLES, DEPTH = 512, 100_000, 3
@@ -189,7 +189,7 @@ def timed(call: Callable[[], Any], least: int = 20) -> float:
 def staggered(model: Converted, batch: int, steps: int) -> np.ndarray:
     """Kept tokens of samples whose runs of a falling schedule began one after the other."""
     taus = 1 - np.arange(steps) / steps
-    counts = Schedule("falling", 4).fitted(taus).run_counts(taus, model.spec.tokens)
+    counts = Policy("falling", 4).timetable(taus).run_counts(taus, model.spec.tokens)
     return counts[np.arange(batch) * steps // batch]
 
 

@@ -24,7 +24,7 @@ from dcconvert.models.example_inputs import dit_inputs
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.methods.sparsedit import WARM_END
 from dcconvert.passes.planning.pooled_planner import PooledPlanner
-from dcconvert.passes.planning.schedule import CURVE, Schedule
+from dcconvert.passes.planning.schedule import CURVE, Policy
 
 XL = DiTConfig(depth=28, width=1152, heads=16, patch=2, image_size=32)
 # Latent pixels a side, sides of the largest and the smallest pooled grid, and the paper's GMACs. The paper gives rates
@@ -43,7 +43,7 @@ def measured(size: int, most: int, fewest: int, published: float, config: DiTCon
     ratio = 1 / float(np.mean(np.interp(taus, *np.transpose(knots))))
     method = method_of("sparsedit", fewest=1 - high)
     converted = convert_call(
-        model, ratio, example_inputs=dit_inputs(model, 2), schedule=Schedule(CURVE, ratio, knots=knots), options=method
+        model, ratio, example_inputs=dit_inputs(model, 2), schedule=Policy(CURVE, ratio, knots=knots), options=method
     )
     tokens = converted.spec.tokens
     planner = converted.planner.planner

@@ -28,7 +28,7 @@ from dcconvert.passes.ir.spec import EXAMPLE_BATCH
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.methods.method import Method
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import AUTO, LEVELS, Schedule, noise_levels, parse_ratio
+from dcconvert.passes.planning.schedule import AUTO, LEVELS, Policy, Timetable, noise_levels, parse_ratio
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.sampling.bundle_runs import run_of, stored_table, write_table
@@ -56,7 +56,7 @@ class Converted(DynamicModel):
         made.facts, made.run_table = facts, run_table
         return made
 
-    def with_schedule(self, schedule: Schedule) -> Converted:
+    def with_schedule(self, schedule: Timetable) -> Converted:
         return self.of(super().with_schedule(schedule), self.facts)
 
     def choose_buckets(self, batches: Sequence[int] = DEFAULT_BATCHES) -> BucketSet:
@@ -154,7 +154,7 @@ def convert_call(
     ratio: float | str = 4,
     *,
     example_inputs: Sequence[Any] | Mapping[str, Any],
-    schedule: str | Schedule | None = None,
+    schedule: str | Policy | None = None,
     steps: int = DEFAULT_STEPS,
     warm_up: int = AUTO,
     refresh: int = 0,
@@ -174,7 +174,7 @@ def convert_call(
     Args:
         module, ratio, example_inputs: as in `convert`.
         schedule: how the kept fraction changes over time: constant, rising or falling (toward clean images), or a
-            Schedule; None for the default of the mode.
+            Policy; None for the default of the mode.
         steps: sampling steps of a run; the ratio is an average over them.
         warm_up, refresh: mode carry: how many initial steps, and every how many later steps, compute everything.
         buckets: maximum number of different kept-token counts in a run; each is a static shape of the exported model.
@@ -228,14 +228,14 @@ def convert_call(
 def chosen(
     ratio: float | str,
     *,
-    schedule: str | Schedule | None = None,
+    schedule: str | Policy | None = None,
     steps: int = DEFAULT_STEPS,
     warm_up: int = AUTO,
     refresh: int = 0,
     options: Method | None = None,
     preset: str | None = None,
     **_: Any,
-) -> tuple[Method, Schedule]:
+) -> tuple[Method, Timetable]:
     """Method and schedule that the arguments of `convert_call` select; UsageError for invalid combinations."""
     wanted = parse_ratio(ratio)
     if preset is not None:
@@ -245,17 +245,17 @@ def chosen(
             )
         options = method_of(preset, wanted)
     method = options or method_of()
-    if isinstance(schedule, Schedule):
-        spending = schedule
+    if isinstance(schedule, Policy):
+        policy = schedule
     else:
-        spending = Schedule(schedule, wanted) if schedule else method.policy(wanted)
+        policy = Policy(schedule, wanted) if schedule else method.policy(wanted)
     if not method.stateful:
         if warm_up > 0 or refresh:
             raise UsageError("warm-up and refresh steps apply only to mode carry: leave them out in mode chunk")
-        return method, spending
+        return method, policy.timetable()
     if warm_up == 0:
         raise UsageError("mode carry needs at least one warm-up step: the first step has nothing to carry over")
-    return method, replace(spending, warm_up=warm_up, refresh=refresh).fitted(noise_levels(steps))
+    return method, replace(policy, warm_up=warm_up, refresh=refresh).timetable(noise_levels(steps))
 
 
 def check_scale(times: Tensor, timestep_scale: float) -> None:

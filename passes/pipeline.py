@@ -20,7 +20,7 @@ from dcconvert.passes.ir.program import Program
 from dcconvert.passes.ir.spec import ModelSpec, find_inputs
 from dcconvert.passes.methods.method import Method
 from dcconvert.passes.numeric_gate import NumericGate
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel, Graphs
 
@@ -45,7 +45,7 @@ def rewrite(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
     method: Method,
-    schedule: Schedule,
+    schedule: Timetable,
     *,
     timestep: str | None = None,
     timestep_scale: float = 1000.0,
@@ -68,7 +68,7 @@ def rewrite(
     run_passes(replace(program, graph_module=beside), (Normalise(), RealNumbers()))
     records = run_passes(program, method.pipeline(), dump, NumericGate(program))
     spec = ModelSpec.of(program)
-    schedule.check(spec.tokens)
+    schedule.policy.check(spec.tokens)
     graphs = Graphs(beside, **program.parts)
     return DynamicModel(graphs, StepPlanner(spec, method, schedule), records)
 

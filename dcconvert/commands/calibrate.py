@@ -26,7 +26,7 @@ from dcconvert.export.files import new_folder
 from dcconvert.images.pixels import psnr
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.report.calibration import Calibration
 from dcconvert.sampling.bundle_runs import dit_config, run_planner
@@ -65,7 +65,7 @@ class Task:
     most: int  # sampling steps
     solver: str
     sampler: Sampler  # the present one
-    schedule: Schedule  # the present one, fitted to its sampler
+    schedule: Timetable  # the present one, fitted to its sampler
     same_compute: bool  # whether the present run costs the budget
 
     @classmethod
@@ -143,7 +143,7 @@ class Bench:
         self.original_gmacs = original_gmacs(self.model, inputs)
         self.gmacs = cache(lambda kept: converted_gmacs(self.model, inputs, kept))  # of a step and sample
 
-    def converted(self, schedule: Schedule) -> Callable[[], Step]:
+    def converted(self, schedule: Timetable) -> Callable[[], Step]:
         """Step functions of the converted model under a fitted schedule, until another one is asked for."""
         self.runtime.converted.planner = StepPlanner(self.model.spec, self.model.method, schedule)
         return lambda: ConvertedStep(self.model, self.runtime.converted)
@@ -163,7 +163,7 @@ class Bench:
         def taus(steps: int) -> np.ndarray:
             return self.sampler(steps, task.solver).taus
 
-        def score(steps: int, schedule: Schedule) -> float:
+        def score(steps: int, schedule: Timetable) -> float:
             tick("candidates")
             return mean(screen.psnr(self.sampler(steps, task.solver), self.converted(schedule)))
 
@@ -295,7 +295,7 @@ def mean(figures: Tensor) -> float:
     return value if math.isfinite(value) else -math.inf
 
 
-def schedule_facts(bench: Bench, schedule: Schedule, sampler: Sampler) -> dict[str, Any]:
+def schedule_facts(bench: Bench, schedule: Timetable, sampler: Sampler) -> dict[str, Any]:
     """A fitted schedule in the table: `kept` at the noise levels `KNOTS`, `gmacs` of a run."""
     counts = schedule.run_counts(sampler.taus, bench.model.spec.tokens)
     return {

@@ -30,7 +30,7 @@ from dcconvert.export.onnx.export import export_onnx
 from dcconvert.models.example_inputs import Size
 from dcconvert.models.load import Source, open_source
 from dcconvert.passes.methods.method import Method
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.report.conversion import write_report
 from dcconvert.report.figures import sample_figure, token_map_figure
@@ -59,7 +59,7 @@ class Settings:
     checkpoint: Path
     out: Path
     ratio: float
-    schedule: str | Schedule | None
+    schedule: str | Policy | None
     warm_up: int
     refresh: int
     buckets: int
@@ -211,7 +211,7 @@ def describe(
             "mode": method.mode,
             "schedule": model.schedule.kind,
             "warm_up_steps": planner.schedule.dense_first,
-            "refresh_every": planner.schedule.refresh,
+            "refresh_every": planner.schedule.policy.refresh,
             "sampler": f"{run.solver}, {run.steps} steps",
             "router": method.router,
             "head_blocks": method.head_blocks,

@@ -5,22 +5,32 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from dcconvert.environment import machine, set_threads
-from dcconvert.evaluate.comparison import Candidate, Comparison, check_same_original, comparison_rows, named_apart
-from dcconvert.evaluate.image_quality import Judge, Wanted
+from dcconvert.evaluate.comparison import (
+    Candidate,
+    Comparison,
+    MemoryUse,
+    check_same_original,
+    comparison_rows,
+    named_apart,
+)
+from dcconvert.evaluate.comparison import Execution as Executed
+from dcconvert.evaluate.comparison import Row as Measured
+from dcconvert.evaluate.image_quality import Described, Drawn, Judge, Judgement, Wanted
 from dcconvert.export.bundle import read_bundle
+from dcconvert.export.checks.latency import spread
 from dcconvert.export.files import writable, write_whole
 from dcconvert.images.pixels import png_bytes
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.report.conversion import report_json
-from dcconvert.report.evaluation import EvaluationReport, evaluation_page
+from dcconvert.report.evaluation import Distances, EvaluationReport, Execution, Images, Row, evaluation_page
 from dcconvert.report.figures import comparison
+from dcconvert.report.sections import Spread
 from dcconvert.sampling.samplers import Guidance
 from dcconvert.terminal import Stages
 
@@ -46,7 +56,7 @@ class Settings:
     npz: Path | None = None
 
 
-def evaluate_bundles(settings: Settings, console: Console) -> dict[str, Any]:
+def evaluate_bundles(settings: Settings, console: Console) -> EvaluationReport:
     """Measure, print the tables, and write what was asked for; returns the figures.
 
     UsageError for bundles of different originals, data or networks that cannot be used, and files that cannot be
@@ -63,34 +73,87 @@ def evaluate_bundles(settings: Settings, console: Console) -> dict[str, Any]:
     parts = (settings.wanted, config, settings.guidance, settings.threads, stages)
     judge = Judge(*parts) if settings.wanted.images else None
     batch = settings.batch or max(candidates[0].bundle.bucket_set.batches)
-    report: dict[str, Any] = {
-        "command": settings.command,
-        "bundles": {candidate.name: str(candidate.bundle.folder) for candidate in candidates},
-        "batch": batch,
-        "guidance": settings.guidance.scale,
-        "lite_cfg": settings.guidance.ratio,
-        "limits": ["Nothing of the images was measured (--images 0)."] if judge is None else judge.limits,
-        "machine": machine(),
-    }
     with tempfile.TemporaryDirectory(prefix="dcconvert-") as scratch:
         with stages.stage("open sessions"):
             comparison = Comparison(candidates, batch, Path(scratch), settings.threads)
         with stages.stage("measure latency") as tick:
             rows = comparison_rows(comparison, settings.runs, tick)
         with stages.stage("measure ways of running a mixed batch") as tick:
-            report["execution"] = comparison.executions(settings.runs, tick)
+            executions = comparison.executions(settings.runs, tick)
         with stages.stage("measure memory") as tick:
             memory = comparison.memory(tick)
-        for row in rows:
-            row.facts |= memory["original" if row.mode == "original" else row.name]
-        if judge is not None:
-            report["images"] = judge.judge(rows, comparison, stages)
-    report["runtime"] = comparison.original.name
-    report["rows"] = [row.as_dict(batch) for row in rows]
-    for table in EvaluationReport.from_json(report).for_terminal():
+        found = None if judge is None else judge.judge(rows, comparison, stages)
+    report = EvaluationReport(
+        bundles={candidate.name: str(candidate.bundle.folder) for candidate in candidates},
+        batch=batch,
+        guidance=settings.guidance.scale,
+        rows=tuple(row_of(row, batch, memory, found) for row in rows),
+        execution=tuple(execution_of(way) for way in executions),
+        runtime=comparison.original.name,
+        limits=("Nothing of the images was measured (--images 0).",) if judge is None else tuple(judge.limits),
+        lite_cfg=settings.guidance.ratio,
+        images=None if found is None else images_of(found, settings.wanted),
+        command=settings.command,
+        machine=machine(),
+    )
+    for table in report.for_terminal():
         console.print(table)
     write_results(settings, report, judge, console)
     return report
+
+
+def row_of(row: Measured, batch: int, memory: dict[str, MemoryUse], found: Judgement | None) -> Row:
+    """A row of the report: what it costs for a batch of so many images, and what its images are worth."""
+    drawn = found.drawn[row.name] if found else Drawn()
+    described = found.described.get(row.name, Described()) if found else Described()
+    return Row(
+        name=row.name,
+        mode=row.mode,
+        control=row.control,
+        solver=row.sampler.solver,
+        steps=row.sampler.steps,
+        step_ms=Spread.from_json(spread(row.step_seconds)),
+        latency_ms=row.run_ms / batch,
+        images_per_second=batch / row.run_ms * 1e3,
+        stages_ms=row.stages_ms,
+        kept=row.kept,
+        **vars(memory["original" if row.mode == "original" else row.name]),
+        gmacs=row.gmacs if drawn.gmacs is None else drawn.gmacs,
+        psnr=drawn.psnr,
+        psnr_error=drawn.psnr_error,
+        kept_tokens=drawn.kept_tokens,
+        pair_distance=described.pair_distance,
+        pair_distance_error=described.pair_distance_error,
+        inception_score=described.inception_score,
+        **(vars(described.distances) if described.distances else {}),
+    )
+
+
+def execution_of(way: Executed) -> Execution:
+    return Execution(
+        way.name,
+        way.form,
+        way.computed_tokens,
+        way.waste,
+        Spread.from_json(spread(way.seconds)),
+        way.speedup,
+        way.kept_tokens,
+        Spread.from_json(spread(way.original_seconds)),
+    )
+
+
+def images_of(found: Judgement, wanted: Wanted) -> Images:
+    """What the images were measured with."""
+    return Images(
+        count=wanted.images,
+        reference=found.reference,
+        seed=wanted.seed,
+        latents=found.latents,
+        network=found.network,
+        real=str(wanted.real) if found.floor else None,
+        real_count=found.real_count,
+        floor=Distances(**vars(found.floor)) if found.floor else None,
+    )
 
 
 def open_candidates(settings: Settings) -> tuple[list[Candidate], DiTConfig]:
@@ -110,18 +173,18 @@ def open_candidates(settings: Settings) -> tuple[list[Candidate], DiTConfig]:
     return named_apart(candidates), config
 
 
-def write_results(settings: Settings, report: dict[str, Any], judge: Judge | None, console: Console) -> None:
+def write_results(settings: Settings, report: EvaluationReport, judge: Judge | None, console: Console) -> None:
     """The files that were asked for, and where they are."""
     made = []
     if settings.json_path:
-        write_whole(settings.json_path, report_json(report).encode())
+        write_whole(settings.json_path, report_json(report.to_json()).encode())
         made.append(f"Figures: {settings.json_path}")
     if settings.html:
         figures = {}
         if judge is not None:
             some = {name: images[:SHOWN] for name, images in judge.images.items()}
             figures["samples"] = png_bytes(comparison(some, settings.wanted.vae))
-        write_whole(settings.html, evaluation_page(report, figures).encode())
+        write_whole(settings.html, evaluation_page(report.with_pictures(figures)).encode())
         made.append(f"Page: {settings.html}")
     if settings.npz and judge is not None:
         judge.write_npz(settings.npz)

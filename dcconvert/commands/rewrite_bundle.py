@@ -17,7 +17,7 @@ from dcconvert.export.checks.parity import Check, check_runtime, require
 from dcconvert.export.files import MANIFEST, read_json, write_json
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.planning.schedule import LEVELS, Schedule
+from dcconvert.passes.planning.schedule import LEVELS, Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.serialise.graph_json import model_to_dict
@@ -42,7 +42,7 @@ class Rescheduled:
     checks: list[Check]
 
     @classmethod
-    def of(cls, bundle: Bundle, schedule: Schedule, sampler: Sampler, stages: Stages) -> Rescheduled:
+    def of(cls, bundle: Bundle, schedule: Timetable, sampler: Sampler, stages: Stages) -> Rescheduled:
         """Raises CheckFailedError if ONNX Runtime and torch disagree in the new buckets."""
         most, model = most_buckets(bundle), bundle.model.with_schedule(schedule)
         if not schedule.data_dependent:
@@ -65,7 +65,7 @@ class Rescheduled:
             "ratio": schedule.ratio,
             "schedule": schedule.kind,
             "knots": [list(knot) for knot in schedule.knots],
-            "warm_up": schedule.warm_up,
+            "warm_up": schedule.policy.warm_up,
         }
 
     def manifest(self, before: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Rescheduled:
             "mode": self.model.method.mode,
             "schedule": f"{schedule.kind}: {knots}" if knots else schedule.kind,
             "warm_up_steps": schedule.dense_first,
-            "refresh_every": schedule.refresh,
+            "refresh_every": schedule.policy.refresh,
             "sampler": f"{self.sampler.solver}, {self.sampler.steps} steps",
             "kept_tokens_mean": tokens * schedule.expected,
         }

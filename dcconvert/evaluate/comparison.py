@@ -24,7 +24,7 @@ from dcconvert.evaluate.measure_steps import (
 from dcconvert.export.buckets import BucketSet, PaddedShapes, choose_buckets, choose_guided_buckets
 from dcconvert.export.bundle import Bundle
 from dcconvert.export.checks.flops import converted_attention, converted_gmacs, original_attention
-from dcconvert.export.checks.latency import interleaved, spread
+from dcconvert.export.checks.latency import interleaved
 from dcconvert.export.checks.parity import as_array
 from dcconvert.export.runtimes.ort import OrtModel, pick
 from dcconvert.models.dit import DiTConfig
@@ -157,11 +157,12 @@ def check_same_original(bundles: Sequence[Bundle]) -> DiTConfig:
     return config
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
     """One way of making the images: the original with so many steps, or a bundle in its run.
 
-    `mode`: "original", or the bundle's mode. `control`: for a row with fewer steps, what it is the control of.
+    `mode`: "original", or the bundle's mode. `control`: for a row with fewer steps, what it is the control of. A bundle
+    also has `stages_ms`, and `kept`, the tokens at every step of each half of guidance.
     """
 
     name: str
@@ -171,22 +172,52 @@ class Row:
     new_step: Callable[[], Step]  # a step function for one run of one batch
     step_seconds: list[float] = field(default_factory=list)
     control: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)
+    stages_ms: dict[str, float] | None = None
+    kept: tuple[list[int], ...] | None = None
 
-    def as_dict(self, batch: int) -> dict[str, Any]:
-        run_ms = float(np.median(self.step_seconds)) * 1e3 * self.sampler.steps
-        return {
-            "name": self.name,
-            "mode": self.mode,
-            "control": self.control,
-            "solver": self.sampler.solver,
-            "steps": self.sampler.steps,
-            "gmacs": self.gmacs,
-            "step_ms": spread(self.step_seconds),
-            "latency_ms": run_ms / batch,
-            "images_per_second": batch / run_ms * 1e3,
-            **self.facts,
-        }
+    @property
+    def run_ms(self) -> float:
+        """Milliseconds of a run of one batch."""
+        return float(np.median(self.step_seconds)) * 1e3 * self.sampler.steps
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One way of running a batch whose images are at different steps of their runs.
+
+    Tokens of a step: those that are kept, and those that are computed. Seconds of a step, in turns with the original's.
+    """
+
+    name: str
+    form: str
+    kept_tokens: float
+    computed_tokens: float
+    seconds: list[float]
+    original_seconds: list[float]
+
+    @property
+    def waste(self) -> float:
+        """The share of what is kept that is computed beside it."""
+        return self.computed_tokens / self.kept_tokens - 1
+
+    @property
+    def speedup(self) -> float:
+        return float(np.median(self.original_seconds) / np.median(self.seconds))
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Megabytes: peak of a process (None: it died), what attention works on in a layer and a step, a run's state."""
+
+    peak_mb: float | None
+    attention_layer_mb: float
+    attention_step_mb: float
+    state_mb: float
+
+    @classmethod
+    def of(cls, peak: float | None, layer: float, step: float, state: float) -> MemoryUse:
+        """`peak` in megabytes, the others in bytes."""
+        return cls(peak, *(round(size / MEGABYTE, 3) for size in (layer, step, state)))
 
 
 class Comparison:
@@ -238,7 +269,7 @@ class Comparison:
 
         return step
 
-    def executions(self, runs: int, tick: Tick) -> list[dict[str, Any]]:
+    def executions(self, runs: int, tick: Tick) -> list[Execution]:
         """Ways of running a batch of images that are at different steps of their runs, timed in turns.
 
         Image i is i / batch of a run ahead of the first. `padded to the grid`: one static shape holds everything;
@@ -281,18 +312,7 @@ class Comparison:
                 keys = [key for key in calls if key[:2] == (candidate.name, form)]
                 taken = np.mean([times[names[key]] for key in keys], axis=0)
                 places = float(np.mean([computed[key] for key in keys]))
-                result.append(
-                    {
-                        "name": candidate.name,
-                        "form": form,
-                        "kept_tokens": kept,
-                        "computed_tokens": places,
-                        "waste": places / kept - 1,
-                        "step_ms": spread(list(taken)),
-                        "original_ms": spread(times["original"]),
-                        "speedup": float(np.median(times["original"]) / np.median(taken)),
-                    }
-                )
+                result.append(Execution(candidate.name, form, kept, places, list(taken), times["original"]))
         return result
 
     def staggered(self, candidate: Candidate) -> np.ndarray:
@@ -303,15 +323,15 @@ class Comparison:
         where = (starts[None] + phases[:, None]) % steps
         return np.concatenate([half[where] for half in candidate.halves], axis=1)
 
-    def memory(self, tick: Tick) -> dict[str, dict[str, Any]]:
-        """Megabytes, by row: the peak of a process, the memory for attention, and the state of a run."""
+    def memory(self, tick: Tick) -> dict[str, MemoryUse]:
+        """By the candidates' names, and that of the original under "original"."""
         example = self.original.model.spec.example(self.rows)
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, MemoryUse] = {}
         with torch.inference_mode():
             tick("original")
             peak = original_memory(self.original, self.scratch / "original.onnx", self.rows)
             attention = original_attention(self.original.model, example)
-            found["original"] = memory_row(peak, attention.peak, attention.total, 0)
+            found["original"] = MemoryUse.of(peak, attention.peak, attention.total, 0)
             for candidate in self.candidates:
                 tick(candidate.name)
                 runtime, model = self.runtimes[candidate.name], candidate.bundle.model
@@ -325,22 +345,13 @@ class Comparison:
                     for shape in shapes
                 ]
                 most = max(shapes, key=lambda shape: shape.bucket.tokens)
-                found[candidate.name] = memory_row(
+                found[candidate.name] = MemoryUse.of(
                     converted_memory(runtime, candidate.bundle.onnx, most.counts, most.bucket),
                     max(part.peak for _, part in parts),
                     sum(weight * part.total for weight, part in parts),
                     model.spec.state_bytes * self.rows,
                 )
         return found
-
-
-def memory_row(peak: float | None, layer: float, step: float, state: float) -> dict[str, Any]:
-    return {
-        "peak_mb": peak,
-        "attention_layer_mb": round(layer / MEGABYTE, 3),
-        "attention_step_mb": round(step / MEGABYTE, 3),
-        "state_mb": round(state / MEGABYTE, 3),
-    }
 
 
 def comparison_rows(comparison: Comparison, runs: int, tick: Tick) -> list[Row]:
@@ -357,7 +368,6 @@ def comparison_rows(comparison: Comparison, runs: int, tick: Tick) -> list[Row]:
             for solver in (before.solver, *(BEST if name else ())):
                 names = controls.setdefault((solver, steps), [])
                 names += [f"{name} {candidate.name.split()[0]}" if len(costs) > 1 else name] if name else []
-        facts = {"stages_ms": taken.stages_ms, "kept": [half.tolist() for half in candidate.halves]}
         new_step = partial(candidate.new_step, comparison.runtimes[candidate.name].converted)
         converted.append(
             Row(
@@ -367,7 +377,8 @@ def comparison_rows(comparison: Comparison, runs: int, tick: Tick) -> list[Row]:
                 cost["converted"],
                 new_step,
                 taken.weighted,
-                facts=facts,
+                stages_ms=taken.stages_ms,
+                kept=tuple(half.tolist() for half in candidate.halves),
             )
         )
     first, step = comparison.candidates[0], comparison.original.original_step

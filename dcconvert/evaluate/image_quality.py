@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,56 @@ class Wanted:
             raise UsageError(f"--images {self.images}: at least {NEIGHBOURS + 2}, or 0 to measure time and memory only")
 
 
+@dataclass(frozen=True)
+class Distances:
+    """How far images are from real ones."""
+
+    frechet: float
+    kernel: float
+    kernel_error: float
+    precision: float
+    recall: float
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """PSNR of a row's images to the reference in dB, and its standard error; None where none were drawn.
+
+    Of a bundle the mean number of tokens that its steps kept; where steps find it, GMACs of such an image.
+    """
+
+    psnr: float | None = None
+    psnr_error: float | None = None
+    kept_tokens: float | None = None
+    gmacs: float | None = None
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a network says of a row's images; None where it has no maps, no classes, or there are no real images."""
+
+    pair_distance: float | None = None
+    pair_distance_error: float | None = None
+    inception_score: float | None = None
+    distances: Distances | None = None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was found of the images of every row, by its name, and what they were measured with.
+
+    `floor`: the distances of real images that were held out. `described` is empty without a network.
+    """
+
+    reference: str
+    latents: bool
+    drawn: dict[str, Drawn]
+    described: dict[str, Described]
+    network: str | None = None
+    real_count: int | None = None
+    floor: Distances | None = None
+
+
 def noted(new_step: Callable[[], Step], kept: list[list[np.ndarray]]) -> Callable[[], Step]:
     """The same function; `kept` receives what the steps of a converted model keep, a list for each run."""
 
@@ -82,7 +132,7 @@ class Judge:
         self.images: dict[str, Tensor] = {}
         self.extractor = self.opened(threads, stages)
         self.real: Real | None = None
-        self.floor: dict[str, float] = {}
+        self.floor: Distances | None = None
         if self.extractor and settings.real:
             self.read_real(settings.real, self.extractor, stages)
         elif self.extractor:
@@ -120,10 +170,11 @@ class Judge:
         """uint8 [n, H, W, 3]."""
         return to_images(decode_latents(samples, self.settings.vae) if self.settings.vae else samples)
 
-    def judge(self, rows: Sequence[Row], comparison: Comparison, stages: Stages) -> dict[str, Any]:
-        """Fill in the rows' figures of quality; what they were measured with."""
+    def judge(self, rows: Sequence[Row], comparison: Comparison, stages: Stages) -> Judgement:
+        """Draw the images of the rows and of the reference, and measure them."""
         settings, first = self.settings, comparison.candidates[0]
         step = comparison.original.original_step
+        drawn, described = {}, {}
         reference = f"original, {ADAMS}, {settings.reference_steps} steps"
         with stages.stage("draw images") as tick:
             many = original_run(first.sampler.prediction, settings.reference_steps, ADAMS)
@@ -132,25 +183,20 @@ class Judge:
                 kept: list[list[np.ndarray]] = []
                 made = self.draw(row.sampler, noted(row.new_step, kept), comparison.batch, partial(tick, row.name))
                 self.images[row.name] = made
-                if kept:
-                    counts = np.concatenate([np.concatenate(run) for run in kept])
-                    row.facts["kept_tokens"] = float(counts.mean())
-                    candidate = next(candidate for candidate in comparison.candidates if candidate.name == row.name)
-                    if candidate.planner.schedule.data_dependent:  # what these images cost, not what was expected
-                        row.gmacs = candidate.cost_of(counts) / len(made)
-                values = psnr(made, wanted)
-                error = float(values.std() / len(values) ** 0.5)
-                row.facts |= {"psnr": float(values.mean()), "psnr_error": error}
-        facts: dict[str, Any] = {"count": settings.images, "seed": settings.seed, "reference": reference}
-        facts["latents"] = is_latent(wanted)
+                drawn[row.name] = found_of(row, psnr(made, wanted), kept, comparison)
         if self.extractor is not None:
-            facts |= {"network": self.extractor.name}
             with stages.stage("measure images") as tick:
-                self.measure(rows, self.extractor, self.pictures(wanted), tick)
-            if self.real is not None:
-                facts |= {"real": str(settings.real), "real_count": len(self.real.features), "floor": self.floor}
+                described = self.measure(rows, self.extractor, self.pictures(wanted), tick)
         self.images = {reference: wanted, **self.images}
-        return facts
+        return Judgement(
+            reference,
+            is_latent(wanted),
+            drawn,
+            described,
+            network=None if self.extractor is None else self.extractor.name,
+            real_count=None if self.real is None else len(self.real.features),
+            floor=self.floor,
+        )
 
     def draw(
         self, sampler: Sampler | RunTable, new_step: Callable[[], Step], batch: int, tick: Callable[[], None]
@@ -158,19 +204,21 @@ class Judge:
         options: dict[str, Any] = {"guidance": self.guidance.scale, "null_class": self.null_class}
         return sampler.run_batches(new_step, self.noise, self.labels, batch, on_step=lambda _: tick(), **options)
 
-    def measure(self, rows: Sequence[Row], extractor: Extractor, wanted: np.ndarray, tick: Any) -> None:
+    def measure(self, rows: Sequence[Row], extractor: Extractor, wanted: np.ndarray, tick: Any) -> dict[str, Described]:
+        """What the network says of the images of every row; `wanted`: pictures of the reference, uint8 [n, H, W, 3]."""
+        found = {}
         for row in rows:
             tick(row.name)
             pictures = self.pictures(self.images[row.name])
             features, logits = extractor.describe(pictures)
-            if extractor.maps:
-                values = extractor.pair_distance(pictures[:PAIRS], wanted[:PAIRS])
-                row.facts |= {"pair_distance": float(values.mean())}
-                row.facts["pair_distance_error"] = float(values.std(ddof=1) / len(values) ** 0.5)
-            if logits is not None:
-                row.facts["inception_score"] = inception_score(logits)
-            if self.real is not None:
-                row.facts |= distances(features, self.real)
+            pairs = extractor.pair_distance(pictures[:PAIRS], wanted[:PAIRS]) if extractor.maps else None
+            found[row.name] = Described(
+                None if pairs is None else float(pairs.mean()),
+                None if pairs is None else float(pairs.std(ddof=1) / len(pairs) ** 0.5),
+                None if logits is None else inception_score(logits),
+                None if self.real is None else distances(features, self.real),
+            )
+        return found
 
     def write_npz(self, folder: Path) -> None:
         """A file for each row, as the ADM evaluation suite reads them: arr_0 uint8 [n, H, W, 3], arr_1 labels."""
@@ -182,14 +230,21 @@ class Judge:
             write_whole(folder / f"{stem}.npz", buffer.getvalue())
 
 
-def distances(found: Doubles, real: Real) -> dict[str, float]:
+def found_of(row: Row, values: Tensor, kept: Sequence[Sequence[np.ndarray]], comparison: Comparison) -> Drawn:
+    """What a row's images came to: `values` is their PSNR [B]; `kept`: tokens [B] of each step of each run, if any."""
+    drawn = Drawn(float(values.mean()), float(values.std() / len(values) ** 0.5))
+    if not kept:
+        return drawn
+    counts = np.concatenate([np.concatenate(run) for run in kept])
+    drawn = replace(drawn, kept_tokens=float(counts.mean()))
+    candidate = next(candidate for candidate in comparison.candidates if candidate.name == row.name)
+    if not candidate.planner.schedule.data_dependent:
+        return drawn
+    return replace(drawn, gmacs=candidate.cost_of(counts) / len(values))  # what these cost, not what was expected
+
+
+def distances(found: Doubles, real: Real) -> Distances:
     """Distances of features to those of real images, of which there are at least as many."""
     kernel, error = kernel_distance(found, real)
     precision, recall = precision_recall(found, real.features[: len(found)])
-    return {
-        "frechet": frechet_distance(found, real),
-        "kernel": kernel,
-        "kernel_error": error,
-        "precision": precision,
-        "recall": recall,
-    }
+    return Distances(frechet_distance(found, real), kernel, error, precision, recall)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.planning.schedule import CURVE, WARM_UP, Schedule
+from dcconvert.passes.planning.schedule import CURVE, WARM_UP, Policy, Timetable
 
 KNOTS = (0.0, 0.5, 1.0)  # noise levels
 CONSTANT = (1.0, 1.0, 1.0)
@@ -33,10 +33,10 @@ class Candidate:
     warm_up: int
     shape: tuple[float, float, float] = CONSTANT
 
-    def schedule(self, budget: float, taus: NDArray[np.float64]) -> Schedule:
+    def schedule(self, budget: float, taus: NDArray[np.float64]) -> Timetable:
         """The schedule whose run over `taus` [steps] costs `budget` full steps; UsageError if there is none."""
         knots = tuple(zip(KNOTS, self.shape, strict=True))
-        return Schedule(CURVE, self.steps / budget, warm_up=self.warm_up, knots=knots).fitted(taus)
+        return Policy(CURVE, self.steps / budget, warm_up=self.warm_up, knots=knots).timetable(taus)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Trial:
     """A candidate, its fitted schedule and what it scored; `counts`: kept tokens a sample at each step."""
 
     candidate: Candidate
-    schedule: Schedule
+    schedule: Timetable
     counts: tuple[int, ...]
     score: float
 
@@ -82,7 +82,7 @@ class Search:
         most: int,
         tokens: int,
         taus: Callable[[int], NDArray[np.float64]],
-        score: Callable[[int, Schedule], float],
+        score: Callable[[int, Timetable], float],
     ) -> None:
         self.budget = budget
         self.tokens = tokens

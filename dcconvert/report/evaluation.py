@@ -13,7 +13,7 @@ from rich.table import Table as TerminalTable
 from dcconvert.report import plots
 from dcconvert.report.conversion import CAPTIONS
 from dcconvert.report.html import render
-from dcconvert.report.reading import Record
+from dcconvert.report.reading import BESIDE, STATED, Record
 from dcconvert.report.sections import Origin, Picture, Spread
 from dcconvert.report.tables import Column, R, Table, shown, words
 
@@ -53,9 +53,13 @@ class Row(Quality):
     step_ms: Spread | None = None
     latency_ms: float | None = None
     images_per_second: float | None = None
-    peak_mb: float | None = None
+    stages_ms: dict[str, float] | None = None
+    kept: tuple[list[int], ...] | None = None  # tokens at every step, of each half of guidance
+    peak_mb: float | None = field(default=None, metadata=STATED)
+    attention_layer_mb: float | None = None
     attention_step_mb: float | None = None
     state_mb: float | None = None
+    kept_tokens: float | None = None  # mean, as the images were drawn
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Execution(Record):
     waste: float
     step_ms: Spread
     speedup: float
+    kept_tokens: float | None = None
+    original_ms: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,10 @@ class Images(Record):
 
     count: int
     reference: str
+    seed: int | None = None
+    latents: bool | None = None
     network: str | None = None
+    real: str | None = None
     real_count: int | None = None
     floor: Distances | None = None  # of real images that were held out
 
@@ -129,7 +138,7 @@ PLOTTED = (("psnr", "PSNR, dB"), ("pair_distance", "pair distance"), ("kernel", 
 
 @dataclass(frozen=True)
 class EvaluationReport(Record):
-    """All that the page and the terminal show of an evaluation."""
+    """All that `--json` writes of an evaluation and that page and terminal show, and the pictures on the page."""
 
     bundles: dict[str, str]
     batch: int
@@ -138,16 +147,19 @@ class EvaluationReport(Record):
     execution: tuple[Execution, ...]
     runtime: str
     limits: tuple[str, ...] = ()
-    lite_cfg: float | None = None
+    lite_cfg: float | None = field(default=None, metadata=STATED)
     images: Images | None = None
-    origin: Origin = field(default_factory=Origin)
-    samples: tuple[Picture, ...] = ()
+    command: str = ""
+    machine: dict[str, Any] = field(default_factory=dict)
+    samples: tuple[Picture, ...] = field(default=(), metadata=BESIDE)
 
-    @classmethod
-    def from_json(cls, data: Any, figures: Mapping[str, bytes] | None = None) -> Self:
-        """`data`: the figures as `--json` writes them. `figures`: PNG data by name."""
-        pictures = tuple(Picture(png, CAPTIONS.get(name, name)) for name, png in (figures or {}).items())
-        return replace(super().from_json(data), origin=Origin.of(data), samples=pictures)
+    def with_pictures(self, figures: Mapping[str, bytes]) -> Self:
+        """The same with pictures below it; `figures`: PNG data by name."""
+        return replace(self, samples=tuple(Picture(png, CAPTIONS.get(name, name)) for name, png in figures.items()))
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.command, self.machine)
 
     @property
     def title(self) -> str:
@@ -233,6 +245,6 @@ def terminal(table: Table, title: str) -> TerminalTable:
     return result
 
 
-def evaluation_page(report: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
+def evaluation_page(report: EvaluationReport) -> str:
     """One self-contained HTML page."""
-    return render("evaluation.html.j2", report=EvaluationReport.from_json(report, figures))
+    return render("evaluation.html.j2", report=report)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
+STATED = {"json": "always"}  # metadata of a field: it stands in JSON although it is None
+BESIDE = {"json": "never"}  # it is no part of the JSON
+
 
 class Record:
-    """A dataclass that can be read from JSON.
+    """A dataclass that can be read from JSON and written as it.
 
     Keys without a field are ignored and fields without a key take their default, so that reports of older versions can
     be read, which had fewer keys, or others.
@@ -22,6 +26,15 @@ class Record:
         data = {cls.renamed.get(name, name): value for name, value in data.items()}
         return cls(**{name: read(kind, data[name]) for name, kind in kinds.items() if name in data})
 
+    def to_json(self) -> dict[str, Any]:
+        """The fields by their names, records in them too; without those that are None by default and still are."""
+        found = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            value, kept = getattr(self, field.name), field.metadata.get("json")
+            if kept != "never" and (kept == "always" or value is not None or field.default is not None):
+                found[field.name] = written(value)
+        return found
+
 
 class Rows(Record):
     """A section that is a list in JSON: the items are its only field, `rows`. Without any it is false."""
@@ -34,6 +47,15 @@ class Rows(Record):
 
     def __bool__(self) -> bool:
         return bool(self.rows)
+
+
+def written(value: Any) -> Any:
+    """A value of a record as JSON has it."""
+    if isinstance(value, Record):
+        return value.to_json()
+    if isinstance(value, list | tuple):
+        return [written(item) for item in value]
+    return {key: written(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def read(kind: Any, value: Any) -> Any:

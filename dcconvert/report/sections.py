@@ -116,11 +116,12 @@ class Checks(Rows):
 
 @dataclass(frozen=True)
 class Spread(Record):
-    """Milliseconds: median, 10th and 90th percentile."""
+    """Milliseconds: median, 10th and 90th percentile, of so many runs."""
 
     median: float | None
     p10: float | None
     p90: float | None
+    runs: int | None = None
 
     @property
     def known(self) -> tuple[float, float, float] | None:

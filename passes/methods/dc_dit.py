@@ -19,8 +19,9 @@ from dcconvert.passes.methods.method import FRONTEND, Method, Model
 from dcconvert.passes.methods.runs import Runs, expecting, kept
 from dcconvert.passes.modules.routers import OWN, PLAIN_ROUTERS
 from dcconvert.passes.planning.chunk_plan import Planner
+from dcconvert.passes.planning.levels import nearest_levels
 from dcconvert.passes.planning.planners import SmoothedPlanner
-from dcconvert.passes.planning.schedule import LEVELS, NATURAL, Schedule, nearest_levels
+from dcconvert.passes.planning.schedule import LEVELS, NATURAL, Policy, Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner, check_finite
 from dcconvert.passes.rewrite.insert_router import InsertRouter
 from dcconvert.passes.rewrite.pack_trunk import PackTrunk
@@ -84,13 +85,13 @@ class DcDit(Method):
         return SmoothedPlanner(grid, members=1, neighbours=neighbours, coverage=False)
 
     @classmethod
-    def policy(cls, ratio: float) -> Schedule:
-        return super().policy(ratio) if ratio == 1 else Schedule(NATURAL, ratio, base=ratio)
+    def policy(cls, ratio: float) -> Policy:
+        return super().policy(ratio) if ratio == 1 else Policy(NATURAL, ratio, base=ratio)
 
     def found_counts(self, planner: StepPlanner, scores: np.ndarray, spread: np.ndarray | None) -> np.ndarray:
         check_finite(scores)
         assert isinstance(planner.planner, SmoothedPlanner)
-        natural = planner.planner.natural(scores, planner.schedule.dropped)
+        natural = planner.planner.natural(scores, planner.schedule.policy.dropped)
         if not planner.schedule.levels:
             return natural
         levels = np.array(planner.schedule.levels)
@@ -116,7 +117,7 @@ class DcDit(Method):
         levels = tuple(sorted({*chosen[chosen < most].tolist(), most, more, tokens}))
         return expecting(model, runs, replace(model.schedule, levels=levels))
 
-    def training_ratios(self, schedule: Schedule) -> tuple[float, ...]:
+    def training_ratios(self, schedule: Timetable) -> tuple[float, ...]:
         if schedule.kind != NATURAL:
             return super().training_ratios(schedule)
         return tuple(schedule.ratio / (1 - drop) for drop in TAIL_DROPS)
@@ -124,9 +125,9 @@ class DcDit(Method):
     def training_counts(self, planner: StepPlanner, size: int, number: int) -> np.ndarray | None:
         if planner.schedule.kind != NATURAL:
             return None
-        return np.full(size, max(1, round(planner.spec.tokens / planner.schedule.base)))
+        return np.full(size, max(1, round(planner.spec.tokens / planner.schedule.policy.base)))
 
-    def unrounded(self, schedule: Schedule) -> Schedule:
+    def unrounded(self, schedule: Timetable) -> Timetable:
         return replace(schedule, levels=()) if schedule.kind == NATURAL else schedule
 
 
@@ -134,7 +135,7 @@ def shift(model: DynamicModel, runs: Runs) -> None:
     """Shift the router's logits until its threshold keeps one token in `base`, on runs of the model itself."""
     names, tokens = model.spec.inputs, model.spec.tokens
     unrounded = model.with_schedule(replace(model.schedule, levels=()))
-    wanted = (tokens / model.schedule.base - 2) / (tokens - 2)  # the first and the last token are always kept
+    wanted = (tokens / model.schedule.policy.base - 2) / (tokens - 2)  # the first and the last token are always kept
     for _ in range(SHIFTS):
         scores: list[np.ndarray] = []
         converted = runs.step_of(unrounded)

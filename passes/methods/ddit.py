@@ -17,8 +17,8 @@ from dcconvert.passes.methods.runs import Runs, expecting, kept
 from dcconvert.passes.modules.patch_resize import enlarging, reducing
 from dcconvert.passes.planning.chunk_plan import Planner
 from dcconvert.passes.planning.latent_difference import ORDER, THRESHOLD, largest_below, patch_spread, third_difference
-from dcconvert.passes.planning.patch_planner import PatchPlanner, scales_of
-from dcconvert.passes.planning.schedule import DIFFERENCE, Schedule
+from dcconvert.passes.planning.planners import PatchPlanner, scales_of
+from dcconvert.passes.planning.schedule import DIFFERENCE, Policy, Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.rewrite.insert_router import InsertRouter
 from dcconvert.passes.rewrite.patch_sizes import NAME, PatchSizes
@@ -85,13 +85,13 @@ class DDiT(Method):
         return PatchPlanner(grid)
 
     @classmethod
-    def policy(cls, ratio: float) -> Schedule:
-        return super().policy(ratio) if ratio == 1 else Schedule(DIFFERENCE, ratio, threshold=THRESHOLD)
+    def policy(cls, ratio: float) -> Policy:
+        return super().policy(ratio) if ratio == 1 else Policy(DIFFERENCE, ratio, threshold=THRESHOLD)
 
     def found_counts(self, planner: StepPlanner, scores: np.ndarray, spread: np.ndarray | None) -> np.ndarray:
         assert spread is not None
         sizes = np.array(sorted(planner.sizes, reverse=True))  # the smallest patches first
-        return sizes[largest_below(spread, planner.schedule.threshold)]
+        return sizes[largest_below(spread, planner.schedule.policy.threshold)]
 
     def training_counts(self, planner: StepPlanner, size: int, number: int) -> np.ndarray | None:
         """Alternates between the patch sizes."""
@@ -122,8 +122,7 @@ class DDiT(Method):
         patches, tokens, ratio = model.planner.patches, model.spec.tokens, model.schedule.ratio
 
         def fraction(threshold: float) -> float:
-            tried = model.with_schedule(replace(model.schedule, threshold=threshold))
-            return float(kept(tried, runs).mean()) / tokens
+            return float(kept(model.with_schedule(with_threshold(model.schedule, threshold)), runs).mean()) / tokens
 
         least = fraction(EVERYTHING)
         if least > 1 / ratio + 1e-9:
@@ -140,7 +139,11 @@ class DDiT(Method):
             found = fraction(float(np.exp(middle)))
             best = min(best, (abs(found - 1 / ratio), float(np.exp(middle))))
             low, high = (middle, high) if found > 1 / ratio else (low, middle)
-        return expecting(model, runs, replace(model.schedule, threshold=best[1]))
+        return expecting(model, runs, with_threshold(model.schedule, best[1]))
+
+
+def with_threshold(schedule: Timetable, threshold: float) -> Timetable:
+    return replace(schedule, policy=replace(schedule.policy, threshold=threshold))
 
 
 def set_detail(model: DynamicModel, images: Tensor) -> None:

@@ -16,7 +16,7 @@ from dcconvert.passes.ir.pass_runner import Passes
 from dcconvert.passes.ir.spec import DECHUNK
 from dcconvert.passes.modules.routers import make_router
 from dcconvert.passes.planning.chunk_plan import Planner
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy, Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.planning.token_history import Doubles, History
 from dcconvert.passes.runtime.model import DynamicModel
@@ -155,9 +155,9 @@ class Method:
         raise NotImplementedError
 
     @classmethod
-    def policy(cls, ratio: float) -> Schedule:
+    def policy(cls, ratio: float) -> Policy:
         """How many tokens each step keeps unless the user chooses a schedule; 1/ratio of them on average."""
-        return Schedule(cls.schedule, ratio)
+        return Policy(cls.schedule, ratio)
 
     def run_counts(self, planner: StepPlanner, taus: np.ndarray) -> np.ndarray:
         """Kept tokens per sample at every step of a run with these noise levels."""
@@ -181,7 +181,7 @@ class Method:
 
     # How it is trained.
 
-    def training_ratios(self, schedule: Schedule) -> tuple[float, ...]:
+    def training_ratios(self, schedule: Timetable) -> tuple[float, ...]:
         """The ratios to train for unless the user names some; one is drawn at every step."""
         return (schedule.ratio,)
 
@@ -189,7 +189,7 @@ class Method:
         """Kept tokens of the samples of the `number`-th training batch; None: by the schedule."""
         return None
 
-    def unrounded(self, schedule: Schedule) -> Schedule:
+    def unrounded(self, schedule: Timetable) -> Timetable:
         """The schedule without the rounding that static shapes need."""
         return schedule
 

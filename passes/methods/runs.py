@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from dcconvert.passes.methods.method import Model
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Timetable
 from dcconvert.passes.runtime.model import DynamicModel
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, t, y -> what the model gives
@@ -37,11 +37,11 @@ def kept(model: DynamicModel, runs: Runs) -> np.ndarray:
     return np.stack(step.kept)
 
 
-def expecting(model: Model, runs: Runs, schedule: Schedule) -> Model:
+def expecting(model: Model, runs: Runs, schedule: Timetable) -> Model:
     """The model with a schedule that records what its runs keep."""
     fractions = kept(model.with_schedule(schedule), runs).mean(1) / model.spec.tokens
     order = np.argsort(runs.taus)
     knots = tuple((float(runs.taus[i]), float(fractions[i])) for i in order)
     return model.with_schedule(  # type: ignore[return-value]
-        replace(schedule, knots=knots, mean=float(fractions.mean()))
+        replace(schedule, seen=knots, mean=float(fractions.mean()))
     )

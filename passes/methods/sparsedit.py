@@ -13,7 +13,7 @@ from dcconvert.passes.methods.chunk import WHAT_CHUNK_NEEDS
 from dcconvert.passes.methods.method import FRONTEND, Method
 from dcconvert.passes.planning.chunk_plan import Planner
 from dcconvert.passes.planning.pooled_planner import PooledPlanner
-from dcconvert.passes.planning.schedule import CURVE, Schedule
+from dcconvert.passes.planning.schedule import CURVE, Policy
 from dcconvert.passes.rewrite.insert_router import InsertRouter
 from dcconvert.passes.rewrite.sparse_dense import RECOVERY, SparseDense
 from dcconvert.passes.rewrite.split_projections import SplitProjections
@@ -53,7 +53,7 @@ class SparseDiT(Method):
 
     @classmethod
     def for_ratio(cls, ratio: float, **given: Any) -> Self:
-        return cls(**{"fewest": float(cls.policy(ratio).fraction(np.linspace(0, 1, 101)).min()), **given})
+        return cls(**{"fewest": float(cls.policy(ratio).timetable().fraction(np.linspace(0, 1, 101)).min()), **given})
 
     @property
     def keeps_original(self) -> bool:
@@ -72,7 +72,7 @@ class SparseDiT(Method):
         return PooledPlanner(grid, self.fewest)
 
     @classmethod
-    def policy(cls, ratio: float) -> Schedule:
+    def policy(cls, ratio: float) -> Policy:
         """r(t): r_min up to a quarter of the noise, then linear to r_max; the kept fraction is 1 - r.
 
         Uses the published pair with the mean nearest to 1/ratio, scaled to that mean.
@@ -86,4 +86,4 @@ class SparseDiT(Method):
 
         low, high = min(PRUNING, key=lambda pair: abs(np.log(mean(pair) * ratio)))
         knots = ((0.0, 1 - low), (WARM_END, 1 - low), (1.0, 1 - high))
-        return Schedule(CURVE, ratio, knots=knots).fitted(np.linspace(0, 1, 1001))
+        return Policy(CURVE, ratio, knots=knots).timetable(np.linspace(0, 1, 1001)).policy

@@ -6,26 +6,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.planning.levels import diffused, levels_of, nearest
 
 KINDS = ("constant", "rising", "falling")
 CURVE = "curve"  # made by `dcconvert calibrate`
 NATURAL = "natural"  # as many as the router scores above 0.5 (DC-DiT)
 DIFFERENCE = "difference"  # patches as large as the third difference of the latents allows (DDiT)
-DATA_DEPENDENT = (NATURAL, DIFFERENCE)  # how many is found at every step; knots, if there are any, say what is expected
+DATA_DEPENDENT = (NATURAL, DIFFERENCE)  # how many is found at every step; what is expected is what runs kept
 AUTO = -1  # warm-up steps chosen from what the run may cost
 LEVELS = 6  # numbers of kept tokens that a run uses, each of them a shape to export, compile and capture
 WARM_UP = 3  # steps it takes to know how things change; more cost what later steps need (docs/carry.md)
 
 # A time in float32 may overshoot the ends of [0, 1] by its rounding.
 _TAU_SLACK = 1e-6
+_OUT_OF_RANGE = "warm-up and refresh steps must not be negative, the mean kept fraction from 0 to 1"
+_KNOTS = "a curve needs knots of positive kept fractions, and no other schedule has them"
 
 
 def noise_levels(steps: int) -> NDArray[np.float64]:
@@ -46,34 +50,32 @@ def parse_ratio(text: str | float) -> float:
     return ratio
 
 
+Knots = tuple[tuple[float, float], ...]  # pairs of tau and kept fraction, by rising tau
+
+
 @dataclass(frozen=True)
-class Schedule:
-    """Kept fraction whose mean over a sampling run is 1/ratio.
+class Policy:
+    """How a sampling run is asked to spend its tokens, whatever its steps are: 1/ratio of them on average.
 
     ``rising`` keeps more tokens toward clean samples, ``falling`` fewer. Both run between 0.5 and 1.5 times the mean;
     where the upper end would pass 1 it stops there and the lower end moves up, so that the mean stays. ``curve`` goes
     linearly through ``knots``, pairs of tau and kept fraction, scaled to the mean and cut off at 1.
     The first ``warm_up`` steps of a run, and after them every ``refresh``-th (0: none), are dense: they keep
-    everything. ``AUTO`` stands for three, but no more than half of what the run may cost. ``fitted`` sets ``centre``,
-    ``mean`` (mean tau and kept fraction of the sparse steps) and ``dense_first`` (the number of warm-up steps) for the
-    steps of one sampler. ``levelled`` sets ``levels``: each step keeps the nearest of these numbers of tokens, so that
-    the static shapes of an exported model need no padding. UsageError for an unknown kind, a ratio below 1, knots or
-    numbers out of range.
+    everything. ``AUTO`` stands for three, but no more than half of what the run may cost.
 
-    ``natural`` and ``difference`` find their numbers at every step; the fraction is then what a run is expected to
-    keep. ``base`` is the ratio that a router was made for: at a larger one the fraction 1 - base/ratio of the tokens
-    that it scores above 0.5 is dropped, the lowest first (tail dropping). ``threshold``: that of DDiT's criterion.
+    ``natural`` and ``difference`` find their numbers at every step. ``base`` is the ratio that a router was made for:
+    at a larger one the fraction 1 - base/ratio of the tokens that it scores above 0.5 is dropped, the lowest first
+    (tail dropping). ``threshold``: that of DDiT's criterion.
+
+    ``timetable`` says how many tokens that makes. UsageError for an unknown kind, a ratio below 1, knots or numbers
+    out of range.
     """
 
     kind: str
     ratio: float
-    centre: float = 0.5
     warm_up: int = 0
     refresh: int = 0
-    mean: float = 0.0  # 0: 1 / ratio
-    dense_first: int = 0
-    knots: tuple[tuple[float, float], ...] = ()
-    levels: tuple[int, ...] = ()
+    knots: Knots = ()
     base: float = 0.0
     threshold: float = 0.0
 
@@ -81,13 +83,9 @@ class Schedule:
         if self.kind not in (*KINDS, CURVE, *DATA_DEPENDENT):
             raise UsageError(f"unknown schedule {self.kind!r}: choose one of {', '.join(KINDS)}")
         object.__setattr__(self, "ratio", parse_ratio(self.ratio))
-        object.__setattr__(self, "knots", tuple((float(tau), float(kept)) for tau, kept in self.knots))
-        object.__setattr__(self, "levels", tuple(int(level) for level in self.levels))
-        _checked_tau(self.centre)
-        if any(low >= high for low, high in pairwise((0, *self.levels))):
-            raise UsageError(f"levels {list(self.levels)}: numbers of tokens must be positive and rising")
-        if self.warm_up < AUTO or self.refresh < 0 or not 0 <= self.mean <= 1:
-            raise UsageError("warm-up and refresh steps must not be negative, the mean kept fraction from 0 to 1")
+        object.__setattr__(self, "knots", _checked_knots(self.knots))
+        if self.warm_up < AUTO or self.refresh < 0:
+            raise UsageError(_OUT_OF_RANGE)
         if (self.kind == NATURAL and not 1 <= self.base < math.inf) or (
             self.kind == DIFFERENCE and not 0 <= self.threshold < math.inf
         ):
@@ -99,46 +97,8 @@ class Schedule:
                 f"the router keeps the tokens it scores above 0.5, one in {self.base:g}: a ratio of {self.ratio:g}x "
                 f"would need more of them; choose {self.base:g}x or more, or convert again"
             )
-        if (
-            (self.kind == CURVE and not self.knots)
-            or (self.kind in KINDS and self.knots)
-            or any(not 0 < kept < math.inf for _, kept in self.knots)
-        ):
-            raise UsageError("a curve needs knots of positive kept fractions, and no other schedule has them")
-        if self.knots:
-            taus = _checked_tau([tau for tau, _ in self.knots])
-            if not np.all(np.diff(taus) > 0):
-                raise UsageError("the knots of a curve must have rising noise levels")
-
-    def fitted(self, taus: ArrayLike) -> Schedule:
-        """Return the same schedule with a mean of 1/ratio over ``taus``, the steps of one sampling run in order.
-
-        UsageError if the dense steps alone cost more.
-        """
-        taus = _checked_tau(taus).ravel()
-        steps, budget = len(taus), len(taus) / self.ratio
-        if self.ratio == 1:
-            return replace(self, dense_first=0, mean=1.0, knots=tuple((tau, 1.0) for tau, _ in self.knots))
-        first = min(WARM_UP, max(1, int(budget / 2))) if self.warm_up == AUTO else self.warm_up
-        dense = self._dense(np.arange(steps), first)
-        sparse = ~dense
-        if not sparse.any() or budget <= dense.sum():
-            raise UsageError(
-                f"{dense.sum()} steps that keep everything, of {steps}, leave nothing for the others at "
-                f"{self.ratio:g}x: fewer warm-up or refresh steps, a lower ratio, or more sampling steps"
-            )
-        mean = min(1.0, float((budget - dense.sum()) / sparse.sum()))
-        fit = replace(self, dense_first=first, mean=mean, centre=float(np.mean(taus[sparse])))
-        if self.data_dependent and self.knots:  # what was seen
-            return replace(fit, mean=self.mean)
-        if not self.knots:
-            return fit
-        kept = fit.fraction(taus[sparse])
-        for _ in range(60):  # scaled until the mean is right, which the cut at 1 makes a search
-            scale = mean / float(np.mean(kept))
-            fit = replace(fit, knots=tuple((tau, level * scale) for tau, level in fit.knots))
-            kept = fit.fraction(taus[sparse])
-        return fit
+        if (self.kind == CURVE) != bool(self.knots):
+            raise UsageError(_KNOTS)
 
     @property
     def data_dependent(self) -> bool:
@@ -146,92 +106,9 @@ class Schedule:
         return self.kind in DATA_DEPENDENT
 
     @property
-    def expected(self) -> float:
-        """The mean fraction that a run keeps: as was seen where it is found at every step, else 1 / ratio."""
-        return self.mean if self.data_dependent and self.mean else 1 / self.ratio
-
-    def dropping(self, ratio: float) -> Schedule:
-        """The same at a larger ratio, by tail dropping; UsageError where only a new threshold could do that."""
-        if self.kind == DIFFERENCE:
-            raise UsageError(
-                f"patch sizes are chosen by a threshold found for {self.ratio:g}x: convert again for {ratio:g}x"
-            )
-        less = self.ratio / ratio
-        knots = tuple((tau, kept * less) for tau, kept in self.knots)
-        fewer = {math.ceil(level * less - 1e-9) for level in self.levels[:-1]}  # the last one keeps everything
-        levels = tuple(sorted({*fewer, *self.levels[-1:]}))
-        return replace(self, ratio=ratio, knots=knots, mean=self.mean * less, levels=levels)
-
-    @property
     def dropped(self) -> float:
         """The fraction of the natural tokens that is dropped."""
         return 1 - self.base / self.ratio if self.base else 0.0
-
-    def levelled(self, taus: ArrayLike, tokens: int, most: int = LEVELS, sizes: Sequence[int] = ()) -> Schedule:
-        """Return the same schedule with at most ``most`` numbers of kept tokens in a run, ``tokens`` among them.
-
-        Those that a run fitted to ``taus`` is closest to, so that its mean stays what it was but for the rounding; of
-        ``sizes``, where a model can only keep some numbers. Where the numbers are found at every step the levels are
-        all sizes, or evenly spaced ones. UsageError as ``fitted``.
-        """
-        if self.data_dependent:
-            even = np.geomspace(max(1, tokens / self.ratio / 2), tokens, most).round().astype(int)
-            return replace(self, levels=tuple(sorted(sizes) if sizes else np.unique(even).tolist()))
-        counts = replace(self, levels=()).fitted(taus).run_counts(taus, tokens)
-        sparse = counts[counts < tokens]
-        if sizes:
-            known = np.array(sorted(sizes))
-            sparse = known[np.abs(sparse[:, None] - known).argmin(1)]
-            sparse = sparse[sparse < tokens]
-        chosen = nearest_levels(sparse, most - 1).tolist() if sparse.size else []
-        if sizes:
-            chosen = np.unique([known[np.abs(known - level).argmin()] for level in chosen]).tolist()
-        return replace(self, levels=(*chosen, tokens))
-
-    def _dense(self, step: NDArray[np.int64], first: int) -> NDArray[np.bool_]:
-        """Whether the steps with these numbers keep everything."""
-        warm = step < first
-        if not self.refresh:
-            return warm
-        return warm | ((step - first + 1) % self.refresh == 0)
-
-    def fraction(self, tau: ArrayLike) -> NDArray[np.float64]:
-        """Kept fraction, in (0, 1], of a sparse step at each ``tau``, in its shape; UsageError outside [0, 1]."""
-        tau = _checked_tau(tau)
-        if self.knots:
-            levels, kept = np.transpose(self.knots)
-            return np.minimum(np.interp(tau, levels, kept), 1.0)
-        mean = self.mean or 1 / self.ratio
-        # Dividing by the longer side keeps both ends of [0, 1] inside the bounds when the run is off centre.
-        slope = (min(1.0, 1.5 * mean) - mean) / max(self.centre, 1 - self.centre)
-        sign = {"constant": 0, "rising": -1, "falling": 1}.get(self.kind, 0)
-        return np.minimum(mean + sign * slope * (tau - self.centre), 1.0)
-
-    def step_fraction(self, tau: ArrayLike, step: ArrayLike) -> NDArray[np.float64]:
-        """Kept fraction, in (0, 1], at each ``tau`` and so many steps after a run began; 1 for the dense steps."""
-        return np.where(
-            self._dense(np.asarray(step), self.dense_first or max(self.warm_up, 0)), 1.0, self.fraction(tau)
-        )
-
-    def counts(self, tau: ArrayLike, tokens: int, step: ArrayLike | None = None) -> NDArray[np.int64]:
-        """Kept tokens a sample at each ``tau``, out of ``tokens``: rounded, at least 1, one of the levels if there are
-        any. UsageError as ``check``.
-
-        ``step`` counts the steps since each run began and says which are dense; without it none is.
-        """
-        self.check(tokens)
-        counts = np.maximum(np.rint(self.fraction(tau) * tokens), 1).astype(np.int64)
-        if self.levels and not self.data_dependent:  # where they are found, their mean over samples is expected
-            levels = np.asarray(self.levels)
-            counts = levels[np.abs(counts[..., None] - levels).argmin(-1)]
-        if step is None:
-            return counts
-        return np.where(self._dense(np.asarray(step), self.dense_first or max(self.warm_up, 0)), tokens, counts)
-
-    def run_counts(self, taus: ArrayLike, tokens: int) -> NDArray[np.int64]:
-        """Kept tokens a sample at every step of a run; of ``difference`` levels that add up to what is expected."""
-        counts = self.counts(taus, tokens, np.arange(np.size(taus)))
-        return diffused(counts, self.levels) if self.kind == DIFFERENCE and self.levels else counts
 
     def check(self, tokens: int) -> None:
         """Raise UsageError if the ratio leaves less than one of ``tokens`` tokens a sample."""
@@ -241,42 +118,197 @@ class Schedule:
                 f"the largest ratio for this model is {tokens}x"
             )
 
+    def is_dense(self, step: NDArray[np.int64], warm_up: int) -> NDArray[np.bool_]:
+        """Whether the steps with these numbers keep everything, after so many steps of warm-up."""
+        warm = step < warm_up
+        return warm | ((step - warm_up + 1) % self.refresh == 0) if self.refresh else warm
 
-def diffused(counts: NDArray[np.int64], levels: Sequence[int]) -> NDArray[np.int64]:
-    """Numbers among ``levels`` that stay as near as they can to the running sum of ``counts``."""
-    known, found, owed = np.asarray(levels), [], 0.0
-    for count in counts.tolist():
-        owed += count
-        found.append(int(known[np.abs(known - owed).argmin()]))
-        owed -= found[-1]
-    return np.array(found, np.int64)
+    def timetable(self, taus: ArrayLike | None = None) -> Timetable:
+        """The policy fitted to ``taus``, the steps of one sampling run in order: their mean is 1/ratio.
+
+        UsageError if the dense steps alone cost more. None: to no sampler in particular, so that the mean is 1/ratio
+        over evenly spread noise levels and sparse steps, a curve stays as it is, and ``AUTO`` is no step at all.
+        """
+        if taus is None:
+            return Timetable(self, mean=1 / self.ratio, dense_first=max(self.warm_up, 0))
+        if self.ratio == 1:  # no step can be denser than the others
+            return Timetable(replace(self, knots=tuple((tau, 1.0) for tau, _ in self.knots)), mean=1.0)
+        taus = _checked_tau(taus).ravel()
+        steps, budget = len(taus), len(taus) / self.ratio
+        first = min(WARM_UP, max(1, int(budget / 2))) if self.warm_up == AUTO else self.warm_up
+        dense = self.is_dense(np.arange(steps), first)
+        sparse = ~dense
+        if not sparse.any() or budget <= dense.sum():
+            raise UsageError(
+                f"{dense.sum()} steps that keep everything, of {steps}, leave nothing for the others at "
+                f"{self.ratio:g}x: fewer warm-up or refresh steps, a lower ratio, or more sampling steps"
+            )
+        mean = min(1.0, float((budget - dense.sum()) / sparse.sum()))
+        policy = replace(self, knots=_scaled(self.knots, taus[sparse], mean)) if self.knots else self
+        return Timetable(policy, mean, float(np.mean(taus[sparse])), first)
 
 
-def nearest_levels(counts: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """At most ``most`` numbers, ascending, with the least squared distance of ``counts`` to the nearest of them.
+@dataclass(frozen=True)
+class Timetable:
+    """How many tokens each step keeps: a policy fitted to the steps of one sampler, or to none in particular.
 
-    Exact k-means on a line, by dynamic programming over the sorted distinct counts: least[j] is the least cost of the
-    counts up to j in the groups so far. Each number is the rounded mean of its group, which keeps the mean of all.
+    ``mean`` and ``centre``: mean kept fraction and mean tau of the sparse steps; ``dense_first``: the number of warm-up
+    steps. The knots of the policy's curve are scaled to that mean. ``levels``: each step keeps the nearest of these
+    numbers of tokens, so that the static shapes of an exported model need no padding; empty: any number.
+
+    Where numbers are found at every step the fraction is what a run is expected to keep: once runs were looked at,
+    ``seen`` has the fractions that they kept, as knots, and ``mean`` is their mean. UsageError for numbers out of
+    range.
     """
-    values, weights = np.unique(counts, return_counts=True)
-    heads, sums, squares = (
-        np.concatenate([[0.0], np.cumsum(weights * np.power(values, power, dtype=np.float64))]) for power in (0, 1, 2)
-    )
-    # cost[i, j]: squared distances of counts i..j to their mean.
-    size, total, square = (part[None, 1:] - part[:-1, None] for part in (heads, sums, squares))
-    cost = square - np.divide(total**2, size, out=np.zeros_like(total), where=size > 0)
-    cost[np.tril_indices(len(values), -1)] = np.inf
-    least, cuts = cost[0], []
-    for _ in range(min(most, len(values)) - 1):
-        before = np.concatenate([[np.inf], least[:-1]])[:, None] + cost  # one more group, which begins at i
-        cuts.append(before.argmin(axis=0))
-        least = before.min(axis=0)
-    ends, last = [len(values)], len(values) - 1
-    for cut in reversed(cuts):
-        ends.append(int(cut[last]))
-        last = ends[-1] - 1
-    parts = [slice(start, end) for start, end in pairwise([0, *reversed(ends)])]
-    return np.unique([round(np.average(values[part], weights=weights[part])) for part in parts])
+
+    policy: Policy
+    mean: float
+    centre: float = 0.5
+    dense_first: int = 0
+    levels: tuple[int, ...] = ()
+    seen: Knots = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(int(level) for level in self.levels))
+        object.__setattr__(self, "seen", _checked_knots(self.seen))
+        _checked_tau(self.centre)
+        if any(low >= high for low, high in pairwise((0, *self.levels))):
+            raise UsageError(f"levels {list(self.levels)}: numbers of tokens must be positive and rising")
+        if self.dense_first < 0 or not 0 < self.mean <= 1:
+            raise UsageError(_OUT_OF_RANGE)
+        if self.seen and not self.data_dependent:
+            raise UsageError(_KNOTS)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Timetable:
+        """Undo ``as_dict``; a mean of 0 is that of older files for a schedule that was fitted to no sampler."""
+        own = {field.name: data[field.name] for field in fields(Policy) if field.name in data}
+        if unknown := data.keys() - own.keys() - {"centre", "mean", "dense_first", "levels"}:
+            raise TypeError(f"a schedule has no {', '.join(sorted(unknown))}")
+        seen = own.pop("knots", ()) if own["kind"] in DATA_DEPENDENT else ()
+        made = replace(Policy(**own).timetable(), levels=data.get("levels", ()), seen=seen)
+        made = replace(made, centre=data.get("centre", made.centre))
+        return replace(made, mean=data["mean"], dense_first=data["dense_first"]) if data.get("mean") else made
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as a bundle stores them."""
+        own = {name: getattr(self, name) for name in ("mean", "centre", "dense_first", "knots", "levels")}
+        return asdict(self.policy) | own
+
+    @property
+    def kind(self) -> str:
+        return self.policy.kind
+
+    @property
+    def ratio(self) -> float:
+        return self.policy.ratio
+
+    @property
+    def data_dependent(self) -> bool:
+        """Whether the numbers of kept tokens are found at every step."""
+        return self.policy.data_dependent
+
+    @property
+    def knots(self) -> Knots:
+        """Of a curve, or of what runs were seen to keep; empty where there is neither."""
+        return self.policy.knots or self.seen
+
+    @property
+    def expected(self) -> float:
+        """The mean fraction that a run keeps: as was seen where it is found at every step, else 1 / ratio."""
+        return self.mean if self.data_dependent else 1 / self.ratio
+
+    def fitted(self, taus: ArrayLike) -> Timetable:
+        """The same for the steps of another run; errors as ``Policy.timetable``."""
+        made = replace(self.policy.timetable(taus), levels=self.levels)
+        if not self.seen:
+            return made
+        if self.ratio == 1:
+            return replace(made, seen=tuple((tau, 1.0) for tau, _ in self.seen))
+        return replace(made, seen=self.seen, mean=self.mean)
+
+    def dropping(self, ratio: float) -> Timetable:
+        """The same at a larger ratio, by tail dropping; UsageError where only a new threshold could do that."""
+        if self.kind == DIFFERENCE:
+            raise UsageError(
+                f"patch sizes are chosen by a threshold found for {self.ratio:g}x: convert again for {ratio:g}x"
+            )
+        less = self.ratio / ratio
+        seen = tuple((tau, kept * less) for tau, kept in self.seen)
+        fewer = {math.ceil(level * less - 1e-9) for level in self.levels[:-1]}  # the last one keeps everything
+        levels = tuple(sorted({*fewer, *self.levels[-1:]}))
+        mean = self.mean * less if seen else 1 / ratio
+        return replace(self, policy=replace(self.policy, ratio=ratio), seen=seen, mean=mean, levels=levels)
+
+    def levelled(self, taus: ArrayLike, tokens: int, most: int = LEVELS, sizes: Sequence[int] = ()) -> Timetable:
+        """Return the same timetable with at most ``most`` numbers of kept tokens in a run, ``tokens`` among them.
+
+        Those that a run fitted to ``taus`` is closest to, so that its mean stays what it was but for the rounding; of
+        ``sizes``, where a model can only keep some numbers. Where the numbers are found at every step the levels are
+        all sizes, or evenly spaced ones. UsageError as ``fitted``.
+        """
+        if self.data_dependent:
+            even = np.geomspace(max(1, tokens / self.ratio / 2), tokens, most).round().astype(int)
+            return replace(self, levels=tuple(sorted(sizes) if sizes else np.unique(even).tolist()))
+        counts = self.policy.timetable(taus).run_counts(taus, tokens)
+        return replace(self, levels=levels_of(counts, tokens, most, sizes))
+
+    def fraction(self, tau: ArrayLike) -> NDArray[np.float64]:
+        """Kept fraction, in (0, 1], of a sparse step at each ``tau``, in its shape; UsageError outside [0, 1]."""
+        tau = _checked_tau(tau)
+        if self.knots:
+            return _interpolated(self.knots, tau)
+        # Dividing by the longer side keeps both ends of [0, 1] inside the bounds when the run is off centre.
+        slope = (min(1.0, 1.5 * self.mean) - self.mean) / max(self.centre, 1 - self.centre)
+        sign = {"constant": 0, "rising": -1, "falling": 1}.get(self.kind, 0)
+        return np.minimum(self.mean + sign * slope * (tau - self.centre), 1.0)
+
+    def step_fraction(self, tau: ArrayLike, step: ArrayLike) -> NDArray[np.float64]:
+        """Kept fraction, in (0, 1], at each ``tau`` and so many steps after a run began; 1 for the dense steps."""
+        return np.where(self.policy.is_dense(np.asarray(step), self.dense_first), 1.0, self.fraction(tau))
+
+    def counts(self, tau: ArrayLike, tokens: int, step: ArrayLike | None = None) -> NDArray[np.int64]:
+        """Kept tokens a sample at each ``tau``, out of ``tokens``: rounded, at least 1, one of the levels if there are
+        any. UsageError as ``Policy.check``.
+
+        ``step`` counts the steps since each run began and says which are dense; without it none is.
+        """
+        self.policy.check(tokens)
+        counts = np.maximum(np.rint(self.fraction(tau) * tokens), 1).astype(np.int64)
+        if self.levels and not self.data_dependent:  # where they are found, their mean over samples is expected
+            counts = nearest(self.levels, counts)
+        if step is None:
+            return counts
+        return np.where(self.policy.is_dense(np.asarray(step), self.dense_first), tokens, counts)
+
+    def run_counts(self, taus: ArrayLike, tokens: int) -> NDArray[np.int64]:
+        """Kept tokens a sample at every step of a run; of ``difference`` levels that add up to what is expected."""
+        counts = self.counts(taus, tokens, np.arange(np.size(taus)))
+        return diffused(counts, self.levels) if self.kind == DIFFERENCE and self.levels else counts
+
+
+def _interpolated(knots: Knots, tau: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The curve through knots at each ``tau``, cut off at 1."""
+    levels, kept = np.transpose(knots)
+    return np.minimum(np.interp(tau, levels, kept), 1.0)
+
+
+def _scaled(knots: Knots, taus: NDArray[np.float64], mean: float) -> Knots:
+    """Knots whose curve, cut off at 1, has this mean over ``taus``: the cut makes finding their scale a search."""
+    for _ in range(60):
+        scale = mean / float(np.mean(_interpolated(knots, taus)))
+        knots = tuple((tau, kept * scale) for tau, kept in knots)
+    return knots
+
+
+def _checked_knots(knots: Iterable[Sequence[float]]) -> Knots:
+    """Knots as plain numbers; UsageError for those that are no curve."""
+    checked = tuple((float(tau), float(kept)) for tau, kept in knots)
+    if any(not 0 < kept < math.inf for _, kept in checked):
+        raise UsageError(_KNOTS)
+    if checked and not np.all(np.diff(_checked_tau([tau for tau, _ in checked])) > 0):
+        raise UsageError("the knots of a curve must have rising noise levels")
+    return checked
 
 
 def _checked_tau(tau: ArrayLike) -> NDArray[np.float64]:

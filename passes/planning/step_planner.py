@@ -15,9 +15,9 @@ from dcconvert.passes.planning.carry_plan import CarryPlan, carry_plan
 from dcconvert.passes.planning.chunk_plan import Plan
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.nearest_kept import Mask
-from dcconvert.passes.planning.patch_planner import scales_of
+from dcconvert.passes.planning.planners import scales_of
 from dcconvert.passes.planning.pooled_planner import SizedPlanner
-from dcconvert.passes.planning.schedule import DIFFERENCE, LEVELS, NATURAL, Schedule
+from dcconvert.passes.planning.schedule import DIFFERENCE, LEVELS, NATURAL, Timetable
 from dcconvert.passes.planning.token_history import Doubles, History
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 class StepPlanner:
     """The schedule decides how many tokens a step keeps, router and history which ones, the plan where they go."""
 
-    def __init__(self, spec: ModelSpec, method: Method, schedule: Schedule) -> None:
+    def __init__(self, spec: ModelSpec, method: Method, schedule: Timetable) -> None:
         self.spec = spec
         self.method = method
-        schedule.check(spec.tokens)
+        schedule.policy.check(spec.tokens)
         self.schedule = schedule
         self.planner = method.planner(spec.grid)
         self.check()
@@ -57,14 +57,14 @@ class StepPlanner:
 
         Raises UsageError for a ratio that such a run cannot reach.
         """
-        if self.schedule.data_dependent and ratio != self.schedule.ratio:
+        if ratio == self.schedule.ratio:
+            return StepPlanner(self.spec, self.method, self.schedule.fitted(taus))
+        if self.schedule.data_dependent:
             return StepPlanner(self.spec, self.method, self.schedule.dropping(ratio))
-        other = replace(self.schedule, ratio=ratio, mean=0.0).fitted(taus)
-        if other.ratio != self.schedule.ratio:
-            other = StepPlanner(self.spec, self.method, other).levelled(taus, LEVELS)
-        return StepPlanner(self.spec, self.method, other)
+        other = StepPlanner(self.spec, self.method, replace(self.schedule.policy, ratio=ratio).timetable(taus))
+        return StepPlanner(self.spec, self.method, other.levelled(taus, LEVELS))
 
-    def levelled(self, taus: np.ndarray, most: int) -> Schedule:
+    def levelled(self, taus: np.ndarray, most: int) -> Timetable:
         """The schedule with at most `most` different numbers of kept tokens, which the model can keep."""
         if self.skips:  # all or none
             return self.schedule

@@ -20,7 +20,7 @@ from dcconvert.passes.ir.program import Program
 from dcconvert.passes.modules.patch_resize import PatchEmbedding, PatchOutput, PatchSkip, resized
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules import find_rule
-from dcconvert.passes.planning.patch_planner import scales_of
+from dcconvert.passes.planning.planners import scales_of
 from dcconvert.passes.rewrite.inline import inline
 from dcconvert.passes.rewrite.pack_trunk import add_plan_inputs, drop_unused_inputs, trunk_nodes
 from dcconvert.passes.rewrite.split_route import ancestors

@@ -17,7 +17,7 @@ from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.pass_runner import PassRecord
 from dcconvert.passes.ir.spec import WEIGHTS, ModelSpec, update_name
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.rewrite.retarget import retarget, retyped_spec
 from dcconvert.passes.runtime.infer_runs import FollowedRun
@@ -80,10 +80,10 @@ class DynamicModel(nn.Module, Runtime):
         return self.planner.method
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> Timetable:
         return self.planner.schedule
 
-    def with_schedule(self, schedule: Schedule) -> DynamicModel:
+    def with_schedule(self, schedule: Timetable) -> DynamicModel:
         """The same weights and graphs with another schedule."""
         return DynamicModel(self.graphs, StepPlanner(self.spec, self.method, schedule), self.records)
 
@@ -210,7 +210,7 @@ class DynamicModel(nn.Module, Runtime):
         """A few lines: tokens, blocks, ratio, router, and how often each pass fired."""
         spec, method, schedule = self.spec, self.method, self.schedule
         kept = f"{spec.tokens * schedule.expected:.0f} kept on average ({schedule.ratio:g}x)"
-        if schedule.data_dependent and not schedule.mean:
+        if schedule.data_dependent and not schedule.seen:
             kept = f"{schedule.ratio:g}x was requested, but not fitted on sampling runs: check what steps keep"
         lines = [
             f"{spec.grid[0]}x{spec.grid[1]} = {spec.tokens} tokens, {kept}",

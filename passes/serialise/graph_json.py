@@ -13,7 +13,6 @@ import operator
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any, TypeVar, get_type_hints
 
 import torch
@@ -27,7 +26,7 @@ from dcconvert.passes.ir.pass_runner import PassRecord
 from dcconvert.passes.ir.spec import ModelSpec
 from dcconvert.passes.methods import method_from_dict
 from dcconvert.passes.methods.method import Method
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel, Graphs
 from dcconvert.passes.serialise.interface_checks import check_seams, damaged
@@ -86,7 +85,7 @@ def model_to_dict(model: DynamicModel) -> dict[str, Any]:
         "version": VERSION,
         "spec": spec,
         "method": model.method.as_dict(),
-        "schedule": asdict(model.schedule),
+        "schedule": model.schedule.as_dict(),
         "passes": [record.as_dict() for record in model.records],
         "graphs": {name: graph_to_dict(graph) for name, graph in model.graphs.named().items()},
     }
@@ -113,12 +112,14 @@ def planner_from_dict(data: Any) -> StepPlanner:
         return StepPlanner(*read_facts(data))
 
 
-def read_facts(data: Any) -> tuple[ModelSpec, Method, Schedule]:
+def read_facts(data: Any) -> tuple[ModelSpec, Method, Timetable]:
     check_version(data)
-    spec, schedule = read_spec(data["spec"]), data["schedule"]
+    spec = read_spec(data["spec"])
     try:
         method = plainly(method_from_dict(data["method"] if "method" in data else data["options"]))
-        return spec, method, StepPlanner(spec, method, plainly(Schedule(**schedule))).schedule
+        schedule = plainly(Timetable.from_dict(data["schedule"]))
+        plainly(schedule.policy)
+        return spec, method, StepPlanner(spec, method, schedule).schedule
     except UsageError as error:
         raise damaged(f"has invalid options or an invalid schedule ({error})") from error
 

@@ -10,7 +10,7 @@ import torch
 import dcconvert
 from benchmarks.carry_variants import TRIED, Variant, sample
 from dcconvert.passes.methods import method_of
-from dcconvert.passes.planning.schedule import AUTO, Schedule
+from dcconvert.passes.planning.schedule import AUTO, Policy
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep
 from tests.dcconvert.harness import CONFIG, tiny_dit
@@ -26,8 +26,8 @@ def test_by_hand_equals_the_product(change):
     options = method_of("carry", router=variant.router, head_blocks=variant.head)
     model = dcconvert.convert(dit, 2, options=options, steps=12)
     sampler = Sampler("flow", variant.steps)
-    spending = Schedule("constant", 2, warm_up=variant.warm_up, refresh=variant.refresh)
-    model = model.with_schedule(spending.fitted(sampler.taus))
+    spending = Policy("constant", 2, warm_up=variant.warm_up, refresh=variant.refresh)
+    model = model.with_schedule(spending.timetable(sampler.taus))
     with torch.inference_mode():
         by_hand, _ = sample(dit, variant, "flow", noise, labels)
         product = sampler.run(ConvertedStep(model, model), noise, labels)

@@ -16,7 +16,7 @@ from dcconvert.export.bundle import read_bundle
 from dcconvert.export.runtimes.ort import OrtModel
 from dcconvert.models.example_inputs import dit_inputs
 from dcconvert.passes.methods import method_of
-from dcconvert.passes.planning.schedule import LEVELS, Schedule
+from dcconvert.passes.planning.schedule import LEVELS, Policy
 from tests.dcconvert.harness import CONFIG, TOKENS, contents, tiny_dit
 from tests.passes.harness import diffusers_call, first_tensor, relative
 
@@ -55,7 +55,7 @@ def test_a_ratio_of_one_is_the_original():
     model = convert(dit, 1)
     assert relative(model(*inputs), wanted) < IDENTITY
     assert relative(model.original(*inputs), wanted) < IDENTITY
-    assert model.with_schedule(Schedule("constant", 4))(*inputs).shape == wanted.shape
+    assert model.with_schedule(Policy("constant", 4).timetable())(*inputs).shape == wanted.shape
 
 
 @torch.no_grad()
@@ -87,13 +87,13 @@ def test_a_module_called_by_name(by_name, from_diffusers):
 @torch.no_grad()
 def test_calls_go_on_with_the_image_of_the_call_before(by_name, from_diffusers):
     module, inputs = by_name
-    model = from_diffusers.with_schedule(Schedule("constant", 4))
+    model = from_diffusers.with_schedule(Policy("constant", 4).timetable())
     for time in (990, 900):
         inputs = {**inputs, "timestep": torch.full_like(inputs["timestep"], time)}
         found = model(**inputs).sample
     assert model.followed.run.last_plan.counts.tolist() == [4] * len(found)
     assert IDENTITY < relative(found, module(**inputs).sample) < 1
-    everything = from_diffusers.with_schedule(Schedule("constant", 1))(**inputs)
+    everything = from_diffusers.with_schedule(Policy("constant", 1).timetable())(**inputs)
     assert relative(everything.sample, module(**inputs).sample) < IDENTITY
 
 
@@ -113,7 +113,7 @@ def test_a_module_called_by_position():
     model = convert(module, 4, example_inputs=list(inputs), schedule="rising", timestep="when", timestep_scale=1000)
     assert model.spec.timestep == "when"
     assert model(*inputs)["prediction"].shape == inputs[0].shape
-    everything = model.with_schedule(Schedule("constant", 1))(*inputs)["prediction"]
+    everything = model.with_schedule(Policy("constant", 1).timetable())(*inputs)["prediction"]
     assert relative(everything, module(*inputs)["prediction"]) < IDENTITY
 
 

@@ -34,7 +34,7 @@ def test_a_model_from_a_checkpoint_is_fitted_from_python_too(tmp_path, monkeypat
     model = dcconvert.convert(dit, 4, preset="dc-dit", steps=4)
     assert 0.2 < model.schedule.mean < 0.3
     assert f"{64 * model.schedule.mean:.0f} kept on average (4x)" in model.summary()
-    assert not dcconvert.convert(dit, 4, preset="dc-dit", steps=4, fit=False).schedule.mean
+    assert not dcconvert.convert(dit, 4, preset="dc-dit", steps=4, fit=False).schedule.seen
     assert dcconvert.convert(dit, 2, preset="ddit", steps=8).method.predicts == "flow"
 
 

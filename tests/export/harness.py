@@ -15,7 +15,7 @@ from dcconvert.models.dit import DiT, DiTConfig
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.runtime.model import DynamicModel
 from tests.passes.harness import randomise
 
@@ -43,7 +43,7 @@ def convert(mode: str = "chunk", **options: Any) -> DynamicModel:
     """Two tokens in one kept; weights so small that rounding in float32 stays small too."""
     torch.manual_seed(0)
     dit = randomise(DiT(CONFIG), std=0.08)
-    return rewrite(dit, tuple(inputs().values()), {}, method_of(mode, **options), Schedule("constant", 2))
+    return rewrite(dit, tuple(inputs().values()), {}, method_of(mode, **options), Policy("constant", 2).timetable())
 
 
 class OneStep:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dcconvert.export.buckets import Bucket, BucketSet, PaddedShapes, choose_buckets, choose_guided_buckets
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.chunk_plan import Planner
-from dcconvert.passes.planning.schedule import AUTO, KINDS, Schedule
+from dcconvert.passes.planning.schedule import AUTO, KINDS, Policy
 
 
 def padding(lengths, counts):
@@ -59,7 +59,7 @@ def test_everything_kept_has_one_length():
 @pytest.mark.parametrize("steps", [4, 25, 250])
 def test_levelled_schedules_need_six_buckets_and_no_padding(kind, ratio, steps):
     taus = 1 - np.arange(steps) / steps
-    free = Schedule(kind, ratio).fitted(taus)
+    free = Policy(kind, ratio).timetable(taus)
     found = choose_buckets([8], free.levelled(taus, 256).run_counts(taus, 256), 256)
     assert found.expected_waste == 0
     assert len(found.buckets) <= 6
@@ -69,7 +69,7 @@ def test_levelled_schedules_need_six_buckets_and_no_padding(kind, ratio, steps):
 @pytest.mark.parametrize("kind", KINDS)
 def test_dense_steps_have_the_full_length_and_little_waste(kind):
     taus = 1 - np.arange(50) / 50
-    counts = Schedule(kind, 4, warm_up=AUTO, refresh=10).fitted(taus).run_counts(taus, 256)
+    counts = Policy(kind, 4, warm_up=AUTO, refresh=10).timetable(taus).run_counts(taus, 256)
     found = choose_buckets([1, 8], counts, 256)
     assert (counts == 256).sum() > 5
     assert found.lengths[-1] == 256

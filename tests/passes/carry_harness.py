@@ -16,7 +16,7 @@ from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.carry_plan import CarryPlan, carry_plan
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.planning.token_history import REACH, History
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.state import TensorState
@@ -54,7 +54,7 @@ def carried(name: str, **options: Any) -> tuple[DynamicModel, Call]:
     torch.manual_seed(0)
     call = CALLS[name]()
     scale = 1.0 if name == "tiny" else 1000.0
-    return rewrite(*call, method_of("carry", **options), Schedule("constant", 2), timestep_scale=scale), call
+    return rewrite(*call, method_of("carry", **options), Policy("constant", 2).timetable(), timestep_scale=scale), call
 
 
 def at(model: DynamicModel, call: Call, tau: float | Sequence[float], seed: int = 0) -> Call:

@@ -16,7 +16,7 @@ from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.chunk_plan import Planner
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.runtime.model import DynamicModel
 from tests.passes.harness import (
     BATCH,
@@ -32,7 +32,7 @@ from tests.passes.harness import (
 )
 
 TOLERANCE = 1e-5
-ALL = Schedule("constant", 1)
+ALL = Policy("constant", 1).timetable()
 
 MODELS: dict[str, Callable[[], Call]] = {
     "dit 4x4": lambda: dit_call(8),

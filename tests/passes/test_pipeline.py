@@ -9,10 +9,10 @@ from torch import nn
 from dcconvert.passes.ir.errors import UnsupportedModelError
 from dcconvert.passes.methods import MODES, method_of
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from tests.passes.harness import Block, TinyModel, pixart_call, tiny_inputs
 
-HALF = Schedule("constant", 2)
+HALF = Policy("constant", 2).timetable()
 
 
 def test_order():

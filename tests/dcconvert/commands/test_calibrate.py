@@ -20,7 +20,7 @@ from dcconvert.commands.calibrate import Bench, Settings, Task
 from dcconvert.evaluate.schedule_search import Candidate
 from dcconvert.export.bundle import read_bundle
 from dcconvert.images.pixels import CAPTION
-from dcconvert.passes.planning.schedule import CURVE, Schedule
+from dcconvert.passes.planning.schedule import CURVE, Policy, Timetable
 from dcconvert.report.figures import comparison
 from dcconvert.sampling.bundle_runs import run_planner
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
@@ -139,9 +139,9 @@ def test_samples_are_those_of_the_stored_schedule(calibrated, found, main_job, t
     best, model = found["candidates"][0], read_bundle(main_job.folder).model
     sampler = Sampler("flow", best["steps"], "unipc")
     knots = tuple((tau, kept) for tau, kept in best["knots"])
-    schedule = Schedule(CURVE, best["steps"] / BUDGET, warm_up=best["warm_up"], knots=knots).fitted(sampler.taus)
+    schedule = Policy(CURVE, best["steps"] / BUDGET, best["warm_up"], knots=knots).timetable(sampler.taus)
 
-    def sampled(schedule: Schedule) -> np.ndarray:
+    def sampled(schedule: Timetable) -> np.ndarray:
         made = model.with_schedule(schedule)
         images = sampler.run(ConvertedStep(made, made), initial_noise(0, 2, 1, 16), labels_for(2, 4))
         return np.asarray(comparison({"carry": images}, None))[CAPTION:].astype(int)
@@ -150,7 +150,7 @@ def test_samples_are_those_of_the_stored_schedule(calibrated, found, main_job, t
     assert run.code == 0, run.err
     shown = np.asarray(Image.open(tmp_path / "out.png"))[CAPTION:].astype(int)
     assert abs(shown - sampled(schedule)).max() <= 1
-    assert abs(shown - sampled(Schedule("falling", 4).fitted(sampler.taus))).max() > 1
+    assert abs(shown - sampled(Policy("falling", 4).timetable(sampler.taus))).max() > 1
 
 
 def test_it_says_so_everywhere(calibrated, found):

@@ -17,7 +17,7 @@ from dcconvert.export.bundle import read_bundle
 from dcconvert.export.checks.flops import attention_memory, converted_attention, original_attention
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.layout import MIXED_TILE
-from dcconvert.report.evaluation import evaluation_page
+from dcconvert.report.evaluation import EvaluationReport, evaluation_page
 from dcconvert.sampling.samplers import Guidance, initial_noise, labels_for
 from tests.dcconvert.harness import TOKENS, contents, refusal, run_cli, write_network
 
@@ -280,9 +280,13 @@ def test_attention_memory_is_that_of_its_arrays(bundle):
     assert (nothing.peak, nothing.total) == (0, 0)
 
 
+def test_the_figures_are_read_back_whole(figures):
+    assert EvaluationReport.from_json(figures).to_json() == figures
+
+
 def test_a_page_without_images(figures):
     rows = [{k: v for k, v in row.items() if k in ("name", "gmacs", "step_ms", "mode")} for row in figures["rows"]]
-    page = evaluation_page({**figures, "rows": rows, "images": {}}, {})
+    page = evaluation_page(EvaluationReport.from_json({**figures, "rows": rows, "images": {}}))
     assert "Quality" not in page
     assert "GMACs" in page
 

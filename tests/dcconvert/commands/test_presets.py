@@ -312,7 +312,7 @@ def test_tail_dropping_drops(bundles, ratio):
 def test_training_drops_too_and_rounds_nothing_up(bundles):
     model = read_bundle(bundles["dc-dit"]).model
     made = StepDistillation(model, Recipe(), Sampler("flow", 8).taus)
-    assert [round(planner.schedule.dropped, 6) for planner in made.planners] == list(TAIL_DROPS)
+    assert [round(planner.schedule.policy.dropped, 6) for planner in made.planners] == list(TAIL_DROPS)
     scores = np.where(np.arange(64) % 3 == 0, 0.9, 0.1)[None]  # 22 of them, the first and the last included
     found = [int(planner.found_counts(scores, None)[0]) for planner in made.planners]
     assert found == [22 - int(drop * 22 + 1e-9) for drop in TAIL_DROPS]

@@ -19,7 +19,7 @@ from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.run import StageTimes
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
@@ -38,7 +38,7 @@ def taus(mode):
 @pytest.fixture
 def everything(bundle, original_onnx):
     """A runtime that keeps all tokens: the original, in the end."""
-    planner = StepPlanner(bundle.model.spec, bundle.model.method, Schedule("constant", 1))
+    planner = StepPlanner(bundle.model.spec, bundle.model.method, Policy("constant", 1).timetable())
     return OrtPair.open(bundle.model, planner, bundle.bucket_set, bundle.onnx, original_onnx.parent, threads=1)
 
 
@@ -173,7 +173,7 @@ def test_a_run_of_fewer_steps_stands_for_the_originals(bundle, planner, taus):
 
 def test_what_is_made_once_in_a_run_counts_once():
     """The keys and values of a text, whatever the number of steps."""
-    model = rewrite(*made(FAMILIES["pixart"]), method_of("carry"), Schedule("constant", 2))
+    model = rewrite(*made(FAMILIES["pixart"]), method_of("carry"), Policy("constant", 2).timetable())
     once = []
     for steps in (3, 6):
         counts = np.array([16] + [8] * (steps - 1))

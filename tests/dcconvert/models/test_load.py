@@ -13,7 +13,7 @@ import dcconvert
 from benchmarks.families import FAMILIES, made
 from dcconvert.models.load import CLASSES, diffusers_source, open_source, parse_size
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from tests.dcconvert.harness import refusal, run_cli, write_checkpoint
 from tests.passes.harness import dit_call
 
@@ -57,7 +57,7 @@ def test_images_that_are_not_square(folders, name):
         (),
         source.example,
         dcconvert.Options(mode="carry"),
-        Schedule("constant", 2),
+        Policy("constant", 2).timetable(),
         timestep_scale=source.timestep_scale,
         grid=source.grid,
     )

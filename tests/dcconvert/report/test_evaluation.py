@@ -51,7 +51,7 @@ def printed(report: dict[str, Any]) -> str:
 
 
 def test_the_page_has_every_section_and_plot(figures):
-    page = evaluation_page(figures, {"samples": b"png"})
+    page = evaluation_page(EvaluationReport.from_json(figures).with_pictures({"samples": b"png"}))
     titles = ["Quality", "Bundles", "Cost", "Ways of running a mixed batch", "Samples", "Limits", "How this was made"]
     places = [page.index(f"<h2>{title}</h2>") for title in titles]
     assert places == sorted(places)
@@ -70,7 +70,7 @@ def test_what_was_not_measured_is_left_out(figures):
         for key in ("psnr", "psnr_error", "peak_mb"):
             del row[key]
     figures |= {"guidance": 1, "lite_cfg": None, "limits": [], "bundles": {"carry 4x": "a"}}
-    page = evaluation_page(figures, {})
+    page = evaluation_page(EvaluationReport.from_json(figures))
     for text in ("Quality", "Bundles", "Samples", "Limits", "peak MB"):
         assert text not in page
     assert "no guidance" in page
@@ -88,3 +88,18 @@ def test_a_name_is_printed_once(figures):
     *_, execution, _ = EvaluationReport.from_json(figures).for_terminal()
     assert isinstance(execution, Table)
     assert list(execution.columns[0].cells) == ["carry 4x", ""]
+
+
+def test_the_report_is_written_as_it_was_read(figures):
+    assert EvaluationReport.from_json(figures).to_json() == figures
+    assert EvaluationReport.from_json(figures).with_pictures({"samples": b"png"}).to_json() == figures
+
+
+def test_what_was_not_measured_is_not_written(figures):
+    del figures["images"]
+    for row in figures["rows"]:
+        for key in ("psnr", "psnr_error", "frechet"):
+            del row[key]
+        row["peak_mb"] = None  # the process died, which is said
+    figures["lite_cfg"] = None
+    assert EvaluationReport.from_json(figures).to_json() == figures

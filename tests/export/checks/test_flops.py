@@ -21,7 +21,7 @@ from dcconvert.export.checks.flops import (
 from dcconvert.models.dit import DiT, DiTConfig
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.runtime.model import DynamicModel
 from tests.export.harness import CONFIG, TOKENS, convert, inputs
 
@@ -68,7 +68,7 @@ def test_published_sizes(name):
 def small() -> DynamicModel:
     """DiT-S/2 at 4x."""
     config = PUBLISHED["S/2"][0]
-    return rewrite(DiT(config), args(config, 3), {}, method_of("chunk"), Schedule("constant", 4))
+    return rewrite(DiT(config), args(config, 3), {}, method_of("chunk"), Policy("constant", 4).timetable())
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.rewritten import example_of
 from tests.export.harness import TOKENS, convert
@@ -99,7 +99,7 @@ def test_what_needs_rows_is_refused(options):
 
 def test_cross_attention_needs_rows():
     module, args, kwargs = pixart_call()
-    model = rewrite(module, args, kwargs, method_of("chunk"), Schedule("constant", 2))
+    model = rewrite(module, args, kwargs, method_of("chunk"), Policy("constant", 2).timetable())
     with pytest.raises(UsageError, match=r"because it uses aten\.scaled_dot_product_attention"):
         with_packed_attention(model)
 

@@ -15,7 +15,7 @@ from dcconvert.export.runtimes.ort import CPU, CUDA, OrtModel, make_session, pic
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.planning.chunk_plan import Plan
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.run import StageTimes, fill_batch
@@ -41,7 +41,7 @@ def plan_of(runtime: OneStep) -> Plan:
 
 
 def falling(model: DynamicModel) -> StepPlanner:
-    return model.with_schedule(Schedule("falling", 2)).planner
+    return model.with_schedule(Policy("falling", 2).timetable()).planner
 
 
 def by_torch(model: DynamicModel, given: dict[str, np.ndarray], keep: np.ndarray) -> np.ndarray:

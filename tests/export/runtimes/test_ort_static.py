@@ -20,7 +20,7 @@ from dcconvert.export.runtimes.ort_static import BoundStep, StaticModel
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.runtime.model import DynamicModel
 from tests.export.harness import TOKENS, arrays
 
@@ -102,7 +102,7 @@ def test_buffers_go_to_the_next_run_when_one_is_over(carry_model, carry_onnx):
 def test_text_of_the_next_run_is_copied_into_the_buffers_that_are_there(tmp_path):
     """Cross-attention's keys are computed once in a run; a new run takes over what is bound, with another text."""
     module, args, kwargs = made(FAMILIES["pixart"])
-    model = rewrite(module, args, kwargs, method_of("carry"), Schedule("constant", 2))
+    model = rewrite(module, args, kwargs, method_of("carry"), Policy("constant", 2).timetable())
     export_onnx(model, tmp_path)
     shapes = choose_buckets([3], [8], model.spec.tokens)
     plain = OrtModel(tmp_path, model.planner, shapes, threads=1)

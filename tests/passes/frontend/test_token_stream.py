@@ -17,7 +17,7 @@ from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from tests.passes.harness import GRID, TOKENS, WIDTH, Block, TinyModel, diffusers_call, pixart_call, tiny_inputs
 from tests.passes.harness import tiny_program as program_of
 
@@ -166,7 +166,7 @@ def test_a_value_that_stays_alive_leaves_no_cut():
 @pytest.mark.parametrize("mode", ["carry", "chunk"])
 def test_a_value_that_passes_by_all_blocks_is_no_part_of_the_stream(mode):
     module, inputs = LongSkip(3), tiny_inputs()
-    model = rewrite(module, inputs, {}, method_of(mode), Schedule("constant", 2))
+    model = rewrite(module, inputs, {}, method_of(mode), Policy("constant", 2).timetable())
     assert model.spec.depth == 3
     with torch.no_grad():
         scores, live = model.route(dict(zip(model.spec.inputs, inputs, strict=True)))

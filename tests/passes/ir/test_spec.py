@@ -14,7 +14,7 @@ from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.spec import SLOTS, InputSpec, ModelSpec, StateSpec
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from tests.passes.carry_harness import carried
 from tests.passes.harness import BATCH, GRID, TOKENS, WIDTH, Block, TinyModel, tiny_inputs, tiny_program
 
@@ -30,7 +30,9 @@ class Mixed(TinyModel):
 def spec() -> ModelSpec:
     torch.manual_seed(0)
     inputs = (*tiny_inputs(), torch.tensor([1, 2, 3]), torch.randn(5), 2.0)
-    return rewrite(Mixed(Block() for _ in range(3)), inputs, {}, method_of("chunk"), Schedule("constant", 2)).spec
+    return rewrite(
+        Mixed(Block() for _ in range(3)), inputs, {}, method_of("chunk"), Policy("constant", 2).timetable()
+    ).spec
 
 
 def test_inputs_with_shape_type_and_value(spec):
@@ -79,7 +81,9 @@ def test_all_that_passes_from_route_to_denoise_has_a_batch_axis():
                 x = block(x, t.unsqueeze(1) * scale)
             return self.final(x * scale)
 
-    model = rewrite(Scaled(Block() for _ in range(3)), tiny_inputs(), {}, method_of("chunk"), Schedule("constant", 2))
+    model = rewrite(
+        Scaled(Block() for _ in range(3)), tiny_inputs(), {}, method_of("chunk"), Policy("constant", 2).timetable()
+    )
     with torch.no_grad():
         _, live = model.route(model.flat_inputs(tiny_inputs(BATCH + 1), {}))
     assert [tuple(value.shape) for value in live.values()] == [(BATCH + 1, *s) for s in model.spec.live_shapes]

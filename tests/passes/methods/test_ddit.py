@@ -7,15 +7,15 @@ import numpy as np
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.methods.ddit import DDiT
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.patch_planner import PatchPlanner
-from dcconvert.passes.planning.schedule import DIFFERENCE, Schedule
+from dcconvert.passes.planning.planners import PatchPlanner
+from dcconvert.passes.planning.schedule import DIFFERENCE, Policy
 from dcconvert.passes.planning.step_planner import StepPlanner
 from tests.passes.harness import dit_call
 
 
 def test_the_largest_patches_whose_spread_is_below_the_threshold():
-    model = rewrite(*dit_call(image_size=16), method_of("ddit"), Schedule("constant", 2))
-    made = StepPlanner(model.spec, model.method, Schedule(DIFFERENCE, 4, threshold=0.5))
+    model = rewrite(*dit_call(image_size=16), method_of("ddit"), Policy("constant", 2).timetable())
+    made = StepPlanner(model.spec, model.method, Policy(DIFFERENCE, 4, threshold=0.5).timetable())
     assert isinstance(made.planner, PatchPlanner)
     assert made.sizes == (4, 16, 64)
     spread = np.array([[0.1, 0.2, 0.3], [0.1, 0.2, 0.9], [0.1, 0.9, 0.9], [0.9, 0.9, 0.9]])
@@ -24,7 +24,7 @@ def test_the_largest_patches_whose_spread_is_below_the_threshold():
 
 
 def test_its_constants():
-    assert DDiT.policy(4) == Schedule(DIFFERENCE, 4, threshold=0.001)
+    assert DDiT.policy(4) == Policy(DIFFERENCE, 4, threshold=0.001)
     made = method_of("ddit").with_prediction("eps")
     assert made.predicts == "eps"
     assert method_of("chunk").with_prediction("eps") == method_of("chunk")

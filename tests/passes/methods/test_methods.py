@@ -10,10 +10,13 @@ import torch
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.methods import METHODS, MODES, PRESETS, method_from_dict, method_of
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import DIFFERENCE, NATURAL, Schedule
+from dcconvert.passes.planning.schedule import DIFFERENCE, NATURAL, Policy, Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.serialise.graph_json import RENAMED, model_from_dict, model_tensors, model_to_dict
 from tests.passes.harness import dit_call
+
+NATURALLY = Policy(NATURAL, 4, base=4)
+BY_DIFFERENCE = Policy(DIFFERENCE, 4, threshold=1)
 
 
 def test_every_method_is_described():
@@ -26,7 +29,7 @@ def test_every_method_is_described():
         assert made.router == method.routers[0]
         assert made.head_blocks == made.tail_blocks == method.blocks
         assert method_of(name, 4).policy(4).ratio == 4
-        assert method.policy(1) == Schedule(method.schedule, 1)
+        assert method.policy(1) == Policy(method.schedule, 1)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -128,7 +131,7 @@ def test_what_is_refused(name, options, message):
 @pytest.fixture(scope="module")
 def models():
     return {
-        name: rewrite(*dit_call(image_size=16, depth=8), method_of(name, 4), Schedule("constant", 4))
+        name: rewrite(*dit_call(image_size=16, depth=8), method_of(name, 4), Policy("constant", 4).timetable())
         for name in PRESETS
     }
 
@@ -138,19 +141,19 @@ def models():
     [
         (
             "tome",
-            Schedule(NATURAL, 4, base=4),
+            NATURALLY.timetable(),
             "schedule 'natural' does not work with method tome",
         ),
+        ("sparsedit", BY_DIFFERENCE.timetable(), "schedule 'difference' does not work with method sparsedit"),
+        ("ddit", NATURALLY.timetable(), "schedule 'natural' does not work with method ddit"),
+        ("dc-dit", Timetable(NATURALLY, 0.25, levels=(65, 1000)), "a sample of this model can keep at most 64"),
+        ("dc-dit", Timetable(NATURALLY, 0.25, levels=(17,)), "a sample of this model can keep at most 64"),
+        ("ddit", Timetable(BY_DIFFERENCE, 0.25, levels=(5, 64)), "a sample of this model can keep 4, 16, 64"),
         (
             "sparsedit",
-            Schedule(DIFFERENCE, 4, threshold=1),
-            "schedule 'difference' does not work with method sparsedit",
+            Policy("constant", 32).timetable(),
+            r"has \d+ of 64 tokens, which is .*: choose a ratio below 32x",
         ),
-        ("ddit", Schedule(NATURAL, 4, base=4), "schedule 'natural' does not work with method ddit"),
-        ("dc-dit", Schedule(NATURAL, 4, base=4, levels=(65, 1000)), "a sample of this model can keep at most 64"),
-        ("dc-dit", Schedule(NATURAL, 4, base=4, levels=(17,)), "a sample of this model can keep at most 64"),
-        ("ddit", Schedule(DIFFERENCE, 4, threshold=1, levels=(5, 64)), "a sample of this model can keep 4, 16, 64"),
-        ("sparsedit", Schedule("constant", 32), r"has \d+ of 64 tokens, which is .*: choose a ratio below 32x"),
     ],
 )
 def test_schedules_of_another_model(models, preset, schedule, message):
@@ -206,7 +209,7 @@ def with_old_names(data, version):
 
 
 def test_graph_files_of_format_3_load():
-    model = rewrite(*dit_call(), method_of("carry", max_staleness=2.0), Schedule("constant", 4))
+    model = rewrite(*dit_call(), method_of("carry", max_staleness=2.0), Policy("constant", 4).timetable())
     data = model_to_dict(model)
     with_old_names(data, 3)
     data["method"]["guard"] = data["method"].pop("max_staleness")
@@ -220,7 +223,9 @@ def test_graph_files_of_format_3_load():
 
 @pytest.mark.parametrize("name", ["carry", *PRESETS])
 def test_graph_files_of_format_2_load(models, name):
-    model = models[name] if name in models else rewrite(*dit_call(), method_of("carry"), Schedule("constant", 4))
+    model = (
+        models[name] if name in models else rewrite(*dit_call(), method_of("carry"), Policy("constant", 4).timetable())
+    )
     data = model_to_dict(model)
     own = data.pop("method")
     data["options"] = {**OLD, **{option: value for option, value in own.items() if option in OLD}}

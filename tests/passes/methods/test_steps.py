@@ -14,11 +14,11 @@ from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.ir.spec import UPDATES
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.serialise.graph_json import model_from_dict, model_tensors, model_to_dict
 from tests.passes.harness import dit_call
 
-HALF = Schedule("constant", 2)
+HALF = Policy("constant", 2).timetable()
 
 
 def test_what_a_model_consists_of():
@@ -93,7 +93,7 @@ def test_it_follows_its_weights_to_another_precision():
 
 @pytest.mark.parametrize("ratio", [1, 2, 4, 10])
 def test_a_ratio_computes_that_share_of_the_steps(ratio):
-    model = rewrite(*dit_call(), method_of("steps"), Schedule("constant", ratio))
+    model = rewrite(*dit_call(), method_of("steps"), Policy("constant", ratio).timetable())
     counts = model.planner.run_counts(np.linspace(1, 0.02, 50))
     assert set(counts.tolist()) <= {0, model.spec.tokens}
     assert (counts > 0).sum() == -(-50 // ratio)

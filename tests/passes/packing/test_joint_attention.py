@@ -14,7 +14,7 @@ from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.chunk_plan import Planner
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from tests.passes.carry_harness import MaskedRun
 from tests.passes.harness import (
     BATCH,
@@ -223,7 +223,7 @@ def test_blocks_behind_the_trunk_get_the_text_that_left_it():
     """And not that of a trunk which was left as it was: every attention is there once."""
     call = joint_call()
     options = method_of("chunk", head_blocks=1, tail_blocks=1)
-    model = rewrite(*call, options, Schedule("constant", 2), timestep_scale=1.0)
+    model = rewrite(*call, options, Policy("constant", 2).timetable(), timestep_scale=1.0)
     assert model.spec.depth == 4
     assert count(model.denoise_graph, ops.padded_attention.default) == 2
     left = sum(
@@ -234,7 +234,7 @@ def test_blocks_behind_the_trunk_get_the_text_that_left_it():
 
 def test_steps_of_mode_carry_keep_the_scale():
     call = joint_call()
-    model = rewrite(*call, method_of("carry"), Schedule("constant", 2), timestep_scale=1.0)
+    model = rewrite(*call, method_of("carry"), Policy("constant", 2).timetable(), timestep_scale=1.0)
     run = MaskedRun(model)
     for tau in (0.9, 0.6):
         now: Call = call[0], (call[1][0], torch.full((BATCH,), tau), call[1][2]), {}

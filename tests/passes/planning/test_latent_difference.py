@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.methods import method_of
+from dcconvert.passes.methods.ddit import with_threshold
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.latent_difference import ThirdDifference, largest_below, patch_spread, third_difference
-from dcconvert.passes.planning.schedule import DIFFERENCE, Schedule
+from dcconvert.passes.planning.schedule import DIFFERENCE, Policy
 from dcconvert.passes.runtime.run import Run
 from tests.passes.harness import dit_call
 from tests.passes.runtime.test_run import Counting
@@ -62,7 +61,7 @@ def test_the_first_three_steps_of_a_sample_tell_nothing():
 @pytest.fixture(scope="module")
 def model():
     options = method_of("ddit")
-    made = rewrite(*dit_call(image_size=16), options, Schedule(DIFFERENCE, 4, threshold=0.01))
+    made = rewrite(*dit_call(image_size=16), options, Policy(DIFFERENCE, 4, threshold=0.01).timetable())
     assert isinstance(made.planner.sizes, tuple)
     return made
 
@@ -95,9 +94,7 @@ def test_guidance_halves_choose_alike_and_a_restart_forgets(model):
 
 def test_each_group_finds_its_numbers_by_its_own_planner(model):
     """In a batch that is filled up as well: the copies are of the last group."""
-    fine, coarse = (
-        model.with_schedule(replace(model.schedule, threshold=threshold)).planner for threshold in (0.0, 1e9)
-    )
+    fine, coarse = (model.with_schedule(with_threshold(model.schedule, threshold)).planner for threshold in (0.0, 1e9))
     run = Run(Counting(model, 6), 4)
     for step in range(5):
         run.step(values(model, 1 - step / 10, torch.randn(4, 4, 16, 16)), planners=(fine, coarse))
@@ -115,7 +112,7 @@ def test_calls_of_the_model_follow_each_other(model):
 
 
 def test_a_threshold_of_zero_is_the_original(model):
-    fine = model.with_schedule(replace(model.schedule, threshold=0.0))
+    fine = model.with_schedule(with_threshold(model.schedule, 0.0))
     run, image = Run(fine, 2), torch.randn(2, 4, 16, 16)
     with torch.no_grad():
         for step in range(5):

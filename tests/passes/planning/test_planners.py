@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.modules.routers import MergeRouter, merge_cell
 from dcconvert.passes.planning.chunk_plan import Planner
-from dcconvert.passes.planning.patch_planner import PatchPlanner
-from dcconvert.passes.planning.planners import MergePlanner, SmoothedPlanner
+from dcconvert.passes.planning.planners import MergePlanner, PatchPlanner, SmoothedPlanner
 from dcconvert.passes.planning.pooled_planner import PooledPlanner
 
 GRIDS = [(1, 5), (2, 2), (4, 4), (3, 6), (8, 8)]

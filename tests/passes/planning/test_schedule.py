@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 import math
 from typing import Any
 
@@ -19,9 +19,8 @@ from dcconvert.passes.planning.schedule import (
     KINDS,
     LEVELS,
     NATURAL,
-    Schedule,
-    diffused,
-    nearest_levels,
+    Policy,
+    Timetable,
     parse_ratio,
 )
 
@@ -43,32 +42,32 @@ def test_parse_ratio_refuses(text):
 
 def test_directions_and_ends():
     ends = [0.0, 0.5, 1.0]
-    np.testing.assert_allclose(Schedule("constant", 4).fraction(ends), [0.25, 0.25, 0.25])
-    np.testing.assert_allclose(Schedule("rising", 4).fraction(ends), [0.375, 0.25, 0.125])
-    np.testing.assert_allclose(Schedule("falling", 4).fraction(ends), [0.125, 0.25, 0.375])
+    np.testing.assert_allclose(Policy("constant", 4).timetable().fraction(ends), [0.25, 0.25, 0.25])
+    np.testing.assert_allclose(Policy("rising", 4).timetable().fraction(ends), [0.375, 0.25, 0.125])
+    np.testing.assert_allclose(Policy("falling", 4).timetable().fraction(ends), [0.125, 0.25, 0.375])
 
 
 def test_low_ratio_stops_at_everything_and_keeps_its_mean():
-    np.testing.assert_allclose(Schedule("falling", 1.25).fraction([0.0, 0.5, 1.0]), [0.6, 0.8, 1.0])
+    np.testing.assert_allclose(Policy("falling", 1.25).timetable().fraction([0.0, 0.5, 1.0]), [0.6, 0.8, 1.0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ratio_one_keeps_everything(kind):
     taus = np.linspace(0, 1, 11)
-    assert (Schedule(kind, 1).counts(taus, 256) == 256).all()
-    assert (Schedule(kind, 1).fitted(taus[3:]).counts(taus, 256) == 256).all()
+    assert (Policy(kind, 1).timetable().counts(taus, 256) == 256).all()
+    assert (Policy(kind, 1).timetable(taus[3:]).counts(taus, 256) == 256).all()
 
 
 def test_a_curve_at_ratio_one_keeps_everything():
     taus = np.linspace(0, 1, 11)
-    assert (Schedule(CURVE, 1, knots=((0.1, 0.2), (0.5, 1.0))).fitted(taus).counts(taus, 256) == 256).all()
+    assert (Policy(CURVE, 1, knots=((0.1, 0.2), (0.5, 1.0))).timetable(taus).counts(taus, 256) == 256).all()
 
 
 @given(st.sampled_from(KINDS), st.floats(1, 64), st.integers(1, 250), st.booleans())
 def test_mean_over_a_run_is_the_inverse_ratio(kind, ratio, steps, from_noise):
     # The tau before each Euler step, so their mean is not 0.5.
     taus = 1 - np.arange(steps) / steps if from_noise else (np.arange(steps) + 0.5) / steps
-    schedule = Schedule(kind, ratio).fitted(taus)
+    schedule = Policy(kind, ratio).timetable(taus)
     assert np.mean(schedule.fraction(taus)) == pytest.approx(1 / ratio, rel=1e-9)
     fraction = schedule.fraction(np.linspace(0, 1, 50))
     assert (fraction <= 1).all()
@@ -80,25 +79,25 @@ def test_mean_over_a_run_is_the_inverse_ratio(kind, ratio, steps, from_noise):
 
 
 def test_counts_keep_at_least_one():
-    assert Schedule("falling", 16).counts([0.0, 1.0], 16).tolist() == [1, 2]
+    assert Policy("falling", 16).timetable().counts([0.0, 1.0], 16).tolist() == [1, 2]
 
 
 def test_scalar_tau():
-    assert Schedule("constant", 4).counts(0.3, 64) == 16
+    assert Policy("constant", 4).timetable().counts(0.3, 64) == 16
 
 
 def test_float32_times_may_overshoot_the_ends():
     taus = np.array([1 + 1e-7, -1e-8], np.float32)
-    np.testing.assert_allclose(Schedule("rising", 2).fraction(taus), [0.25, 0.75])
+    np.testing.assert_allclose(Policy("rising", 2).timetable().fraction(taus), [0.25, 0.75])
 
 
 def test_ratio_that_leaves_no_tokens():
-    schedule = Schedule("constant", 1000)
+    policy = Policy("constant", 1000)
     with pytest.raises(UsageError, match=r"1000x leaves less than one of the 256 tokens.*largest ratio.*256x"):
-        schedule.check(256)
+        policy.check(256)
     with pytest.raises(UsageError, match="256x"):
-        schedule.counts(0.5, 256)
-    Schedule("constant", 256).check(256)
+        policy.timetable().counts(0.5, 256)
+    Policy("constant", 256).check(256)
 
 
 # Dense steps
@@ -106,11 +105,11 @@ def test_ratio_that_leaves_no_tokens():
 
 def test_warm_up_and_refresh_steps_keep_everything():
     steps = np.arange(10)
-    plain = Schedule("constant", 4)
+    plain = Policy("constant", 4).timetable()
     assert plain.counts(np.full(10, 0.5), 64, steps).tolist() == [16] * 10
 
     def dense(**options: Any) -> list[int]:
-        counts = Schedule("constant", 4, **options).counts(np.full(10, 0.5), 64, steps)
+        counts = Policy("constant", 4, **options).timetable().counts(np.full(10, 0.5), 64, steps)
         assert set(counts.tolist()) <= {16, 64}
         return np.flatnonzero(counts == 64).tolist()
 
@@ -118,12 +117,11 @@ def test_warm_up_and_refresh_steps_keep_everything():
     assert dense(refresh=3) == [2, 5, 8]
     assert dense(refresh=1) == list(range(10))
     assert dense(warm_up=2, refresh=4) == [0, 1, 5, 9]
-    assert dense(warm_up=AUTO) == []  # not fitted to a run yet
-    assert dense(warm_up=1, dense_first=4) == [0, 1, 2, 3]
+    assert dense(warm_up=AUTO) == []  # not fitted to a run
 
 
 def test_steps_may_differ_from_sample_to_sample():
-    schedule = Schedule("falling", 4, warm_up=2)
+    schedule = Policy("falling", 4, warm_up=2).timetable()
     assert schedule.counts([1.0, 0.5, 0.5, 0.0], 64, [1, 1, 2, 7]).tolist() == [64, 64, 16, 8]
     assert schedule.counts([1.0, 0.5, 0.5, 0.0], 64).tolist() == [24, 16, 16, 8]
 
@@ -133,7 +131,7 @@ def test_steps_may_differ_from_sample_to_sample():
 )
 def test_automatic_warm_up(steps, ratio, first):
     """Three, but no more than half of what the run may cost; one in any case."""
-    schedule = Schedule("constant", ratio, warm_up=AUTO).fitted(1 - np.arange(steps) / steps)
+    schedule = Policy("constant", ratio, warm_up=AUTO).timetable(1 - np.arange(steps) / steps)
     assert schedule.dense_first == first
     counts = schedule.run_counts(1 - np.arange(steps) / steps, 1000)
     assert (counts == 1000).sum() == first
@@ -144,11 +142,11 @@ KNOTS = ((0.1, 0.2), (0.5, 1.0), (0.8, 0.4))
 
 
 def test_a_curve_goes_through_its_knots_and_is_level_beyond():
-    curve = Schedule(CURVE, 2, knots=KNOTS)
+    curve = Policy(CURVE, 2, knots=KNOTS).timetable()
     np.testing.assert_allclose(curve.fraction([0, 0.1, 0.3, 0.5, 0.65, 0.8, 1]), [0.2, 0.2, 0.6, 1, 0.7, 0.4, 0.4])
-    assert Schedule(CURVE, 2, knots=((0.5, 3.0),)).fraction(0.2) == 1  # cut off
+    assert Policy(CURVE, 2, knots=((0.5, 3.0),)).timetable().fraction(0.2) == 1  # cut off
     from_json: Any = [[0.5, 0.25]]
-    assert Schedule(CURVE, 2, knots=from_json).knots == ((0.5, 0.25),)
+    assert Policy(CURVE, 2, knots=from_json).knots == ((0.5, 0.25),)
 
 
 @given(
@@ -160,9 +158,9 @@ def test_a_curve_goes_through_its_knots_and_is_level_beyond():
 )
 def test_a_fitted_run_costs_the_inverse_ratio(kind, ratio, steps, warm_up, refresh):
     taus = 1 - np.arange(steps) / steps
-    schedule = Schedule(kind, ratio, warm_up=warm_up, refresh=refresh, knots=KNOTS if kind == CURVE else ())
+    policy = Policy(kind, ratio, warm_up=warm_up, refresh=refresh, knots=KNOTS if kind == CURVE else ())
     try:
-        fitted = schedule.fitted(taus)
+        fitted = policy.timetable(taus)
     except UsageError:
         first = warm_up if warm_up >= 0 else min(3, max(1, int(steps / ratio / 2)))
         dense = sum(i < first or (refresh and (i - first + 1) % refresh == 0) for i in range(steps))
@@ -177,10 +175,10 @@ def test_a_fitted_run_costs_the_inverse_ratio(kind, ratio, steps, warm_up, refre
 
 def test_fitting_keeps_the_shape_of_a_curve():
     taus = np.linspace(1, 0, 21)
-    gentle = Schedule(CURVE, 8, knots=KNOTS).fitted(taus)
+    gentle = Policy(CURVE, 8, knots=KNOTS).timetable(taus)
     levels = np.array([kept for _, kept in gentle.knots])
     np.testing.assert_allclose(levels / levels[1], [0.2, 1, 0.4])
-    cut = Schedule(CURVE, 1.5, knots=KNOTS).fitted(taus)
+    cut = Policy(CURVE, 1.5, knots=KNOTS).timetable(taus)
     assert cut.fraction(0.5) == 1 < dict(cut.knots)[0.5]
     assert np.mean(cut.fraction(taus)) == pytest.approx(1 / 1.5)
 
@@ -190,27 +188,32 @@ def test_dense_steps_that_cost_more_than_the_run_are_refused():
     bad: list[dict[str, Any]] = [{"warm_up": 5}, {"warm_up": 10}, {"refresh": 2}, {"refresh": 1}]
     for options in bad:
         with pytest.raises(UsageError, match="steps that keep everything, of 10, leave nothing for the others at 2x"):
-            Schedule("constant", 2, **options).fitted(taus)
-    Schedule("constant", 2, warm_up=4).fitted(taus)
+            Policy("constant", 2, **options).timetable(taus)
+    Policy("constant", 2, warm_up=4).timetable(taus)
     for options in bad[1::2]:
-        assert (Schedule("constant", 1, **options).fitted(taus).run_counts(taus, 64) == 64).all()
+        assert (Policy("constant", 1, **options).timetable(taus).run_counts(taus, 64) == 64).all()
 
 
 def test_bad_arguments():
     with pytest.raises(UsageError, match="constant, rising, falling"):
-        Schedule("sideways", 4)
+        Policy("sideways", 4)
     with pytest.raises(UsageError, match="not a number"):
-        Schedule("constant", 0)
+        Policy("constant", 0)
     with pytest.raises(UsageError, match="outside"):
-        Schedule("constant", 4, centre=2)
+        Timetable(Policy("constant", 4), 0.25, centre=2)
     outside: list[float | list[float]] = [1.5, -0.1, float("nan"), []]
     for tau in outside:
         with pytest.raises(UsageError, match="outside"):
-            Schedule("rising", 4).fraction(tau)
-    bad: list[dict[str, Any]] = [{"warm_up": -2}, {"refresh": -1}, {"mean": -0.1}, {"mean": 1.5}]
+            Policy("rising", 4).timetable().fraction(tau)
+    bad: list[dict[str, Any]] = [{"warm_up": -2}, {"refresh": -1}]
     for options in bad:
         with pytest.raises(UsageError, match="must not be negative"):
-            Schedule("constant", 4, **options)
+            Policy("constant", 4, **options)
+    for mean, first in ((-0.1, 0), (0, 0), (1.5, 0), (0.25, -1)):
+        with pytest.raises(UsageError, match="must not be negative"):
+            Timetable(Policy("constant", 4), mean, dense_first=first)
+    with pytest.raises(UsageError, match="no other schedule has them"):
+        Timetable(Policy("constant", 4), 0.25, seen=KNOTS)
 
 
 @pytest.mark.parametrize(
@@ -228,30 +231,7 @@ def test_bad_arguments():
 )
 def test_bad_knots(kind, knots, message):
     with pytest.raises(UsageError, match=message):
-        Schedule(kind, 4, knots=knots)
-
-
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=9), st.integers(1, 4))
-def test_levels_are_the_nearest_there_are(counts, most):
-    """Against every way of cutting the sorted counts into groups."""
-    found = nearest_levels(np.array(counts), most)
-    assert 1 <= len(found) <= most
-    assert list(found) == sorted(set(found))
-    values = np.unique(counts)
-
-    def cost(ends: tuple[int, ...]) -> float:
-        groups = np.split(values, ends)
-        return sum(float(np.var(c) * len(c)) for g in groups if len(c := [n for n in counts if n in g]))
-
-    parts = min(most, len(values))
-    best = min(cost(ends) for ends in itertools.combinations(range(1, len(values)), parts - 1))
-    rounded = sum(float(np.square(found - count).min()) for count in counts)
-    assert rounded <= best + len(counts) * 0.25 + 1e-9  # a rounded mean is half a token off at most
-
-
-def test_hand_computed_levels():
-    assert nearest_levels(np.array([10, 11, 30, 32, 50]), 3).tolist() == [10, 31, 50]
-    assert nearest_levels(np.array([7, 7]), 5).tolist() == [7]
+        Policy(kind, 4, knots=knots)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -259,7 +239,7 @@ def test_hand_computed_levels():
 @pytest.mark.parametrize("warm_up", [0, AUTO])
 def test_a_levelled_run_has_few_lengths_and_the_same_mean(kind, ratio, warm_up):
     taus = 1 - np.arange(50) / 50
-    free = Schedule(kind, ratio, warm_up=warm_up).fitted(taus)
+    free = Policy(kind, ratio, warm_up=warm_up).timetable(taus)
     levelled = free.levelled(taus, 256)
     counts = levelled.run_counts(taus, 256)
     assert set(counts.tolist()) <= set(levelled.levels)
@@ -273,7 +253,7 @@ def test_a_levelled_run_has_few_lengths_and_the_same_mean(kind, ratio, warm_up):
 
 def test_levels_hold_for_other_noise_levels_too():
     taus = 1 - np.arange(50) / 50
-    levelled = Schedule("falling", 4).fitted(taus).levelled(taus, 256)
+    levelled = Policy("falling", 4).timetable(taus).levelled(taus, 256)
     others = levelled.fitted(1 - np.arange(33) / 33)
     assert set(others.run_counts(1 - np.arange(33) / 33, 256).tolist()) <= set(levelled.levels)
 
@@ -281,22 +261,22 @@ def test_levels_hold_for_other_noise_levels_too():
 @pytest.mark.parametrize("levels", [(0, 4), (4, 4), (8, 4)])
 def test_levels_that_do_not_rise_are_refused(levels):
     with pytest.raises(UsageError, match="must be positive and rising"):
-        Schedule("constant", 4, levels=levels)
+        Timetable(Policy("constant", 4), 0.25, levels=levels)
 
 
 def test_found_schedules_expect_what_was_seen():
     knots = ((0.0, 0.5), (1.0, 0.25))
-    seen = Schedule(NATURAL, 4, base=4, knots=knots, mean=0.3, levels=(10, 40, 64))
+    seen = Timetable(Policy(NATURAL, 4, base=4), 0.3, levels=(10, 40, 64), seen=knots)
     fitted = seen.fitted([1.0, 0.5])
     assert (fitted.knots, fitted.mean, fitted.expected) == (knots, 0.3, 0.3)
     assert fitted.run_counts([1.0, 0.5, 0.0], 64).tolist() == [16, 24, 32]  # means over samples: no levels
     fewer = seen.dropping(8)
-    assert (fewer.ratio, fewer.expected, fewer.dropped) == (8, 0.15, 0.5)
+    assert (fewer.ratio, fewer.expected, fewer.policy.dropped) == (8, 0.15, 0.5)
     assert fewer.knots == ((0.0, 0.25), (1.0, 0.125))
     assert fewer.levels == (5, 20, 64)  # or the dropped tokens would be filled up again
-    assert Schedule(NATURAL, 4, base=4).expected == 0.25
+    assert Policy(NATURAL, 4, base=4).timetable().expected == 0.25
     with pytest.raises(UsageError, match="found for 4x: convert again for 8x"):
-        Schedule(DIFFERENCE, 4).dropping(8)
+        Policy(DIFFERENCE, 4).timetable().dropping(8)
 
 
 @pytest.mark.parametrize(
@@ -305,27 +285,75 @@ def test_found_schedules_expect_what_was_seen():
 )
 def test_found_schedules_need_what_they_find_by(kind, more):
     with pytest.raises(UsageError, match="needs the base that its router was made for"):
-        Schedule(kind, 4, **more)
+        Policy(kind, 4, **more)
 
 
 def test_expected_sizes_are_spread_over_the_steps():
     """Steps of 4, 16 or 64 tokens that add up to a mean between them."""
-    schedule = Schedule(DIFFERENCE, 2, knots=((0.0, 0.5), (1.0, 0.5)), levels=(4, 16, 64))
+    schedule = Timetable(Policy(DIFFERENCE, 2), 0.5, levels=(4, 16, 64), seen=((0.0, 0.5), (1.0, 0.5)))
     counts = schedule.run_counts(np.linspace(1, 0.05, 20), 64)
     assert set(counts.tolist()) <= {4, 16, 64}
     assert counts.mean() == pytest.approx(32, abs=1.5)
-    assert diffused(np.full(6, 64), (4, 16, 64)).tolist() == [64] * 6
 
 
 def test_levels_of_found_schedules():
     taus = np.linspace(1, 0.1, 10)
-    assert Schedule(DIFFERENCE, 4).levelled(taus, 64, 6, sizes=(64, 4, 16)).levels == (4, 16, 64)
-    even = Schedule(NATURAL, 4, base=4).levelled(taus, 64, 6).levels
+    assert Policy(DIFFERENCE, 4).timetable().levelled(taus, 64, 6, sizes=(64, 4, 16)).levels == (4, 16, 64)
+    even = Policy(NATURAL, 4, base=4).timetable().levelled(taus, 64, 6).levels
     assert (even[0], even[-1], len(even)) == (8, 64, 6)
 
 
 def test_levels_are_among_the_sizes_that_a_model_can_keep():
     taus = np.linspace(1, 0.02, 50)
-    levels = Schedule("falling", 4).levelled(taus, 64, 6, sizes=(4, 9, 16, 25, 36, 49, 64)).levels
+    levels = Policy("falling", 4).timetable().levelled(taus, 64, 6, sizes=(4, 9, 16, 25, 36, 49, 64)).levels
     assert {*levels} <= {4, 9, 16, 25, 36, 49, 64}
     assert levels[-1] == 64
+
+
+# Bundles
+
+
+RUN = 1 - np.arange(20) / 20
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        Policy("falling", 2).timetable(),
+        Policy("rising", 2, warm_up=AUTO, refresh=5).timetable(RUN),
+        Policy("constant", 1, warm_up=3).timetable(RUN),
+        Policy(CURVE, 2, warm_up=1, knots=KNOTS).timetable(RUN).levelled(RUN, 64),
+        Policy(CURVE, 1, knots=KNOTS).timetable(RUN),
+        Policy(NATURAL, 4, base=2).timetable(),
+        Timetable(Policy(NATURAL, 4, base=4), 0.3, levels=(10, 64), seen=((0.0, 0.5), (1.0, 0.25))),
+        Policy(DIFFERENCE, 4, threshold=0.1).timetable(RUN),
+    ],
+)
+def test_a_timetable_comes_back_from_json(made):
+    stored = made.as_dict()
+    assert Timetable.from_dict(json.loads(json.dumps(stored))) == made
+    assert {*stored} == {*UNFITTED}
+
+
+UNFITTED: dict[str, Any] = {  # as bundles before had it: zeros until it was fitted
+    "kind": "falling",
+    "ratio": 4.0,
+    "centre": 0.5,
+    "warm_up": 2,
+    "refresh": 0,
+    "mean": 0.0,
+    "dense_first": 0,
+    "knots": [],
+    "levels": [],
+    "base": 0.0,
+    "threshold": 0.0,
+}
+
+
+def test_a_schedule_that_was_stored_before_it_was_fitted():
+    assert Timetable.from_dict(UNFITTED) == Policy("falling", 4, warm_up=2).timetable()
+    assert Timetable.from_dict({"kind": "constant", "ratio": 2}) == Policy("constant", 2).timetable()
+    seen = {**UNFITTED, "kind": NATURAL, "warm_up": 0, "base": 4.0, "knots": [[0.0, 0.5], [1.0, 0.25]], "mean": 0.3}
+    assert Timetable.from_dict(seen) == Timetable(Policy(NATURAL, 4, base=4), 0.3, seen=((0.0, 0.5), (1.0, 0.25)))
+    with pytest.raises(TypeError, match="a schedule has no centred"):
+        Timetable.from_dict({**UNFITTED, "centred": 1})

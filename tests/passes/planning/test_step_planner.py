@@ -15,17 +15,17 @@ from dcconvert.passes.methods import method_of
 from dcconvert.passes.modules.routers import CARRY_ROUTERS, PLAIN_ROUTERS
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan
-from dcconvert.passes.planning.schedule import NATURAL, Schedule
+from dcconvert.passes.planning.schedule import NATURAL, Policy, Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner, most_urgent
 from dcconvert.passes.planning.token_history import History
 from tests.passes.carry_harness import carried, roomy
 from tests.passes.harness import TOKENS, random_keep
 
-HALF = Schedule("constant", 2)
+HALF = Policy("constant", 2).timetable()
 SCORES = np.linspace(1, 0.1, TOKENS)[None]  # as a router gives: distinct, from 0 to 1
 
 
-def planner(schedule: Schedule = HALF, **options: object) -> StepPlanner:
+def planner(schedule: Timetable = HALF, **options: object) -> StepPlanner:
     return StepPlanner(carried("tiny")[0].spec, method_of(**{"mode": "carry", **options}), schedule)  # type: ignore[arg-type]
 
 
@@ -236,18 +236,18 @@ def test_timesteps_of_another_scale_are_refused(timestep):
 
 
 def test_without_a_timestep_only_a_schedule_that_needs_none_works():
-    for schedule in (HALF, Schedule("falling", 1)):
+    for schedule in (HALF, Policy("falling", 1).timetable()):
         given = planner(schedule, mode="chunk")
         given.spec = replace(given.spec, timestep=None)
         assert given.taus({}, 2).tolist() == [0.5, 0.5]
-    given = planner(Schedule("falling", 2), mode="chunk")
+    given = planner(Policy("falling", 2).timetable(), mode="chunk")
     given.spec = replace(given.spec, timestep=None)
     with pytest.raises(UsageError, match=r"schedule 'falling' needs the timestep.*timestep=\.\.\."):
         given.taus({}, 2)
 
 
 def test_counts_follow_noise_level_and_step():
-    given = planner(Schedule("falling", 4, warm_up=2, refresh=3))
+    given = planner(Policy("falling", 4, warm_up=2, refresh=3).timetable())
     taus = np.array([1.0, 0.0])
     assert given.counts(taus).tolist() == [3, 1]
     assert given.counts(taus, np.array([1, 2])).tolist() == [8, 1]
@@ -258,18 +258,18 @@ def test_counts_of_a_run_and_the_first_step_of_carry():
     taus = np.linspace(1, 0.1, 5)
     assert planner().run_counts(taus).tolist() == [8, 4, 4, 4, 4]
     assert planner(mode="chunk").run_counts(taus).tolist() == [4] * 5
-    assert planner(Schedule("constant", 2, warm_up=2)).run_counts(taus).tolist() == [8, 8, 4, 4, 4]
+    assert planner(Policy("constant", 2, warm_up=2).timetable()).run_counts(taus).tolist() == [8, 8, 4, 4, 4]
 
 
 def test_counts_that_a_step_finds_become_the_next_level_up_and_a_level_itself_stays():
-    given = planner(Schedule(NATURAL, 2, base=2, levels=(3, 5, 8)), mode="dc-dit")
+    given = planner(Timetable(Policy(NATURAL, 2, base=2), 0.5, levels=(3, 5, 8)), mode="dc-dit")
     scores = np.where(np.arange(TOKENS) <= np.arange(7)[:, None], 0.9, 0.1)  # 2 to 8 chosen: the last token always is
     assert given.found_counts(scores, None).tolist() == [3, 3, 5, 5, 8, 8, 8]
 
 
 def test_a_ratio_beyond_the_tokens_is_refused_at_once():
     with pytest.raises(UsageError, match="8x"):
-        planner(Schedule("constant", 9))
+        planner(Policy("constant", 9).timetable())
 
 
 # Plans

@@ -21,7 +21,7 @@ from dcconvert.passes.ir.program import Program
 from dcconvert.passes.ir.spec import SLOTS
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.rewrite.carry_trunk import CarryTrunk
 from tests.passes.carry_harness import CALLS, TAUS, MaskedRun, SlowRun, at, carried, plain, roomy, slow_step, tiny_call
 from tests.passes.harness import (
@@ -41,7 +41,7 @@ from tests.passes.harness import (
 
 aten, ops = torch.ops.aten, torch.ops.dcconvert
 TOLERANCE = 1e-5
-FULL = Schedule("constant", 1)
+FULL = Policy("constant", 1).timetable()
 
 every_model = pytest.mark.parametrize("name", CALLS)
 

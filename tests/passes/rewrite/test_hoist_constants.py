@@ -14,14 +14,14 @@ from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import captured, rewrite
 from dcconvert.passes.planning.carry_plan import full_carry_plan
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.rewrite.hoist_constants import HoistConstants
 from dcconvert.passes.runtime.model import DynamicModel
 from tests.passes.carry_harness import at, carried, flat, plain
 from tests.passes.harness import BATCH, TOKENS, WIDTH, Block, TinyModel, count, first_tensor, relative, tiny_inputs
 
 aten = torch.ops.aten
-FULL = Schedule("constant", 1)
+FULL = Policy("constant", 1).timetable()
 
 
 class Texted(TinyModel):

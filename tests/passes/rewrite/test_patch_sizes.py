@@ -19,8 +19,8 @@ from dcconvert.passes.methods import method_of
 from dcconvert.passes.modules.patch_resize import PatchSkip, enlarging, noise_levels, reducing, spreading
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.patch_planner import PatchPlanner, cells_of
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.planners import PatchPlanner, cells_of
+from dcconvert.passes.planning.schedule import Policy
 from tests.passes.harness import (
     WIDTH,
     Block,
@@ -36,7 +36,7 @@ from tests.passes.harness import (
 
 def with_sizes(call, prediction: str = ""):
     module, args, kwargs = call
-    return rewrite(module, args, kwargs, method_of("ddit", prediction=prediction), Schedule("constant", 4))
+    return rewrite(module, args, kwargs, method_of("ddit", prediction=prediction), Policy("constant", 4).timetable())
 
 
 def in_patches(model, inputs, scales) -> Tensor:
@@ -200,7 +200,7 @@ def test_the_skip_goes_by_the_timesteps_of_the_model(timestep_scale):
 
     def made(prediction: str):
         options = method_of("ddit", prediction=prediction)
-        return rewrite(*call, options, Schedule("constant", 4), timestep_scale=timestep_scale)
+        return rewrite(*call, options, Policy("constant", 4).timetable(), timestep_scale=timestep_scale)
 
     levels = torch.tensor([0.25, 0.5, 1.0])
     call: Call = Image(Block() for _ in range(3)), (tiny_inputs()[0], levels * timestep_scale), {}

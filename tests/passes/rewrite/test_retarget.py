@@ -14,7 +14,7 @@ from dcconvert.passes.ir.output_gate import OutputGate
 from dcconvert.passes.ir.pass_runner import run_graph_passes
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.rewrite.retarget import Retarget, retarget
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.rewritten import example_of
@@ -39,7 +39,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 def converted(dit: nn.Module, **options: Any) -> DynamicModel:
     """A quarter of 64 tokens is kept after the first step of a run."""
     chosen, place = method_of(**{"mode": "carry", **options}), next(dit.parameters())
-    spending = Schedule("constant", 4, warm_up=int(chosen.mode == "carry"))
+    spending = Policy("constant", 4, warm_up=int(chosen.mode == "carry")).timetable()
     x, t, y = inputs()
     return rewrite(dit, (x.to(place), t.to(place.device), y.to(place.device)), {}, chosen, spending)
 

@@ -17,7 +17,7 @@ from dcconvert.passes.ir.graph_tools import attributes
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.pooled_planner import PooledPlanner
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.rewrite.sparse_dense import Group, arrange
 from tests.passes.harness import WIDTH, TinyModel, diffusers_call, dit_call, pixart_call, relative, tiny_inputs
 
@@ -27,7 +27,7 @@ GRID = 8
 def sparse(call, **options):
     chosen = {"mode": "sparsedit", "fewest": 0.1, "head_blocks": 1, "tail_blocks": 1, **options}
     module, args, kwargs = call
-    return rewrite(module, args, kwargs, method_of(**{"mode": "carry", **chosen}), Schedule("constant", 4))
+    return rewrite(module, args, kwargs, method_of(**{"mode": "carry", **chosen}), Policy("constant", 4).timetable())
 
 
 def attend(block, x: Tensor, q: Tensor, kv: Tensor, c: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from dcconvert.passes.ir.program import Program
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.chunk_plan import Planner
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.rewrite.insert_router import InsertRouter
 from dcconvert.passes.rewrite.pack_trunk import PackTrunk
 from dcconvert.passes.rewrite.split_route import SplitRoute
@@ -193,9 +193,9 @@ def test_it_needs_router_and_trunk_before_it():
 def test_no_input_stays_for_its_size_alone():
     """The batch size is read off one input: TensorRT leaves out an input of which nothing else is needed."""
     module, args, kwargs = made(FAMILIES["sd3"])
-    model = rewrite(module, args, kwargs, method_of("carry"), Schedule("constant", 2))
+    model = rewrite(module, args, kwargs, method_of("carry"), Policy("constant", 2).timetable())
     assert "pooled_projections" in model.spec.prepare_inputs
     assert "pooled_projections" not in model.spec.denoise_inputs
     module, args, kwargs = made(FAMILIES["cogview3"])
-    model = rewrite(module, args, kwargs, method_of("carry"), Schedule("constant", 2))
+    model = rewrite(module, args, kwargs, method_of("carry"), Policy("constant", 2).timetable())
     assert "original_size" not in model.spec.route_inputs

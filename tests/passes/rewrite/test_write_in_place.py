@@ -9,7 +9,7 @@ from dcconvert.passes.ir.errors import UnsupportedModelError
 from dcconvert.passes.ir.pass_runner import run_graph_passes
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.rewrite.write_in_place import WriteInPlace
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.rewritten import example_of
@@ -20,7 +20,9 @@ from tests.passes.harness import dit_call
 def converted(mode: str = "carry") -> DynamicModel:
     torch.manual_seed(0)
     module, args, kwargs = dit_call(16)
-    return rewrite(module, args, kwargs, method_of(mode), Schedule("constant", 4, warm_up=int(mode == "carry")))
+    return rewrite(
+        module, args, kwargs, method_of(mode), Policy("constant", 4, warm_up=int(mode == "carry")).timetable()
+    )
 
 
 def steps(model: DynamicModel) -> list[torch.Tensor]:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.runtime.infer_runs import LIMIT, WARN_AFTER, moved
 from dcconvert.passes.runtime.model import DynamicModel
 from tests.passes.carry_harness import carried, flat, tiny_call
 from tests.passes.harness import BATCH, Call, first_tensor, relative, tiny_inputs
 
-HALF = Schedule("constant", 2)
+HALF = Policy("constant", 2).timetable()
 EVERY = [0, 1, 2]
 
 

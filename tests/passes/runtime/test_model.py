@@ -11,12 +11,12 @@ from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.runtime.model import DynamicModel
 from tests.passes.harness import BATCH, Block, TinyModel, diffusers_call, relative, tiny_inputs
 
-HALF = Schedule("constant", 2)
-ALL = Schedule("constant", 1)
+HALF = Policy("constant", 2).timetable()
+ALL = Policy("constant", 1).timetable()
 
 
 class Keyworded(TinyModel):
@@ -107,7 +107,7 @@ def test_the_timestep_is_found_by_name_or_given(tiny, keyworded):
 
 
 def test_a_schedule_that_follows_the_timestep(tiny):
-    model = tiny[1].with_schedule(Schedule("falling", 2))
+    model = tiny[1].with_schedule(Policy("falling", 2).timetable())
     planner = model.planner
     taus = planner.taus({"t": torch.tensor([0.0, 0.5, 1.0])}, 3)
     assert planner.counts(taus).tolist() == [2, 4, 6]  # a quarter, half and three quarters of 8
@@ -128,7 +128,7 @@ def test_a_schedule_without_a_timestep_is_a_usage_error():
     assert model.spec.timestep is None
     model(*tiny_inputs())
     with pytest.raises(UsageError, match=r"schedule 'rising' needs the timestep.*timestep=\.\.\."):
-        model.with_schedule(Schedule("rising", 2))(*tiny_inputs())
+        model.with_schedule(Policy("rising", 2).timetable())(*tiny_inputs())
 
 
 def test_with_schedule_shares_weights_and_leaves_the_first_alone(tiny):
@@ -143,8 +143,8 @@ def test_with_schedule_shares_weights_and_leaves_the_first_alone(tiny):
 def test_a_ratio_beyond_the_tokens_is_a_usage_error(tiny):
     module, model = tiny
     for make in (
-        lambda: model.with_schedule(Schedule("constant", 9)),
-        lambda: rewrite(module, tiny_inputs(), {}, method_of("chunk"), Schedule("constant", 9)),
+        lambda: model.with_schedule(Policy("constant", 9).timetable()),
+        lambda: rewrite(module, tiny_inputs(), {}, method_of("chunk"), Policy("constant", 9).timetable()),
     ):
         with pytest.raises(UsageError, match="8x"):
             make()

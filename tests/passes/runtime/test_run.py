@@ -15,7 +15,7 @@ from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.run import Run, fill_batch
 from dcconvert.passes.runtime.state import TensorState
@@ -23,7 +23,7 @@ from tests.passes.carry_harness import CALLS, TAUS, SlowRun, at, carried, flat, 
 from tests.passes.harness import BATCH, TOKENS, Call, InTorch, first_tensor, pick, relative
 
 TOLERANCE = 1e-5
-HALF = Schedule("constant", 2)
+HALF = Policy("constant", 2).timetable()
 
 every_model = pytest.mark.parametrize("name", CALLS)
 
@@ -104,7 +104,7 @@ def test_the_first_step_keeps_everything_whatever_is_asked_for():
 
 def test_the_schedule_counts_the_steps_of_each_sample():
     first, call = carried("tiny")
-    model = first.with_schedule(Schedule("falling", 2, warm_up=2, refresh=3))
+    model = first.with_schedule(Policy("falling", 2, warm_up=2, refresh=3).timetable())
     run, found = model.start(BATCH), []
     for number, tau in enumerate((1.0, 0.8, 0.5, 0.5, 0.3, 0.0)):
         if number == 2:
@@ -200,7 +200,7 @@ def test_a_restarted_sample_is_new_and_the_others_go_on():
 def test_samples_that_start_at_different_times_give_what_they_give_alone(name):
     """Continuous batching: whenever an image is finished, the next one takes its place; each is run alone beside it."""
     first, call = carried(name)
-    model = first.with_schedule(Schedule("constant", 2, warm_up=2))
+    model = first.with_schedule(Policy("constant", 2, warm_up=2).timetable())
     run, alone = model.start(BATCH), [model.start(1) for _ in range(BATCH)]
     for number in range(11):
         local = [(number + 2 * sample) % len(TAUS) for sample in range(BATCH)]

@@ -12,7 +12,7 @@ from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.step_run import StepRun
 from tests.passes.harness import InTorch, dit_call
@@ -22,7 +22,7 @@ TOKENS, BATCH = 16, 3
 
 @pytest.fixture(scope="module")
 def model() -> DynamicModel:
-    return rewrite(*dit_call(), method_of("steps"), Schedule("constant", 2))
+    return rewrite(*dit_call(), method_of("steps"), Policy("constant", 2).timetable())
 
 
 def at(model: DynamicModel, tau: float | list[float], seed: int = 0, batch: int = BATCH) -> dict[str, Any]:

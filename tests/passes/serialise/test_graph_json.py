@@ -20,7 +20,7 @@ from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import placeholders
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import CURVE, Schedule
+from dcconvert.passes.planning.schedule import CURVE, Policy, Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel, Graphs
 from dcconvert.passes.serialise.graph_json import (
@@ -36,7 +36,7 @@ from tests.passes.carry_harness import TAUS, at, carried, flat
 from tests.passes.harness import BATCH, Block, Call, TinyModel, diffusers_call, dit_call, pixart_call, tiny_inputs
 
 aten = torch.ops.aten
-HALF = Schedule("constant", 2)
+HALF = Policy("constant", 2).timetable()
 CALLS: dict[str, Callable[[], Call]] = {"dit": dit_call, "diffusers": diffusers_call, "pixart": pixart_call}
 CASES = [(name, packing) for name in CALLS for packing in ("rows", "bins") if (name, packing) != ("pixart", "bins")]
 
@@ -73,7 +73,7 @@ def test_a_model_runs_bit_for_bit_after_files(name, packing, tmp_path):
 def test_a_carry_model_runs_bit_for_bit_after_files(name, dtype, tmp_path):
     """Every step of a run, and calls that follow each other."""
     module, args, kwargs = CALLS[name]()
-    schedule = Schedule("falling", 2, warm_up=1, refresh=3).fitted(TAUS)
+    schedule = Policy("falling", 2, warm_up=1, refresh=3).timetable(TAUS)
     model = rewrite(module, args, kwargs, method_of("carry", state_dtype=dtype), schedule)
     back = through_files(model, tmp_path)
     assert (back.spec, back.method, back.schedule) == (model.spec, model.method, schedule)
@@ -90,7 +90,7 @@ def test_a_carry_model_runs_bit_for_bit_after_files(name, dtype, tmp_path):
 
 
 def test_the_knots_of_a_curve_come_back(tmp_path):
-    model = carried("tiny")[0].with_schedule(Schedule(CURVE, 2, knots=((0.25, 0.5), (0.75, 0.25))))
+    model = carried("tiny")[0].with_schedule(Policy(CURVE, 2, knots=((0.25, 0.5), (0.75, 0.25))).timetable())
     assert through_files(model, tmp_path).schedule == model.schedule
 
 
@@ -98,7 +98,7 @@ def test_the_knots_of_a_curve_come_back(tmp_path):
 def tiny() -> DynamicModel:
     torch.manual_seed(0)
     options = method_of("chunk", router="cosine", seed=3)
-    schedule = Schedule("rising", 2, centre=0.25)
+    schedule = Timetable(Policy("rising", 2), 0.5, centre=0.25)
     return rewrite(TinyModel(Block() for _ in range(3)), tiny_inputs(), {}, options, schedule, timestep_scale=1.0)
 
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.serialise.graph_json import (
     RESERVED_NAMES,
@@ -34,7 +34,7 @@ from tests.passes.harness import Block, TinyModel, tiny_inputs
 def tiny() -> DynamicModel:
     torch.manual_seed(0)
     module = TinyModel(Block() for _ in range(3))
-    return rewrite(module, tiny_inputs(), {}, method_of("chunk"), Schedule("constant", 2), timestep_scale=1.0)
+    return rewrite(module, tiny_inputs(), {}, method_of("chunk"), Policy("constant", 2).timetable(), timestep_scale=1.0)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.rewritten import example_of, rewritten
 from dcconvert.passes.serialise.graph_json import model_from_dict, model_tensors, model_to_dict
@@ -35,7 +35,7 @@ from tests.passes.harness import GRID, WIDTH, Block, TinyModel, tiny_inputs
 def converted(mode: str = "chunk") -> DynamicModel:
     torch.manual_seed(0)
     module = TinyModel(Block() for _ in range(3))
-    return rewrite(module, tiny_inputs(), {}, method_of(mode), Schedule("constant", 2), timestep_scale=1.0)
+    return rewrite(module, tiny_inputs(), {}, method_of(mode), Policy("constant", 2).timetable(), timestep_scale=1.0)
 
 
 def test_each_edit_is_recorded():

@@ -9,7 +9,7 @@ from torch import nn
 from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.serialise.graph_json import model_from_dict, model_tensors, model_to_dict
 from dcconvert.passes.trained.adapters import with_features
@@ -32,7 +32,7 @@ INPUTS = tiny_inputs()
 def model() -> DynamicModel:
     torch.manual_seed(0)
     module = TinyModel(Block() for _ in range(3))
-    made = rewrite(module, tiny_inputs(), {}, method_of("chunk"), Schedule("constant", 2), timestep_scale=1.0)
+    made = rewrite(module, tiny_inputs(), {}, method_of("chunk"), Policy("constant", 2).timetable(), timestep_scale=1.0)
     return made.requires_grad_(False)
 
 
@@ -109,7 +109,9 @@ def test_features_are_what_leaves_the_trunk(model):
 def test_features_of_a_graph_without_dechunk():
     torch.manual_seed(0)
     module = TinyModel(Block() for _ in range(3))
-    carried = rewrite(module, tiny_inputs(), {}, method_of("carry"), Schedule("constant", 2), timestep_scale=1.0)
+    carried = rewrite(
+        module, tiny_inputs(), {}, method_of("carry"), Policy("constant", 2).timetable(), timestep_scale=1.0
+    )
     with pytest.raises(CheckFailedError, match="0 dechunks"):
         with_features(carried)
 

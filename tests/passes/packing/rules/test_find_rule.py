@@ -12,7 +12,7 @@ from dcconvert.passes.packing.rules import find_rule
 from dcconvert.passes.packing.rules.pointwise import pointwise
 from dcconvert.passes.packing.rules.registry import RULES
 from dcconvert.passes.pipeline import rewrite
-from dcconvert.passes.planning.schedule import Schedule
+from dcconvert.passes.planning.schedule import Policy
 from tests.passes.harness import BATCH, TOKENS, WIDTH, Block, TinyModel, pack, tiny_inputs
 
 aten = torch.ops.aten
@@ -67,7 +67,7 @@ class CentredBlock(Block):
 def test_the_refusal_names_op_module_source_line_and_remedy():
     model = TinyModel(CentredBlock() for _ in range(3))
     with pytest.raises(UnsupportedModelError) as refused:
-        rewrite(model, tiny_inputs(), {}, method_of("chunk"), Schedule("constant", 2))
+        rewrite(model, tiny_inputs(), {}, method_of("chunk"), Policy("constant", 2).timetable())
     message = str(refused.value)
     assert "aten.cumsum.default in blocks.1.centred (test_find_rule.py:" in message
     assert "--head-blocks" in message
