@@ -66,6 +66,18 @@ def short_rows(rows: Sequence[dict[str, Any]], steps: int) -> tuple[list[str], l
     return headers, found
 
 
+def peer_rows(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells of the table of peers: a row for each budget, a column for each kind of run."""
+    names = list(dict.fromkeys(row["run"] for row in rows))
+    found = []
+    for budget in sorted({row["budget"] for row in rows}):
+        here = {row["run"]: row for row in rows if row["budget"] == budget}
+        best = max(row["psnr"] for row in here.values())
+        cells = [f"{cell(here[n], True, best)} ({here[n]['cost']:.1f})" if n in here else "" for n in names]
+        found.append([str(budget), *cells])
+    return ["computed steps", *names], found
+
+
 def note(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """What the figures are, below a table."""
     converged = min(row["reference_converged_db"] for row in rows)

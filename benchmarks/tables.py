@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.family_table import family_table
-from benchmarks.fitted_table import fitted_rows, note, short_rows
+from benchmarks.fitted_table import fitted_rows, note, peer_rows, short_rows
 from benchmarks.gpu_table import gpu_table
 from benchmarks.preset_table import sparsedit_table
 
@@ -333,6 +333,18 @@ def fitted_short() -> str:
     return markdown(headers, cells) + note(result["settings"], rows) + machine_note(result)
 
 
+def peers() -> str:
+    result = read("peers")
+    settings = result["settings"]
+    headers, rows = peer_rows(result["rows"])
+    note = (
+        f"\nPSNR in dB of {settings['images']} images, ± standard error, to a run of {settings['reference_steps']} "
+        f"Adams steps; in parentheses, the cost in steps of the original. cache-dit {settings['cache_dit']} computes the "
+        "first block in every step.\n"
+    )
+    return markdown(headers, rows) + note + machine_note(result)
+
+
 def gpu(result: Path = RESULTS / "gpu.json") -> str:
     """One line while there is no result."""
     if not result.is_file():
@@ -343,6 +355,7 @@ def gpu(result: Path = RESULTS / "gpu.json") -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "fitted": fitted,
     "fitted_short": fitted_short,
+    "peers": peers,
     "speed": speed,
     "demo": demo,
     "scale": scale,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from dcconvert.report.conversion import report_json
 from dcconvert.report.evaluation import Distances, EvaluationReport, Execution, Images, Row, evaluation_page
 from dcconvert.report.figures import comparison
 from dcconvert.report.sections import Spread
+from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Guidance
 from dcconvert.terminal import Stages
 
@@ -83,6 +85,7 @@ def evaluate_bundles(settings: Settings, console: Console) -> EvaluationReport:
         with stages.stage("measure memory") as tick:
             memory = comparison.memory(tick)
         found = None if judge is None else judge.judge(rows, comparison, stages)
+    limits = ["Nothing of the images was measured (--images 0)."] if judge is None else judge.limits
     report = EvaluationReport(
         bundles={candidate.name: str(candidate.bundle.folder) for candidate in candidates},
         batch=batch,
@@ -90,7 +93,7 @@ def evaluate_bundles(settings: Settings, console: Console) -> EvaluationReport:
         rows=tuple(row_of(row, batch, memory, found) for row in rows),
         execution=tuple(execution_of(way) for way in executions),
         runtime=comparison.original.name,
-        limits=("Nothing of the images was measured (--images 0).",) if judge is None else tuple(judge.limits),
+        limits=(*limits, *guidance_notes(candidates)),
         lite_cfg=settings.guidance.ratio,
         images=None if found is None else images_of(found, settings.wanted),
         command=settings.command,
@@ -100,6 +103,13 @@ def evaluate_bundles(settings: Settings, console: Console) -> EvaluationReport:
         console.print(table)
     write_results(settings, report, judge, console)
     return report
+
+
+def guidance_notes(candidates: Sequence[Candidate]) -> list[str]:
+    """One for each run table that was fitted for another guidance scale."""
+    tables = [(one.sampler, one) for one in candidates if isinstance(one.sampler, RunTable)]
+    notes = [table.guidance_note(one.guidance.scale, one.bundle.folder) for table, one in tables]
+    return [note for note in notes if note]
 
 
 def row_of(row: Measured, batch: int, memory: dict[str, MemoryUse], found: Judgement | None) -> Row:

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 import dcconvert
+from dcconvert.commands.evaluate import guidance_notes
+from dcconvert.evaluate.comparison import Candidate
 from dcconvert.export.bundle import read_bundle
 from dcconvert.sampling.bundle_runs import RUN, bundle_run
 from dcconvert.sampling.run_table import RunTable
+from dcconvert.sampling.samplers import Guidance
 from tests.dcconvert.harness import refusal, run_cli
 
 
@@ -203,3 +206,8 @@ def test_a_table_that_was_fitted_for_another_guidance_is_used_with_a_note(folder
     assert "was fitted for guidance 1 and is used with 3" in run.err
     run = run_cli("sample", folder, "-n", 1, "-o", tmp_path / "out.png")
     assert "was fitted" not in run.err
+    bundle = read_bundle(folder)
+    candidate = Candidate.of(bundle, guidance=Guidance(3.0))
+    [note] = guidance_notes([candidate])
+    assert f"'dcconvert tune {folder} --guidance 3'" in note
+    assert not guidance_notes([Candidate.of(bundle)])
