@@ -34,7 +34,7 @@ def closeness(steps, warm_up, shape):
     """A score that is highest at exactly these."""
 
     def score(tried, schedule):
-        off = math.log(tried / steps) ** 2 + 0.01 * (schedule.warm_up - warm_up) ** 2
+        off = math.log(tried / steps) ** 2 + 0.01 * (schedule.policy.warm_up - warm_up) ** 2
         return 40 - off - 0.05 * float(np.square(np.log(shape_of(schedule) / shape)).sum())
 
     return score
