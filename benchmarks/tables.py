@@ -339,8 +339,8 @@ def peers() -> str:
     headers, rows = peer_rows(result["rows"])
     note = (
         f"\nPSNR in dB of {settings['images']} images, ± standard error, to a run of {settings['reference_steps']} "
-        f"Adams steps; in parentheses, the cost in steps of the original. cache-dit {settings['cache_dit']} computes the "
-        "first block in every step.\n"
+        f"Adams steps; in parentheses, the cost in steps of the original. cache-dit {settings['cache_dit']} computes "
+        "the first block in every step.\n"
     )
     return markdown(headers, rows) + note + machine_note(result)
 
