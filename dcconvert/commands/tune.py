@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from dcconvert.export.files import write_whole
 from dcconvert.export.runtimes.ort import OrtModel
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.report.conversion import page, report_json, without_nan
-from dcconvert.report.tuning import Tuning
+from dcconvert.report.tuning import Tuning, TuningRow
 from dcconvert.sampling.bundle_runs import RUN, dit_config, run_planner
 from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
@@ -96,15 +96,15 @@ def tune_bundle(settings: Settings, console: Console) -> None:
         best = next((trial for trial in trials if isinstance(trial.table, RunTable)), None)
         if best is None or not best.psnr.isfinite().all():
             raise CheckFailedError("the images of every candidate are not finite: the model cannot be sampled")
-        found = facts(settings, bundle, budget, trials, best, converged, times)
+        found = described(settings, bundle, budget, trials, best, converged, times)
         if settings.psnr is not None:
             with stages.stage("confirm on further images") as tick:
                 further = drawn(settings, bundle, tuner, first + sum(counts), counts[1], lambda: tick("steps"))
-                found["confirmed_psnr"] = float(tuner.judged(best.table, further, lambda: tick("run")).mean())
+                confirmed = float(tuner.judged(best.table, further, lambda: tick("run")).mean())
+            found = replace(found, confirmed_psnr=confirmed)
     store(bundle, best, found)
-    shown = Tuning.from_json(found)
-    console.print(shown.for_terminal())
-    for note in shown.notes:
+    console.print(found.for_terminal())
+    for note in found.notes:
         console.print(note, highlight=False)
     places = f"Run table: {bundle.folder / RUN}\nReport: {bundle.folder / 'report.html'}"
     console.print(escape(places), highlight=False, soft_wrap=True)
@@ -158,7 +158,7 @@ def drawn(settings: Settings, bundle: Bundle, tuner: Tuner, seed: int, count: in
     return tuner.images(noise, labels_for(count, config.num_classes), settings.reference_steps, tick)
 
 
-def facts(
+def described(
     settings: Settings,
     bundle: Bundle,
     budget: float,
@@ -166,46 +166,51 @@ def facts(
     best: Trial,
     converged: float,
     times: StepTimes,
-) -> dict[str, Any]:
+) -> Tuning:
     """What was found, for the report."""
     per_step, skipped = original_gmacs(bundle.model, bundle.model.spec.example(2)), skip_cost(bundle.model)
-    return {
-        "command": settings.command,
-        "budget": budget,
-        "latency": settings.latency,
-        "wanted_psnr": settings.psnr,
-        "batch": settings.batch,
-        "times_ms": times,
-        "guidance": settings.guidance,
-        "images": settings.images,
-        "fresh": settings.fresh,
-        "polish": settings.polish,
-        "reference_steps": settings.reference_steps,
-        "converged_db": converged,
-        "converged": converged >= CONVERGED,
-        "seed": settings.seed,
-        "chosen": best.name,
-        "rows": [
-            {
-                "name": trial.name,
-                "steps": trial.table.steps,
-                "computed": trial.table.evaluations,
-                "gmacs": per_step * (trial.table.evaluations + skipped * (trial.table.steps - trial.table.evaluations)),
-                "latency_ms": run_time(trial.table, times),
-                "fitted": trial.fitted,
-                "psnr": trial.mean,
-                "psnr_error": trial.error,
-            }
-            for trial in trials
-        ],
-        "machine": machine(),
-    }
+    rows = [
+        TuningRow(
+            name=trial.name,
+            steps=trial.table.steps,
+            computed=trial.table.evaluations,
+            gmacs=per_step * (trial.table.evaluations + skipped * (trial.table.steps - trial.table.evaluations)),
+            psnr=finite(trial.mean),
+            psnr_error=finite(trial.error),
+            fitted=trial.fitted,
+            latency_ms=run_time(trial.table, times),
+        )
+        for trial in trials
+    ]
+    return Tuning(
+        rows=tuple(rows),
+        budget=budget,
+        chosen=best.name,
+        images=settings.images,
+        fresh=settings.fresh,
+        reference_steps=settings.reference_steps,
+        guidance=settings.guidance,
+        converged=converged >= CONVERGED,
+        converged_db=converged,
+        polish=settings.polish,
+        latency=settings.latency,
+        wanted_psnr=settings.psnr,
+        batch=settings.batch,
+        times_ms=times,
+        seed=settings.seed,
+        command=settings.command,
+        machine=machine(),
+    )
 
 
-def store(bundle: Bundle, best: Trial, found: dict[str, Any]) -> None:
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def store(bundle: Bundle, best: Trial, found: Tuning) -> None:
     """Write the table and the report, each whole or not at all."""
     assert isinstance(best.table, RunTable)
-    report = {**old_report(bundle.folder), "tuning": found}
+    report = {**old_report(bundle.folder), "tuning": found.to_json()}
     write_whole(bundle.folder / RUN, report_json(best.table.to_dict()).encode())
     write_whole(bundle.folder / "report.json", report_json(report).encode())
     write_whole(bundle.folder / "report.html", page(without_nan(report), old_figures(bundle.folder)).encode())

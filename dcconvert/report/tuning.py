@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from rich.table import Table as TerminalTable
 
@@ -53,6 +54,10 @@ class Tuning(Record):
     wanted_psnr: float | None = None
     confirmed_psnr: float | None = None
     batch: int = 1
+    times_ms: dict[str, Any] = field(default_factory=dict)  # of a step of each kind, `spread`
+    seed: int = 0
+    command: str = ""
+    machine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def table(self) -> Table:
