@@ -233,11 +233,11 @@ def build(bundle: Path, **values: Any) -> None:
 
 @commands.command("export-triton", late=options_of("export-triton"))
 @click.argument("bundle", type=PATH)
-def triton(bundle: Path, out: Path, name: str, device: str, force: bool) -> None:
+def triton(bundle: Path, out: Path, **values: Any) -> None:
     """Write a model repository for Triton Inference Server."""
     from dcconvert.commands.triton_repository import triton_repository
 
-    triton_repository(bundle, out, Console(), name=name, device=device, force=force)
+    triton_repository(bundle, out, Console(), **values)
 
 
 @commands.command(late=options_of("demo"))

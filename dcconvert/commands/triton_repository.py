@@ -12,11 +12,13 @@ from dcconvert.export.triton.repository import export_triton
 from dcconvert.passes.ir.errors import UsageError
 
 
-def triton_repository(folder: Path, out: Path, console: Console, *, name: str, device: str, force: bool) -> None:
+def triton_repository(
+    folder: Path, out: Path, console: Console, *, name: str, device: str, max_runs: int, force: bool
+) -> None:
     """Write a Triton model repository of a bundle, and say what the server needs."""
     if not name.replace("_", "").replace("-", "").isalnum():
         raise UsageError(f"--name {name}: use only letters, digits, - and _, because it is used in folder names")
-    source = export_triton(read_bundle(folder), out, name, device, force)
+    source = export_triton(read_bundle(folder), out, name, device, force, max_runs)
     console.print(
         escape(
             f"Graphs: {source}\nThe server needs its onnxruntime and python backends, and dcconvert installed for the "

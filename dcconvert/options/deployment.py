@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
+from dcconvert.export.triton.repository import RUNS
 from dcconvert.options.click_classes import option, options, section
-from dcconvert.options.shared import force, out
+from dcconvert.options.shared import POSITIVE, force, out
 
 build_options = options(
     section(
@@ -59,6 +60,12 @@ triton_options = options(
         "Model repository",
         option("--name", default="dit", help="Name of the model for clients."),
         option("--device", default="gpu", type=click.Choice(["gpu", "cpu"]), help="Device that runs the model."),
+        option(
+            "--max-runs",
+            default=RUNS,
+            type=POSITIVE,
+            help="Sampling runs that may be open at a time; further ones wait. Modes steps and carry.",
+        ),
     ),
     section("Output", out("Folder for the model repository.", required=True), force("repository")),
 )

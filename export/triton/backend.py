@@ -18,7 +18,7 @@ from torch import Tensor
 from dcconvert.export.buckets import BucketSet
 from dcconvert.export.bundle import GRAPH, manifest_buckets
 from dcconvert.export.files import MANIFEST, read_json
-from dcconvert.passes.ir.errors import CheckFailedError, DcconvertError, UsageError
+from dcconvert.passes.ir.errors import DcconvertError, UsageError
 from dcconvert.passes.ir.spec import output_names
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.step_planner import StepPlanner
@@ -28,7 +28,7 @@ from dcconvert.passes.serialise.graph_json import planner_from_dict
 
 IDLE_SECONDS = 60.0  # after which a sampling run that sends nothing more is forgotten
 OUTPUTS = "outputs.json"  # how many outputs the original has, beside manifest and graph
-CORRELATION, START, END = "CORRID", "START", "END"  # what sequence batching tells a request
+START, END = 1, 2  # flags of a request of a sequence, as the server gives them
 
 
 class TritonModel(Runtime):
@@ -66,17 +66,17 @@ class TritonModel(Runtime):
         return zeros(self.spec, batch)
 
     def tensor(self, name: str, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self.server.Tensor.from_dlpack(name, torch.utils.dlpack.to_dlpack(value.contiguous()))
-        return self.server.Tensor(name, np.ascontiguousarray(value))
+        """A tensor of the server, of a torch tensor or an array."""
+        source = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+        return self.server.Tensor.from_dlpack(name, torch.utils.dlpack.to_dlpack(source.contiguous()))
 
 
 class Served:
     """Answers the requests of one model instance.
 
     Mode chunk: every request is an independent step. Modes steps and carry: the requests of one sampling run are a
-    sequence, from START to END under one CORRID; its batch stays the same. A run without requests for IDLE_SECONDS is
-    deleted.
+    sequence, from start to end under one id, a number or a text; its batch stays the same. A run without requests for
+    IDLE_SECONDS is deleted.
     """
 
     def __init__(self, folder: Path, name: str, server: Any) -> None:
@@ -96,10 +96,10 @@ class Served:
         try:
             outputs = self.step(request)
         except DcconvertError as error:
-            return pb.InferenceResponse(output_tensors=[], error=pb.TritonError(str(error)))
+            code = pb.TritonError.INVALID_ARG if isinstance(error, UsageError) else pb.TritonError.INTERNAL
+            return pb.InferenceResponse(output_tensors=[], error=pb.TritonError(str(error), code))
         names = output_names(len(outputs))
-        tensors = [pb.Tensor(name, np.ascontiguousarray(v)) for name, v in zip(names, outputs, strict=True)]
-        return pb.InferenceResponse(output_tensors=tensors)
+        return pb.InferenceResponse(output_tensors=list(map(self.model.tensor, names, outputs)))
 
     def step(self, request: Any) -> list[np.ndarray]:
         spec = self.model.planner.spec
@@ -112,29 +112,27 @@ class Served:
         batch = len(inputs[spec.image])
         if not self.model.planner.method.stateful:
             return self.model.start(batch).step(inputs)
-        key, start, end = (self.control(request, name) for name in (CORRELATION, START, END))
+        key, flags = request.correlation_id(), request.flags()  # a number or a text: 7 and "7" are two sequences
+        if not key:
+            raise UsageError("the request has no sequence id: call the model as a sequence")
         self.forget_idle()
-        if start:
+        if flags & START:
             self.runs.pop(key, None)
         elif key not in self.runs:
-            raise UsageError(f"sequence {key} is unknown or has expired: start it with START")
+            raise UsageError(f"sequence {key} is unknown or has expired: begin it with sequence_start")
         run = self.runs[key][0] if key in self.runs else self.model.start(batch)
-        self.runs[key] = run, time.monotonic()
         try:
             return run.step(inputs)
         finally:
-            if end:
-                self.runs.pop(key, None)
-
-    def control(self, request: Any, name: str) -> Any:
-        value = self.read(request, name)
-        if value is None or not value.size:
-            raise CheckFailedError(f"the request has no {name}: call the model as a sequence")
-        return value.reshape(-1)[0].item()
+            self.runs[key] = run, time.monotonic()  # when it ended: a slow step is no idle time
+            if flags & END:
+                self.runs.pop(key)
 
     def read(self, request: Any, name: str) -> np.ndarray | None:
+        """An input on the host. DLPack gives the right numbers also where `as_numpy` does not: Triton up to 24.10 with
+        numpy 2."""
         tensor = self.server.get_input_tensor_by_name(request, name)
-        return None if tensor is None else np.asarray(tensor.as_numpy())
+        return None if tensor is None else torch.from_dlpack(tensor.to_dlpack()).cpu().numpy()
 
     def forget_idle(self) -> None:
         now = time.monotonic()

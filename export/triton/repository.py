@@ -13,11 +13,12 @@ from onnx import TensorProto
 from dcconvert.export.bundle import GRAPH, Bundle
 from dcconvert.export.engines.build import axis_sizes, full_buckets, onnx_parts, read_graph
 from dcconvert.export.files import MANIFEST, new_folder, write_json
-from dcconvert.export.triton.backend import CORRELATION, END, IDLE_SECONDS, OUTPUTS, START
+from dcconvert.export.triton.backend import IDLE_SECONDS, OUTPUTS
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.spec import count_outputs
 from dcconvert.passes.planning.layout import Bucket
 
+RUNS = 64
 MARK = "dcconvert.json"  # at the top of a repository; Triton looks at folders only
 AGAIN = "convert the model again, or build its graphs again if they are for ort-cuda"
 KINDS = {"gpu": "KIND_GPU", "cpu": "KIND_CPU"}
@@ -49,10 +50,13 @@ class Word(str):
     """An enum value of a configuration, which stands there without quotes."""
 
 
-def export_triton(bundle: Bundle, target: Path, name: str, device: str = "gpu", force: bool = False) -> Path:
+def export_triton(
+    bundle: Bundle, target: Path, name: str, device: str = "gpu", force: bool = False, runs: int = RUNS
+) -> Path:
     """Write a model repository with NAME and, for each graph of the bundle, NAME_GRAPH (`ModelSpec.graphs`).
 
-    On a GPU the fp16 graphs are used if the bundle has them; returns the folder of the graphs. Raises UsageError if the
+    `runs`: how many sampling runs may be under way at a time. On a GPU the fp16 graphs are used if the bundle has them;
+    returns the folder of the graphs. Raises UsageError if the
     target cannot be written or is not a repository of this kind.
     """
     if not bundle.model.method.plain_plan:
@@ -67,7 +71,7 @@ def export_triton(bundle: Bundle, target: Path, name: str, device: str = "gpu", 
         for graph in graphs:
             buckets = bundle.bucket_set.buckets if graph == "denoise" else full_buckets(bundle.bucket_set.buckets)
             write_onnx_model(work / f"{name}_{graph}", source / f"{graph}.onnx", buckets, device)
-        write_plan_model(work / name, bundle, name)
+        write_plan_model(work / name, bundle, name, runs)
         write_json({"name": name, "models": [name, *(f"{name}_{graph}" for graph in graphs)]}, work / MARK)
     return source
 
@@ -115,7 +119,7 @@ def warm_up(inputs: Sequence[Any], bucket: Bucket) -> dict[str, Any]:
     return {"name": f"batch {bucket.batch}, {bucket.row_tokens} tokens", "batch_size": 1, "inputs": zeros}
 
 
-def write_plan_model(folder: Path, bundle: Bundle, name: str) -> None:
+def write_plan_model(folder: Path, bundle: Bundle, name: str, runs: int) -> None:
     """The model that clients call, on Triton's Python backend."""
     version = folder / "1"
     version.mkdir(parents=True)
@@ -143,24 +147,18 @@ def write_plan_model(folder: Path, bundle: Bundle, name: str) -> None:
         "instance_group": [{"kind": Word("KIND_CPU"), "count": 1}],
     }
     if bundle.model.method.stateful:
-        config["sequence_batching"] = sequences()
+        config["sequence_batching"] = sequences(runs)
     (folder / "config.pbtxt").write_text(text(config))
 
 
-def sequences() -> dict[str, Any]:
-    """A sampling run that remembers is a sequence; many may be under way in one instance."""
-    controls = [
-        {"name": START, "control": [{"kind": Word("CONTROL_SEQUENCE_START"), "int32_false_true": [0, 1]}]},
-        {"name": END, "control": [{"kind": Word("CONTROL_SEQUENCE_END"), "int32_false_true": [0, 1]}]},
-        {
-            "name": CORRELATION,
-            "control": [{"kind": Word("CONTROL_SEQUENCE_CORRID"), "data_type": Word("TYPE_UINT64")}],
-        },
-    ]
+def sequences(most: int) -> dict[str, Any]:
+    """A sampling run that remembers is a sequence; `most` may be under way in one instance.
+
+    There are no control inputs: one for the id would have a type, and ids of clients are numbers or texts.
+    """
     return {
         "max_sequence_idle_microseconds": math.ceil(IDLE_SECONDS * 1e6),
-        "control_input": controls,
-        "oldest": {"max_candidate_sequences": 64},
+        "oldest": {"max_candidate_sequences": most},
     }
 
 

@@ -20,7 +20,8 @@ class FakeTensor:
         return self._name
 
     def as_numpy(self) -> np.ndarray:
-        return self.value
+        """Wrong numbers, as Triton up to 24.10 gives them with numpy 2."""
+        return np.zeros_like(self.value)
 
     def to_dlpack(self) -> Any:
         return torch.utils.dlpack.to_dlpack(torch.from_numpy(self.value))
@@ -31,8 +32,10 @@ class FakeTensor:
 
 
 class FakeError:
-    def __init__(self, message: str) -> None:
-        self._message = message
+    INVALID_ARG, INTERNAL = "invalid argument", "internal"
+
+    def __init__(self, message: str, code: str = INTERNAL) -> None:
+        self._message, self.code = message, code
 
     def message(self) -> str:
         return self._message
@@ -85,5 +88,6 @@ class Server:
         return Response([FakeTensor(name, value) for name, value in zip(names, found, strict=True)])
 
 
-def request(**values: Any) -> Any:
-    return SimpleNamespace(tensors={name: FakeTensor(name, np.asarray(value)) for name, value in values.items()})
+def request(sequence: int | str = 0, flags: int = 0, **values: Any) -> Any:
+    tensors = {name: FakeTensor(name, np.asarray(value)) for name, value in values.items()}
+    return SimpleNamespace(tensors=tensors, correlation_id=lambda: sequence, flags=lambda: flags)
