@@ -315,12 +315,12 @@ def test_detail_is_where_the_original_draws_it(chunk_job, data):
     images = read_images(data, CONFIG).images
     drawn = images[[place for places in choose(images, 2).values() for place in places]]
     drawn[4:] = 0
-    bundle.model.original_graph = Draws(drawn)
+    bundle.model.original_graph = Draws(drawn)  # type: ignore[assignment]
     cases, [text] = make_cases(bundle, sampler, settings, Stages(Console(quiet=True)))
     assert len(cases) == 4
     torch.testing.assert_close(cases.wanted, drawn[:4], rtol=1e-4, atol=1e-4)
     assert text.startswith("4 of 8 cases were left out")
-    bundle.model.original_graph = Draws(torch.zeros_like(drawn))
+    bundle.model.original_graph = Draws(torch.zeros_like(drawn))  # type: ignore[assignment]
     with pytest.raises(UsageError, match="draws none of the detail"):
         make_cases(bundle, sampler, settings, Stages(Console(quiet=True)))
 
