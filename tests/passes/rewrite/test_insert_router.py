@@ -76,16 +76,26 @@ def test_a_router_with_parameters_of_its_own():
 
 
 def test_a_model_that_has_a_router_of_its_own_keeps_it():
+    """Also where its tensor is called like the random router's."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.priorities = nn.Parameter(torch.rand(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.priorities
+
     class Routed(TinyModel):
         def __init__(self) -> None:
             super().__init__(Block() for _ in range(3))
-            self.router = nn.Linear(8, 8)
+            self.router = Own()
 
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return self.router(super().forward(x, t))
 
     module, inputs = Routed(), tiny_inputs()
-    for name in ("predictability", "pool"):
+    for name in ("predictability", "pool", "random"):
         program = with_router(name, module)
         torch.testing.assert_close(program.graph_module(*inputs)[1], module(*inputs))
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dcconvert.passes.frontend.token_stream import FindTokenStream
-from dcconvert.passes.ir.errors import CheckFailedError
+from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
 from dcconvert.passes.ir.pass_runner import PassResult, run_passes
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.planning.chunk_plan import PLAN_ARRAYS, Planner
-from dcconvert.passes.rewrite.pack_trunk import PackTrunk
+from dcconvert.passes.rewrite.pack_trunk import PackTrunk, closing_norm
 from tests.passes.harness import (
     BATCH,
     GRID,
@@ -145,3 +145,17 @@ def test_the_result_says_how_often_it_fired():
     assert isinstance(result, PassResult)
     assert result.matches == 2
     assert "2 attentions" in result.notes[0]
+
+
+@pytest.mark.parametrize("also", [False, True])
+def test_values_are_brought_back_behind_the_one_norm_that_reads_the_last_block(also):
+    """Something else that reads the last block would get what no norm has seen."""
+    graph = torch.fx.Graph()
+    end = graph.call_function(aten.relu.default, (graph.placeholder("x"),))
+    norm = graph.call_function(aten.rms_norm.default, (end, [4]))
+    graph.output((norm, end) if also else (norm,))
+    if also:
+        with pytest.raises(UnsupportedModelError, match="needs an RMS norm after the last block"):
+            closing_norm(end)
+    else:
+        assert closing_norm(end) is norm
