@@ -19,6 +19,7 @@ from dcconvert.passes.runtime.state import State
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+OLDEST = (1, 25)  # of ONNX Runtime: before it, opset 24 is refused, or padding that has to be ignored is not
 
 
 def make_session(path: Path, provider: str = CPU, threads: int = 0, settings: Mapping[str, str] | None = None) -> Any:
@@ -28,13 +29,15 @@ def make_session(path: Path, provider: str = CPU, threads: int = 0, settings: Ma
     turns (route, denoise) would otherwise burn each other's cores while they wait.
 
     Raises:
-        UsageError: onnxruntime is not installed, the provider is not in this build, or the file cannot be read.
+        UsageError: onnxruntime is not installed or too old, the provider is not in this build, or the file cannot be
+            read.
         CheckFailedError: the session runs on another provider than the one asked for.
     """
     try:
         import onnxruntime as ort
     except ImportError as error:
         raise UsageError("onnxruntime is not installed: pip install 'dcconvert[cpu]' or 'dcconvert[gpu]'") from error
+    check_version(ort.__version__)
     if provider not in ort.get_available_providers():
         there = ", ".join(ort.get_available_providers())
         raise UsageError(f"this onnxruntime has no {provider} (it has {there}): install one that has, or use the CPU")
@@ -53,6 +56,17 @@ def make_session(path: Path, provider: str = CPU, threads: int = 0, settings: Ma
     if running != provider:
         raise CheckFailedError(f"{path.name} should run on {provider} but runs on {running}")
     return session
+
+
+def check_version(version: str) -> None:
+    """UsageError for an ONNX Runtime that would refuse the graphs or give wrong results without an error."""
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if numbers < OLDEST:
+        least = ".".join(map(str, OLDEST))
+        raise UsageError(
+            f"onnxruntime {version} is too old: versions before {least} refuse these graphs or give wrong results; "
+            f"install one with pip install 'onnxruntime>={least}'"
+        )
 
 
 class OrtState(State):

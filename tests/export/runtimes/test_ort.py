@@ -220,6 +220,20 @@ def test_files_that_are_missing_or_cut_off(rows_onnx, tmp_path):
 # Parts
 
 
+@pytest.mark.parametrize("version", ["1.23.2", "1.24.4", "1.9"])
+def test_a_version_that_is_silently_wrong_is_refused(rows_onnx, monkeypatch, version):
+    """ONNX Runtime 1.24 loads the graphs and attends to padding."""
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    with pytest.raises(UsageError, match=rf"onnxruntime {version} is too old: .*install one with pip install"):
+        make_session(rows_onnx / "route.onnx")
+
+
+@pytest.mark.parametrize("version", ["1.25.0", "1.32.0", "2.0.0rc1"])
+def test_newer_versions_are_taken(rows_onnx, monkeypatch, version):
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    make_session(rows_onnx / "route.onnx")
+
+
 def test_the_number_of_threads_reaches_the_session(rows_onnx):
     session = make_session(rows_onnx / "route.onnx", threads=1)
     assert session.get_session_options().intra_op_num_threads == 1
