@@ -142,7 +142,7 @@ def test_what_is_no_bundle_is_never_replaced(kind, tmp_path):
     for force in (False, True):
         with pytest.raises(UsageError, match="choose another folder with -o"), new_folder(target, force):
             pytest.fail("the block must not run")
-    with pytest.raises(UsageError, match="is no bundle and will not be replaced"):
+    with pytest.raises(UsageError, match="is not a bundle and will not be replaced"):
         replace(target)
     assert contents(tmp_path) == before
 
@@ -269,7 +269,7 @@ def test_folders_that_are_no_bundles(tmp_path):
 def test_another_version(version, spoiled):
     manifest = json.loads((spoiled / MANIFEST).read_text()) | {"format_version": version}
     write_json(manifest, spoiled / MANIFEST)
-    assert f"has bundle format {version}, this dcconvert reads {FORMAT_VERSION}" in refusal(spoiled)
+    assert f"has bundle format {version}, but this dcconvert reads {FORMAT_VERSION}" in refusal(spoiled)
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"format_version": 1,}', "[]", "3", "null", "\xff\xfe", "[" * 100_000])
