@@ -167,7 +167,7 @@ def test_it_says_so_everywhere(calibrated, found):
     assert report["compute"]["run_gmacs"]["steps"] == steps == len(report["compute"]["per_step"])
     bucket_set = [bucket["row_tokens"] for bucket in manifest["buckets"]["buckets"]]
     assert [bucket["row_tokens"] for bucket in report["buckets"]["buckets"]] == bucket_set
-    named = {f"denoise, batch {bucket['batch']}, {bucket['row_tokens']} tokens a sample"
+    named = {f"denoise, batch {bucket['batch']}, {bucket['row_tokens']} tokens per sample"
              for bucket in manifest["buckets"]["buckets"]}  # fmt: skip
     assert {name for name in manifest["parity"] if name.startswith("denoise")} == named
     assert {check["name"] for check in report["checks"]} == set(manifest["parity"])
