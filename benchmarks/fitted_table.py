@@ -84,5 +84,6 @@ def note(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     return (
         f"\nPSNR in dB of {settings['fresh']} images that nothing was fitted to, ± standard error, to a run of "
         f"{settings['reference_steps']} Adams steps; half as many steps are at least {converged:.0f} dB from that. "
-        f"Fits saw {settings['images']} other images.\n"
+        f"Fits saw {settings['images']} other images; up to {settings['polish_up_to']:g} computed steps, tables were "
+        f"polished as well (rounds: {settings['polish']}).\n"
     )

@@ -178,7 +178,7 @@ def described(
             psnr=finite(trial.mean),
             psnr_error=finite(trial.error),
             fitted=trial.fitted,
-            latency_ms=run_time(trial.table, times),
+            latency_ms=run_time(trial.table.steps, trial.table.evaluations, times),
         )
         for trial in trials
     ]

@@ -122,7 +122,7 @@ def test_existing_folder(capfd: pytest.CaptureFixture[str], tmp_path: Path, chec
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     assert "--force" in refused(capfd, tmp_path, 2, *convert(checkpoint, tmp_path))
-    assert "is no bundle" in refused(capfd, tmp_path, 2, *convert(checkpoint, tmp_path, "--force"))
+    assert "is not a bundle" in refused(capfd, tmp_path, 2, *convert(checkpoint, tmp_path, "--force"))
 
 
 def test_target_that_cannot_be_written(
