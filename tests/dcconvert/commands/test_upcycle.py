@@ -257,7 +257,7 @@ def test_an_unfinished_run_knows_its_bundle(bundle):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--data", "missing"), "there is no missing"),
+        (("--data", "missing"), "missing does not exist"),
         (("--train", "everything"), "'everything' is not one of"),
         (("--batch", 1), "1 is not in the range"),
         (("--lr", 0), "0.0 is not in the range"),

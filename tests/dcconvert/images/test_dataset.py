@@ -92,7 +92,7 @@ def test_arrays_that_do_not_fit(arrays, config, says, tmp_path):
 
 
 def test_places_that_hold_nothing(tmp_path):
-    with pytest.raises(UsageError, match="there is no"):
+    with pytest.raises(UsageError, match="does not exist"):
         read_images(tmp_path / "missing", CONFIG)
     with pytest.raises(UsageError, match="holds no pictures"):
         read_images(tmp_path, CONFIG)

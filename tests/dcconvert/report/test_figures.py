@@ -70,8 +70,8 @@ def test_token_maps_show_some_steps_of_some_samples(steps, samples):
     shown = {50: (1, 9, 17, 25, 34, 42, 50), 3: (1, 2, 3), 1: (1,)}[steps]
     headings = [*(f"step {step}: 8 kept" for step in shown), "converted", "original"]
     caption = (
-        f"what the model saw at steps of {steps}; of 16 tokens those it did not compute are tinted blue. Then final "
-        "images: less; same"
+        f"what the model saw at steps of {steps}; of 16 tokens, those not computed are tinted blue. Then final images: "
+        "less; same"
     )
     np.testing.assert_array_equal(pixels[: 2 * CAPTION], drawn([caption], rest[0], headings)[: 2 * CAPTION])
 

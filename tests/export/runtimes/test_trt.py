@@ -228,7 +228,7 @@ def refused(bundle: Path, model: DynamicModel, graphs: Path) -> str:
 def test_engines_of_another_version(bundle, rows_model, rows_onnx, monkeypatch):
     monkeypatch.setattr(fake_trt, "__version__", "9.9")
     said = refused(bundle, rows_model, rows_onnx)
-    assert "is for tensorrt-rtx 1.2.3, here is 9.9: build them here with 'dcconvert build'" in said
+    assert "is for tensorrt-rtx 1.2.3, but 9.9 is installed: build them here with 'dcconvert build'" in said
 
 
 def test_engines_without_a_gpu(bundle, rows_model, rows_onnx, monkeypatch):
