@@ -1,7 +1,7 @@
 """cache-dit itself, run on the shipped model, beside mode steps and the original's solvers at equal compute.
 
     pip install --no-deps cache-dit==1.5.3
-    python -m benchmarks.peers                   # a quarter of an hour on two cores
+    python -m benchmarks.peers                   # some minutes on two cores
 
 cache-dit (https://github.com/vipshop/cache-dit) runs in torch on the model's own blocks. It computes the steps that a
 mask names, and of the others the first block only; what the other blocks would have added is held, or forecast by
@@ -47,7 +47,7 @@ TAYLOR = {"cache-dit, held": None, "cache-dit, TaylorSeer": 1}
 def main() -> None:
     parser = argparse.ArgumentParser(description="cache-dit on the shipped model.")
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
-    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--reference-steps", type=int, default=200)
     args = parser.parse_args()
     import cache_dit
