@@ -8,9 +8,8 @@ with steps that skip the trunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -137,19 +136,36 @@ def padded(values: Sequence[float], length: int) -> np.ndarray:
 def least_squares(plain: Sequence[Tensor], history: Sequence[Tensor], wanted: Tensor, ridge: float) -> np.ndarray:
     """Coefficients of `plain` and `history`, in this order, that add up to `wanted`, all of them [B, ...].
 
-    Images count by the inverse of what is wanted of them, so that none outweighs the others. The history enters as its
-    newest member and differences between neighbours, which are nearly independent where its members are not.
+    The history enters as its newest member and differences between neighbours, which are nearly independent where its
+    members are not. Otherwise as in `ridge_solution`.
     """
-    steps = [history[0], *(new - old for new, old in pairwise(history))]
-    flat = torch.stack([part.flatten(1) for part in (*plain, *steps)]).double()  # [R, B, E]
-    goal = wanted.flatten(1).double()
+    units, steps = zip(*differences(history), strict=True)
+    found = ridge_solution(torch.stack([*plain, *steps]), wanted, ridge)
+    first = len(plain)
+    coefficients = np.zeros(first + len(history))
+    coefficients[:first] = found[:first]
+    for unit, value in zip(units, found[first:], strict=True):
+        coefficients[first : first + len(unit)] += value * np.array(unit)
+    return coefficients
+
+
+def differences(history: Sequence[Tensor]) -> Iterator[tuple[tuple[float, ...], Tensor]]:
+    """The newest member and the differences between neighbours, each with its coefficients."""
+    yield (1.0,), history[0]
+    for age in range(1, len(history)):
+        yield (*[0.0] * (age - 1), 1.0, -1.0), history[age - 1] - history[age]
+
+
+def ridge_solution(parts: Tensor, wanted: Tensor, ridge: float) -> np.ndarray:
+    """Coefficients [R] of `parts` [R, B, ...] whose sum is nearest to `wanted` [B, ...].
+
+    Images count by the inverse of what is wanted of them, so that none outweighs the others. `ridge` is relative to a
+    part's own size.
+    """
+    flat, goal = parts.flatten(2).double(), wanted.flatten(1).double()
     weight = 1 / goal.square().sum(1).clamp_min(1e-30)
     gram = torch.einsum("ibe,jbe,b->ij", flat, flat, weight).numpy()
     right = torch.einsum("ibe,be,b->i", flat, goal, weight).numpy()
     size = np.sqrt(np.diag(gram).clip(1e-30))
-    found = np.linalg.solve(gram / np.outer(size, size) + ridge * np.eye(len(size)), right / size) / size
-    first = len(plain)
-    coefficients = found.copy()
-    coefficients[first + 1 :] *= -1  # of each difference, to its older member
-    coefficients[first:-1] += found[first + 1 :]  # and to its newer one
-    return coefficients
+    found: np.ndarray = np.linalg.solve(gram / np.outer(size, size) + ridge * np.eye(len(size)), right / size) / size
+    return found

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dcconvert.passes.ir.spec import UPDATES
-from dcconvert.sampling.fit_table import OUTPUTS
+from dcconvert.sampling.fit_table import OUTPUTS, differences, ridge_solution
 from dcconvert.sampling.run_table import Row, RunTable, evaluated, moved
 
 SMALL = 3e-3  # how far a change moves the sample, relative to it: far above rounding, and still nearly linear
@@ -71,6 +71,18 @@ class Branch:
     output: Tensor
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What every run of some images has: noise [B, C, H, W], labels [B], and the class that stands for none."""
+
+    noise: Tensor
+    labels: Tensor
+    null_class: int | None
+
+    def repeated(self, times: int) -> Batch:
+        return Batch(repeated(self.noise, times), repeated(self.labels, times), self.null_class)
+
+
 @torch.no_grad()
 def polished(
     table: RunTable,
@@ -89,13 +101,15 @@ def polished(
     the direction that was found makes it rise. `on_step` is told the number of each row whose derivatives are known.
     """
 
+    batch = Batch(noise, labels, null_class)
+
     def left(candidate: RunTable) -> Tensor:
         return candidate.run(new_model(), noise, labels, null_class=null_class) - wanted
 
     error = left(table)
     for _ in range(rounds):
-        changes, slopes = derivatives(table, new_model(), noise, labels, null_class, on_step)
-        step = gauss_newton(slopes, error)
+        changes, slopes = derivatives(table, new_model(), batch, on_step)
+        step = -ridge_solution(slopes, error, RIDGE)
         for size in STEPS:
             candidate = changed(table, changes, size * step)
             found = left(candidate)
@@ -108,102 +122,67 @@ def polished(
 
 
 def derivatives(
-    table: RunTable,
-    model: CopiedModel,
-    noise: Tensor,
-    labels: Tensor,
-    null_class: int | None,
-    on_step: Callable[[int], None],
+    table: RunTable, model: CopiedModel, batch: Batch, on_step: Callable[[int], None]
 ) -> tuple[list[Change], Tensor]:
     """The directions in which the table can move, and what each does to the final images [P, B, C, H, W]."""
-    x, outputs, skips = noise, deque[Tensor](maxlen=max(OUTPUTS, table.memory)), table.updates > 0
+    x, outputs, skips = batch.noise, deque[Tensor](maxlen=max(OUTPUTS, table.memory)), table.updates > 0
     found: list[tuple[Branch, Tensor]] = []
     for number, row in enumerate(table.rows):
-        outputs.appendleft(evaluated(model, x, row, labels, table.guidance, null_class, skips))
-        branches = [*moves(number, row, x, noise, outputs)]
+        outputs.appendleft(evaluated(model, x, row, batch.labels, table.guidance, batch.null_class, skips))
+        after = moved(row, x, batch.noise, outputs)
+        branches = [*moves(number, x, after, outputs, batch)]
         if not row.full:
-            branches += forecasts(number, row, x, noise, outputs, model, labels, table.guidance, null_class)
+            branches += forecasts(number, table, x, outputs, model, batch)
         for start in range(0, len(branches), AT_ONCE):
             some = branches[start : start + AT_ONCE]
-            ends = ended(table, model.copies(len(some)), some, noise, labels, outputs, null_class)
-            found += zip(some, ends, strict=True)
-        x = moved(row, x, noise, outputs)
+            found += zip(some, ended(table, model.copies(len(some)), some, outputs, batch), strict=True)
+        x = after
         on_step(number)
     slopes = [(end - x) / branch.size for branch, end in found]
     return [branch.change for branch, _ in found], torch.stack(slopes)
 
 
-def moves(number: int, row: Row, x: Tensor, noise: Tensor, outputs: Sequence[Tensor]) -> Iterator[Branch]:
-    """Changes of how the outputs move the sample. Those of neighbouring steps are much alike: differences are not."""
-    after = moved(row, x, noise, outputs)
-    known = list(outputs)[:OUTPUTS]
-    parts = [(Change(number, state=1.0), x), (Change(number, noise=1.0), noise)]
-    parts += [(Change(number, outputs=unit), part) for unit, part in differences(known)]
+def moves(number: int, x: Tensor, after: Tensor, outputs: Sequence[Tensor], batch: Batch) -> Iterator[Branch]:
+    """Changes of how a row takes the sample from `x` to `after`. Neighbouring outputs are much alike: differences are
+    not."""
+    parts = [(Change(number, state=1.0), x), (Change(number, noise=1.0), batch.noise)]
+    parts += [(Change(number, outputs=unit), part) for unit, part in differences(list(outputs)[:OUTPUTS])]
     for change, part in parts:
         size = SMALL * float(after.norm() / part.norm().clamp_min(1e-12))
         yield Branch(change, size, after + size * part, outputs[0])
 
 
 def forecasts(
-    number: int,
-    row: Row,
-    x: Tensor,
-    noise: Tensor,
-    outputs: Sequence[Tensor],
-    model: CopiedModel,
-    labels: Tensor,
-    guidance: float,
-    null_class: int | None,
+    number: int, table: RunTable, x: Tensor, outputs: Sequence[Tensor], model: CopiedModel, batch: Batch
 ) -> Iterator[Branch]:
     """Changes of the weights of the trunk's last updates in a skipped step."""
-    known = list(model.updates)[:UPDATES]
+    row, known = table.rows[number], list(model.updates)[:UPDATES]
     for unit, part in differences(known):
         change = Change(number, weights=unit)
         size = SMALL * float(known[0].norm() / part.norm().clamp_min(1e-12))
-        made = evaluated(model.copies(1), x, change.of(row, size), labels, guidance, null_class, True)
-        yield Branch(change, size, moved(row, x, noise, [made, *list(outputs)[1:]]), made)
-
-
-def differences(history: Sequence[Tensor]) -> Iterator[tuple[tuple[float, ...], Tensor]]:
-    """The newest member and the differences between neighbours, each with its coefficients."""
-    yield (1.0,), history[0]
-    for age in range(1, len(history)):
-        yield (*[0.0] * (age - 1), 1.0, -1.0), history[age - 1] - history[age]
+        again = change.of(row, size)
+        made = evaluated(model.copies(1), x, again, batch.labels, table.guidance, batch.null_class, True)
+        yield Branch(change, size, moved(row, x, batch.noise, [made, *list(outputs)[1:]]), made)
 
 
 def ended(
-    table: RunTable,
-    model: CopiedModel,
-    branches: Sequence[Branch],
-    noise: Tensor,
-    labels: Tensor,
-    outputs: Sequence[Tensor],
-    null_class: int | None,
+    table: RunTable, model: CopiedModel, branches: Sequence[Branch], outputs: Sequence[Tensor], batch: Batch
 ) -> Sequence[Tensor]:
     """The final images [B, C, H, W] of changed runs, which go on as one batch."""
-    times = len(branches)
-
-    def repeated(value: Tensor) -> Tensor:
-        return value.repeat(times, *[1] * (value.ndim - 1))
-
+    times, first = len(branches), branches[0].change.number + 1
     x = torch.cat([branch.x for branch in branches])
     newest = torch.cat([branch.output for branch in branches])
-    history = deque([newest, *map(repeated, list(outputs)[1 : table.memory])], maxlen=table.memory)
-    first = branches[0].change.number + 1
-    for after in table.continued(model, first, x, history, repeated(noise), repeated(labels), null_class=null_class):
+    older = [repeated(output, times) for output in list(outputs)[1 : table.memory]]
+    history, many = deque([newest, *older], maxlen=table.memory), batch.repeated(times)
+    rest = table.continued(model, first, x, history, many.noise, many.labels, null_class=many.null_class)
+    for after in rest:
         x = after
     return x.chunk(times)
 
 
-def gauss_newton(slopes: Tensor, error: Tensor) -> np.ndarray:
-    """How far to move along each direction [P]; `slopes` [P, B, ...] and `error` [B, ...] are of the final images."""
-    flat, missing = slopes.flatten(2).double(), error.flatten(1).double()
-    weight = 1 / missing.square().sum(1).clamp_min(1e-30)
-    gram = torch.einsum("ibe,jbe,b->ij", flat, flat, weight).numpy()
-    right = torch.einsum("ibe,be,b->i", flat, missing, weight).numpy()
-    size = np.sqrt(np.diag(gram).clip(1e-30))
-    found: np.ndarray = -np.linalg.solve(gram / np.outer(size, size) + RIDGE * np.eye(len(size)), right / size) / size
-    return found
+def repeated(value: Tensor, times: int) -> Tensor:
+    """Every sample so many times [times * B]."""
+    return value.repeat(times, *[1] * (value.ndim - 1))
 
 
 def changed(table: RunTable, changes: Sequence[Change], sizes: np.ndarray) -> RunTable:

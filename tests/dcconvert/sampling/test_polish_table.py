@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcconvert.sampling.fit_table import fitted
-from dcconvert.sampling.polish_table import added, changed, derivatives, gauss_newton, log_error, polished
+from dcconvert.sampling.fit_table import fitted, ridge_solution
+from dcconvert.sampling.polish_table import RIDGE, Batch, added, changed, derivatives, log_error, polished
 from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.solver_rows import adams_table, graded_grid
 from tests.dcconvert.sampling.test_fit_table import HALF, Field, error, reference, samples
@@ -63,7 +63,7 @@ def test_images_that_were_not_seen_come_nearer(full, guidance):
 def test_derivatives_are_those_of_whole_runs(full):
     """Each number of the table is changed by itself, and the run made again from its start."""
     table, (noise, labels) = structure(full), samples(0)
-    changes, slopes = derivatives(table, Copied(), noise, labels, None, lambda _: None)
+    changes, slopes = derivatives(table, Copied(), Batch(noise, labels, None), lambda _: None)
     end = table.run(Copied(), noise, labels)
     for number, slope in enumerate(slopes):
         tiny = np.zeros(len(changes))
@@ -74,7 +74,7 @@ def test_derivatives_are_those_of_whole_runs(full):
 
 def test_every_number_of_a_table_can_move():
     """A row has the sample, the noise, its outputs, and a skipped row its weights."""
-    changes, _ = derivatives(structure(HALF), Copied(), *samples(0), None, lambda _: None)
+    changes, _ = derivatives(structure(HALF), Copied(), Batch(*samples(0), None), lambda _: None)
     moving = [[c for c in changes if c.number == row] for row in range(len(HALF))]
     computed = np.cumsum(HALF)
     assert [len(row) for row in moving] == [
@@ -92,7 +92,7 @@ def test_gauss_newton_solves_what_is_linear():
     slopes = torch.randn(3, 4, 7, generator=torch.Generator().manual_seed(0))
     moves = torch.tensor([0.5, -2.0, 1.0])
     missing = -torch.einsum("p,pbe->be", moves, slopes)
-    np.testing.assert_allclose(gauss_newton(slopes, missing), moves, rtol=5e-3)
+    np.testing.assert_allclose(-ridge_solution(slopes, missing, RIDGE), moves, rtol=5e-3)
 
 
 def test_changes_may_name_more_than_there_is():
