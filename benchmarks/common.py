@@ -11,8 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dcconvert
+from dcconvert.api import Converted
 from dcconvert.environment import machine
+from dcconvert.export.onnx.export import export_onnx
 from dcconvert.models.dit import DiT, DiTConfig
+from dcconvert.models.dit_checkpoint import LoadedDiT
+from dcconvert.models.load import shipped_model
+from dcconvert.passes.methods import method_of
 
 RESULTS = Path(__file__).parent / "results"
 ASSETS = Path(__file__).parent / "assets"
@@ -33,6 +38,15 @@ def random_dit(size: str, patch: int, pixels: int, seed: int = 0, depth: int = 0
             if parameter.requires_grad:
                 parameter.normal_(std=std)
     return model
+
+
+def shipped_in_steps(folder: Path) -> tuple[LoadedDiT, Converted]:
+    """The shipped model, and itself in mode steps with its ONNX files in `folder`."""
+    dit = dcconvert.load_checkpoint(shipped_model())
+    assert isinstance(dit, LoadedDiT)
+    model = dcconvert.convert(dit, 4, options=method_of("steps"))
+    export_onnx(model, folder)
+    return dit, model
 
 
 def write_result(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], path: Path | None = None) -> Path:

@@ -21,14 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import write_result
-from dcconvert.export.checks.parity import (
-    check_batch_invariance,
-    check_identity,
-    check_isolation,
-    check_runtime,
-    keeps_original,
-)
-from dcconvert.export.checks.step_parity import check_step_runtime, check_steps
+from dcconvert.export.checks.parity import IDENTITY, INVARIANCE, ISOLATION
+from dcconvert.export.checks.written import check_promises, check_written
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.models.dit import DiT, DiTConfig
 from dcconvert.passes.ir.errors import DcconvertError
@@ -43,7 +37,7 @@ Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a module and one call of i
 
 BATCH, WIDTH, HEADS, TEXT, TEXT_WIDTH, POOLED = 3, 32, 2, 7, 24, 16
 SIDE, CHANNELS = 8, 4  # of a latent image
-IDENTITY, ISOLATION, INVARIANCE = "identity", "isolation", "invariance"
+SHORT = {IDENTITY: "identity", ISOLATION: "isolation", INVARIANCE: "invariance"}  # names of checks
 
 
 @dataclass(frozen=True)
@@ -294,36 +288,23 @@ def converted(family: Family, mode: str) -> DynamicModel:
 
 def checks(model: DynamicModel) -> dict[str, Any]:
     """What torch and ONNX Runtime give, as relative errors; CheckFailedError if ONNX cannot be written."""
-    inputs, tokens = model.spec.example(BATCH), model.spec.tokens
-    if model.spec.updates:
-        return step_checks(model)
-    found = {ISOLATION: check_isolation(model, inputs), INVARIANCE: check_batch_invariance(model, inputs)}
-    if keeps_original(model):
-        found = {IDENTITY: check_identity(model, inputs), **found}
+    found = check_promises(model, model.spec.example(BATCH))
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(model, Path(folder))
+        compared = check_written(model, Path(folder), model.spec.example, buckets_of(model))
+    worst = max(compared, key=lambda check: check.value / check.tolerance)
+    failed = [check.name for check in (*found, *compared) if not check.passed]
+    errors = {SHORT[check.name]: check.value for check in found if check.name in SHORT}
+    return {**errors, "onnxruntime": worst.value, "failed": failed}
+
+
+def buckets_of(model: DynamicModel) -> tuple[Bucket, ...]:
+    """Some of a batch of one and of four, with padding and without."""
+    tokens = model.spec.tokens
     half, few = tokens // 2, Bucket(4, 64, 4, 9, 4)
     if sizes := model.planner.sizes:  # the only numbers of tokens there are
         half, few = min(sizes), Bucket(4, 4 * min(sizes), 4, min(sizes), min(sizes))
-    buckets = (Bucket(1, half, 1, half, half), Bucket(4, 4 * tokens, 4, tokens, tokens), few)
-    with tempfile.TemporaryDirectory() as folder:
-        export_onnx(model, Path(folder))
-        compared = check_runtime(model, Path(folder), model.spec.example, buckets)
-    worst = max(compared, key=lambda check: check.value / check.tolerance)
-    failed = [check.name for check in (*found.values(), *compared) if not check.passed]
-    errors = {name: check.value for name, check in found.items()}
-    return {**errors, "onnxruntime": worst.value, "failed": failed}
-
-
-def step_checks(model: DynamicModel) -> dict[str, Any]:
-    """The same of a model in mode steps."""
-    found = check_steps(model, model.spec.example(BATCH))
-    with tempfile.TemporaryDirectory() as folder:
-        export_onnx(model, Path(folder))
-        compared = check_step_runtime(model, Path(folder), model.spec.example, (1, 4))
-    worst = max(compared, key=lambda check: check.value / check.tolerance)
-    failed = [check.name for check in (*found, *compared) if not check.passed]
-    identity, _, isolation, invariance = (check.value for check in found)
-    errors = {IDENTITY: identity, ISOLATION: isolation, INVARIANCE: invariance}
-    return {**errors, "onnxruntime": worst.value, "failed": failed}
+    return (Bucket(1, half, 1, half, half), Bucket(4, 4 * tokens, 4, tokens, tokens), few)
 
 
 def measured(

@@ -22,16 +22,13 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-import dcconvert
-from benchmarks.common import RESULTS, write_result
+from benchmarks.common import RESULTS, shipped_in_steps, write_result
 from dcconvert.commands.tune import SEED
 from dcconvert.evaluate.tuning import FittedStep, Images, StepTimes, Trial, Tuner, run_time, skip_cost, step_times
 from dcconvert.export.files import file_sha256
-from dcconvert.export.onnx.export import export_onnx
 from dcconvert.models.load import shipped_model
-from dcconvert.passes.methods import method_of
 from dcconvert.sampling.run_table import RunTable
-from dcconvert.sampling.samplers import initial_noise, labels_for
+from dcconvert.sampling.samplers import Guidance
 from dcconvert.sampling.shipped_tables import TABLES
 from dcconvert.sampling.steps import OrtPair
 
@@ -111,10 +108,8 @@ class Bench:
 
     def __init__(self, folder: Path, args: argparse.Namespace, progress: Progress) -> None:
         self.args, self.progress = args, progress
-        dit = dcconvert.load_checkpoint(shipped_model())
+        dit, self.model = shipped_in_steps(folder)
         self.cfg, self.prediction = dit.cfg, dit.checkpoint_info.prediction
-        self.model = dcconvert.convert(dit, 4, options=method_of("steps"))
-        export_onnx(self.model, folder)
         self.pair = OrtPair.open(self.model, self.model.planner, None, folder, folder)
         self.skip_cost = skip_cost(self.model)
         self.told: set[str] = set()
@@ -127,14 +122,11 @@ class Bench:
 
     def drawn(self, tuner: Tuner, first: int, count: int, name: str) -> Images:
         task = self.progress.add_task(name, total=self.args.reference_steps)
-        noise = initial_noise(first, count, self.cfg.in_channels, self.cfg.image_size)
-        labels = labels_for(count, self.cfg.num_classes)
-        return tuner.images(noise, labels, self.args.reference_steps, lambda: self.progress.advance(task))
+        return tuner.images(self.cfg, first, count, self.args.reference_steps, lambda: self.progress.advance(task))
 
     def tried(self, guidance: float, budgets: Sequence[float]) -> list[Tried]:
-        halves = 1 if guidance == 1 else 2
         tuner = Tuner(
-            lambda: FittedStep(self.model, self.pair.converted, halves),
+            lambda: FittedStep(self.model, self.pair.converted, Guidance(guidance).halves),
             self.prediction,
             self.skip_cost,
             guidance,

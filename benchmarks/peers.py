@@ -23,18 +23,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-import dcconvert
-from benchmarks.common import write_result
+from benchmarks.common import shipped_in_steps, write_result
 from dcconvert.evaluate.tuning import FittedStep, Images, Tuner, skip_cost
 from dcconvert.export.files import file_sha256
-from dcconvert.export.onnx.export import export_onnx
 from dcconvert.export.runtimes.ort import CPU, OrtModel
 from dcconvert.images.pixels import psnr
 from dcconvert.models.dit import DiT
 from dcconvert.models.load import shipped_model
-from dcconvert.passes.methods import method_of
 from dcconvert.sampling.default_tables import default_table, pattern
-from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
+from dcconvert.sampling.samplers import Sampler
 from dcconvert.sampling.shipped_tables import shipped_table
 from dcconvert.terminal import Stages
 
@@ -56,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         bench = Bench(Path(folder))
         with stages.stage("draw the reference") as tick:
-            images = bench.reference(args.images, args.reference_steps, lambda: tick("steps"))
+            images = bench.tuner.images(bench.dit.cfg, 0, args.images, args.reference_steps, lambda: tick("steps"))
         rows = []
         for budget in args.budgets:
             with stages.stage(f"{budget} computed steps") as tick:
@@ -72,17 +69,10 @@ class Bench:
     """The shipped model in torch, and in mode steps on ONNX Runtime."""
 
     def __init__(self, folder: Path) -> None:
-        self.dit = dcconvert.load_checkpoint(shipped_model())
+        self.dit, model = shipped_in_steps(folder)
         self.prediction = self.dit.checkpoint_info.prediction
-        model = dcconvert.convert(self.dit, 4, options=method_of("steps"))
-        export_onnx(model, folder)
         session = OrtModel(folder, model.planner, None, CPU)
         self.tuner = Tuner(lambda: FittedStep(model, session), self.prediction, skip_cost(model))
-
-    def reference(self, count: int, steps: int, tick: Callable[[], None]) -> Images:
-        cfg = self.dit.cfg
-        noise = initial_noise(0, count, cfg.in_channels, cfg.image_size)
-        return self.tuner.images(noise, labels_for(count, cfg.num_classes), steps, tick)
 
     def runs(self, budget: int) -> dict[str, Run]:
         found = {f"original, {solver}": self.solver(budget, solver) for solver in ("euler", "unipc")}

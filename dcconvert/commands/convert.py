@@ -15,16 +15,8 @@ from dcconvert.evaluate.conversion_metrics import LATENCY_RUNS, Effort, Subject,
 from dcconvert.evaluate.measure_steps import compute_section
 from dcconvert.export.buckets import BucketSet, choose_buckets
 from dcconvert.export.bundle import ONNX, write_model
-from dcconvert.export.checks.parity import (
-    Check,
-    check_batch_invariance,
-    check_identity,
-    check_isolation,
-    keeps_original,
-    require,
-)
-from dcconvert.export.checks.step_parity import check_steps
-from dcconvert.export.checks.written import check_written
+from dcconvert.export.checks.parity import Check, require
+from dcconvert.export.checks.written import check_promises, check_written
 from dcconvert.export.files import MANIFEST, new_folder, write_json
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.models.example_inputs import Size
@@ -174,13 +166,7 @@ def state_facts(model: Converted, batch: int) -> dict[str, Any]:
 
 def check_torch(model: Converted) -> list[Check]:
     """The checks that need only torch; raises CheckFailedError if one fails."""
-    inputs = model.spec.example(2)
-    if model.spec.updates:
-        checks = check_steps(model, inputs)
-        require(checks)
-        return checks
-    exact = [check_identity] if keeps_original(model) else []
-    checks = [check(model, inputs) for check in (*exact, check_isolation, check_batch_invariance)]
+    checks = check_promises(model, model.spec.example(2))
     require(checks)
     return checks
 

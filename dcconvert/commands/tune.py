@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -34,7 +34,7 @@ from dcconvert.report.conversion import page, report_json, without_nan
 from dcconvert.report.tuning import Tuning, TuningRow
 from dcconvert.sampling.bundle_runs import RUN, dit_config, run_planner
 from dcconvert.sampling.run_table import RunTable
-from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
+from dcconvert.sampling.samplers import Guidance, Sampler
 from dcconvert.sampling.steps import OrtPair
 from dcconvert.terminal import Stages
 
@@ -81,7 +81,9 @@ def tune_bundle(settings: Settings, console: Console) -> None:
         with stages.stage("measure steps") as tick:
             sampler, planner = run_planner(bundle, None)
             pair = OrtPair.open(bundle.model, planner, None, bundle.onnx, Path(scratch), settings.threads)
-            times = step_times(pair, settings.batch * halves_of(settings.guidance), TIMED, lambda: tick("taking turns"))
+            times = step_times(
+                pair, settings.batch * Guidance(settings.guidance).halves, TIMED, lambda: tick("taking turns")
+            )
         tuner, budget = opened_tuner(settings, bundle, pair.converted, sampler, times)
         with stages.stage("draw the reference") as tick:
             first, counts = settings.seed, (settings.images, settings.fresh)
@@ -122,10 +124,6 @@ def check_bundle(bundle: Bundle, guidance: float) -> None:
         raise UsageError("the model has no unconditional class: tune it without --guidance")
 
 
-def halves_of(guidance: float) -> int:
-    return 1 if guidance == 1 else 2
-
-
 def opened_tuner(
     settings: Settings, bundle: Bundle, session: OrtModel, sampler: Sampler, times: StepTimes
 ) -> tuple[Tuner, float]:
@@ -134,7 +132,7 @@ def opened_tuner(
     timed = settings.latency is not None
     computed = times["computed"]["median"]
     tuner = Tuner(
-        lambda: FittedStep(bundle.model, session, halves_of(settings.guidance)),
+        lambda: FittedStep(bundle.model, session, Guidance(settings.guidance).halves),
         sampler.prediction,
         times["skipped"]["median"] / computed if timed else skip_cost(bundle.model),
         settings.guidance,
@@ -152,10 +150,8 @@ def opened_tuner(
     return tuner, budget
 
 
-def drawn(settings: Settings, bundle: Bundle, tuner: Tuner, seed: int, count: int, tick: Any) -> Images:
-    config = dit_config(bundle)
-    noise = initial_noise(SEED + seed, count, config.in_channels, config.image_size)
-    return tuner.images(noise, labels_for(count, config.num_classes), settings.reference_steps, tick)
+def drawn(settings: Settings, bundle: Bundle, tuner: Tuner, first: int, count: int, tick: Callable[[], None]) -> Images:
+    return tuner.images(dit_config(bundle), SEED + first, count, settings.reference_steps, tick)
 
 
 def described(

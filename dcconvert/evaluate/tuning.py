@@ -15,6 +15,7 @@ from dcconvert.export.checks.latency import interleaved, spread
 from dcconvert.export.checks.parity import as_array
 from dcconvert.export.runtimes.ort import pick
 from dcconvert.images.pixels import psnr
+from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.spec import UPDATE, update_name
 from dcconvert.passes.runtime.model import DynamicModel
@@ -23,7 +24,7 @@ from dcconvert.sampling.default_tables import ADAMS, GRADED, default_levels, on_
 from dcconvert.sampling.fit_table import Trajectory, fitted, trajectory
 from dcconvert.sampling.polish_table import polished
 from dcconvert.sampling.run_table import RunTable
-from dcconvert.sampling.samplers import Sampler
+from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep, OrtPair, arrays_of
 
 SKIPS = (1, 2)  # skipped steps for each computed one
@@ -84,8 +85,11 @@ class Trial:
     name: str
     table: RunTable | Sampler
     cost: float
-    fitted: bool
     psnr: Tensor
+
+    @property
+    def fitted(self) -> bool:
+        return isinstance(self.table, RunTable) and self.table.fitted
 
     @property
     def mean(self) -> float:
@@ -141,8 +145,10 @@ class Tuner:
     null_class: int | None = None
     polish: int = 0
 
-    def images(self, noise: Tensor, labels: Tensor, steps: int, tick: Callable[[], None]) -> Images:
-        """Images with their reference, an Adams run of so many steps."""
+    def images(self, config: DiTConfig, seed: int, count: int, steps: int, tick: Callable[[], None]) -> Images:
+        """Images of so many seeds from `seed` on, with their reference, an Adams run of so many steps."""
+        noise = initial_noise(seed, count, config.in_channels, config.image_size)
+        labels = labels_for(count, config.num_classes)
         found = trajectory(
             self.structure(ADAMS, steps), self.new_step(), noise, labels, self.null_class, lambda _: tick()
         )
@@ -190,10 +196,10 @@ class Tuner:
         for name, plain in self.structures(budget):
             found.append(self.trial(name, plain, fresh, tick))
             fits[name] = self.fit(f"{name}, fitted", plain, seen, tick)
-            found.append(self.trial(f"{name}, fitted", fits[name], fresh, tick, fitted=True))
+            found.append(self.trial(f"{name}, fitted", fits[name], fresh, tick))
         for name in self.worth_polishing(fits, seen, tick) if self.polish else ():
             table = self.polished(f"{name}, polished", fits[name], seen, tick)
-            found.append(self.trial(f"{name}, polished", table, fresh, tick, fitted=True))
+            found.append(self.trial(f"{name}, polished", table, fresh, tick))
         whole = int(budget + 1e-9)
         controls = {f"original, {solver}": Sampler(self.prediction, whole, solver) for solver in CONTROLS}
         found += [self.trial(name, sampler, fresh, tick) for name, sampler in controls.items()]
@@ -255,11 +261,9 @@ class Tuner:
         )
         return replace(found, name=name)
 
-    def trial(
-        self, name: str, table: RunTable | Sampler, fresh: Images, tick: Callable[[str], None], *, fitted: bool = False
-    ) -> Trial:
+    def trial(self, name: str, table: RunTable | Sampler, fresh: Images, tick: Callable[[str], None]) -> Trial:
         cost = self.cost([row.full for row in table.rows]) if isinstance(table, RunTable) else float(table.steps)
-        return Trial(name, table, cost, fitted, self.judged(table, fresh, lambda: tick(name)))
+        return Trial(name, table, cost, self.judged(table, fresh, lambda: tick(name)))
 
     def judged(self, table: RunTable | Sampler, images: Images, tick: Callable[[], None]) -> Tensor:
         """PSNR in dB of each image [n] to where the converged run takes it."""

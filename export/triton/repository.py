@@ -56,8 +56,8 @@ def export_triton(
     """Write a model repository with NAME and, for each graph of the bundle, NAME_GRAPH (`ModelSpec.graphs`).
 
     `runs`: how many sampling runs may be under way at a time. On a GPU the fp16 graphs are used if the bundle has them;
-    returns the folder of the graphs. Raises UsageError if the
-    target cannot be written or is not a repository of this kind.
+    returns the folder of the graphs. Raises UsageError if the target cannot be written or is not a repository of this
+    kind.
     """
     if not bundle.model.method.plain_plan:
         raise UsageError(

@@ -27,7 +27,7 @@ class Rising(Tuner):
             ("original, unipc", Sampler("flow", int(budget), "unipc"), budget + 5),
             ("graded", table, budget),
         ]
-        return [Trial(name, run, budget, False, torch.full((3,), float(psnr))) for name, run, psnr in rows]
+        return [Trial(name, run, budget, torch.full((3,), float(psnr))) for name, run, psnr in rows]
 
 
 @pytest.mark.parametrize("wanted", [1.5, 2, 7.5, 31, 49.5])
