@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 import dcconvert
 from dcconvert.api import Converted
 from dcconvert.environment import machine
-from dcconvert.export.onnx.export import export_onnx
 from dcconvert.models.dit import DiT, DiTConfig
 from dcconvert.models.dit_checkpoint import LoadedDiT
 from dcconvert.models.load import shipped_model
@@ -40,13 +39,24 @@ def random_dit(size: str, patch: int, pixels: int, seed: int = 0, depth: int = 0
     return model
 
 
-def shipped_in_steps(folder: Path) -> tuple[LoadedDiT, Converted]:
-    """The shipped model, and itself in mode steps with its ONNX files in `folder`."""
-    dit = dcconvert.load_checkpoint(shipped_model())
+MODELS = ("shipped", "cifar", "eps")
+
+
+def checkpoint_of(model: str, folder: Path) -> Path:
+    """The file of one of MODELS; one that is kept in parts is put together in `folder`.
+
+    "shipped": with dcconvert. "cifar": trained on CIFAR-10. "eps": like the shipped one, but it predicts noise.
+    """
+    if model == "cifar":
+        return cifar_dit(folder)
+    return ASSETS / "fashion_eps" / "fashion_eps_dit.safetensors" if model == "eps" else shipped_model()
+
+
+def in_steps(model: str, folder: Path) -> tuple[LoadedDiT, Converted]:
+    """One of MODELS, and itself in mode steps; `folder` as in `checkpoint_of`."""
+    dit = dcconvert.load_checkpoint(checkpoint_of(model, folder))
     assert isinstance(dit, LoadedDiT)
-    model = dcconvert.convert(dit, 4, options=method_of("steps"))
-    export_onnx(model, folder)
-    return dit, model
+    return dit, dcconvert.convert(dit, 4, options=method_of("steps"))
 
 
 def write_result(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], path: Path | None = None) -> Path:

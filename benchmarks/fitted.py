@@ -1,12 +1,15 @@
-"""Run tables of the shipped model: the original with few steps, skipped steps, and both fitted to the model.
+"""Run tables of a model: the original with few steps, skipped steps, and both fitted to the model.
 
-    python -m benchmarks.fitted                  # an hour on two cores
+    python -m benchmarks.fitted                  # an hour on two cores -> benchmarks/results/fitted.json
     python -m benchmarks.fitted --budgets 12.5   # one budget
+    python -m benchmarks.fitted --model cifar --device cuda    # on a GPU -> fitted_cifar.json
+    python -m benchmarks.fitted --model cifar --times          # add the times, on the machine they are for
 
 For every budget, in steps of the original: PSNR of the final images to a converged run from the same seeds (Adams of
 second order; how far half its steps are from it stands beside). Tables are fitted to 16 images, those of small budgets
 are polished on them too, and every row is judged on others. Time is that of whole runs on ONNX Runtime: original,
-computed and skipped steps take turns in one process.
+computed and skipped steps take turns in one process. With `--device`, torch makes the images there, and no time is
+measured.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,14 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from benchmarks.common import RESULTS, shipped_in_steps, write_result
+from benchmarks.common import MODELS, RESULTS, in_steps, write_result
+from benchmarks.torch_device import TorchDevice
 from dcconvert.commands.tune import SEED
 from dcconvert.evaluate.tuning import FittedStep, Images, StepTimes, Trial, Tuner, run_time, skip_cost, step_times
 from dcconvert.export.files import file_sha256
+from dcconvert.export.onnx.export import export_onnx
 from dcconvert.models.load import shipped_model
+from dcconvert.passes.runtime.run import Runtime
 from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Guidance
 from dcconvert.sampling.shipped_tables import TABLES
@@ -40,7 +46,9 @@ ASSET = Path(__file__).parent.parent / "dcconvert" / "assets" / TABLES
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fitted run tables of the shipped model.")
+    parser = argparse.ArgumentParser(description="Fitted run tables of a model.")
+    parser.add_argument("--model", choices=MODELS, default="shipped")
+    parser.add_argument("--device", help="of torch, that makes the images; ONNX Runtime on the CPU without it")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--guidance", type=float, default=4.0, help="the second scale, beside 1")
     parser.add_argument("--guided-budgets", type=float, nargs="*", default=GUIDED_BUDGETS, help="budgets at that scale")
@@ -54,33 +62,42 @@ def main() -> None:
     parser.add_argument(
         "--times", action="store_true", help="measure times only, and put them into the result there is"
     )
+    parser.add_argument("--out", type=Path, help="result file")
     args = parser.parse_args()
-    if args.times:
-        measure_again(args)
-        return
+    args.out = args.out or RESULTS / ("fitted.json" if args.model == "shipped" else f"fitted_{args.model}.json")
+    (measure_times if args.times else measure)(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Fit, judge, and write the result after each guidance; times too, unless a device makes the images."""
+    settings = {**vars(args), "runtime": "onnxruntime CPU, fp32", "steps": STEPS, "times_ms": None}
+    settings["runtime"] = f"torch {args.device}, fp32" if args.device else "onnxruntime CPU, fp32"
+    del settings["times"], settings["out"]
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as tmp, torch.inference_mode(), Progress() as progress:
         bench = Bench(Path(tmp), args, progress)
-        tried = bench.tried(1.0, args.budgets)
-        if args.guided_budgets:
-            tried += bench.tried(args.guidance, args.guided_budgets)
-        times = step_times(bench.pair, args.latency_batch, args.runs)
-        rows = [row(one, trial, times) for one in tried for trial in one.trials]
-        del args.times
-        settings = {"model": shipped_model().name, **vars(args), "runtime": "onnxruntime CPU, fp32", "steps": STEPS}
-        path = write_result(NAME, {**settings, "times_ms": times}, rows)
-    ship(rows)
-    print(f"Results: {path}\nShipped tables: {ASSET}")
+        times = None if args.device else step_times(bench.pair, args.latency_batch, args.runs)
+        for guidance, budgets in ((1.0, args.budgets), (args.guidance, args.guided_budgets)):
+            for tried in bench.tried(guidance, budgets) if budgets else ():
+                rows += [row(tried, trial, times) for trial in tried.trials]
+                write_result(NAME, {**settings, "times_ms": times}, rows, args.out)
+    print(f"Results: {args.out}")
+    if args.model == "shipped" and args.out.parent == RESULTS:
+        ship(rows)
+        print(f"Shipped tables: {ASSET}")
 
 
-def measure_again(args: argparse.Namespace) -> None:
-    """Times of the same runs, on a machine that does nothing else."""
-    result = json.loads((RESULTS / f"{NAME}.json").read_text())
+def measure_times(args: argparse.Namespace) -> None:
+    """Times of the same runs, on a machine that does nothing else. The machine of the images is kept beside."""
+    result = json.loads(args.out.read_text())
     settings, rows = result["settings"], result["rows"]
+    args.device = None
     with tempfile.TemporaryDirectory() as tmp, torch.inference_mode(), Progress() as progress:
         times = step_times(Bench(Path(tmp), args, progress).pair, settings["latency_batch"], settings["runs"])
     for one in rows:
         one["speedup"] = speedup(one["steps"], one["computed"], times)
-    print(f"Results: {write_result(NAME, {**settings, 'times_ms': times}, rows)}")
+    settings = {"images_made_on": result["machine"], **settings, "times_ms": times}
+    print(f"Results: {write_result(NAME, settings, rows, args.out)}")
 
 
 def ship(rows: Sequence[dict[str, Any]]) -> None:
@@ -104,14 +121,19 @@ class Tried:
 
 
 class Bench:
-    """The shipped model in mode steps on ONNX Runtime."""
+    """A model in mode steps, on ONNX Runtime or in torch on a device."""
 
     def __init__(self, folder: Path, args: argparse.Namespace, progress: Progress) -> None:
         self.args, self.progress = args, progress
-        dit, self.model = shipped_in_steps(folder)
+        dit, self.model = in_steps(args.model, folder)
         self.cfg, self.prediction = dit.cfg, dit.checkpoint_info.prediction
-        self.pair = OrtPair.open(self.model, self.model.planner, None, folder, folder)
         self.skip_cost = skip_cost(self.model)
+        if args.device:
+            self.runtime: Runtime = TorchDevice(self.model, args.device)
+        else:
+            export_onnx(self.model, folder)
+            self.pair = OrtPair.open(self.model, self.model.planner, None, folder, folder)
+            self.runtime = self.pair.converted
         self.told: set[str] = set()
 
     def note(self, what: str) -> None:
@@ -124,9 +146,9 @@ class Bench:
         task = self.progress.add_task(name, total=self.args.reference_steps)
         return tuner.images(self.cfg, first, count, self.args.reference_steps, lambda: self.progress.advance(task))
 
-    def tried(self, guidance: float, budgets: Sequence[float]) -> list[Tried]:
+    def tried(self, guidance: float, budgets: Sequence[float]) -> Iterator[Tried]:
         tuner = Tuner(
-            lambda: FittedStep(self.model, self.pair.converted, Guidance(guidance).halves),
+            lambda: FittedStep(self.model, self.runtime, Guidance(guidance).halves),
             self.prediction,
             self.skip_cost,
             guidance,
@@ -135,14 +157,12 @@ class Bench:
         seen = self.drawn(tuner, SEED, self.args.images, f"guidance {guidance:g}: reference to fit to")
         fresh = self.drawn(tuner, 0, self.args.fresh, f"guidance {guidance:g}: reference to judge by")
         converged = tuner.convergence(fresh, self.args.reference_steps // 2, lambda: None)
-        found = []
         task = self.progress.add_task(f"guidance {guidance:g}: budgets", total=len(budgets))
         for budget in budgets:
             rounds = self.args.polish if guidance == 1 and budget <= self.args.polish_up_to else 0
             trials = replace(tuner, polish=rounds).trials(budget, seen, fresh, self.note)
-            found.append(Tried(guidance, budget, trials, converged))
+            yield Tried(guidance, budget, trials, converged)
             self.progress.advance(task)
-        return found
 
 
 def speedup(steps: int, computed: int, times: StepTimes) -> float:
@@ -150,7 +170,7 @@ def speedup(steps: int, computed: int, times: StepTimes) -> float:
     return round(run_time(STEPS, STEPS, times) / run_time(steps, computed, times), 3)
 
 
-def row(tried: Tried, trial: Trial, times: StepTimes) -> dict[str, Any]:
+def row(tried: Tried, trial: Trial, times: StepTimes | None) -> dict[str, Any]:
     """A run in figures. "behind_best": how much better the best run of its budget is, image by image."""
     behind = tried.trials[0].psnr - trial.psnr
     return {
@@ -161,7 +181,7 @@ def row(tried: Tried, trial: Trial, times: StepTimes) -> dict[str, Any]:
         "steps": trial.table.steps,
         "computed": trial.table.evaluations,
         "cost": round(trial.cost, 4),
-        "speedup": speedup(trial.table.steps, trial.table.evaluations, times),
+        "speedup": speedup(trial.table.steps, trial.table.evaluations, times) if times else None,
         "psnr": round(trial.mean, 3),
         "psnr_error": round(trial.error, 3),
         "behind_best": round(float(behind.mean()), 3),

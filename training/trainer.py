@@ -1,7 +1,9 @@
-"""Training of a small class-conditional DiT as a rectified flow: what the training scripts share.
+"""Training of a small class-conditional DiT: what the training scripts share.
 
-Rectified flow (Liu et al., arXiv 2209.03003; logit-normal times as in Esser et al., arXiv 2403.03206):
-x_sigma = (1 - sigma) x0 + sigma noise, the model sees t = 1000 sigma and predicts noise - x0.
+By default it becomes a rectified flow (Liu et al., arXiv 2209.03003; logit-normal times as in Esser et al., arXiv
+2403.03206): x = (1 - sigma) x0 + sigma noise, the model sees t = 1000 sigma and predicts noise - x0. With
+`--prediction eps` it predicts the noise at a timestep 0 to 999, drawn evenly, under DiT's linear schedule of betas
+(arXiv 2212.09748), without DiT's learned variance.
 Weight matrices of the blocks are trained by Muon, everything else by AdamW. The learning rate warms up, stays flat and
 falls linearly to zero over the last part of the run.
 """
@@ -18,11 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dcconvert.models.dit import DiT, DiTConfig
+from dcconvert.models.tensor_files import PREDICTIONS
+from dcconvert.sampling.default_tables import vp_coefficients
+from dcconvert.sampling.solver_rows import TRAIN_STEPS
 
 WARMUP_STEPS = 200
 DECAY_FRACTION = 0.35
@@ -41,12 +47,25 @@ class Recipe:
     ema_decay: float = 0.999
 
 
-def flow_loss(model: Callable[..., Tensor], x0: Tensor, y: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """Mean squared error of the predicted velocity, with the model run in bf16."""
-    s = sigma.view(-1, 1, 1, 1)
+def noised(prediction: str, x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the model sees as x [B, C, H, W] and t [B] at noise levels [B] in [0, 1), and what it should answer."""
+    if prediction == "flow":
+        sigma = level.view(-1, 1, 1, 1)
+        return (1 - sigma) * x0 + sigma * noise, TRAIN_STEPS * level, noise - x0
+    times = (TRAIN_STEPS * level).long()
+    alphas, sigmas = vp_coefficients(np.arange(TRAIN_STEPS))
+    alpha, sigma = (torch.from_numpy(values).to(x0)[times].view(-1, 1, 1, 1) for values in (alphas, sigmas))
+    return alpha * x0 + sigma * noise, times.to(x0), noise
+
+
+def prediction_loss(
+    model: Callable[..., Tensor], prediction: str, x0: Tensor, y: Tensor, noise: Tensor, level: Tensor
+) -> Tensor:
+    """Mean squared error of what is predicted, with the model run in bf16."""
+    x, t, wanted = noised(prediction, x0, noise, level)
     with torch.autocast(x0.device.type, torch.bfloat16):
-        v = model((1 - s) * x0 + s * noise, 1000 * sigma, y)
-    return (v.float() - (noise - x0)).pow(2).mean()
+        found = model(x, t, y)
+    return (found.float() - wanted).pow(2).mean()
 
 
 def learning_rate(progress: float, step: int) -> float:
@@ -127,9 +146,10 @@ class Trainer:
         if self.recipe.flips:
             x0 = torch.where(torch.rand(batch, 1, 1, 1, **draw) < 0.5, x0.flip(3), x0)
         y[torch.rand(batch, **draw) < CLASS_DROPOUT] = self.recipe.config.num_classes
-        sigma = torch.sigmoid(torch.randn(batch, **draw))
+        flow = self.args.prediction == "flow"
+        level = torch.sigmoid(torch.randn(batch, **draw)) if flow else torch.rand(batch, **draw)
         noise = torch.randn(x0.shape, **draw)
-        loss = flow_loss(self.model, x0, y, noise, sigma)
+        loss = prediction_loss(self.model, self.args.prediction, x0, y, noise, level)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         factor = learning_rate(self.progress, self.step)
@@ -156,14 +176,15 @@ class Trainer:
         generator = torch.Generator().manual_seed(0)
         x0, y = data[:count], labels[:count]
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-        sigma = (torch.arange(count) + 0.5) / count
-        sigma = sigma[torch.randperm(count, generator=generator)].to(x0.device)
-        parts = zip(*(whole.split(VALIDATION_BATCH) for whole in (x0, y, noise, sigma)), strict=True)
-        return sum(flow_loss(self.ema, *part).item() for part in parts) / (count // VALIDATION_BATCH)
+        level = (torch.arange(count) + 0.5) / count
+        level = level[torch.randperm(count, generator=generator)].to(x0.device)
+        parts = zip(*(whole.split(VALIDATION_BATCH) for whole in (x0, y, noise, level)), strict=True)
+        losses = [prediction_loss(self.ema, self.args.prediction, *part).item() for part in parts]
+        return sum(losses) / (count // VALIDATION_BATCH)
 
     def export(self, path: Path) -> None:
         """Write the averaged weights with what cannot be read off their shapes as metadata."""
-        facts: dict[str, Any] = {"config": self.recipe.config.as_dict(), "prediction": "flow"}
+        facts: dict[str, Any] = {"config": self.recipe.config.as_dict(), "prediction": self.args.prediction}
         facts["class_names"] = list(self.recipe.class_names)
         tmp = path.with_suffix(".tmp")
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
@@ -219,6 +240,7 @@ def training_parser(description: str, out: str, samples: int, batch: int) -> arg
     parser.add_argument("--samples", type=int, default=samples, help="training samples in all")
     parser.add_argument("--minutes", type=float, help="end after this long, if --samples are not reached before")
     parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--prediction", choices=PREDICTIONS, default="flow", help="a rectified flow, or noise")
     parser.add_argument("--lr", type=float, default=1e-3, help="AdamW rate")
     parser.add_argument("--muon-lr", type=float, default=2e-3, help="Muon rate (RMS-matched to AdamW)")
     parser.add_argument("--seed", type=int, default=0)

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import dcconvert
+from dcconvert.sampling.samplers import Sampler
 from training import fashion_dit
-from training.trainer import WARMUP_STEPS, learning_rate
+from training.trainer import WARMUP_STEPS, learning_rate, noised
 
 
 @pytest.fixture
@@ -37,13 +38,13 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-def train(out: Path, data: Path, steps: int) -> None:
+def train(out: Path, data: Path, steps: int, *more: str) -> None:
     """Run the script for so many steps of four samples."""
     small = dcconvert.DiTConfig(
         depth=2, width=32, heads=2, patch=8, image_size=32, in_channels=1, num_classes=10, learn_sigma=False
     )
     options = ["--out", out, "--data", data, "--samples", 4 * steps, "--batch", 4, "--log-every", 1, "--no-compile"]
-    fashion_dit.main([*map(str, options), "--device", "cpu"], replace(fashion_dit.RECIPE, config=small))
+    fashion_dit.main([*map(str, options), "--device", "cpu", *more], replace(fashion_dit.RECIPE, config=small))
 
 
 @contextmanager
@@ -95,3 +96,18 @@ def test_the_export_is_a_checkpoint(tmp_path: Path, data: Path) -> None:
     dit = dcconvert.load_checkpoint(tmp_path / "run" / "fashion_dit.safetensors")
     assert dit.checkpoint_info.prediction == "flow"
     assert dit.checkpoint_info.class_names == list(fashion_dit.CLASS_NAMES)
+
+
+def test_a_model_that_predicts_noise_says_so(tmp_path: Path, data: Path) -> None:
+    train(tmp_path / "run", data, 1, "--prediction", "eps")
+    dit = dcconvert.load_checkpoint(tmp_path / "run" / "fashion_dit.safetensors")
+    assert dit.checkpoint_info.prediction == "eps"
+
+
+@pytest.mark.parametrize("prediction", ["flow", "eps"])
+def test_training_adds_noise_as_sampling_expects_it(prediction: str) -> None:
+    x0, noise = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+    x, t, wanted = noised(prediction, x0, noise, torch.tensor([0.0, 0.25, 0.6, 0.999]))
+    assert t.tolist() == [0, 250, 600, 999]
+    torch.testing.assert_close(x, Sampler(prediction, 1000).add_noise(x0, noise, t), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(wanted, noise - x0 if prediction == "flow" else noise)
