@@ -1,4 +1,4 @@
-"""What `dcconvert calibrate` found, as a result file: its table, taken from the manifests of calibrated bundles.
+"""What `dcconvert calibrate` found, as a result file, taken from the manifests of calibrated bundles.
 
 dcconvert demo -o euler && dcconvert calibrate euler
 dcconvert demo -o unipc && dcconvert calibrate unipc --solver unipc
@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.common import write_result
 from dcconvert.export.files import MANIFEST, read_json
 
-LEFT_OUT = ("command", "rows", "curves", "candidates")  # paths of one machine, and what the rows below say
+LEFT_OUT = ("command", "rows", "curves", "candidates")  # local paths, and what the rows already contain
 
 
 def main() -> None:

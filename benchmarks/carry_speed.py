@@ -2,9 +2,10 @@
 
     python -m benchmarks.carry_speed                  # DiT-S/2 and DiT-B/2, 256 px, batch 8, 2x 4x 8x
 
-Weights are random. A run's steps keep everything while they warm up and a constant number of tokens after it; each kind
-of step is timed in turns with the original and counted as often as the run has it. What handling the state costs is the
-difference between a step that keeps everything and the original's. The memory table needs no run: it is arithmetic.
+Weights are random. The steps of a run keep everything during warm-up and a constant number of tokens afterwards. Each
+kind of step is timed in turn with the original and counted as often as it occurs in the run. The cost of handling the
+state is the difference between a step that keeps everything and a step of the original. The memory table is computed
+without a run.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def measure_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def state_memory(size: str, pixels: int, batch: int) -> dict[str, Any]:
-    """What mode carry remembers of a DiT with patch 2 and no head or tail blocks, in MB."""
+    """The state of mode carry for a DiT with patch 2 and no head or tail blocks, in MB."""
     depth, width, _ = SIZES[size]
     tokens = (pixels // 16) ** 2
     values = SLOTS * (2 * depth + 1) * tokens * width * batch

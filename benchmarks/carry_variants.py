@@ -1,11 +1,11 @@
-"""Ideas for mode carry, each tried by itself on the shipped model: what they do to the final images.
+"""Ideas for mode carry, each tried separately on the shipped model, and their effect on the final images.
 
     python -m benchmarks.carry_variants              # 32 images, half an hour on one core
 
-The mode is written out by hand here, on the DiT itself in plain torch, so that an idea can be tried without passes,
-ops or exported graphs; the default variant is what the product does (a test compares the two). The variants that paid
-are the defaults of the product; the others live here only. Every row stands beside the original with as many steps as
-the same compute buys.
+The mode is written out by hand here, on the DiT itself in plain torch, so that an idea can be tried without passes, ops
+or exported graphs; the default variant is what the product does (a test compares the two). The variants that paid off
+are the defaults of the product; the others exist only here. The controls are runs of the original with about the same
+compute.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Variant:
     order_values: int = 1
     order_update: int = 1
     reach: float = 2.0
-    clock: str = "tau"  # what lines are straight in
+    clock: str = "tau"  # the variable in which lines are straight
     router: str = "drift"
     head: int = 0
     tail: int = 0
-    groups: tuple[float, ...] = (1.0,)  # kept tokens of equal runs of trunk blocks, relative to the mean
+    groups: tuple[float, ...] = (1.0,)  # kept tokens in equal parts of the trunk, relative to the mean
 
     def schedule(self, taus: np.ndarray) -> Timetable:
         kind = "curve" if self.curve else "constant"
@@ -88,7 +88,7 @@ BASES = ({"steps": 25, "kept": 0.34}, {"steps": 25, "kept": 0.34, "solver": "uni
 
 
 class Part:
-    """A run of trunk blocks with its own choice of tokens: what was computed when, and how it is read now."""
+    """A sequence of trunk blocks with its own choice of tokens: what was computed when, and how it is read now."""
 
     def __init__(self, blocks: list[Block], share: float, variant: Variant, grid: tuple[int, int], batch: int) -> None:
         self.blocks, self.share, self.variant = blocks, share, variant
@@ -148,7 +148,7 @@ class Part:
         return weights.float()
 
     def carry(self, name: str, fresh: Tensor, kept: Tensor, order: int, tau: float) -> Tensor:
-        """Values [B, k, E] of the kept tokens written, those of all tokens [B, N, E] read."""
+        """Write the values [B, k, E] of the kept tokens, and read those of all tokens [B, N, E]."""
         batch, tokens = self.taus.shape
         state = self.states.setdefault(name, fresh.new_zeros(self.slots, batch, tokens, fresh.shape[2]))
         index = kept.unsqueeze(-1).expand(-1, -1, fresh.shape[2])
@@ -220,7 +220,7 @@ def carried(dit: DiT, variant: Variant, batch: int, counts: np.ndarray) -> Calla
 
 
 def sample(dit: DiT, variant: Variant, prediction: str, noise: Tensor, labels: Tensor) -> tuple[Tensor, float]:
-    """Final images, and the compute in full steps (trunk and the other blocks; embedding and output left out)."""
+    """Final images, and the compute in full steps (trunk and the other blocks, without embedding and output)."""
     sampler = Sampler(prediction, variant.steps, variant.solver)
     tokens = dit.cfg.grid**2
     counts = variant.schedule(sampler.taus).run_counts(sampler.taus, tokens)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.choices              # the shipped model, a few minutes on two cores
 
-Each row converts the shipped model, samples it, and compares the final images with those of a long run of the
-original from the same seeds (PSNR), beside the error of one step along the original's trajectory and the
-GMACs of the whole run. The rows named `original` are the control: fewer steps of the original.
+Each row converts the shipped model, samples it, and compares the final images with those of a long run of the original
+from the same seeds (PSNR). It also has the error of one step along the original's trajectory and the GMACs of the whole
+run. The rows named `original` are the control: fewer steps of the original.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ONE_AT_A_TIME: tuple[dict[str, Any], ...] = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fidelity of the training-free choices on the shipped model.")
+    parser = argparse.ArgumentParser(description="Fidelity of training-free choices on the shipped model.")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--reference-steps", type=int, default=200)

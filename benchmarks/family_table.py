@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 MODES = ("carry", "chunk", "sparsedit", "ddit")
-HEADERS = ("models", "tried as", *MODES, "kept whole", "ONNX Runtime")
-LONGEST = 150  # of a reason
+HEADERS = ("models", "tested as", *MODES, "all tokens kept", "ONNX Runtime")
+LONGEST = 150  # characters of a reason
 
 
 def family_table(result: dict[str, Any], markdown: Callable[..., str]) -> str:
@@ -16,7 +16,7 @@ def family_table(result: dict[str, Any], markdown: Callable[..., str]) -> str:
 
 
 def family_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """A line for each family; errors are the largest of all modes, relative."""
+    """A line for each family; errors are relative, and the largest of all modes."""
     found = []
     for name in dict.fromkeys(row["family"] for row in rows):
         modes = {row["mode"]: row for row in rows if row["family"] == name}

@@ -1,4 +1,5 @@
-"""The tables of run tables: final images at equal compute, fitted and not, beside the original's own solvers."""
+"""The tables about run tables: final images at equal compute, with and without fitting, and with the original's
+solvers."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ SHORT = ("original, tuned", "all steps computed", "original, unipc", "original, 
 
 
 def of_budget(rows: Sequence[dict[str, Any]], guidance: float, budget: float) -> dict[str, dict[str, Any]]:
-    """The runs of one budget by name. One table with skipped steps is polished: with one skipped after each, or two."""
+    """The runs of one budget by name. One run table with skipped steps is polished: the one with one or two skipped
+    steps after each computed one."""
     found = {row["run"]: row for row in rows if (row["guidance"], row["budget"]) == (guidance, budget)}
     for name in [name for name in found if name.endswith("skipped after each, polished")]:
         found["skipped after each, polished"] = found[name]
@@ -48,7 +50,7 @@ def fitted_rows(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[st
 
 
 def short_rows(rows: Sequence[dict[str, Any]], steps: int) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells of the short table, guidance 1: what `tune` stores, what is there without it, the original."""
+    """Headers and cells of the short table, guidance 1: with `tune`, without it, and the original."""
     headers = ["compute", "speed-up", "after `tune`", "without", *(COLUMNS.get(name, name) for name in SHORT)]
     found = []
     for budget in sorted({row["budget"] for row in rows}):
@@ -79,11 +81,11 @@ def peer_rows(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
 
 
 def note(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """What the figures are, below a table."""
+    """The note below a table, which says what the figures are."""
     converged = min(row["reference_converged_db"] for row in rows)
     return (
-        f"\nPSNR in dB of {settings['fresh']} images that nothing was fitted to, ± standard error, to a run of "
-        f"{settings['reference_steps']} Adams steps; half as many steps are at least {converged:.0f} dB from that. "
-        f"Fits saw {settings['images']} other images; up to {settings['polish_up_to']:g} computed steps, tables were "
-        f"polished as well (rounds: {settings['polish']}).\n"
+        f"\nPSNR in dB on {settings['fresh']} images that nothing was fitted to, ± standard error, relative to a run "
+        f"of {settings['reference_steps']} Adams steps; half as many steps reach at least {converged:.0f} dB. The fits "
+        f"used {settings['images']} other images; tables with up to {settings['polish_up_to']:g} computed steps were "
+        f"also polished (rounds: {settings['polish']}).\n"
     )

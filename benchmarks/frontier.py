@@ -1,13 +1,13 @@
-"""The frontier of the shipped model: final images against compute and latency, `carry` beside fewer steps.
+"""The frontier of the shipped model: final images against compute and latency, for `carry` and for fewer steps.
 
     python -m benchmarks.frontier                    # 256 images, most of an hour on two cores
     python -m benchmarks.frontier --latency-only     # time the rows of the last run again
     python -m benchmarks.frontier --plot-only
 
-Every row is a whole run on ONNX Runtime: PSNR of its final images to those of the original with 400 Euler steps from
-the same seeds, GMACs an image, and latency an image. Latencies are those of single steps, original and every number of
-kept tokens taking turns in one run, summed over a run. The control is the original with fewer steps, with the same
-solver and with a better one.
+Every row is a whole run on ONNX Runtime: PSNR of its final images relative to 400 Euler steps of the original from the
+same seeds, GMACs per image, and latency per image. A latency is the sum of the single steps of a run; steps of the
+original and with every number of kept tokens are timed in turn. The control is the original with fewer steps, with the
+same solver and with a better one.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Bench:
         return torch.cat([sampler.run(new_step(), x, y) for x, y in track(pairs, label)])
 
     def quality(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows without latency; of the original those given, if there are any."""
+        """Rows without latency; the original's rows are those given, if there are any."""
         file = self.args.reference
         if file and file.exists():
             reference = torch.load(file, weights_only=True)[: self.args.images]
@@ -155,7 +155,7 @@ class Bench:
         return row
 
     def latency(self, rows: list[dict[str, Any]]) -> None:
-        """Fill in milliseconds an image: steps timed in turns, summed over each run."""
+        """Fill in milliseconds per image: steps timed in turn, summed over each run."""
         batch, spec = self.args.latency_batch, self.model.spec
         feed = {name: as_array(value) for name, value in spec.example(batch).items()}
         feed[str(spec.timestep)] = np.full(batch, 0.5 * spec.timestep_scale, np.float32)

@@ -23,9 +23,9 @@ def gpu_table(result: dict[str, Any], markdown: Callable[..., str]) -> str:
     rates = f"{ceiling['tflops_bf16']:.0f} TFLOP/s", f"{ceiling['gb_per_s'] / 1000:.1f} TB/s"
     note = (
         f"\nMeasured on a GPU: {facts['gpu']}; torch {facts['torch']}, random weights; {skipped} cases were skipped "
-        f"for want of time. Bound: the time that the original's operations take at {rates[0]}, or its weights, inputs "
-        f"and outputs at {rates[1]}, whichever is longer; both rates were measured in the same run, by a large matrix "
-        "product and a large copy.\n"
+        f"because time ran out. Bound: the time that the original's operations take at {rates[0]}, or its weights, "
+        f"inputs and outputs at {rates[1]}, whichever is longer; both rates were measured in the same run, with a "
+        "large matrix product and a large copy.\n"
     )
     return markdown(headers, lines) + note
 

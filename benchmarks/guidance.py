@@ -1,10 +1,10 @@
-"""Classifier-free guidance in mode carry: the two halves of a batch choose their tokens together, or each for itself.
+"""Classifier-free guidance in mode carry: the two halves of a batch choose their tokens together, or separately.
 
     python -m benchmarks.guidance                    # 32 images, minutes
 
-Errors of the two halves are multiplied by guidance and guidance - 1 and subtracted. Where both halves compute the same
-tokens, what the others miss is alike in both and partly cancels. PSNR to 200 Euler steps of the original from the same
-seeds; the control is the original with fewer steps.
+Errors of the two halves are multiplied by guidance and guidance - 1 and subtracted. If both halves compute the same
+tokens, the errors of the other tokens are similar in both and partly cancel. PSNR is relative to 200 Euler steps of the
+original from the same seeds; the control is the original with fewer steps.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def score(images: Tensor, reference: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Shared against separate choice of tokens under guidance.")
+    parser = argparse.ArgumentParser(description="Compare shared and separate choice of tokens under guidance.")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--guidance", nargs="+", type=float, default=[1.5, 2.5, 4.0])
     parser.add_argument("--reference-steps", type=int, default=200)

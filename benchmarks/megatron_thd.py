@@ -1,4 +1,4 @@
-"""The flat form of a plan, as Megatron-Core describes packed sequences: THD layout with cumulative lengths."""
+"""The flat form of a plan, in Megatron-Core's format for packed sequences: THD layout with cumulative lengths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PackedSeqParams:
     - cu_seqlens_q_padded, cu_seqlens_kv_padded int32 [B+1]: where each sample begins on the packed axis, which has pads
       at the end of a sample's last tile, and where the last one ends.
     - max_seqlen_q, max_seqlen_kv: the longest sample. total_tokens: T, pads at the end included.
-    - seq_idx int32 [1, T]: the sample of each place; places behind the last sample count as one more.
+    - seq_idx int32 [1, T]: the sample of each place; places after the last sample count as one more.
 
     Attention is within a sample, so queries and keys have the same.
     """
@@ -45,5 +45,5 @@ def packed_seq_params(plan: Plan) -> PackedSeqParams:
 
 
 def cumulated(lengths: Ints) -> NDArray[np.int32]:
-    """[B] -> [B+1], from 0."""
+    """Cumulative sums, starting at 0: [B] -> [B+1]."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)

@@ -1,10 +1,10 @@
-"""Step latency of mode chunk on ONNX Runtime, CPU: converted against the fixed-token original, interleaved in one run.
+"""Step latency of mode chunk on ONNX Runtime, CPU: converted and fixed-token original, interleaved in one run.
 
     python -m benchmarks.ort_speed                      # DiT-S/2 and DiT-B/2, 256 px, batch 8, 1x 4x 16x
     python -m benchmarks.ort_speed --sizes S --runs 5
 
-The step is route, plan and denoise; weights are random. Besides equal lengths at each ratio it times a batch
-whose samples keep different numbers of tokens with the same mean, which packing should not slow down.
+A step is route, plan and denoise; weights are random. Besides equal lengths at each ratio, it times a batch whose
+samples keep different numbers of tokens with the same mean, which packing should not slow down.
 """
 
 from __future__ import annotations

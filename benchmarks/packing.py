@@ -1,13 +1,13 @@
-"""Packing of samples that keep different numbers of tokens into attention rows: how full, how long, how fast.
+"""Packing of samples that keep different numbers of tokens into attention rows: fill, packing time and step time.
 
     pip install scipy
-    python -m benchmarks.packing            # some minutes on two cores
+    python -m benchmarks.packing            # a few minutes on two cores
 
-Two kinds of lengths. `batch`: what samples of the shipped model keep when they are at different steps of their runs, or
-where a natural threshold (p > 0.5 of the predictability router) decides; every algorithm packs each batch, and ONNX
-Runtime runs one sample a row against rows that are shared, interleaved. `data set`: 100,000 lengths up to 512, a
-stand-in for those of Krell et al. (arXiv 2107.02027), which are not at hand: a quarter fills a row, the others fall off
-linearly, so that without packing half of all slots are padding, as in the paper.
+There are two kinds of lengths. `batch`: what samples of the shipped model keep when they are at different steps of
+their runs, or when a natural threshold (p > 0.5 of the predictability router) decides. Every algorithm packs each
+batch, and ONNX Runtime runs one sample per row and shared rows in turn. `data set`: 100,000 lengths up to 512, a
+stand-in for those of Krell et al. (arXiv 2107.02027), which are not available. A quarter of them fill a row, and the
+others become linearly rarer with length, so that without packing half of all slots are padding, as in the paper.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=15, help="timed steps of each form")
     parser.add_argument("--capacity", type=int, default=CAPACITY, help="longest length of the data set")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=50, help="of the runs whose plans and lengths are taken")
+    parser.add_argument("--steps", type=int, default=50, help="steps of the runs that plans and lengths are taken from")
     parser.add_argument("--output", type=Path, default=None, help="[benchmarks/results/packing_cpu.json]")
     args = parser.parse_args(words)
     rows = [*data_set(args.capacity), *(row for batch in args.batches for row in measured(batch, args))]
@@ -59,7 +59,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def data_set(capacity: int) -> list[dict[str, Any]]:
-    """Both histogram algorithms on lengths whose padding without packing is a half."""
+    """Both histogram algorithms on lengths of which, without packing, half of all slots would be padding."""
     lengths = stand_in(capacity)
     histogram = Counter(lengths.tolist())
     alone = float(lengths.mean() / capacity)
@@ -81,14 +81,15 @@ def data_set(capacity: int) -> list[dict[str, Any]]:
 
 
 def stand_in(capacity: int) -> np.ndarray:
-    """Lengths [SAMPLES]: a quarter as long as rows are, the others with a linearly falling density; mean one half."""
+    """Lengths [SAMPLES]: a quarter fill a row, the others have a linearly falling density; the mean is one half."""
     rng = np.random.default_rng(0)
     shorter = np.clip(np.rint(capacity * (1 - np.sqrt(rng.random(SAMPLES)))), 1, capacity)
     return np.where(rng.random(SAMPLES) < 0.25, capacity, shorter).astype(np.int64)
 
 
 def measured(batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every algorithm on batches of the shipped model, and the step latency of shared rows against one a row."""
+    """Every algorithm on batches of the shipped model, and the step latency with shared rows and with one sample per
+    row."""
     dit = dcconvert.load_checkpoint(shipped_model())
     models = {
         packing: dcconvert.convert(dit, 4, options=method_of("chunk", router="predictability", packing=packing))
@@ -120,7 +121,7 @@ def measured(batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
 def packed(
     case: str, counts: np.ndarray, label: str, packer: Packer, model: Converted, times: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """One row: how full, how long the packing itself takes, and, of the two forms that run, the step."""
+    """One row: how full the rows are, how long packing takes and, for the two forms that run, how long a step takes."""
     capacity = int(counts.max())
     row, _ = packer(counts, capacity)
     taken = timed(lambda: packer(counts, capacity))

@@ -1,4 +1,4 @@
-"""The published methods: SparseDiT's operations as a table, all presets at one cost as a plot."""
+"""The published methods: a table of SparseDiT's operations, and a plot of all presets at the same cost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dcconvert.report.plots import BLUE, GREY, ORANGE, new_figure, png
 
 
 def sparsedit_table(result: dict[str, Any], markdown: Callable[..., str]) -> str:
-    """Our operations beside the paper's."""
+    """Our operations compared with the paper's."""
     rows = [
         [
             f"{row['latent'] * 8} px, r {row['r_min']:.2f} to {row['r_max']:.2f}",
@@ -24,18 +24,18 @@ def sparsedit_table(result: dict[str, Any], markdown: Callable[..., str]) -> str
     ]
     headers = [
         "DiT-XL/2",
-        "tokens, mean",
-        "GMACs, mean",
-        "of a step",
+        "mean tokens",
+        "mean GMACs",
+        "GMACs per step",
         "paper",
-        "mean to paper",
-        "largest step to paper",
+        "mean vs. paper",
+        "largest step vs. paper",
     ]
     return markdown(headers, rows)
 
 
 def preset_plot(rows: Sequence[dict[str, Any]]) -> bytes:
-    """PSNR of every method at one cost: hollow before training, filled after it; lines for the original.
+    """PSNR of every method at the same cost: hollow before training, filled after it; a dashed line for the original.
 
     Rows as `benchmarks.upcycling` writes them.
     """

@@ -2,7 +2,7 @@
 
     python -m benchmarks.scale                # DiT-XL/2 at 256 px, 675 M parameters, random weights
 
-The checkpoint is made in a temporary folder and converted by the command line in a process of its own.
+The checkpoint is made in a temporary folder and converted by the command line in a separate process.
 """
 
 from __future__ import annotations

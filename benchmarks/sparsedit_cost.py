@@ -1,10 +1,10 @@
-"""SparseDiT on DiT-XL/2: operations and tokens of our rewriting beside those that the paper reports.
+"""SparseDiT on DiT-XL/2: operations and tokens of our rewritten model, compared with those that the paper reports.
 
     python -m benchmarks.sparsedit_cost          # random weights; ten minutes and 12 GB
 
 The paper's figures (arXiv 2412.06028, called FLOPs there) are GMACs of one forward pass for a range of pruning rates
 r(t). Ours are counted on the rewritten graphs at 100 evenly spaced timesteps, each with the largest grid that r(t)
-leaves room for, and averaged; beside the mean stand the steps with most and with fewest tokens.
+allows, and averaged; the steps with the most and the fewest tokens are reported as well.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from dcconvert.passes.planning.pooled_planner import PooledPlanner
 from dcconvert.passes.planning.schedule import CURVE, Policy
 
 XL = DiTConfig(depth=28, width=1152, heads=16, patch=2, image_size=32)
-# Latent pixels a side, sides of the largest and the smallest pooled grid, and the paper's GMACs. The paper gives rates
+# Latent pixels per side, sides of the largest and smallest pooled grids, and the paper's GMACs. The paper gives rates
 # r = 1 - side^2 / N to two digits: 0.44 to 0.61, 0.61 to 0.86, the same, 0.90 to 0.96.
 PUBLISHED = ((32, 12, 10, 88.91), (32, 10, 6, 68.05), (64, 20, 12, 286.0), (64, 10, 6, 235.0))
 STEPS = 100
 
 
 def measured(size: int, most: int, fewest: int, published: float, config: DiTConfig = XL) -> dict[str, Any]:
-    """One row: the rewritten model at the schedule between two pooled grids of so many tokens a side."""
+    """One row: the rewritten model with a schedule between two pooled grids with `most` and `fewest` tokens per
+    side."""
     low, high = (1 - (side * config.patch / size) ** 2 for side in (most, fewest))
     torch.manual_seed(0)
     model = DiT(replace(config, image_size=size)).eval()

@@ -1,4 +1,4 @@
-"""The stress set on both modes: `dcconvert stress` on the bundles that `benchmarks.upcycling` made.
+"""The stress set in both modes: `dcconvert stress` on the bundles that `benchmarks.upcycling` made.
 
     python -m benchmarks.upcycling --data runs/fashion-mnist --work runs/upcycling
     python -m benchmarks.stress --work runs/upcycling      # a few minutes
@@ -23,8 +23,8 @@ COUNT = 8  # cases of each kind
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The stress set on both modes.")
-    parser.add_argument("--work", type=Path, required=True, help="the folder of benchmarks.upcycling")
+    parser = argparse.ArgumentParser(description="Run the stress set in both modes.")
+    parser.add_argument("--work", type=Path, required=True, help="the bundle folder of benchmarks.upcycling")
     args = parser.parse_args()
     made = {made.name: made for made in BUNDLES}
     rows: list[dict[str, Any]] = []

@@ -3,7 +3,7 @@
     python -m benchmarks.tables            # rewrite them
     python -m benchmarks.tables --check    # exit 1 if one is out of date
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`.
+A table is between `<!-- table NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def speed() -> str:
         ]
         for row in result["rows"]
     ]
-    headers = ["batch 8, 256 px", "original, ms", "converted, ms", "times faster", "fewer operations", "share reached"]
+    headers = ["batch 8, 256 px", "original, ms", "converted, ms", "speed-up", "operations ratio", "share of ideal"]
     return markdown(headers, rows) + machine_note(result)
 
 
@@ -71,7 +71,7 @@ def packing(kind: str, headers: list[str], cells: Callable[[dict[str, Any]], lis
 
 
 def packing_data_set() -> str:
-    headers = ["lengths up to 512", "tokens in the slots", "seconds"]
+    headers = ["lengths up to 512", "slots filled", "seconds"]
     return packing("data set", headers, lambda row: [row["name"], f"{row['efficiency']:.1%}", f"{row['seconds']:.3g}"])
 
 
@@ -82,12 +82,12 @@ def packing_batch(row: dict[str, Any]) -> list[str]:
 
 
 def packing_batches() -> str:
-    headers = ["batch and algorithm", "rows", "tokens in the slots", "µs", "step, ms", "times faster than the original"]
+    headers = ["batch and algorithm", "rows", "slots filled", "µs", "step, ms", "speed-up over the original"]
     return packing("batch", headers, packing_batch)
 
 
 def packing_plan() -> str:
-    headers = ["4x, batch 8", "route, ms", "plan, ms", "denoise, ms", "share of the plan"]
+    headers = ["4x, batch 8", "route, ms", "plan, ms", "denoise, ms", "plan's share"]
     stages = ("route_ms", "plan_ms", "denoise_ms")
     return packing(
         "plan", headers, lambda row: [row["name"], *(f"{row[s]:.2f}" for s in stages), f"{row['plan_share']:.1%}"]
@@ -102,7 +102,7 @@ def demo() -> str:
         [name, f"{row['gmacs']:.1f}", f"{row['latency_ms']:.0f}", f"{row['psnr']:.1f}"] for name, row in images.items()
     ]
     reference = result["fidelity"]["images"]["reference"].removesuffix(", reference")
-    headers = ["shipped model", "GMACs an image", "ms an image", f"PSNR to the {reference}, dB"]
+    headers = ["shipped model", "GMACs per image", "ms per image", f"PSNR relative to the {reference}, dB"]
     text = markdown(headers, rows)
     count = result["fidelity"]["images"]["count"]
     return (
@@ -133,12 +133,12 @@ def choices() -> str:
         ]
         for row in result["rows"]
     ]
-    headers = ["", "GMACs an image", "error of one step", "PSNR of final images, dB"]
+    headers = ["", "GMACs per image", "error of one step", "PSNR of final images, dB"]
     return markdown(headers, rows) + machine_note(result)
 
 
 def frontier() -> str:
-    """Of every solver and budget the best carry row, beside the original at equal compute and at equal latency."""
+    """The best carry row for every solver and budget, and the original at equal compute and at equal latency."""
     result = read("frontier")
     rows = []
     for solver in result["settings"]["solvers"]:
@@ -170,7 +170,8 @@ def frontier() -> str:
 
 
 def interpolated(control: Sequence[dict[str, Any]], key: str, cost: float) -> float:
-    """PSNR of the original at a cost, on a line in the logarithm of the cost between the nearest step counts."""
+    """PSNR of the original at a cost, interpolated linearly in the logarithm of the cost between the nearest step
+    counts."""
     points = sorted((math.log(row[key]), row["psnr"]) for row in control)
     if not points[0][0] <= math.log(cost) <= points[-1][0]:
         raise ValueError(f"the control does not reach a {key} of {cost}: measure it with more step counts")
@@ -191,8 +192,8 @@ def carry_speed() -> str:
         ]
         for row in result["rows"]
     ]
-    headers = ["batch 8, 256 px, mean over 50 steps", "original, ms", "carry, ms", "times faster", "fewer operations"]
-    return markdown([*headers, "share reached", "of it the state"], rows) + machine_note(result)
+    headers = ["batch 8, 256 px, mean over 50 steps", "original, ms", "carry, ms", "speed-up", "operations ratio"]
+    return markdown([*headers, "share of ideal", "state's share"], rows) + machine_note(result)
 
 
 def state_memory() -> str:
@@ -235,9 +236,9 @@ def calibrated() -> str:
         kept = ", ".join(f"{level:.2f}" for level in row["kept"] or ())
         cells = [f"{row['steps']}", f"{row['warm_up'] or ''}", kept, f"{row['gmacs']:.1f}", f"{row['psnr_fresh']:.1f}"]
         rows.append([f"{name}, {row['solver']}", *cells])
-    headers = ["at 4x", "steps", "warm-up", "kept at noise 0, 0.5, 1", "GMACs an image", "PSNR, dB"]
+    headers = ["at 4x", "steps", "warm-up", "kept at noise 0, 0.5, 1", "GMACs per image", "PSNR, dB"]
     known = result["settings"]["calibrations"][0]
-    note = f"\n{known['images']} fresh images, to {known['reference_steps']} Euler steps.\n"
+    note = f"\nPSNR on {known['images']} fresh images, relative to {known['reference_steps']} Euler steps.\n"
     return markdown(headers, list(map(list, dict.fromkeys(map(tuple, rows))))) + note + machine_note(result)
 
 
@@ -258,13 +259,13 @@ def distance() -> str:
     rows = [
         [row["name"], f"{row['gmacs']:.1f}" if "gmacs" in row else "", f"{row['fd']:.1f}"] for row in result["rows"]
     ]
-    note = f"\n{settings['images']} images of each against {settings['real']} test images.\n"
-    return markdown(["shipped model", "GMACs an image", "FD"], rows) + note + machine_note(result)
+    note = f"\n{settings['images']} images of each, compared with {settings['real']} test images.\n"
+    return markdown(["shipped model", "GMACs per image", "FD"], rows) + note + machine_note(result)
 
 
 QUALITY: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
-    ("GMACs an image", lambda row: f"{row['gmacs']:.1f}"),
-    ("ms an image", lambda row: f"{row['latency_ms']:.0f}"),
+    ("GMACs per image", lambda row: f"{row['gmacs']:.1f}"),
+    ("ms per image", lambda row: f"{row['latency_ms']:.0f}"),
     ("PSNR, dB", lambda row: f"{row['psnr']:.1f} ± {row['psnr_error']:.1f}"),
     ("pair distance", lambda row: f"{row['pair_distance']:.2f}"),
     ("KID x1000", lambda row: f"{1e3 * row['kernel']:.1f} ± {1e3 * row['kernel_error']:.1f}"),
@@ -284,13 +285,13 @@ def evaluated(part: str, more: Sequence[tuple[str, Callable[[dict[str, Any]], st
     columns = [*QUALITY, *more]
     rows = [[row["name"], *(show(row) for _, show in columns)] for row in result["rows"]]
     note = (
-        f"\n{images['count']} images; PSNR and pair distance to {images['reference']}; network {images['network']}, "
-        f"{images['real_count']} test images."
+        f"\n{images['count']} images; PSNR and pair distance are relative to the {images['reference']}; network: "
+        f"{images['network']}; {images['real_count']} test images."
     )
     if more:
         floor = images["floor"]
         note += (
-            f" As many real images as were drawn, held out: FD {floor['frechet']:.1f}, "
+            f" The same number of held-out real images: FD {floor['frechet']:.1f}, "
             f"precision {floor['precision']:.2f}, recall {floor['recall']:.2f}."
         )
     return markdown(["", *(heading for heading, _ in columns)], rows) + note + "\n" + machine_note(result)
@@ -311,11 +312,11 @@ def stress() -> str:
         for row in result["rows"]
     ]
     headers = ["bundle", "detail", "cost in full steps", "PSNR, dB", "in the detail", "fewer steps", "in the detail"]
-    headers += ["attention to detail, early, late", "error of dropped, late", "age of detail (of all), late"]
+    headers += ["attention to detail, early, late", "error of dropped tokens, late", "age of detail (of all), late"]
     settings = result["settings"]
     note = (
-        f"\nUp to {settings['count']} cases of each kind; {settings['steps']} steps from noise level "
-        f"{settings['start']:.2f} on, of the {settings['run_steps']} of a whole run, {settings['solver']}.\n"
+        f"\nUp to {settings['count']} cases of each kind; {settings['steps']} steps, starting at noise level "
+        f"{settings['start']:.2f}, out of {settings['run_steps']} in a whole run, with {settings['solver']}.\n"
     )
     return markdown(headers, rows) + note + machine_note(result)
 
@@ -338,9 +339,9 @@ def peers() -> str:
     settings = result["settings"]
     headers, rows = peer_rows(result["rows"])
     note = (
-        f"\nPSNR in dB of {settings['images']} images, ± standard error, to a run of {settings['reference_steps']} "
-        f"Adams steps; in parentheses, the cost in steps of the original. cache-dit {settings['cache_dit']} computes "
-        "the first block in every step.\n"
+        f"\nPSNR in dB on {settings['images']} images, ± standard error, relative to a run of "
+        f"{settings['reference_steps']} Adams steps; in parentheses, the cost in steps of the original. cache-dit "
+        f"{settings['cache_dit']} computes the first block in every step.\n"
     )
     return markdown(headers, rows) + note + machine_note(result)
 
@@ -382,12 +383,12 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def rewritten(text: str) -> str:
-    """A page with every table made anew."""
+    """A page with every table regenerated."""
     return MARKER.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[3]}", text)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tables of the README and docs from committed results.")
+    parser = argparse.ArgumentParser(description="Write the tables of the README and docs from committed results.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
     args = parser.parse_args()
     for page in PAGES:

@@ -4,8 +4,8 @@
     python -m benchmarks.upcycling --data runs/fashion-mnist --work runs/upcycling   # the four .gz files; two hours
 
 Everything goes through the command line, as a user would do it: convert, upcycle, evaluate. The shipped model saw
-188,000 training samples (dcconvert/assets/MODEL_CARD.md); 5 % of them is the budget of every training in mode chunk. A
-second run takes up bundles that are finished; `--part` makes one of the tables only.
+188,000 training samples (dcconvert/assets/MODEL_CARD.md); the budget of every training run in mode chunk is 5 % of
+that. A second run reuses finished bundles; `--part` makes only one of the tables.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BUDGETS = ("2x", "3x", "4x", "8x", "16x")
 
 @dataclass(frozen=True)
 class Made:
-    """A bundle: how it is converted, and how it is trained (not at all, where there are no words)."""
+    """A bundle: how it is converted, and how it is trained (not at all if `upcycle` is empty)."""
 
     name: str
     convert: tuple[str, ...]
@@ -74,9 +74,9 @@ BUNDLES = (
     Made("carry 4x", ("--ratio", "4x")),
     Made("carry 4x, tuned", ("--ratio", "4x"), ("--samples", "6400", "--batch", "8", "--lr", "4e-5")),
 )
-# Tables: which bundles, and what `evaluate` is told. Fréchet distances need more images than the network has features.
-# The presets cost as much as ten steps of the original, each as it is meant to be used: SparseDiT's blocks, which keep
-# most of a small model dense, in fewer steps.
+# Bundles of each table, and arguments of `evaluate`. Fréchet distances need more images than the network has features.
+# The presets cost as much as ten steps of the original, each used as intended: SparseDiT's blocks, which keep most of a
+# small model dense, run in fewer steps.
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "routers": (tuple(made.name for made in BUNDLES[:5]), ("--images", "256", "--reference-steps", "50")),
     "budgets": (
@@ -101,9 +101,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What training is worth.")
     parser.add_argument("--data", type=Path, required=True, help="folder of Fashion-MNIST's four .gz files")
     parser.add_argument("--work", type=Path, required=True, help="folder for the bundles")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one thread each")
-    parser.add_argument("--part", choices=PARTS, action="append", help="this table only; repeatable")
-    parser.add_argument("--train-only", action="store_true", help="make the bundles and measure nothing")
+    parser.add_argument("--jobs", type=int, default=2, help="training runs at a time, one thread each")
+    parser.add_argument("--part", choices=PARTS, action="append", help="make only this table; repeatable")
+    parser.add_argument("--train-only", action="store_true", help="make the bundles without measuring anything")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
@@ -129,7 +129,7 @@ def folder_of(made: Made, work: Path) -> Path:
 
 
 def make(made: Made, work: Path) -> None:
-    """Convert and train a bundle, unless it is there."""
+    """Convert and train a bundle, unless it exists."""
     folder = folder_of(made, work)
     if not folder.exists():
         start = folder.with_name(f"{folder.name}_start")
@@ -178,14 +178,14 @@ def evaluate(part: str, work: Path) -> None:
 
 
 def with_name(row: dict[str, Any], part: str, names: tuple[str, ...]) -> dict[str, Any]:
-    """A row under the name of its bundle; at several ratios the row's own says which."""
+    """A row with the name of its bundle; if there are several ratios, the row's own name tells which."""
     number = int(row["name"].split()[0].removeprefix("#")) - 1
     name = names[number] if len(names) > 1 else row["name"].split(" ", 1)[1]
     return {**row, "name": name}
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
-    """The validation curve of a training, nothing for a bundle that was not trained."""
+    """The validation curve of a training run; empty for a bundle that was not trained."""
     report = json.loads((folder / "report.json").read_text())
     return list(report.get("upcycling", {}).get("log", []))
 

@@ -2,7 +2,7 @@
 
 - `bundle`: the output folder of a conversion, written whole or not at all.
 - `buckets`: the static shapes that a model is exported and compiled for.
-- `triton_repository`: a bundle as a model repository for Triton Inference Server.
+- `triton`: a bundle as a model repository for Triton Inference Server.
 - `onnx`: the graphs as ONNX files.
 - `runtimes`: running them.
 - `engines`: TensorRT engines.

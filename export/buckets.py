@@ -44,8 +44,8 @@ class BucketSet:
     def choose(self, batch: int, counts: ArrayLike) -> Bucket:
         """Return the bucket with the fewest tokens that holds ``batch`` samples of ``counts`` (one, or [batch]) tokens.
 
-        The caller fills a batch smaller than the bucket's by repeating its last sample. UsageError for an empty batch,
-        one above the largest in the set, or counts that are not 1..N.
+        The caller fills a batch smaller than the bucket's by repeating its last sample. Raises UsageError for an empty
+        batch, one above the largest in the set, or counts that are not 1..N.
         """
         if not 1 <= batch <= self.batches[-1]:
             raise UsageError(
@@ -74,7 +74,7 @@ class BucketSet:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BucketSet:
-        """Read back ``to_dict``; UsageError if anything is missing (including the full bucket) or a size is invalid."""
+        """Undo ``to_dict``; raises UsageError if a value (or the full bucket) is missing or a size is invalid."""
         try:
             buckets = tuple(
                 Bucket(*(int(entry[name]) for name in ("batch", "tokens", "rows", "row_tokens", "tile")))
@@ -120,8 +120,8 @@ def choose_guided_buckets(batch: int, counts: ArrayLike, unconditional: ArrayLik
     """Buckets for ``batch`` pairs of samples; the first of a pair keeps ``counts``, the second ``unconditional``.
 
     Both have one entry per step of a run. The batch has all first samples, then all second samples (classifier-free
-    guidance with fewer tokens for the unconditional half, the Lite-CFG of arXiv 2603.06351). A row fits the longer
-    sample of a pair; the number of packed tokens is what both keep, in tiles of ``MIXED_TILE``. The last bucket keeps
+    guidance with fewer tokens for the unconditional half: Lite-CFG in arXiv 2603.06351). A row fits the longer sample
+    of a pair; the packed tokens of both are counted together, in tiles of ``MIXED_TILE``. The last bucket keeps
     everything. Errors as in ``choose_buckets``.
     """
     first, second = np.asarray(counts, np.int64), np.asarray(unconditional, np.int64)

@@ -39,12 +39,12 @@ class Bundle:
 def write_model(model: DynamicModel, folder: Path) -> None:
     """Weights and graphs of a model, in forms that load without pickle."""
     save_file(model_tensors(model), str(folder / WEIGHTS))
-    (folder / WEIGHTS).chmod(0o666 & ~current_umask())  # safetensors lets the owner alone read it
+    (folder / WEIGHTS).chmod(0o666 & ~current_umask())  # safetensors makes it readable by its owner only
     write_json(model_to_dict(model), folder / GRAPH)
 
 
 def read_bundle(folder: Path) -> Bundle:
-    """Load a bundle; UsageError if the folder is not a bundle, is damaged, or has another format version."""
+    """Load a bundle; raises UsageError if the folder is not a bundle, is damaged, or has another format version."""
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
         raise UsageError(f"{folder} is not a bundle (no {MANIFEST}): make one with 'dcconvert MODEL --ratio 4x'")
@@ -65,5 +65,5 @@ def read_bundle(folder: Path) -> Bundle:
 
 
 def manifest_buckets(manifest: dict[str, Any]) -> BucketSet:
-    """The buckets of a manifest; UsageError if it has none."""
+    """The buckets of a manifest; raises UsageError if it has none."""
     return BucketSet.from_dict(manifest.get("buckets", manifest.get("ladder", {})))  # "ladder" up to format 3

@@ -41,7 +41,7 @@ def new_folder(target: Path, force: bool = False, kind: str = "bundle", mark: st
         yield work
         work.chmod(0o777 & ~current_umask())
         put_in_place(work, target)
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
         raise UsageError(f"writing {target} failed: {said(error)}; nothing was left behind") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -83,7 +83,7 @@ def writable(path: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file completely or not at all; UsageError if it cannot be written."""
+    """Write a file completely or not at all; raises UsageError if it cannot be written."""
     writable(path)
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -29,13 +29,13 @@ class NumericGate:
 
 
 def outputs(program: Program) -> list[Any]:
-    """Outputs of the program's graph, every token kept."""
+    """Outputs of the program's graph with every token kept."""
     with torch.no_grad():
         return list(program.graph_module(*program.example, *full_plan(program)))
 
 
 def full_plan(program: Program) -> list[Tensor]:
-    """Values for the graph's plan inputs, which keep everything, and empty states."""
+    """Values for the graph's plan inputs that keep everything, and empty states."""
     if not program.plan_inputs:
         return []
     stream = program.found_stream()

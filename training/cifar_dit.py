@@ -2,9 +2,9 @@
 
     python -m training.cifar_dit --data cifar-10-batches-bin --minutes 6 --bf16
 
-`--data` is the folder of CIFAR-10's binary version (Krizhevsky 2009: `data_batch_1.bin` ... `test_batch.bin`, a byte of
-label and 3072 bytes of image a record), or an `.npz` of JPEG copies with arrays `train_jpeg` (all files in one row),
-`train_offsets`, `train_labels` and the same for `test`.
+`--data` is the folder of CIFAR-10's binary version (Krizhevsky 2009: `data_batch_1.bin` ... `test_batch.bin`; each
+record has one byte of label and 3072 of image), or an `.npz` of JPEG copies with arrays `train_jpeg` (all files
+joined), `train_offsets`, `train_labels` and the same for `test`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def load_binary(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_jpeg(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The same of an `.npz` of JPEG files."""
+    """The same from an `.npz` of JPEG files."""
     with np.load(path) as arrays:
         data, offsets, labels = (arrays[f"{split}_{name}"] for name in ("jpeg", "offsets", "labels"))
 

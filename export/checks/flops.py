@@ -73,7 +73,7 @@ class CountBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
         written = sum(map(held_bytes, tree_leaves(results)))
-        if written and not func.is_view:  # not a question about a tensor, such as where it is
+        if written and not func.is_view:  # not a query about a tensor, such as its device
             self.bytes += written + sum(map(held_bytes, tree_leaves((args, kwargs))))
         return results
 
@@ -103,7 +103,7 @@ class AttentionMemory:
 
 
 def attention_memory(module: nn.Module, args: tuple[Any, ...]) -> AttentionMemory:
-    """Of one run on inputs shaped like `args`."""
+    """The attention memory of one run on inputs shaped like `args`."""
     sizes = [0]
 
     def note(q: Any, k: Any, *_: object, **__: object) -> int:
@@ -116,14 +116,14 @@ def attention_memory(module: nn.Module, args: tuple[Any, ...]) -> AttentionMemor
 
 
 def original_attention(model: DynamicModel, inputs: dict[str, Any]) -> AttentionMemory:
-    """Of one forward pass of the original at the batch of `inputs`."""
+    """The attention memory of one forward pass of the original at the batch of `inputs`."""
     return attention_memory(model.original_graph, tuple(inputs[name] for name in model.spec.inputs))
 
 
 def converted_attention(
     model: DynamicModel, inputs: dict[str, Any], counts: np.ndarray, bucket: Bucket | None
 ) -> AttentionMemory:
-    """Of one step, route and denoise, whose samples keep `counts` [B] tokens in a bucket."""
+    """The attention memory of one step, route and denoise, whose samples keep `counts` [B] tokens in a bucket."""
     if model.spec.updates:
         parts = [attention_memory(*call) for call in step_calls(model, inputs, int(counts.max()))]
     else:
@@ -186,7 +186,7 @@ def live_values(model: DynamicModel, batch: int) -> list[Tensor]:
 
 
 def even_plan(model: DynamicModel, batch: int, kept: int) -> Plan | CarryPlan:
-    """A plan in which every sample keeps its first `kept` tokens: the right shapes, and nothing else."""
+    """A plan in which every sample keeps its first `kept` tokens; only its shapes are meaningful."""
     keep = np.zeros((batch, model.spec.tokens), bool)
     keep[:, :kept] = True
     return model.planner.of_mask(keep)

@@ -1,4 +1,4 @@
-"""Latency and memory of original against converted, interleaved in one run."""
+"""Latency and memory of the original and the converted model, interleaved in one run."""
 
 from __future__ import annotations
 

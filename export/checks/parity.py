@@ -24,8 +24,8 @@ from dcconvert.passes.planning.token_history import History
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.state import TensorState
 
-IDENTITY_TOLERANCE = 1e-5  # relative, keep-everything output against the original
-HALF_STATE_TOLERANCE = 1e-2  # the same where keys and values pass through a state in fp16
+IDENTITY_TOLERANCE = 1e-5  # relative, output with everything kept against the original's
+HALF_STATE_TOLERANCE = 1e-2  # the same if keys and values pass through a state in fp16
 ISOLATION_TOLERANCE = 1e-6  # relative, a sample's output when another one is replaced
 OTHER_MATCHES = "other_matches"  # of token merging
 RUNTIME_TOLERANCE = 1e-4  # torch against ONNX Runtime in fp32: relative to a value, or to the output's scale
@@ -181,8 +181,8 @@ def check_runtime(
 ) -> list[Check]:
     """Torch against ONNX Runtime (CPU) on `route` for every batch size and `denoise` for every bucket.
 
-    Compared by polygraphy, new states included. `inputs_of(batch)` gives model inputs; `tick` is told about each
-    comparison; `tolerance` is that of the model's precision.
+    Polygraphy compares the outputs, including new states. `inputs_of(batch)` gives model inputs; `tick` is called for
+    each comparison; `tolerance` is that of the model's precision.
     """
     prepares: list[Case] = []
     routes: list[Case] = []
@@ -245,7 +245,7 @@ def as_arrays(values: dict[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: as_array(value) for name, value in values.items()}
 
 
-@np.errstate(invalid="ignore")  # what is not finite fails the check; no need for warnings as well
+@np.errstate(invalid="ignore")  # non-finite values fail the check; warnings are not needed as well
 def compare(path: Path, cases: list[Case], tolerance: float = RUNTIME_TOLERANCE) -> list[Check]:
     """Run an ONNX file through polygraphy on every case and compare with torch's outputs."""
     with quiet_polygraphy():

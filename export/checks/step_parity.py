@@ -49,7 +49,7 @@ def check_steps(model: DynamicModel, inputs: dict[str, Any]) -> list[Check]:
     original = next(iter(wanted.values()))
     full, skipped = full_then_skipped(model, inputs, (1.0,))
     forecast = full_then_skipped(model, inputs, (0.7,))
-    batched = batched_inputs(model) - {model.spec.timestep or ""}  # a run refuses one that is out of range
+    batched = batched_inputs(model) - {model.spec.timestep or ""}  # a run rejects one that is out of range
     shouted = {name: drown_last(value) if name in batched else value for name, value in inputs.items()}
     loud = full_then_skipped(model, shouted, (0.7,))
     apart = largest(relative_error(new[:-1], old[:-1]) for new, old in zip(loud, forecast, strict=True))

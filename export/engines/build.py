@@ -27,7 +27,7 @@ from dcconvert.passes.planning.layout import Bucket
 
 ENGINES = "engines"
 TIMING_CACHE = "timing.cache"
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # of the backends
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # of each backend
 TICK_SECONDS = 0.2
 
 Shapes = dict[str, tuple[list[int], list[int], list[int]]]  # smallest, best and largest shape of every input
@@ -81,7 +81,7 @@ def plan_engines(
     per_bucket: bool = False,
     ranges: bool = False,
 ) -> list[Engine]:
-    """The engines for these graphs, ONNX files in a folder; UsageError for one that cannot be read.
+    """The engines for these graphs, ONNX files in a folder; raises UsageError for one that cannot be read.
 
     There is one engine per graph with a profile for every bucket, which share its weights; with `per_bucket`, there is
     one engine for each bucket. Profiles have one exact shape; with `ranges`, they cover all shapes between one bucket
@@ -132,7 +132,7 @@ def read_graph(path: Path, again: str = "remove its folder and build again") -> 
 
     try:
         return onnx.load(str(path), load_external_data=False).graph
-    except Exception as error:  # the parser's own, and the system's
+    except Exception as error:  # errors of the parser and of the system
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise UsageError(f"cannot read {path}: {reason}; {again}") from error
 
@@ -192,7 +192,7 @@ def onnx_parts(path: Path) -> list[Path]:
 def build_engine(engine: Engine, folder: Path, tick: Callable[[float], None] = lambda _: None) -> Built:
     """Build one engine in a folder, completely or not at all; returns its index entry. `tick` gets the seconds.
 
-    Raises UsageError with node, op and bucket if the backend rejects the graph or fails, and CheckFailedError if the
+    Raises UsageError naming node, op and bucket if the backend rejects the graph or fails, and CheckFailedError if the
     engine would ignore an input of the graph.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as work:

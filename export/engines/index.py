@@ -22,7 +22,7 @@ Record = TypeVar("Record", bound="DataclassInstance")
 
 @dataclass(frozen=True)
 class Device:
-    """What engines are built for. `capability`: such as "8.9", or "" for the backend's default."""
+    """What engines are built for. `capability`: for example "8.9", or "" for the backend's default."""
 
     backend: str
     version: str
@@ -75,7 +75,7 @@ class Index:
 
 
 def read_index(folder: Path) -> Index:
-    """What `engines.json` in a folder says; UsageError if it is missing or damaged."""
+    """The contents of a folder's `engines.json`; raises UsageError if it is missing or damaged."""
     path = folder / INDEX
     try:
         found = json.loads(path.read_text())
@@ -98,7 +98,7 @@ def built(entry: dict[str, Any]) -> Built:
 
 
 def checked(value: Record) -> Record:
-    """A dataclass whose values are of the types it names; TypeError otherwise."""
+    """A dataclass whose values have its declared types; raises TypeError otherwise."""
     kinds: dict[str, Any] = {"str": str, "bool": bool, "int": int, "float": (int, float)}
     for item in fields(value):
         if not isinstance(getattr(value, item.name), kinds.get(str(item.type), object)):

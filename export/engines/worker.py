@@ -40,7 +40,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return facts
     if build(parts, request, request["profiles"]):
         return facts
-    for number, profile in enumerate(request["profiles"]):  # which of them is to blame?
+    for number, profile in enumerate(request["profiles"]):  # find the one that fails
         parts = NetworkFromOnnxPath(request["onnx"], strongly_typed=True)()
         if not build(parts, request, [profile]):
             return {"error": "", "profile": number}
@@ -48,7 +48,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(parts: tuple[Any, ...], request: dict[str, Any], profiles: Sequence[dict[str, Any]]) -> bool:
-    """Write the engine; False if the builder fails; the reason is in its log."""
+    """Write the engine. Returns False if the builder fails; the reason is then in its log."""
     from polygraphy.backend.trt import CreateConfig, EngineBytesFromNetwork, Profile
     from polygraphy.exception import PolygraphyException
 
@@ -58,7 +58,7 @@ def build(parts: tuple[Any, ...], request: dict[str, Any], profiles: Sequence[di
         for name, (low, best, high) in shapes.items():
             profile.add(name, low, best, high)
         made.append(profile)
-    cache = None if request["backend"] == RTX else request["timing_cache"]  # TensorRT-RTX times nothing
+    cache = None if request["backend"] == RTX else request["timing_cache"]  # TensorRT-RTX does no timing
     config = CreateConfig(profiles=made, load_timing_cache=cache)
     try:
         engine = EngineBytesFromNetwork(parts, configured(config, request["capability"]), save_timing_cache=cache)()

@@ -25,7 +25,7 @@ from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.runtime.model import DynamicModel
 
 EXTERNAL_DATA_BYTES = 1_000_000_000
-STACK_TRACE = "pkg.torch.onnx.stack_trace"  # what the exporter notes at every node: paths of this machine
+STACK_TRACE = "pkg.torch.onnx.stack_trace"  # metadata that the exporter adds to every node, with local paths
 
 
 def export_onnx(model: DynamicModel, folder: Path, lowerings: Lowerings = PORTABLE) -> None:

@@ -1,9 +1,8 @@
 """How each dcconvert op is written in ONNX (opset 24).
 
-The exporter calls these functions with symbolic ONNX values. Packed attention becomes the standard
-`Attention` op: with one sample a row its `nonpad_kv_seqlen` input says how many keys count, with several
-samples a row a boolean mask keeps them apart. For TensorRT it is a mask in both cases, or the layer that it has for
-packed attention.
+The exporter calls these functions with symbolic ONNX values. Packed attention becomes the standard `Attention` op: with
+one sample per row, its `nonpad_kv_seqlen` input says how many keys count; with several samples per row, a boolean mask
+keeps them apart. For TensorRT, it becomes a mask in both cases, or TensorRT's layer for packed attention.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def segment_attention(q: Any, k: Any, v: Any, segment_ids: Any, scale: float) ->
 
 
 def packed_attention(q: Any, k: Any, v: Any, query_lengths: Any, key_lengths: Any, scale: float) -> Any:
-    """[G, L, H, d] as [T, H, d]; the layer does no scaling."""
+    """[G, L, H, d] as [T, H, d]; the layer itself does not scale."""
     register_schema()
     queries, keys, values = map(flatten_pair, (q, k, v))
     scaled = op.Mul(queries, op.CastLike(op.Constant(value_float=scale), queries))
@@ -94,7 +93,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """q [B, H, S, d], k and v [B, H, N, d]; a mask is broadcast over the queries here, as ONNX Runtime does not."""
+    """q [B, H, S, d], k and v [B, H, N, d]; a mask is broadcast over the queries here, since ONNX Runtime does not."""
     if attn_mask is not None:
         queries = op.Concat(row(1), row(1), op.Shape(q, start=2, end=3), row(1), axis=0)
         attn_mask = op.Expand(attn_mask, queries)

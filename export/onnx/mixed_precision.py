@@ -21,10 +21,10 @@ from dcconvert.passes.runtime.rewritten import rewritten
 
 aten, own = torch.ops.aten, torch.ops.dcconvert
 
-HALF = "_half"  # ends the names of parameters in half
+HALF = "_half"  # suffix of the names of parameters in half
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Where the work is. A linear layer counts where it has tokens; one on [B, D], such as adaLN's, stays in fp32.
+# Most of the work. Linear layers count only if they have tokens; those on [B, D], such as adaLN's, stay in fp32.
 PRODUCTS = {aten.linear.default, aten.matmul.default, aten.bmm.default}
 ATTENTION = {
     aten.scaled_dot_product_attention.default,
@@ -32,7 +32,7 @@ ATTENTION = {
     own.segment_attention.default,
     own.packed_attention.default,
 }
-# What only moves values, or is applied between two matrix products and cannot leave their range.
+# Ops that only move values, or that are applied between two matrix products and cannot leave their range.
 PASSING = {
     operator.getitem,
     own.gather_tokens.default,
@@ -115,7 +115,7 @@ class HalfWriter:
             self.emit(node, self.nodes.__getitem__)
             self.in_half.add(node)
         elif node.target is aten.to.dtype and node.args[1] == self.half and node.all_input_nodes[0] in self.in_half:
-            self.nodes[node] = self.nodes[node.all_input_nodes[0]]  # already is what was asked for
+            self.nodes[node] = self.nodes[node.all_input_nodes[0]]  # already in the requested type
         else:
             self.emit(node, self.as_before)
 
@@ -141,7 +141,7 @@ class HalfWriter:
     def as_before(self, node: Node) -> Node:
         """The value in the precision that it had in the old graph."""
         if node not in self.in_half or not isinstance(node.meta["val"], Tensor):
-            return self.nodes[node]  # of several values, each is looked at where it is taken out
+            return self.nodes[node]  # several values: each is handled where it is taken out
         return self.cast(node, torch.float32)
 
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
@@ -160,6 +160,6 @@ class HalfWriter:
 
 
 def is_single(node: Node) -> bool:
-    """Whether a node gives a tensor in fp32."""
+    """Whether a node returns a tensor in fp32."""
     value = node.meta["val"]
     return isinstance(value, Tensor) and value.dtype == torch.float32

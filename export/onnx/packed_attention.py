@@ -87,7 +87,7 @@ class PackAttention(GraphPass):
             if not node.users and node.name in ("grid_index", "packed_index", "row_lengths"):
                 graph.erase_node(node)
         graph.eliminate_dead_code()
-        renew_fake_values(module)  # of moves: they have packed tokens where they had rows
+        renew_fake_values(module)  # moves now have packed tokens where they had rows
         return PassResult(len(attentions))
 
 
@@ -96,7 +96,7 @@ def inputs_of(graph: Graph) -> dict[str, Node]:
 
 
 def add_lengths(graph: Graph, packed: Node, row_lengths: Tensor) -> list[Node]:
-    """Inputs for the bounds of the segments of queries and of keys [R + 1], behind `packed`."""
+    """Inputs for the bounds of the segments of queries and of keys [R + 1], after `packed`."""
     like = torch.empty(0, dtype=torch.int32, device=row_lengths.device)
     found = [packed]
     for name in LENGTHS:

@@ -71,7 +71,7 @@ def function_body() -> onnx.FunctionProto:
         node("Range", ["start", "tokens", "step"], "places"),
         node("Unsqueeze", ["places", "one"], "place"),
     ]
-    for side in ("query", "key"):  # the segment of a place is the number of bounds that it is not below
+    for side in ("query", "key"):  # a position's segment is the number of bounds at or below it
         nodes += [
             node("Unsqueeze", [f"{side}_lengths", "zero"], f"{side}_bounds"),
             node("GreaterOrEqual", ["place", f"{side}_bounds"], f"{side}_passed"),

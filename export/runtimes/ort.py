@@ -19,13 +19,13 @@ from dcconvert.passes.runtime.state import State
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
-OLDEST = (1, 25)  # of ONNX Runtime: before it, opset 24 is refused, or padding that has to be ignored is not
+OLDEST = (1, 25)  # ONNX Runtime: older versions reject opset 24, or do not ignore padding that they should
 
 
 def make_session(path: Path, provider: str = CPU, threads: int = 0, settings: Mapping[str, str] | None = None) -> Any:
     """An InferenceSession on exactly `provider`, with some of that provider's own settings.
 
-    `threads`: intra-op threads, 0 for one a core. Spinning stops at the end of a run: two sessions that take
+    `threads`: intra-op threads, 0 for one per core. Spinning stops at the end of a run: two sessions that take
     turns (route, denoise) would otherwise burn each other's cores while they wait.
 
     Raises:
@@ -49,7 +49,7 @@ def make_session(path: Path, provider: str = CPU, threads: int = 0, settings: Ma
     providers = [wanted] if provider == CPU else [wanted, CPU]
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # the base of onnxruntime's own
+    except Exception as error:  # the base class of onnxruntime's own
         reason = " ".join(str(error).split())
         raise UsageError(f"cannot load {path} on {provider}: {reason}; convert the model again") from error
     running = session.get_providers()[0]
@@ -59,7 +59,7 @@ def make_session(path: Path, provider: str = CPU, threads: int = 0, settings: Ma
 
 
 def check_version(version: str) -> None:
-    """UsageError for an ONNX Runtime that would refuse the graphs or give wrong results without an error."""
+    """Raises UsageError for an ONNX Runtime that would reject the graphs or give wrong results without an error."""
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if numbers < OLDEST:
         least = ".".join(map(str, OLDEST))
@@ -102,7 +102,8 @@ class OrtState(State):
 
 
 def on_device(array: np.ndarray, device: str) -> Any:
-    """An OrtValue of ONNX Runtime's own memory: on the CPU one made from an array would go on using that."""
+    """An OrtValue in ONNX Runtime's own memory: on the CPU, one made from an array would keep using the array's
+    memory."""
     import onnxruntime as ort
 
     value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype, device, 0)
@@ -113,8 +114,8 @@ def on_device(array: np.ndarray, device: str) -> Any:
 class OrtModel(Runtime):
     """A converted model on ONNX Runtime; inputs are numpy arrays by name.
 
-    A batch size without buckets is filled up by repeating its last sample, and the copies are cut off the result.
-    Without a bucket set every step runs in the smallest shape that holds it.
+    A batch of a size without buckets is filled up by repeating its last sample, and the copies are cut off the result.
+    Without a bucket set, every step runs in the smallest shape that holds it.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class OrtModel(Runtime):
     def call(
         self, graph: str, feed: Mapping[str, Any], bucket: Bucket | None, into: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Outputs by name: those of the model on the host, others left on the device for later calls."""
+        """Outputs by name: the model's own on the host, others left on the device for later calls."""
         session = self.sessions[graph]
         binding = session.io_binding()
         for node in session.get_inputs():
@@ -176,5 +177,5 @@ class OrtModel(Runtime):
 
 
 def pick(session: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inputs a session takes, out of all there are."""
+    """The inputs that a session takes, out of those given."""
     return {node.name: given[node.name] for node in session.get_inputs()}

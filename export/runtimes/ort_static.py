@@ -1,4 +1,4 @@
-"""ONNX Runtime with buffers that are allocated once a bucket and stay where they are, as a CUDA graph needs them."""
+"""ONNX Runtime with buffers that are allocated once per bucket and never move, as a CUDA graph requires."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def batch_of(value: Any) -> int:
 
 
 class BoundStep:
-    """A session bound once to all that it reads and writes in one shape; a CUDA graph of its own where there are such.
+    """A session bound once to everything that it reads and writes in one shape, with its own CUDA graph on CUDA.
 
     `inputs` and `outputs`: OrtValues by name. The graph is captured when it first runs. Values on the device are read
-    where they are, but for those in `copied`: what another run gives in their place is copied into them.
+    where they are, except those in `copied`: values that another run gives in their place are copied into them.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class BoundStep:
         self.session.run_with_iobinding(self.binding, self.options)
 
     def reads(self, values: Mapping[str, Any]) -> bool:
-        """Whether it reads these very values, of those on the device that are not copied."""
+        """Whether it reads exactly these values, considering only those on the device that are not copied."""
         return all(
             isinstance(values[name], np.ndarray) or name in self.sources or values[name] is value
             for name, value in self.inputs.items()
@@ -77,7 +77,7 @@ def bound(
     written: Mapping[str, Any] | None = None,
     copied: Collection[str] = (),
 ) -> BoundStep:
-    """A step that writes to `written` and to new buffers; it has its own for arrays and what is `copied`."""
+    """A step that writes to `written` and to new buffers; it has its own for arrays and for `copied` values."""
     device = "cuda" if graphs else "cpu"
 
     def buffer(name: str, value: Any) -> Any:
@@ -96,9 +96,9 @@ def bound(
 class StaticModel(OrtModel):
     """An `OrtModel` that allocates nothing after the first step in a bucket.
 
-    On CUDA every bucket becomes a CUDA graph under an id of its own (`gpu_graph_id` of ONNX Runtime), in mode carry one
-    for every state that is in use at the same time. What is constant over a run (text) is copied into it when the run
-    changes. What a step returns is the caller's to keep.
+    On CUDA, every bucket becomes a CUDA graph with its own id (`gpu_graph_id` of ONNX Runtime); in mode carry, there is
+    one for every state in use at the same time. Values that are constant over a run (text) are copied into it when the
+    run changes. The caller may keep what a step returns.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class StaticModel(OrtModel):
         self, graph: str, feed: Mapping[str, Any], bucket: Bucket | None, into: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Outputs by name, in the buffers of this shape, which the next call in this shape writes to."""
-        if graph == "prepare":  # once in a run
+        if graph == "prepare":  # once per run
             return super().call(graph, feed, bucket, into)
         session = self.sessions[graph]
         given = {node.name: feed[node.name] for node in session.get_inputs()}
@@ -133,7 +133,7 @@ class StaticModel(OrtModel):
         return super().array(value).copy()
 
     def empty_state(self, batch: int) -> OrtState:
-        """A state on loan: its buffers, and the steps that are bound to them, go to another run when this one ends."""
+        """A borrowed state: when this run ends, another run reuses its buffers and the steps that are bound to them."""
         free = self._free.setdefault(batch, [])
         values = free.pop() if free else super().empty_state(batch).values
         state = OrtState(values)

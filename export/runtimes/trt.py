@@ -71,7 +71,7 @@ class LoadedEngine:
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def __call__(self, profile: int, given: Mapping[str, Any], written: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs by name, in `written` where that has them.
+        """Outputs by name, in the buffers of `written` if it has them.
 
         Raises UsageError for an input of another type than the engine's, and CheckFailedError if the engine does not
         run.
@@ -205,7 +205,7 @@ def open_engines(bundle: Path, onnx: Path, planner: StepPlanner) -> TrtModel:
 
 
 def backend_module(wanted: Device, folder: Path) -> Any:
-    """The module that runs engines of this device; UsageError if it is not installed or its version differs."""
+    """The module that runs engines of this device; raises UsageError if it is not installed or its version differs."""
     name, again = wanted.backend, "build them here with 'dcconvert build'"
     try:
         trt = importlib.import_module(MODULES[name])
@@ -245,7 +245,7 @@ def load_engine(runtime: Any, path: Path) -> Any:
 
 
 def engine_buckets(places: dict[tuple[str, Bucket], Place], planner: StepPlanner, folder: Path) -> BucketSet:
-    """The buckets that can run; UsageError if none keeps everything."""
+    """The buckets that can run; raises UsageError if none keeps everything."""
     tokens = planner.spec.tokens
     *others, last = planner.spec.graphs
     buckets = tuple(sorted(bucket for graph, bucket in places if graph == last))

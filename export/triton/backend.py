@@ -1,7 +1,8 @@
 """The model that clients of a Triton server call: it decides what a step computes; the graphs are other models.
 
 Triton's Python backend imports a few lines (`model.py`) that call `Served`. It talks to the ONNX models by requests
-inside the server (business logic scripting), through the module that the server gives, `triton_python_backend_utils`.
+inside the server (business logic scripting), through the module that the server provides,
+`triton_python_backend_utils`.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from dcconvert.passes.runtime.run import Run, Runtime
 from dcconvert.passes.runtime.state import TensorState, zeros
 from dcconvert.passes.serialise.graph_json import planner_from_dict
 
-IDLE_SECONDS = 60.0  # after which a sampling run that sends nothing more is forgotten
+IDLE_SECONDS = 60.0  # after which a sampling run without requests is dropped
 OUTPUTS = "outputs.json"  # how many outputs the original has, beside manifest and graph
-START, END = 1, 2  # flags of a request of a sequence, as the server gives them
+START, END = 1, 2  # flags of a request in a sequence, as the server passes them
 
 
 class TritonModel(Runtime):
@@ -75,7 +76,7 @@ class Served:
     """Answers the requests of one model instance.
 
     Mode chunk: every request is an independent step. Modes steps and carry: the requests of one sampling run are a
-    sequence, from start to end under one id, a number or a text; its batch stays the same. A run without requests for
+    sequence, from start to end under one id, a number or a string; its batch stays the same. A run without requests for
     IDLE_SECONDS is deleted.
     """
 
@@ -112,7 +113,7 @@ class Served:
         batch = len(inputs[spec.image])
         if not self.model.planner.method.stateful:
             return self.model.start(batch).step(inputs)
-        key, flags = request.correlation_id(), request.flags()  # a number or a text: 7 and "7" are two sequences
+        key, flags = request.correlation_id(), request.flags()  # a number or a string: 7 and "7" are two sequences
         if not key:
             raise UsageError("the request has no sequence id: call the model as a sequence")
         self.forget_idle()
@@ -124,12 +125,12 @@ class Served:
         try:
             return run.step(inputs)
         finally:
-            self.runs[key] = run, time.monotonic()  # when it ended: a slow step is no idle time
+            self.runs[key] = run, time.monotonic()  # when the step ended: a slow step is not idle time
             if flags & END:
                 self.runs.pop(key)
 
     def read(self, request: Any, name: str) -> np.ndarray | None:
-        """An input on the host. DLPack gives the right numbers also where `as_numpy` does not: Triton up to 24.10 with
+        """An input on the host. DLPack gives the right numbers even where `as_numpy` does not: Triton up to 24.10 with
         numpy 2."""
         tensor = self.server.get_input_tensor_by_name(request, name)
         return None if tensor is None else torch.from_dlpack(tensor.to_dlpack()).cpu().numpy()

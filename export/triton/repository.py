@@ -47,7 +47,7 @@ class TritonPythonModel:
 
 
 class Word(str):
-    """An enum value of a configuration, which stands there without quotes."""
+    """An enum value of a configuration, which is written without quotes."""
 
 
 def export_triton(
@@ -81,7 +81,7 @@ def write_onnx_model(folder: Path, path: Path, buckets: Sequence[Bucket], device
     graph = read_graph(path, AGAIN)
     (folder / "1").mkdir(parents=True)
     for part in onnx_parts(path):
-        # The graph refers to its external data by name, which therefore stays what it is.
+        # The graph refers to its external data by name, so the name must not change.
         shutil.copy2(part, folder / "1" / ("model.onnx" if part == path else part.name))
     config = {
         "name": folder.name,
@@ -152,9 +152,9 @@ def write_plan_model(folder: Path, bundle: Bundle, name: str, runs: int) -> None
 
 
 def sequences(most: int) -> dict[str, Any]:
-    """A sampling run that remembers is a sequence; `most` may be under way in one instance.
+    """A sampling run with a state is a sequence; `most` may be under way in one instance.
 
-    There are no control inputs: one for the id would have a type, and ids of clients are numbers or texts.
+    There are no control inputs: one for the id would have a fixed type, and clients use numbers or strings as ids.
     """
     return {
         "max_sequence_idle_microseconds": math.ceil(IDLE_SECONDS * 1e6),

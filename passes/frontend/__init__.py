@@ -1,1 +1,1 @@
-"""From a module to a program: capture, one spelling for every op, and where the token stream runs through the graph."""
+"""From a module to a program: capturing the graph, normalising its ops, and finding its token stream."""

@@ -1,4 +1,4 @@
-"""Normalise: one form for everything that later passes look at."""
+"""Normalise the graph, so that later passes see one form of each op."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def is_identity(node: Node) -> bool:
         return True
     if node.target in DROPOUTS:
         return node.args[2] is False
-    if node.target is aten.squeeze.dim:  # of an axis longer than one it does nothing, and ONNX refuses it
+    if node.target is aten.squeeze.dim:  # has no effect on an axis longer than one, and ONNX rejects it
         return bool(node.all_input_nodes[0].meta["val"].ndim == node.meta["val"].ndim)
     if node.target in CASTS:
         before, after = node.all_input_nodes[0].meta.get("val"), node.meta.get("val")

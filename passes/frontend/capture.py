@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 MAX_BATCH = 4096
 
-# Names at the seams of a converted model: an input called so gets a suffix.
+# Names that a converted model uses at its interfaces: an input with one of these names gets a suffix.
 RESERVED = re.compile("|".join((r"h|live_\d+|scores", *PLAN_ARRAYS)))
 
 
 def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, method: Method) -> Program:
     """The Program of a module, with a dynamic batch and the given method. Arguments and errors as in `export`.
 
-    Training IR: linear, layer_norm and attention stay whole.
+    The ops are those of torch's training IR, in which linear, layer_norm and attention are single ops.
     """
     return program_of(export(module, args, kwargs), (tuple(args), dict(kwargs or {})), method)
 
@@ -45,7 +45,7 @@ def export(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
             first axis of the first tensor, at least 2) is dynamic along it.
 
     Raises:
-        UsageError: the example inputs hold no batch of at least two.
+         UsageError: the example inputs do not contain a batch of at least two.
         UnsupportedModelError: `torch.export` refuses the module; the message ends with its reason.
     """
     kwargs = dict(kwargs or {})

@@ -20,7 +20,7 @@ class RealNumbers(GraphPass):
     """Write view_as_real(view_as_complex(x) * c), where c is the same for every input, with real numbers.
 
     (a + ib)(c + id) = (ac - bd) + i(ad + bc), on the last axis of x, which holds a and b. The parts of c are computed
-    now, once for each value.
+    in advance, once for each value.
     """
 
     optional = True
@@ -55,7 +55,7 @@ def rewrite(module: GraphModule, node: Node) -> None:
 
 
 def constants(module: GraphModule, node: Node) -> tuple[Node, Node]:
-    """Real and imaginary part of a value that depends on no input, as tensors of the model."""
+    """The real and imaginary parts of a value that does not depend on any input, as tensors of the model."""
     source = node
     while source.target is aten.unsqueeze.default and len(source.users) == 1:
         source = source.all_input_nodes[0]  # the same table is unsqueezed for every use
@@ -71,7 +71,7 @@ def constants(module: GraphModule, node: Node) -> tuple[Node, Node]:
 
 
 def evaluated(module: GraphModule, node: Node) -> Any:
-    """The value of a node; UnsupportedModelError if it depends on an input."""
+    """The value of a node; raises UnsupportedModelError if it depends on an input."""
     needed: set[Node] = set()
     stack = [node]
     while stack:

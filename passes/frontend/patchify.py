@@ -14,7 +14,7 @@ from dcconvert.passes.ir.program import Program
 aten = torch.ops.aten
 
 CONVOLUTIONS = {aten.conv2d.default, aten.convolution.default, aten.conv2d.padding, aten.conv3d.default}
-# What may lie between an image and the linear layer that makes tokens of its patches.
+# Ops that may come between an image and the linear layer that turns its patches into tokens.
 MOVES = {aten.reshape.default, aten.view.default, aten.permute.default, aten.flatten.using_ints, aten.transpose.int}
 
 
@@ -45,7 +45,7 @@ def find_patchify(program: Program) -> tuple[Node, tuple[int, int]]:
 
 
 def checked(program: Program, seen: tuple[int, int] | None, tokens: int) -> tuple[int, int]:
-    """The program's grid, or else the inferred one; UsageError if there is none or its number of tokens is wrong."""
+    """The program's grid, or else the inferred one; raises UsageError if there is none or it has the wrong size."""
     grid = program.grid or seen
     if grid is None:
         raise UsageError(f"cannot infer the grid of the {tokens} tokens from the model: pass grid=(height, width)")
@@ -55,7 +55,7 @@ def checked(program: Program, seen: tuple[int, int] | None, tokens: int) -> tupl
 
 
 def patched_input(node: Node) -> Node | None:
-    """The model input that a linear layer [B, N, D] takes patches of."""
+    """The model input whose patches a linear layer [B, N, D] takes."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.ndim != 3:
         return None
@@ -75,7 +75,7 @@ def is_image(program: Program, source: Node) -> bool:
 
 
 def seen_grid(image: Node, tokens: int) -> tuple[int, int] | None:
-    """The grid of `tokens` patches of an image [B, C, H, W]; for tokens [B, N, C] a square grid, if N is a square."""
+    """The grid of `tokens` patches of an image [B, C, H, W]; for tokens [B, N, C], a square grid if N is a square."""
     shape = image.meta["val"].shape
     if len(shape) == 4:
         height, width = int(shape[2]), int(shape[3])

@@ -38,7 +38,7 @@ class FindTokenStream(Pass):
     """Locate patchify, cut points, blocks and the trunk; changes no node.
 
     1. Patchify turns the image into tokens: see `find_patchify`.
-    2. At a cut point, of all values that depend on patchify, only one of shape [B, N, D] is still needed, besides
+    2. At a cut point, the only value depending on patchify that is still needed has the shape [B, N, D], apart from
        contexts and values that bypass all blocks.
     3. Blocks are runs of repeating op sequences between cut points that contain attention. (Position terms come before
        them, because they are not repeated.) Several runs may follow each other, as in models with double and single
@@ -73,7 +73,8 @@ def dependents(program: Program, roots: Iterable[Node]) -> list[Node]:
 
 
 def find_cuts(program: Program, patchify: Node, tokens: int) -> list[Cut]:
-    """Cut points by liveness, in graph order; of several with the same `node` the last with the fewest other tokens."""
+    """Cut points by liveness, in graph order; if several have the same `node`, the last with the fewest other
+    tokens."""
     stream = dependents(program, [patchify])
     position = {node: i for i, node in enumerate(stream)}
     last_use = {n: max((position.get(user, len(stream)) for user in n.users), default=-1) for n in stream}
@@ -91,15 +92,16 @@ def find_cuts(program: Program, patchify: Node, tokens: int) -> list[Cut]:
         known = cuts.get(tokens_node)
         if known is None or count_tokens(known.contexts) >= count_tokens(contexts) > 0:
             cuts[tokens_node] = Cut(tokens_node, contexts, node)
-    # With more contexts than that it is the middle of a block.
+    # A point with more contexts is in the middle of a block.
     fewest = min((count_tokens(cut.contexts) for cut in cuts.values() if cut.contexts), default=0)
     return [cut for cut in cuts.values() if count_tokens(cut.contexts) <= fewest]
 
 
 def passing(stream: Sequence[Node], position: Mapping[Node, int]) -> dict[Node, int]:
-    """Values that bypass the blocks, and from where on: made before the first attention, and needed after the last.
+    """Values made before the first attention and needed after the last, and the position from which they bypass the
+    blocks.
 
-    Between their last use before the blocks and the first use after them, they are not part of the stream.
+    Between their last use before the blocks and their first use after them, they are not part of the stream.
     """
     places = [i for i, node in enumerate(stream) if node.target is ATTENTION]
     if len(places) < 2:
@@ -117,7 +119,7 @@ def count_tokens(contexts: Sequence[Node]) -> int:
 
 
 def is_token_tensor(node: Node, batch: torch.SymInt, tokens: int | None = None) -> bool:
-    """Whether a node returns [B, `tokens`, D]; None: any number of tokens."""
+    """Whether a node returns [B, `tokens`, D]; None stands for any number of tokens."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.ndim != 3 or not same(value.shape[0], batch):
         return False
@@ -170,7 +172,7 @@ def no_blocks(stream: list[Node], cuts: list[Cut], program: Program) -> Unsuppor
 
 
 def is_of_grid(node: Node, tokens: int) -> bool:
-    """Whether a node gives [B, N, ...]."""
+    """Whether a node returns [B, N, ...]."""
     value = node.meta["val"]
     return isinstance(value, Tensor) and value.ndim > 2 and bool(value.shape[1] == tokens)
 
@@ -193,9 +195,9 @@ def repeated(segments: Sequence[tuple[str, ...]]) -> list[int]:
 
 
 def extended(found: list[int], own: Sequence[tuple[str, ...]]) -> list[int]:
-    """A run, extended by blocks before and after it that do the same with the grid's tokens, if not with the others.
+    """A run, extended by blocks before and after it that treat the grid's tokens alike, even if not the other tokens.
 
-    `own`: the ops of each segment that are attention or on tokens of the grid alone.
+    `own`: the ops of each segment that are attention or that work on grid tokens only.
     """
 
     def ops(first: int, last: int) -> list[str]:

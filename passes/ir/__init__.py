@@ -1,1 +1,1 @@
-"""The program that passes work on: options, graph, the ops it may hold, facts of a finished model, every error."""
+"""The program that passes work on: its graph, the ops it may contain, facts about a finished model, and all errors."""

@@ -28,7 +28,7 @@ def readable(module: GraphModule) -> str:
 
 
 def remove_dead_code(graph: torch.fx.Graph) -> None:
-    """Drop calls whose results nothing uses (torch.fx itself keeps attention, for its dropout's sake)."""
+    """Drop calls whose results nothing uses (torch.fx itself keeps attention because of its dropout)."""
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
 
 
@@ -56,7 +56,7 @@ def fake_mode(graph: Graph) -> FakeTensorMode:
 def fake_result(mode: FakeTensorMode, node: Node) -> Any:
     """Run a node on the fake values of its arguments."""
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with enable_python_dispatcher(), mode, torch.no_grad():  # some ops take symbolic sizes no other way
+    with enable_python_dispatcher(), mode, torch.no_grad():  # some ops accept symbolic sizes only this way
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -79,7 +79,7 @@ def add_input(graph: Graph, name: str, shape: Sequence[int | torch.SymInt], like
     """Add a graph input after another one; its fake value has the given shape and the type and device of `like`."""
     with graph.inserting_after(after):
         node = graph.placeholder(name)
-    node.name = name  # without the suffix that an input renamed by capture would leave
+    node.name = name  # without the suffix that torch.fx adds if capture renamed an input of this name
     with fake_mode(graph):
         node.meta["val"] = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
     return node

@@ -9,7 +9,7 @@ from dcconvert.passes.ir.graph_tools import where
 
 
 def operand(node: Node, position: int = 0) -> Node:
-    """The argument at `position`, computed by another node; UnsupportedModelError for a constant."""
+    """The argument at `position`, computed by another node; raises UnsupportedModelError for a constant."""
     value = node.args[position]
     if not isinstance(value, Node):
         raise unexpected(node, position, "a tensor")
@@ -17,7 +17,7 @@ def operand(node: Node, position: int = 0) -> Node:
 
 
 def integer(node: Node, position: int, default: int | None = None) -> int:
-    """The argument at `position`, a plain integer, or `default` where it is left out; else UnsupportedModelError."""
+    """The integer at `position`, or `default` if it is left out; raises UnsupportedModelError for anything else."""
     value = node.args[position] if position < len(node.args) else None
     value = default if value is None else value
     if not isinstance(value, int):
@@ -26,7 +26,7 @@ def integer(node: Node, position: int, default: int | None = None) -> int:
 
 
 def integers(node: Node, position: int) -> list[int]:
-    """The argument at `position`, a list of plain integers; else UnsupportedModelError."""
+    """The list of integers at `position`; raises UnsupportedModelError for anything else."""
     value = node.args[position]
     if not isinstance(value, list | tuple):
         raise unexpected(node, position, "a list of plain integers")
@@ -37,7 +37,7 @@ def integers(node: Node, position: int) -> list[int]:
 
 
 def nodes(node: Node, position: int) -> list[Node]:
-    """The argument at `position`, a list of values computed by other nodes; else UnsupportedModelError."""
+    """The list of nodes at `position`; raises UnsupportedModelError for anything else."""
     value = node.args[position]
     found = [item for item in value if isinstance(item, Node)] if isinstance(value, list | tuple) else []
     if not isinstance(value, list | tuple) or len(found) < len(value):

@@ -1,4 +1,4 @@
-"""The ops a converted graph has and an ordinary DiT has not: one registry, one reference each.
+"""The ops that a converted graph has and an ordinary DiT does not, each with a reference implementation.
 
 Every op is a `torch.library` custom op in the namespace `dcconvert`, with a plain PyTorch reference (the
 kernel used on every device unless a faster one is registered), a fake kernel for tracing, a gradient and
@@ -39,7 +39,7 @@ def _(h: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::dechunk", mutates_args=())
 def dechunk(h: Tensor, update: Tensor, fill_index: Tensor, fill_weight: Tensor) -> Tensor:
-    """Give every grid token a value again: its own, plus the trunk's update near it.
+    """Give every grid token a new value: its own plus the trunk's update near it.
 
     h [B, N, D]; update [G, L, D] (trunk output minus trunk input); fill_index int64 [B, N, K] of packed
     tokens, fill_weight [B, N, K] with rows that sum to one. Returns [B, N, D].
@@ -55,7 +55,7 @@ def _(h: Tensor, update: Tensor, fill_index: Tensor, fill_weight: Tensor) -> Ten
 
 @torch.library.custom_op(f"{NAMESPACE}::gather_tokens", mutates_args=())
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Lay tokens out anew: x [A, B, ...], index int64 [C, D] of flat a*B + b -> [C, D, ...].
+    """Rearrange tokens: x [A, B, ...], index int64 [C, D] of flat a*B + b -> [C, D, ...].
 
     Takes packed tokens to attention rows (grid_index) and back (packed_index).
     """
@@ -69,10 +69,10 @@ def _(x: Tensor, index: Tensor) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::padded_attention", mutates_args=())
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, row_lengths: Tensor, scale: float) -> Tensor:
-    """Self-attention with one sample a row: q, k, v [R, H, S, d]; the first row_lengths[r] keys count."""
+    """Self-attention with one sample per row: q, k, v [R, H, S, d]; the first row_lengths[r] keys count."""
     slots = torch.arange(k.shape[2], device=k.device)
     mask = (slots < row_lengths.unsqueeze(1)).view(k.shape[0], 1, 1, -1)
-    # Full rows need no mask; on CUDA the look would wait for the device and a tracer sees no values: the mask stays.
+    # Full rows need no mask. The mask stays on CUDA, where checking would wait for the device, and under a tracer.
     full = type(mask) is Tensor and mask.device.type == "cpu" and bool(mask.all())
     return slots_first(F.scaled_dot_product_attention(q, k, v, attn_mask=None if full else mask, scale=scale))
 
@@ -84,10 +84,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, row_lengths: Tensor, scale: float) -> Ten
 
 @torch.library.custom_op(f"{NAMESPACE}::segment_attention", mutates_args=())
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, scale: float) -> Tensor:
-    """Self-attention with several samples a row: slots of a row attend each other if their ids agree.
+    """Self-attention with several samples per row: slots of a row attend to each other if their ids match.
 
-    q, k, v [R, H, S, d]; segment_ids int64 [R, S]. The mask is what keeps packed sequences apart in
-    Krell et al. (arXiv 2107.02027).
+    q, k, v [R, H, S, d]; segment_ids int64 [R, S]. Krell et al. (arXiv 2107.02027) separate packed sequences with the
+    same mask.
     """
     mask = (segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)).unsqueeze(1)
     return slots_first(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
@@ -99,9 +99,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, scale: float) -> Ten
 
 
 def slots_first(x: Tensor) -> Tensor:
-    """[R, H, S, d] with the memory of [R, S, H, d]: what most kernels give and models want next, and always the same.
+    """[R, H, S, d] with the memory layout of [R, S, H, d], which most kernels return and models need next.
 
-    A compiler holds an op to the strides of its fake kernel.
+    The layout must always be the same, because compilers rely on the strides of an op's fake kernel.
     """
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -111,8 +111,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_le
     """Self-attention within segments of the packed axis: q, k, v [G, L, H, d] -> [G, L, H, d].
 
     cu_seqlens int32: segment s is cu_seqlens[s] to cu_seqlens[s+1] of the T = G*L tokens; none is longer than max_len
-    or L. On CUDA in half precision torch's variable-length flash attention computes it (`torch.nn.attention.varlen`,
-    compute capability 8.0 and later), with no padding and no mask; elsewhere it is a mask over all T x T pairs.
+    or L. On CUDA in half precision, this is torch's variable-length flash attention (`torch.nn.attention.varlen`,
+    compute capability 8.0 and later), with no padding and no mask; elsewhere, all T x T pairs are computed and masked.
     """
     place = torch.arange(q.shape[0] * q.shape[1], device=q.device, dtype=cu_seqlens.dtype)
     segment = torch.searchsorted(cu_seqlens, place, right=True)
@@ -131,7 +131,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: 
 def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: float) -> Tensor:
     if q.dtype not in (torch.float16, torch.bfloat16):
         return REFERENCES["varlen_attention"](q, k, v, cu_seqlens, max_len, scale)
-    from torch.nn.attention.varlen import varlen_attn  # brings torch._dynamo, which takes seconds to import
+    from torch.nn.attention.varlen import varlen_attn  # imports torch._dynamo, which takes seconds
 
     longest = max(max_len, q.shape[1])
     queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
@@ -143,10 +143,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, scale: 
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, query_lengths: Tensor, key_lengths: Tensor, scale: float
 ) -> Tensor:
-    """`varlen_attention` as TensorRT 11 has a layer for it: q, k, v [G, L, H, d] -> [G, L, H, d].
+    """`varlen_attention` in the form of TensorRT 11's layer: q, k, v [G, L, H, d] -> [G, L, H, d].
 
-    query_lengths and key_lengths int32: bounds of the segments on either side, the same values in two tensors, because
-    TensorRT wants them apart.
+    query_lengths and key_lengths int32: bounds of the segments of queries and keys. The values are the same, but
+    TensorRT needs two tensors.
     """
     tokens = q.shape[0] * q.shape[1]
     return REFERENCES["varlen_attention"](q, k, v, query_lengths, tokens, scale)
@@ -159,7 +159,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, query_lengths: Tensor, key_lengths: Tenso
 
 @torch.library.custom_op(f"{NAMESPACE}::cache_index", mutates_args=())
 def cache_index(index: Tensor, channels: int) -> Tensor:
-    """Where in a state the packed tokens go: index int64 [G, L, 4] of (slot, sample, 0, token) -> [G, C, L, 4]."""
+    """Where the packed tokens go in a state: index int64 [G, L, 4] of (slot, sample, 0, token) -> [G, C, L, 4]."""
     every = index.unsqueeze(1).repeat(1, channels, 1, 1)
     every[..., 2] += torch.arange(channels, device=index.device).unsqueeze(1)
     return every
@@ -172,10 +172,11 @@ def _(index: Tensor, channels: int) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::cache_write", mutates_args=())
 def cache_write(state: Tensor, values: Tensor, index: Tensor) -> Tensor:
-    """Write what packed tokens computed into the state.
+    """Write the values of packed tokens to the state.
 
     state [P, B, C, N, E]; values [G, C, L, E]; index int64 [G, C, L, 4] of (slot, sample, c, token). Returns the new
-    state. Pads write the value of the token they copy to its own place, so that their order does not matter.
+    state. A pad writes the same value to the same place as the token that it copies, so the order of writes does not
+    matter.
     """
     written = state.clone(memory_format=torch.contiguous_format)
     written[index.unbind(-1)] = values
@@ -189,7 +190,7 @@ def _(state: Tensor, values: Tensor, index: Tensor) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::cache_write_", mutates_args=("state",))
 def cache_write_(state: Tensor, values: Tensor, index: Tensor) -> None:
-    """`cache_write` without a copy: the state given is written to. For inference only, see `WriteInPlace`."""
+    """`cache_write` without a copy: it writes to the given state. For inference only; see `WriteInPlace`."""
     state[index.unbind(-1)] = values
 
 
@@ -197,9 +198,9 @@ def cache_write_(state: Tensor, values: Tensor, index: Tensor) -> None:
 def cache_read(state: Tensor, weight: Tensor) -> Tensor:
     """Read every token from the state: sum_p weight[p, b, 0, n] * state[p, b, :, n].
 
-    state [P, B, C, N, E], weight [P, B, 1, N, E], the same number all along E (which is not left to broadcasting,
-    because ONNX Runtime is slow at that); returns [B, C, N, E] in the weights' precision. The weights are those of a
-    Lagrange extrapolation in time: 1 and 0 for a token computed at this step.
+    state [P, B, C, N, E]; weight [P, B, 1, N, E], constant along E (it is not broadcast, because ONNX Runtime is slow
+    at that). Returns [B, C, N, E] in the weights' precision. The weights are those of a Lagrange extrapolation in time:
+    1 and 0 for a token computed at this step.
     """
     terms = (part.to(weight.dtype) * w for part, w in zip(state, weight, strict=True))
     total = next(terms)
@@ -237,7 +238,7 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
 
 
 def _register_gradient(name: str) -> None:
-    """Differentiate an op by re-running its reference: right for every input, and no second formula."""
+    """Differentiate an op by re-running its reference, which is correct for every input and needs no second formula."""
     reference = REFERENCES[name]
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -254,7 +255,7 @@ def _register_gradient(name: str) -> None:
 
 
 def leaf(value: Any) -> Any:
-    """A tensor cut off from its history, requiring a gradient if it can have one; other values as they are."""
+    """A tensor detached from its history, requiring a gradient if it can have one; other values as they are."""
     return value.detach().requires_grad_(value.is_floating_point()) if isinstance(value, Tensor) else value
 
 
@@ -288,13 +289,13 @@ def cache_read_flops(state: Any, *_: object, **__: object) -> int:
 
 @register_flop_formula([torch.ops.dcconvert.varlen_attention])
 def varlen_flops(q: Any, k: Any, v: Any, cu_seqlens: Any, max_len: int, *_: object, **__: object) -> int:
-    """Two matrix products, every segment as long as the longest: 4 T H S d; lengths are no business of shapes."""
+    """Two matrix products, as if all segments had the longest one's length, since shapes do not tell: 4 T H S d."""
     return 4 * math.prod(q) * max_len
 
 
 @register_flop_formula([torch.ops.dcconvert.packed_attention])
 def packed_flops(q: Any, *_: object, **__: object) -> int:
-    """Two matrix products over all pairs, an upper bound: 4 T H T d; lengths are no business of shapes."""
+    """Two matrix products over all pairs, an upper bound, since shapes do not tell the lengths: 4 T H T d."""
     return 4 * math.prod(q) * q[0] * q[1]
 
 

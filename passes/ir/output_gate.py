@@ -1,4 +1,4 @@
-"""What a graph gives on an example must stay the same under passes that say they are exact."""
+"""Check that passes that claim to be exact do not change a graph's outputs on an example."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dcconvert.passes.ir.pass_runner import Rewrite
 
 FULL_PRECISION = 1e-5  # relative L2 error allowed in fp32 and wider
 HALF_PRECISION = 2e-2
-ROUNDING = {torch.float16: HALF_PRECISION, torch.bfloat16: 5e-2}  # of passes that round to these
+ROUNDING = {torch.float16: HALF_PRECISION, torch.bfloat16: 5e-2}  # for passes that round to these types
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """What rounding may do to values of a type."""
+    """The relative error that rounding may cause in values of a type."""
     return FULL_PRECISION if dtype in (torch.float32, torch.float64) else HALF_PRECISION
 
 
 def require_same(found: Sequence[Any], wanted: Sequence[Any], after: str, allowed: float = 0.0) -> None:
-    """CheckFailedError that names the pass if floating outputs differ by more than `allowed`, or than their rounding.
+    """Raises CheckFailedError, naming the pass, if floating outputs differ by more than both `allowed` and rounding.
 
-    `found` may hold more values than `wanted`; these come last.
+    `found` may hold more values than `wanted`; the extra ones come last.
     """
     if len(found) < len(wanted):
         raise CheckFailedError(f"{after} left {len(found)} of {len(wanted)} outputs; this is a bug in dcconvert")
@@ -47,11 +47,11 @@ def require_same(found: Sequence[Any], wanted: Sequence[Any], after: str, allowe
 
 
 class OutputGate:
-    """Remembers what one graph gives on an example, and compares what it gives after each exact pass.
+    """Stores a graph's outputs on an example, and compares them with its outputs after each exact pass.
 
-    `example`: values of its inputs by name, those that passes add included. They are cast and moved to what the graph
-    takes, and copied: a graph may write to its inputs. `scores`: whether the first output only orders tokens. A pass
-    that rounds may order near ties otherwise, so that one is compared after other passes alone.
+    `example`: values of its inputs by name, including inputs that passes add. They are cast and moved to what the graph
+    takes, and copied, because a graph may write to its inputs. `scores`: whether the first output only orders tokens. A
+    pass that rounds may order near ties differently, so this output is compared only after other passes.
     """
 
     def __init__(self, module: GraphModule, example: Mapping[str, Any], scores: bool = False) -> None:
@@ -64,7 +64,7 @@ class OutputGate:
         allowed = ROUNDING.get(current.rounds_to, 0.0) if current.rounds_to else 0.0
         try:
             found = self.outputs(module)
-        except RuntimeError as error:  # of an op that met types that it does not take together, say
+        except RuntimeError as error:  # for example from an op that does not accept the types of its operands together
             reason = " ".join(str(error).split())[:200]
             message = f"{current.name} left a graph that does not run ({reason}); this is a bug in dcconvert"
             raise CheckFailedError(message) from error

@@ -1,4 +1,4 @@
-"""The contract of a pass, and the runner that holds every pass to it."""
+"""The contract of a pass, and the runner that enforces it."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class PassRecord:
 
 
 class Rewrite(Generic[Subject]):
-    """A change in place, `requires / call / ensures`: a `Pass` rewrites a Program, a `GraphPass` a single graph.
+    """An in-place change with `requires`, `call` and `ensures`: a `Pass` rewrites a Program, a `GraphPass` one graph.
 
-    `optional` ones may match nothing; any other that matches nothing is an error. After an `exact` one the graph still
-    gives the original's outputs (with every token kept), which the numeric gate checks. `rounds_to`: the precision that
-    an exact one rounds values to.
+    An `optional` one may match nothing; for any other, that is an error. After an `exact` one, the graph still returns
+    the original's outputs (with every token kept), which the numeric gate checks. `rounds_to`: the precision to which
+    an exact one rounds values.
     """
 
     optional = False
@@ -62,13 +62,13 @@ class Rewrite(Generic[Subject]):
         return type(self).__name__
 
     def requires(self, subject: Subject) -> None:
-        """Raise if the program or graph is not ready for this."""
+        """Raise if the program or graph is not ready for this rewrite."""
 
     def call(self, subject: Subject) -> PassResult:
         raise NotImplementedError
 
     def ensures(self, subject: Subject) -> None:
-        """Raise if what came out breaks what this promises."""
+        """Raise if the result is not what this rewrite promises."""
 
 
 class Pass(Rewrite[Program]):
@@ -76,15 +76,15 @@ class Pass(Rewrite[Program]):
 
 
 class GraphPass(Rewrite[GraphModule]):
-    """A rewrite of one graph that needs to know of nothing else, in a pipeline or in a finished model."""
+    """A rewrite that needs nothing but one graph, in a pipeline or in a finished model."""
 
 
 Passes = tuple[Pass | GraphPass, ...]
-Gate = Callable[[Any, Any], None]  # is given the program or graph, and the exact pass that ran
+Gate = Callable[[Any, Any], None]  # called with the program or graph, and the exact pass that ran
 
 
 def no_gate(subject: Any, current: Rewrite[Any]) -> None:
-    """For passes whose numbers are not looked at."""
+    """For passes whose outputs are not compared."""
 
 
 def run_passes(
@@ -118,11 +118,11 @@ def run_graph_passes(
     example: Mapping[str, Any] | None = None,
     gate: Gate = no_gate,
 ) -> list[PassRecord]:
-    """Run passes over a graph that is in no Program. Checks and errors are those of `run_passes`, and one more: the
-    fake values must be what the calls give.
+    """Run passes over a graph that is not part of a Program. Checks and errors are as in `run_passes`; in addition, the
+    fake values must match the calls.
 
-    `example`: values of the graph's inputs by name, on which every node gets its fake value first. Without one the
-    graph has them already, or the first pass gives them.
+    `example`: values of the graph's inputs by name, from which every node first gets its fake value. Without it, the
+    graph must already have fake values, or the first pass must add them.
     """
     if example is not None:
         give_fake_values(module, example)
@@ -145,7 +145,7 @@ def run_one(
     check: Callable[[GraphModule, str], None],
     gate: Gate,
 ) -> PassRecord:
-    """Run one pass and check what it left; `graphs` are those that its subject consists of."""
+    """Run one pass and check the result; `graphs` returns the graphs of its subject."""
     before, start = count_nodes(graphs(subject)), time.perf_counter()
     current.requires(subject)
     result = current.call(subject)
@@ -171,7 +171,7 @@ def live_modules(program: Program) -> list[GraphModule]:
 
 
 def check_graph(module: GraphModule, after: str) -> None:
-    """Lint and recompile; every value must have a fake one."""
+    """Lint and recompile; every value must have a fake value."""
     try:
         module.graph.lint()
     except RuntimeError as error:

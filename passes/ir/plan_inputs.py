@@ -1,9 +1,9 @@
-"""The inputs of `denoise` that a step's plan makes: one table of their names, axes and types.
+"""The inputs of `denoise` that come from a step's plan: one table of their names, axes and types.
 
 Axes, with the letters that docstrings use: `tiles` G and `tile_tokens` L of the packed tokens, `rows` R and
 `row_tokens` S of the attention grid, `batch` B, `tokens` N of the grid, `segments` of the packed axis. Others are the
 same in every step of a model: `members` M of a chunk, `neighbours` K of a grid position, `slots` P of a state, and
-`address`, the four numbers that name a place in a state.
+`address`, the four numbers that locate a value in a state.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ SYMBOLIC = ("tiles", "tile_tokens", "rows", "row_tokens", "batch", "segments")  
 
 
 def symbolic_axes(name: str) -> tuple[str, ...]:
-    """The names of an input's symbolic axes, "" for a fixed one before them; fixed ones at the end are left out."""
+    """The names of an input's symbolic axes, with "" for a fixed axis before them; fixed axes at the end are left
+    out."""
     axes = [axis if axis in SYMBOLIC else "" for axis in PLAN_INPUTS[name].axes]
     while axes and not axes[-1]:
         axes.pop()

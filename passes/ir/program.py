@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TokenStream:
-    """Where the tokens are: filled in by FindTokenStream, nodes refer to the program's graph."""
+    """Where the tokens are. FindTokenStream fills this in; the nodes are those of the program's graph."""
 
     patchify: Node
     grid: tuple[int, int]
@@ -44,7 +44,7 @@ class Program:
     """One captured model on its way through the passes.
 
     `graph_module` takes the flat tensor inputs and returns the flat outputs; `batch` is the symbol of the
-    batch axis. Once a pass has split the model there are `parts`, and they are what later passes rewrite.
+    batch axis. Once a pass has split the model, later passes rewrite its `parts`.
     """
 
     graph_module: GraphModule
@@ -55,15 +55,15 @@ class Program:
     example: tuple[Any, ...] = ()  # the flat inputs it was captured on
     stream: TokenStream | None = None
     trunk: tuple[Node, Node] | None = None  # trunk input and trunk output in the graph
-    router: nn.Module | None = None  # that of the model itself, for option `own`
+    router: nn.Module | None = None  # the model's own router, for option `own`
     scores: Node | None = None
     plan_inputs: dict[str, Node] = field(default_factory=dict)
-    state: dict[str, Node] = field(default_factory=dict)  # graph inputs that hold what `carry` remembers
-    parts: dict[str, GraphModule] = field(default_factory=dict)  # what it was split into, by the names of `Graphs`
+    state: dict[str, Node] = field(default_factory=dict)  # graph inputs that hold the state of `carry`
+    parts: dict[str, GraphModule] = field(default_factory=dict)  # graphs it was split into, by their names in `Graphs`
     inputs: tuple[str, ...] = ()  # the original's flat inputs, in call order
-    image: str = ""  # the one that patchify reads
-    timestep: str | None = None  # the one that holds the timestep, where it is known
-    grid: tuple[int, int] | None = None  # given by the user, for models in which it cannot be seen
+    image: str = ""  # the input that patchify reads
+    timestep: str | None = None  # the input that holds the timestep, if it is known
+    grid: tuple[int, int] | None = None  # given by the user, for models in which it cannot be inferred
     timestep_scale: float = 1000.0  # the timestep that means pure noise
 
     @property

@@ -1,4 +1,4 @@
-"""Facts about a rewritten model that its graphs alone do not tell."""
+"""Facts about a rewritten model that its graphs alone do not show."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.ir.graph_tools import placeholders
 from dcconvert.passes.ir.program import Program
 
-SLOTS = 2  # the two last computed values of a token: enough for a straight line in time
-STATE_DTYPES = {"model": None, "fp16": torch.float16, "fp32": torch.float32}  # of what mode carry remembers
-ROUTER, DECHUNK = "router_adapter", "dechunk_adapter"  # the weights of adapters are called so
-# The weights that a trunk has beside the original's, by which its tokens find back to the grid, are called so.
+SLOTS = 2  # the last two computed values of a token: enough for a straight line in time
+STATE_DTYPES = {"model": None, "fp16": torch.float16, "fp32": torch.float32}  # for the state of mode carry
+ROUTER, DECHUNK = "router_adapter", "dechunk_adapter"  # prefixes of the adapters' weights
+# Prefixes of the weights that a trunk has besides the original's, for restoring the grid from its tokens.
 NEW_PATHS = (DECHUNK, "recovery", "patch_sizes")
 
 TIMESTEP_NAMES = ("t", "timestep", "timesteps")
 SCORES_NAME = "scores"
-DISTANCE_NAME = "distance"  # between the two last updates of each token [B, N]
+DISTANCE_NAME = "distance"  # between the last two updates of each token [B, N]
 UPDATE, WEIGHTS = "update", "weights"  # of the trunk, in graphs of steps that compute it or skip it
-UPDATES = 3  # that a skipped step reads: enough for a parabola in time
-EXAMPLE_BATCH = 3  # above one and unlike any other size, so that export cannot mistake the axis
+UPDATES = 3  # past updates that a skipped step reads: enough for a parabola in time
+EXAMPLE_BATCH = 3  # above one and unlike any other size, so that export cannot mistake another axis for the batch
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class InputSpec:
     batched: bool = False
     shape: tuple[int, ...] = ()
     dtype: str = ""
-    value: bool | int | float | str | None = None  # of an input that is no tensor
+    value: bool | int | float | str | None = None  # of an input that is not a tensor
 
     @classmethod
     def of(cls, node: Node) -> InputSpec:
@@ -63,7 +63,7 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """What mode carry remembers of one value: C x E numbers of every token, in SLOTS slots [P, B, C, N, E]."""
+    """What mode carry stores for one value: C x E numbers per token, in SLOTS slots [P, B, C, N, E]."""
 
     name: str
     channels: int
@@ -89,7 +89,7 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Names and shapes at the seams of a rewritten model; all of it fits into JSON."""
+    """Names and shapes at the interfaces of a rewritten model, all of which can be stored as JSON."""
 
     input_specs: tuple[InputSpec, ...]  # the original's flat inputs, in call order
     in_spec: str
@@ -101,13 +101,13 @@ class ModelSpec:
     timestep_scale: float  # the timestep that means pure noise
     image: str  # the input that patchify reads
     route_inputs: tuple[str, ...] = ()
-    live: tuple[str, ...] = ()  # what route hands to denoise, `h` first
-    live_shapes: tuple[tuple[int, ...], ...] = ()  # theirs, without the batch axis
+    live: tuple[str, ...] = ()  # values that route passes to denoise, `h` first
+    live_shapes: tuple[tuple[int, ...], ...] = ()  # their shapes, without the batch axis
     denoise_inputs: tuple[str, ...] = ()
-    constants: tuple[str, ...] = ()  # mode carry: what prepare makes once in a run and denoise takes at every step
+    constants: tuple[str, ...] = ()  # mode carry: what prepare computes once per run and denoise takes at every step
     prepare_inputs: tuple[str, ...] = ()
     states: tuple[StateSpec, ...] = ()  # mode carry: last inputs and last outputs of denoise, in this order
-    updates: int = 0  # mode steps: how many of the trunk's last updates a step reads that skips it
+    updates: int = 0  # mode steps: how many of the trunk's last updates a skipped step reads
     update_dtype: str = ""
 
     @property
@@ -115,14 +115,14 @@ class ModelSpec:
         return tuple(spec.name for spec in self.input_specs)
 
     def inputs_of(self, graph: str) -> tuple[str, ...]:
-        """Names of what a graph takes, in order."""
+        """Names of a graph's inputs, in order."""
         known = {"route": self.route_inputs, "prepare": self.prepare_inputs, "denoise": self.denoise_inputs}
         if graph == "skip":
             return (*self.inputs, WEIGHTS, *map(update_name, range(self.updates)))
         return known.get(graph, self.inputs)
 
     def outputs_of(self, graph: str, results: int) -> tuple[str, ...]:
-        """Names of the results of a graph that returns so many, in order."""
+        """Names of a graph's results, in order; `results` says how many there are."""
         if graph == "route":
             return (SCORES_NAME, *self.live)
         if graph == "prepare":
@@ -141,7 +141,7 @@ class ModelSpec:
         return ("route", "prepare", "denoise") if self.constants else ("route", "denoise")
 
     def state_shapes(self, batch: int) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and dtype of everything that a run of `batch` samples remembers on the device, by name."""
+        """Shape and dtype of everything that a run of `batch` samples stores on the device, by name."""
         update: tuple[int, ...] = (batch, self.tokens, self.width)
         shapes = {update_name(number): (update, self.update_dtype) for number in range(self.updates)}
         return shapes | {state.name: (state.shape(batch, self.tokens), state.dtype) for state in self.states}
@@ -159,7 +159,7 @@ class ModelSpec:
 
     @property
     def state_bytes(self) -> int:
-        """What a run remembers of one sample on the device, in bytes."""
+        """The size of a run's state on the device for one sample, in bytes."""
         shapes = self.state_shapes(1).values()
         return sum(math.prod(shape) * getattr(torch, dtype).itemsize for shape, dtype in shapes)
 
@@ -201,13 +201,13 @@ class ModelSpec:
         raise CheckFailedError("the program was not split; fix the pipeline order")
 
     def with_steps(self, skip: GraphModule) -> ModelSpec:
-        """The same with what a run of full and skipped steps needs."""
+        """The same spec with what a run of full and skipped steps needs."""
         given = placeholders(skip.graph)
         dtype = str(given[-1].meta["val"].dtype).removeprefix("torch.")
         return replace(self, updates=len(given) - len(self.inputs) - 1, update_dtype=dtype)
 
     def with_plan(self, program: Program, added: Collection[str]) -> ModelSpec:
-        """The same with what a run of plans needs; `added`: the names of the plan's inputs and of the states."""
+        """The same spec with what a run of plans needs; `added`: the names of the plan's inputs and of the states."""
         prepare = program.parts.get("prepare")
         constants = count_outputs(prepare) if prepare else 0
         names = tuple(f"constant_{number}" for number in range(constants))
@@ -227,10 +227,10 @@ class ModelSpec:
 
 
 def find_inputs(program: Program, timestep: str | None) -> None:
-    """Note in the program which inputs the model has, and which of them are image and timestep.
+    """Record in the program which inputs the model has, and which of them are the image and the timestep.
 
-    `timestep` is its name, or None to guess it from TIMESTEP_NAMES. UsageError if there is no such input, or if mode
-    carry, which cannot do without, finds none.
+    `timestep` is the name of the timestep, or None to guess it from TIMESTEP_NAMES. Raises UsageError if there is no
+    such input, or if mode carry, which needs one, finds none.
     """
     program.inputs = tuple(node.name for node in placeholders(program.graph))
     if timestep is None:
@@ -247,12 +247,12 @@ def find_inputs(program: Program, timestep: str | None) -> None:
 
 
 def update_name(number: int) -> str:
-    """What the input of a skipped step is called that takes one of the last updates."""
+    """The name of a skipped step's input for one of the last updates."""
     return f"{UPDATE}_{number}"
 
 
 def state_output(name: str) -> str:
-    """What the output that continues a state is called."""
+    """The name of the output that continues a state."""
     return f"next_{name}"
 
 

@@ -17,19 +17,19 @@ from dcconvert.passes.methods.tome import ToMe
 
 METHODS: dict[str, type[Method]] = {found.name: found for found in (Steps, Carry, Chunk, DcDit, SparseDiT, DDiT, ToMe)}
 MODES = ("steps", "carry", "chunk")  # the project's own methods; the others are published ones
-DEFAULT = "steps"  # what wins at equal time without training (benchmarks/fitted.py)
+DEFAULT = "steps"  # the best at equal time without training (benchmarks/fitted.py)
 PRESETS = tuple(name for name in METHODS if name not in MODES)
 
 
 def find(name: str) -> type[Method]:
-    """The method with this name; UsageError for an unknown name."""
+    """The method with this name; raises UsageError for an unknown name."""
     if name not in METHODS:
         raise UsageError(f"unknown method '{name}': choose one of {', '.join(METHODS)}")
     return METHODS[name]
 
 
 def method_of(mode: str = DEFAULT, ratio: float | None = None, **options: Any) -> Method:
-    """A method by its name, with its options, for a ratio, which decides some options of some methods.
+    """The method with this name and these options. In some methods, the ratio decides some of the options.
 
     Raises UsageError for an unknown method, an unknown option, or a value that is out of range.
     """

@@ -75,7 +75,8 @@ class Carry(Method):
         return counts
 
     def urgency(self, history: History, scores: np.ndarray, counts: np.ndarray, taus: Doubles) -> Doubles:
-        """How urgently each token should be computed [B, N]: noise levels since it last was, times the router's factor.
+        """How urgently each token should be computed [B, N]: noise levels since the last time, times the router's
+        factor.
 
         For `drift`, the factor is the square root of the speed at which the token's update changed; for `age`, it is 1.
         With these two, the scores break ties and cover the grid evenly. The scores of any other router are the factor.

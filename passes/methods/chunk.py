@@ -24,8 +24,8 @@ WHAT_CHUNK_NEEDS = (
 @dataclass(frozen=True)
 class Chunk(Method):
     """Each packed token is the mean of at most `members` tokens of the grid, and a token that is not kept takes the
-    update of its `neighbours` nearest kept ones. `coverage`: the best token of every 2x2 cell comes first.
-    `packing`: `rows` (one sample a row of attention), `bins` (several short ones), or `varlen` (torch on a GPU in half
+    update of its `neighbours` nearest kept ones. `coverage`: the best token of every 2x2 cell comes first. `packing`:
+    `rows` (one sample per row of attention), `bins` (several short ones), or `varlen` (torch on a GPU in half
     precision, through `torch.nn.attention.varlen`; it has no ONNX form).
     """
 

@@ -30,12 +30,12 @@ from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.trained.adapters import with_router_adapter
 from dcconvert.passes.trained.weight_sets import original_name
 
-SMOOTHED_NEIGHBOURS = 9  # of a grid with every second token kept, what lies within a Gaussian of one cell
+SMOOTHED_NEIGHBOURS = 9  # those within a Gaussian of one cell if every second token is kept
 VALUE_NEIGHBOURS = 25  # within 2.8 cells: each one left out has less than 2 % of the weight of a token itself
-TAIL_DROPS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # what DC-DiT trains for, one a step
+TAIL_DROPS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # the rates that DC-DiT trains for, one per step
 EMBEDDERS = ("refined.t_embedder.", "refined.y_embedder.")
 BIASES = (f"{ROUTER}.score.bias", "router.router.residual_scorer.3.bias")  # of an adapter; of DC-DiT's own router
-SHIFTS = 3  # each changes what the model's runs come by
+SHIFTS = 3  # repeated because each shift changes the tokens of the model's own runs
 MORE = 1.4
 
 

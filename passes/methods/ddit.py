@@ -26,9 +26,9 @@ from dcconvert.passes.rewrite.split_route import SplitRoute
 from dcconvert.passes.runtime.model import DynamicModel
 
 PREDICTIONS = ("", "eps", "flow")
-EVERYTHING = 1e12  # a threshold that all patches are below
+EVERYTHING = 1e12  # a threshold above all patches
 SEARCH = 8  # runs in search of the threshold
-WIDER = 3.0  # how far above the original's spread, in logarithms, it may lie
+WIDER = 3.0  # how far the threshold may be above the original's spread, in logarithms
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from dcconvert.passes.runtime.run import Run
 Model = TypeVar("Model", bound=DynamicModel)
 
 FRONTEND: Passes = (
-    Normalise(),  #       one spelling for each op
-    RealNumbers(),  #     no complex ones
+    Normalise(),  # one form for each op
+    RealNumbers(),  # no complex numbers
     FindTokenStream(),  # patchify, cut points, blocks, trunk
 )
 
@@ -52,7 +52,7 @@ class Method:
     # What it is.
     name: ClassVar[str]
     mode: ClassVar[str] = "chunk"  # one of MODES
-    remembers: ClassVar[str] = ""  # what samples remember of earlier steps: "tokens", "updates" or nothing
+    remembers: ClassVar[str] = ""  # what a run stores from earlier steps: "tokens", "updates" or nothing
     run: ClassVar[type[Run]] = Run  # how its steps are made
     title: ClassVar[str] = ""  # with the paper, for the help
     limits: ClassVar[tuple[str, ...]] = ()  # what a report says before its figures
@@ -60,18 +60,18 @@ class Method:
     # How a model is rewritten.
     blocks: ClassVar[int] = 1  # head and tail blocks by default
     routers: ClassVar[tuple[str, ...]] = ()
-    new_weights: ClassVar[str] = DECHUNK  # how the weights are called that its trunk has beside the original's
+    new_weights: ClassVar[str] = DECHUNK  # prefix of the weights that its trunk has besides the original's
 
     # How many tokens its steps keep.
     schedule: ClassVar[str] = "constant"
     schedules: ClassVar[tuple[str, ...]] = ()  # kinds of schedule that only this method has
-    watches: ClassVar[bool] = False  # whether a run has to keep its last latents
+    watches: ClassVar[bool] = False  # whether a run must store its last latents
     fixed_steps: ClassVar[bool] = False  # whether what was fitted holds for one sampler only
 
     # What can be done with it.
     drops_tokens: ClassVar[bool] = True  # steps compute some tokens of the grid, and which ones can be shown
     plain_plan: ClassVar[bool] = True  # a plan needs nothing but a schedule and scores [B, N]
-    original_trunk: ClassVar[bool] = True  # the trunk gives what the original's gives if everything is kept
+    original_trunk: ClassVar[bool] = True  # the trunk returns what the original's returns if everything is kept
 
     # How it is trained.
     trains: ClassVar[tuple[str, ...]] = ("all",)
@@ -105,7 +105,7 @@ class Method:
         """The same method for a model that predicts `eps` or `flow` ("": unknown), if that matters."""
         return self
 
-    # What passes ask.
+    # What passes need to know.
 
     @property
     def row_packing(self) -> str:
@@ -151,7 +151,7 @@ class Method:
         return make_router(self.router, grid, self.seed)
 
     def planner(self, grid: tuple[int, int]) -> Planner:
-        """What lays out the kept tokens of an H x W grid."""
+        """The planner that lays out the kept tokens of an H x W grid."""
         raise NotImplementedError
 
     @classmethod

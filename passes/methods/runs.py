@@ -13,7 +13,7 @@ from dcconvert.passes.methods.method import Model
 from dcconvert.passes.planning.schedule import Timetable
 from dcconvert.passes.runtime.model import DynamicModel
 
-Step = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, t, y -> what the model gives
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, t, y -> the model's output
 
 
 class Runs(Protocol):
@@ -38,7 +38,7 @@ def kept(model: DynamicModel, runs: Runs) -> np.ndarray:
 
 
 def expecting(model: Model, runs: Runs, schedule: Timetable) -> Model:
-    """The model with a schedule that records what its runs keep."""
+    """The model with a schedule that stores how many tokens its runs keep."""
     fractions = kept(model.with_schedule(schedule), runs).mean(1) / model.spec.tokens
     order = np.argsort(runs.taus)
     knots = tuple((float(runs.taus[i]), float(fractions[i])) for i in order)

@@ -62,7 +62,7 @@ class SparseDiT(Method):
     def pipeline(self) -> Passes:
         return (
             *FRONTEND,
-            SplitProjections(),  # queries, keys and values apart
+            SplitProjections(),  # separate queries, keys and values
             InsertRouter(),  #      h -> scores
             SparseDense(),  #       pooled grids in groups of blocks
             SplitRoute(),  #        route | plan on the host | denoise
@@ -73,7 +73,7 @@ class SparseDiT(Method):
 
     @classmethod
     def policy(cls, ratio: float) -> Policy:
-        """r(t): r_min up to a quarter of the noise, then linear to r_max; the kept fraction is 1 - r.
+        """r(t) is r_min up to a quarter of the noise, then rises linearly to r_max; the kept fraction is 1 - r.
 
         Uses the published pair with the mean nearest to 1/ratio, scaled to that mean.
         """

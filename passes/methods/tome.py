@@ -22,7 +22,7 @@ from dcconvert.passes.rewrite.split_route import SplitRoute
 @dataclass(frozen=True)
 class ToMe(Method):
     """The training-free control. A packed token is the mean of at most `members` tokens; `fewest` is the smallest
-    fraction of the tokens that any step keeps, which bounds how far apart tokens are that are always kept."""
+    fraction of the tokens that any step keeps, which bounds the distance between the tokens that are always kept."""
 
     members: int = 8
     fewest: float = 0.25

@@ -1,7 +1,7 @@
-"""Embeddings and pixels of larger patches, made of those of a trained model by linear algebra.
+"""Embeddings and pixels of larger patches, derived from those of a trained model by linear algebra.
 
-FlexiViT (arXiv 2212.08013) resizes an embedding by the pseudo-inverse of a bilinear resize, so that a patch that was
-scaled up is embedded as before; DDiT (arXiv 2602.16968) begins with this and trains.
+FlexiViT (arXiv 2212.08013) resizes an embedding by the pseudo-inverse of a bilinear resize, so that an enlarged patch
+is embedded like the original one; DDiT (arXiv 2602.16968) starts from this and trains.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TIMES = 1000  # table entries of the noise level
 
 @cache
 def enlarging(patch: int, scale: int) -> Tensor:
-    """Bilinear resize of a patch of `patch` pixels a side by `scale`: [(scale patch)^2, patch^2] in float64."""
+    """Bilinear resize of a patch of `patch` pixels per side by `scale`: [(scale patch)^2, patch^2] in float64."""
     pixels = torch.eye(patch * patch, dtype=torch.float64).view(-1, 1, patch, patch)
     large = F.interpolate(pixels, scale_factor=scale, mode="bilinear", align_corners=False)
     return large.flatten(1).T.contiguous()
@@ -65,7 +65,7 @@ class PatchEmbedding(nn.Module):
 
 
 class PatchOutput(nn.Module):
-    """The last linear layer for all patch sizes but the first: scale^2 tokens' features of each."""
+    """The last linear layer for all patch sizes but the first; each patch gives the features of scale^2 tokens."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, order: Tensor, patch: int, scales: Sequence[int]) -> None:
         super().__init__()
@@ -90,11 +90,12 @@ def spreading(order: Tensor, patch: int, scale: int) -> Tensor:
 
 
 class PatchSkip(nn.Module):
-    """What a prediction gets directly from the input: detail that a patch of the size it runs in cannot hold.
+    """What is added to a prediction directly from the input: detail that patches of the current size cannot represent.
 
-    The part of a patch that no enlarged one has is noise for the most part: with data of variance v there (`detail`, 0
-    if it is not known), alpha the part of the data and sigma that of the noise, the best linear guess of the noise is
-    sigma / (alpha^2 v + sigma^2) times it, of the data alpha v / (alpha^2 v + sigma^2). (DDiT learns its skip.)
+    The part of a patch that no enlarged patch can represent is mostly noise. If the data have variance v in this part
+    (`detail`, 0 if unknown), and alpha and sigma are the weights of data and noise, the best linear estimate of the
+    noise is sigma / (alpha^2 v + sigma^2) times this part, and that of the data is alpha v / (alpha^2 v + sigma^2)
+    times it. (DDiT learns its skip.)
     """
 
     order: Tensor
@@ -116,7 +117,7 @@ class PatchSkip(nn.Module):
         self.steps = TIMES / timestep_scale
         self.grid, self.patch, self.scales, self.prediction = grid, patch, tuple(scales), prediction
         self.channels = int(channels)
-        # Features of channels that the input has not (learned variances) come from a column of zeros.
+        # Features of channels that the input does not have (learned variances) come from a column of zeros.
         self.register_buffer("order", order.clamp(max=self.channels * patch * patch))
         alpha, sigma = noise_levels(prediction)
         self.register_buffer("alpha", alpha)

@@ -1,7 +1,7 @@
 """Routers: modules that give every token a keep score p in [0, 1] from the hidden state at the trunk's input.
 
-None of these needs training. A router only ranks tokens; how many are kept is the schedule's business and
-which positions must be covered is the planner's.
+None of these needs training. A router only ranks tokens; the schedule decides how many are kept, and the planner which
+positions must be covered.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class CosineRouter(nn.Module):
 class FixedRouter(nn.Module):
     """The same priorities for every sample and step: `pool` (even coverage at any budget) or `random`.
 
-    They are kept as ranks, integers, and given in float32: in half precision many would be equal.
+    They are stored as integer ranks and returned in float32, because many would be equal in half precision.
     """
 
     priorities: Tensor
@@ -60,16 +60,16 @@ class FixedRouter(nn.Module):
         self.register_buffer("priorities", priorities.argsort().argsort())
 
     def forward(self, h: Tensor) -> Tensor:
-        """h [B, N, D] -> p [B, N]; zero times h, so that a token that is not finite shows in its score."""
+        """h [B, N, D] -> p [B, N]; zero times h is added, so that a non-finite token shows in its score."""
         return (0 * h).sum(-1).float() + (self.priorities.float() + 0.5) / len(self.priorities)
 
 
 class MergeRouter(nn.Module):
-    """Bipartite soft matching, as token merging has it (ToMe, arXiv 2210.09461; for diffusion arXiv 2303.17604).
+    """Bipartite soft matching, as in token merging (ToMe, arXiv 2210.09461; for diffusion arXiv 2303.17604).
 
-    One token of every `cell` x `cell` square (the first; drawn at random there) is a destination, each other token is
-    matched with the destination it is most like, by the cosine. Destinations come first in the order of keeping, evenly
-    spread, then the tokens that are least like their match.
+    One token of every `cell` x `cell` square is a destination (the first; the paper on diffusion draws it at random).
+    Each other token is matched with the most similar destination, by cosine. Destinations are kept first, evenly
+    spread, then the tokens that are least similar to their match.
     """
 
     destinations: Tensor
@@ -93,7 +93,7 @@ class MergeRouter(nn.Module):
 
 
 def merge_cell(fewest: float) -> int:
-    """Side of the squares of which one token each is always kept, for steps that keep no less than this fraction."""
+    """Side of the squares in each of which one token is always kept, for steps that keep at least this fraction."""
     return max(1, math.ceil(math.sqrt(1 / fewest) - 1e-9))
 
 
@@ -138,4 +138,4 @@ def make_router(name: str, grid: tuple[int, int], seed: int) -> nn.Module:
 PLAIN_ROUTERS = ("pool", "predictability", "cosine", "random")
 CARRY_ROUTERS = ("drift", "age", *PLAIN_ROUTERS)  # the first two look at a token's history
 
-OWN = "own"  # that of a model which has one
+OWN = "own"  # the model's own router, if it has one

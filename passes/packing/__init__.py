@@ -1,1 +1,1 @@
-"""Writing the trunk again for packed tokens: the packer, attention that text joins, and one rule for each ATen op."""
+"""Rewriting the trunk for packed tokens: the packer, joint attention with text, and one rule for each ATen op."""

@@ -63,7 +63,7 @@ def takes_apart(packer: Packer, node: Node, joint: Joint) -> bool:
         store_part(packer, node, source.all_input_nodes[0], joint, (begin, begin + sizes[which]))
         return True
     if node.target in SPLITS and splits_tokens(packer, node):
-        packer._joint[node] = joint  # its parts are looked at where they are taken out
+        packer._joint[node] = joint  # its parts are handled where they are taken out
         packer.store(node, packer.get(source, "packed"))
         return True
     if node.target is aten.slice.Tensor:
@@ -107,7 +107,7 @@ def positional(packer: Packer, value: Node, laid: PackedValue, node: Node) -> No
     """A value that varies with the token's position, such as a rotary embedding, at the positions of packed tokens.
 
     For a value with grid tokens and others, a context gets the others' part. Raises UnsupportedModelError if the value
-    is not for all tokens, or exists neither once nor once per sample.
+    is not for all tokens, or has neither one copy nor one per sample.
     """
     rank, shape = laid.node.meta["val"].ndim, value.meta["val"].shape
     joint = packer.joint(packer.trunk_input(node))

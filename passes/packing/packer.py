@@ -1,12 +1,12 @@
 """The packer: walks the trunk and rewrites each op for packed tokens.
 
 A trunk value of the original has a batch axis (size B) and a token axis (size N). Packed, it has the same rank with
-sizes G and L: G tiles of L tokens, a tile holding tokens of one sample only, so that per-sample values (adaLN shift,
+sizes G and L: G tiles of L tokens. A tile holds tokens of one sample only, so that per-sample values (adaLN shift,
 scale, gate) are gathered once per tile and broadcast. When every sample keeps k tokens, a tile is a sample (L = k) and
-nothing is padded; otherwise small tiles limit the padding. In the attention grid the sizes are R and S. Ops are written
-in the packed layout. Ops that only move data are written in the layout that their user requests. So attention pulls its
-operands' reshapes and permutes into the grid, and the two gathers happen where a value is smallest: at the output of
-the linear layer before attention and at the input of the one after it.
+nothing is padded; otherwise small tiles limit the padding. In the attention grid, the sizes are R and S. Ops are
+written in the packed layout, except that ops that only move data are written in the layout that their user requests. So
+attention pulls its operands' reshapes and permutes into the grid, and the two gathers happen where a value is smallest:
+at the output of the linear layer before attention and at the input of the one after it.
 
 If other tokens take part in attention (text in joint attention, always computed), values with only these tokens do not
 change, [B, X, ...], and values with both are kept in two parts: the grid tokens, laid out as above, and the context.
@@ -51,13 +51,13 @@ class Packer:
         self.rules = rules
         self.tokens = tokens
         self.packing = packing
-        self.whole_keys = False  # keys and values of all the grid's tokens, as they were, for packed queries
+        self.whole_keys = False  # packed queries use the unpacked keys and values of all the grid's tokens
         self.attentions = 0
         self._laid: dict[tuple[Node, Layout], PackedValue] = {}
         self._native: dict[Node, Layout] = {}
         self._expanded: dict[tuple[Any, ...], Node] = {}
         self._groups: dict[Layout, Node] = {}
-        self._outside: dict[Node, Node] = {}  # values of context alone
+        self._outside: dict[Node, Node] = {}  # values with only context
         self._joint: dict[Node, Joint] = {}
 
     def start(self, node: Node, packed: Node) -> None:

@@ -1,7 +1,7 @@
-"""Which samples share a row of the attention grid: packing of variable lengths into rows of one capacity.
+"""Which samples share a row of the attention grid: packing of variable lengths into rows of equal capacity.
 
-Per sample, for the plan of each step: `one_a_row`, `first_fit`, `shortest_pack_first`. On a histogram of lengths, once
-for a data set: `spfhp` and `nnlshp`, both from Krell et al. (arXiv 2107.02027).
+`one_a_row`, `first_fit` and `shortest_pack_first` place samples, for the plan of each step. `spfhp` and `nnlshp`, both
+from Krell et al. (arXiv 2107.02027), pack a histogram of lengths, once for a data set.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from dcconvert.passes.planning.nearest_kept import Ints
 Pack = tuple[int, ...]  # lengths, longest first
 Packer = Callable[[ArrayLike, int], tuple[Ints, Ints]]
 
-SHORT, SHORT_WEIGHT = 8, 0.09  # lengths below SHORT are cheap to leave empty, and the fit weighs them so (paper, 3.2)
+SHORT, SHORT_WEIGHT = 8, 0.09  # lengths below SHORT are cheap to leave empty: the fit uses this weight (paper, 3.2)
 
 
 def one_a_row(lengths: ArrayLike, capacity: int) -> tuple[Ints, Ints]:
-    """Row and first slot of every sample: sample b in row b. UsageError if one is longer than ``capacity``."""
+    """Row and first slot of every sample: sample b in row b. Raises UsageError if one is longer than ``capacity``."""
     kept = checked(lengths, capacity)
     return np.arange(len(kept)), np.zeros_like(kept)
 
 
 def first_fit(lengths: ArrayLike, capacity: int) -> tuple[Ints, Ints]:
-    """Row and first slot of every sample: longest first, each into the first row that has room, else a new one.
+    """Row and first slot of every sample: longest first, each in the first row that has room, or else in a new one.
 
-    First-fit decreasing; ties go to the lower sample. UsageError if a sample is longer than ``capacity``.
+    First-fit decreasing; ties go to the lower sample. Raises UsageError if a sample is longer than ``capacity``.
     """
 
     def first(used: list[int], length: int) -> int | None:
@@ -40,10 +40,10 @@ def first_fit(lengths: ArrayLike, capacity: int) -> tuple[Ints, Ints]:
 
 
 def shortest_pack_first(lengths: ArrayLike, capacity: int) -> tuple[Ints, Ints]:
-    """Row and first slot of every sample: longest first, each into the row with the most room left, else a new one.
+    """Row and first slot of every sample: longest first, each in the row with the most room left, or else in a new one.
 
     SPFHP of Krell et al. (arXiv 2107.02027) without the histogram, which is useful only for far larger batches. Ties go
-    to the lower sample and the lower row. UsageError if a sample is longer than ``capacity``.
+    to the lower sample and the lower row. Raises UsageError if a sample is longer than ``capacity``.
     """
 
     def roomiest(used: list[int], length: int) -> int | None:
@@ -54,7 +54,7 @@ def shortest_pack_first(lengths: ArrayLike, capacity: int) -> tuple[Ints, Ints]:
 
 
 def greedy(lengths: ArrayLike, capacity: int, choose: Callable[[list[int], int], int | None]) -> tuple[Ints, Ints]:
-    """Longest first, each sample into the row that ``choose`` names for it, by how full the rows are."""
+    """Place samples, longest first, each in the row that ``choose`` picks for it from how full the rows are."""
     kept = checked(lengths, capacity)
     row, start, used = np.zeros_like(kept), np.zeros_like(kept), list[int]()
     for sample in np.argsort(-kept, kind="stable").tolist():
@@ -76,10 +76,11 @@ def checked(lengths: ArrayLike, capacity: int) -> Ints:
 
 
 def spfhp(histogram: Mapping[int, int], capacity: int, depth: int = 0) -> Counter[Pack]:
-    """Shortest-pack-first histogram packing: how often each pack is used, for ``histogram`` of length -> count.
+    """Shortest-pack-first histogram packing: how often each pack is used, for a ``histogram`` of length -> count.
 
-    Longest lengths first, all of one length at a time, each into the open packs with the most room left; a pack closes
-    when it is full or holds ``depth`` samples (0: any number). UsageError for a length above ``capacity``.
+    Lengths are packed longest first, all of one length at a time, into the open packs with the most room left; a pack
+    closes when it is full or holds ``depth`` samples (0: any number). Raises UsageError for a length above
+    ``capacity``.
     """
     open_packs: dict[int, Counter[Pack]] = {}  # by room left
     done: Counter[Pack] = Counter()
@@ -119,12 +120,13 @@ def by_length(histogram: Mapping[int, int], capacity: int) -> Iterator[tuple[int
 
 
 def nnlshp(histogram: Mapping[int, int], capacity: int, depth: int = 3) -> Counter[Pack]:
-    """Non-negative least squares histogram packing: how often each pack is used, for ``histogram`` of length -> count.
+    """Non-negative least squares histogram packing: how often each pack is used, for a ``histogram`` of length ->
+    count.
 
     The packs are all of up to ``depth`` lengths that fill a row exactly; how often each is used comes from a weighted
     least squares fit of the histogram, rounded down. Samples that remain are packed by `spfhp`, to the same depth.
-    Slots that the fit filled with samples that do not exist stay empty. UsageError for a length above ``capacity``, or
-    without scipy, which does the fit.
+    Slots that the fit filled with samples that do not exist stay empty. Raises UsageError for a length above
+    ``capacity``, or if scipy, which does the fit, is missing.
     """
     try:
         from scipy.optimize import nnls
@@ -160,7 +162,7 @@ def exact_packs(capacity: int, depth: int, longest: int) -> Iterator[Pack]:
 
 
 def taken(pack: Pack, count: int, left: dict[int, int]) -> Iterator[tuple[int, Pack]]:
-    """Use a pack ``count`` times with the remaining samples; if the samples of a length run out, without them."""
+    """Use a pack ``count`` times with the remaining samples, leaving out lengths whose samples have run out."""
     while count:
         need = Counter(pack)
         kept = tuple(length for length in pack if left.get(length, 0) >= need[length])
@@ -179,7 +181,7 @@ def efficiency(packs: Mapping[Pack, int], capacity: int) -> float:
 
 
 def rows_of(packs: Mapping[Pack, int], lengths: Sequence[int] | Ints) -> tuple[Ints, Ints]:
-    """Row and first slot of every sample, for packs that hold just these lengths."""
+    """Row and first slot of every sample, for packs that hold exactly these lengths."""
     waiting: dict[int, list[int]] = {}
     for sample, length in reversed(list(enumerate(lengths))):
         waiting.setdefault(int(length), []).append(sample)

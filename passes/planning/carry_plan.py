@@ -22,10 +22,9 @@ class CarryPlan:
     G tiles of L packed tokens, B x S slots of query rows, P state slots:
 
     - token_index [G, L]: flat b*N+n of each packed token.
-    - sample_ids [G], grid_index [B, S], packed_index [G, L]: as in `chunk_plan.Plan`, but for
-      pads.
+    - sample_ids [G], grid_index [B, S], packed_index [G, L]: as in `chunk_plan.Plan`, except for pads.
     - write_index [G, L, 4]: state slot, sample, 0 and token that each packed token is written to.
-    - recall_weight [P, B, N]: weights of the state's slots in the value of each token now.
+    - recall_weight [P, B, N]: weights of the state's slots in each token's value at this step.
 
     Pads copy everything from the first kept token of their tile's sample, so they write the same values to the state.
     """
@@ -45,7 +44,7 @@ class CarryPlan:
 
 
 def carry_plan(history: History, keep: Mask, tau: Doubles, bucket: Bucket | None = None) -> CarryPlan:
-    """Plan a step at noise levels `tau` [B] that computes the tokens of `keep` [B, N], and note it in the history.
+    """Plan a step at noise levels `tau` [B] that computes the tokens of `keep` [B, N], and record it in the history.
 
     Raises CheckFailedError if a sample keeps nothing, and UsageError if the mask has the wrong shape or does not fit
     the bucket, or if the noise rose.

@@ -19,7 +19,7 @@ from dcconvert.passes.planning.nearest_kept import Ints, Mask, Nearest, Neighbou
 Floats = NDArray[np.float32]
 WeightedIndex = tuple[Ints, Floats]  # where each value comes from, and with what weight
 
-REMEMBERED = 16  # plans, a few hundred kilobytes each at most for the sizes that are usual
+REMEMBERED = 16  # plans, each of a few hundred kilobytes at most for usual sizes
 
 PLAN_ARRAYS = (*CHUNK_INPUTS, *KEY_SEGMENTS)
 
@@ -36,14 +36,14 @@ class Plan:
     - sample_ids [G]: sample of each tile.
     - grid_index [R, S]: packed token in each slot; an unused slot repeats the first of its row, or token 0.
     - packed_index [G, L]: flat slot r*S+s of each packed token.
-    - row_lengths [R]: used slots, a prefix of the row; 1 for a row without a sample, so no softmax is over nothing.
+    - row_lengths [R]: used slots, a prefix of the row; 1 for a row without a sample, so that no softmax is empty.
     - segment_ids [R, S]: sample of each slot, -1 for unused. A slot attends to the slots of its row with the same id,
       and -1 is an id like any other: no slot is ever without keys.
     - fill_index, fill_weight [B, N, K]: the kept tokens of the same sample nearest to each position, as packed
       indices, and their normalised Gaussian weights; a kept position has itself, weight 1.
     - cu_seqlens [B+G+1]: bounds of segments of the packed axis, for variable-length attention: each sample's tokens,
-      then its pads; then every spare tile; then empty ones. None is longer than S or L. cu_seqlens_kv: the same of
-      the keys.
+      then its pads; then every spare tile; then empty ones. None is longer than S or L. cu_seqlens_kv: the same for the
+      keys.
 
     The rest of a sample's last tile, and the tiles that a larger bucket adds, are pads: copies of packed token 0
     (without its other members), at its slot. Nothing reads their results: no grid_index or fill_index points at one.
@@ -98,11 +98,10 @@ class Plan:
 class Planner:
     """Makes plans for one token grid; everything that depends only on the grid is computed once, here.
 
-    ``grid``: (H, W). ``members``: M, tokens averaged into a packed one; 1 selects it unchanged. ``neighbours``: K.
-    ``packing``: ``rows`` puts sample b in row b (what cross-attention needs), as does ``varlen``; ``bins`` lets short
-    samples share a row.
-    ``coverage``: keep the best token of every cell of the grid before filling up by score.
-    UsageError for sizes below 1 or an unknown packing.
+    ``grid``: (H, W). ``members``: M, tokens averaged into a packed one; 1 leaves the token unchanged. ``neighbours``:
+    K. ``packing``: ``rows`` puts sample b in row b (what cross-attention needs), as does ``varlen``; ``bins`` lets
+    short samples share a row. ``coverage``: keep the best token of every cell of the grid before filling up by score.
+    Raises UsageError for sizes below 1 or an unknown packing.
     """
 
     def __init__(
@@ -132,8 +131,8 @@ class Planner:
     def __call__(self, scores: np.ndarray, counts: ArrayLike, bucket: Bucket | None = None) -> Plan:
         """Select ``counts`` [B] tokens per sample by ``scores`` [B, N] and plan them; errors as in `select` and `plan`.
 
-        The last plan is reused for the same scores and counts: a router that does not look at the tokens, such as
-        `pool`, gives the same scores at every step.
+        The last plan is reused for the same scores and counts: a router that does not use the tokens, such as `pool`,
+        returns the same scores at every step.
         """
         key = (np.asarray(scores).tobytes(), np.asarray(counts).tobytes(), bucket)
         if key not in self._lately:
@@ -193,7 +192,7 @@ class Planner:
         return keep, left
 
     def plan(self, keep: Mask, bucket: Bucket | None = None, scores: np.ndarray | None = None) -> Plan:
-        """Plan a keep mask [B, N]; with a bucket the arrays have exactly its sizes, else the smallest that do.
+        """Plan a keep mask [B, N]; with a bucket the arrays have exactly its sizes, otherwise the smallest that fit.
 
         `scores`: the router's scores, for planners that use more than the mask. Raises CheckFailedError if a sample
         keeps nothing, and UsageError if the mask has the wrong shape or does not fit the bucket.
@@ -273,14 +272,14 @@ class Planner:
 def fill_sigma(ratio: ArrayLike) -> NDArray[np.float64]:
     """Width of the dechunk Gaussian, in grid cells, for ``ratio`` = N / kept tokens of a sample.
 
-    log2 of the spacing sqrt(ratio): 0 when everything is kept, 0.5 at 2x and 1 at 4x, the widths that gave the lowest
-    one-step error on a small trained model; close to half the spacing from there on (2 at 16x).
+    log2 of the spacing sqrt(ratio): 0 when everything is kept, 0.5 at 2x and 1 at 4x, the widths with the lowest
+    one-step error on a small trained model. Beyond that, it is close to half the spacing (2 at 16x).
     """
     return 0.5 * np.log2(np.asarray(ratio, dtype=np.float64))
 
 
 def _cell_sizes(height: int, width: int) -> Ints:
-    """Side of the smallest square cell of which there are at most ``count``, at index ``count`` (0 is unused)."""
+    """At index ``count``, the side of the smallest square cell of which there are at most ``count`` (0 is unused)."""
     sizes = np.full(height * width + 1, max(height, width), dtype=np.int64)
     for side in range(max(height, width), 0, -1):
         sizes[-(-height // side) * -(-width // side) :] = side
@@ -288,7 +287,7 @@ def _cell_sizes(height: int, width: int) -> Ints:
 
 
 def _cell_members(height: int, width: int, side: int) -> Ints:
-    """Tokens of every side x side cell [cells, side*side], in index order; N where a cell sticks out of the grid."""
+    """Tokens of every side x side cell [cells, side*side], in index order; N where a cell extends beyond the grid."""
     down, right = -(-height // side), -(-width // side)
     padded = np.full((down * side, right * side), height * width, dtype=np.int64)
     padded[:height, :width] = np.arange(height * width).reshape(height, width)

@@ -12,7 +12,7 @@ from torch import Tensor
 from dcconvert.passes.ir.errors import UsageError
 
 ORDER = 3
-PERCENTILE = 0.4  # of the patches of a sample, by how much they changed
+PERCENTILE = 0.4  # of a sample's patches, ordered by how much they changed
 THRESHOLD = 1e-3  # as published, for FLUX.1 in 50 steps
 
 
@@ -30,7 +30,7 @@ class ThirdDifference:
         self.tau[list(samples)] = np.inf
 
     def note(self, latents: Any, taus: np.ndarray) -> None:
-        """Record the latents [B, C, H, W] of the next step; UsageError if the noise of a sample rose."""
+        """Record the latents [B, C, H, W] of the next step; raises UsageError if the noise of a sample rose."""
         if (taus > self.tau + 1e-6).any():
             sample = int((taus > self.tau + 1e-6).argmax())
             raise UsageError(
@@ -50,7 +50,7 @@ class ThirdDifference:
 
 
 def third_difference(latents: Sequence[Tensor]) -> Tensor:
-    """Of four latents in order."""
+    """The third difference of four latents in order."""
     first, second, third, fourth = (value.float() for value in latents)
     return fourth - 3 * third + 3 * second - first
 

@@ -13,9 +13,9 @@ from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.planning.bin_packing import shortest_pack_first
 from dcconvert.passes.planning.nearest_kept import Ints, Mask
 
-PACKINGS = ("rows", "bins", "varlen")  # varlen: as rows, but torch's attention takes the packed tokens as they are
+PACKINGS = ("rows", "bins", "varlen")  # varlen: like rows, but torch's attention takes the packed tokens as they are
 
-# Tile length when samples keep different numbers of tokens: on average half a tile a sample is padding.
+# Tile length when samples keep different numbers of tokens: on average half a tile per sample is padding.
 MIXED_TILE = 8
 
 
@@ -23,8 +23,8 @@ MIXED_TILE = 8
 class Bucket:
     """Static shapes of one profile: ``batch`` samples, ``tokens`` packed tokens (T), ``rows`` x ``row_tokens`` slots.
 
-    The packed tokens come in tiles of ``tile`` (L), each tile of one sample. UsageError for a size below 1 or a T that
-    is not a multiple of L.
+    The packed tokens come in tiles of ``tile`` (L), each tile of one sample. Raises UsageError for a size below 1 or a
+    T that is not a multiple of L.
     """
 
     batch: int
@@ -38,7 +38,7 @@ class Bucket:
             raise UsageError(f"{self}: every size must be at least 1, and tokens a multiple of the tile")
 
     def fits(self, counts: ArrayLike) -> bool:
-        """Whether samples with these kept counts, the last repeated up to ``batch``, fit with one sample a row."""
+        """Whether samples with these kept counts, the last repeated up to ``batch``, fit with one sample per row."""
         kept = np.asarray(counts)
         spare = self.batch - len(kept)
         if len(kept) == 0 or spare < 0:
@@ -67,7 +67,7 @@ class TokenLayout:
     packed_index: Ints
     row_lengths: Ints
     segment_ids: Ints
-    source: Ints  # [G, L], which kept token a packed place has; pads have the first of their sample
+    source: Ints  # [G, L], which kept token is in each packed place; pads have the first of their sample
 
     def spread(self, values: Ints) -> Ints:
         """A value of each kept token [X, ...] on the packed axis [G, L, ...]."""
@@ -75,7 +75,7 @@ class TokenLayout:
 
 
 def lay_out(keep: Mask, tokens: int, packing: str = "rows", bucket: Bucket | None = None) -> TokenLayout:
-    """Lay out a keep mask [B, N]; with a bucket in exactly its sizes, else in the smallest that do.
+    """Lay out a keep mask [B, N]: in exactly the sizes of the bucket, or without one in the smallest that fit.
 
     Raises CheckFailedError if a sample keeps nothing, and UsageError if the mask has the wrong shape or does not fit.
     """

@@ -10,14 +10,14 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def nearest(levels: Sequence[int], counts: ArrayLike) -> NDArray[np.int64]:
-    """The level nearest to each count, in their shape; of two as near the first."""
+    """The level nearest to each count, in the same shape; the first if two are equally near."""
     known = np.asarray(levels)
     found: NDArray[np.int64] = known[np.abs(np.asarray(counts)[..., None] - known).argmin(-1)]
     return found
 
 
 def diffused(counts: NDArray[np.int64], levels: Sequence[int]) -> NDArray[np.int64]:
-    """Numbers among ``levels`` that stay as near as they can to the running sum of ``counts``."""
+    """Numbers among ``levels`` whose running sum stays as near as possible to that of ``counts``."""
     found, owed = [], 0.0
     for count in counts.tolist():
         owed += count
@@ -27,7 +27,8 @@ def diffused(counts: NDArray[np.int64], levels: Sequence[int]) -> NDArray[np.int
 
 
 def levels_of(counts: NDArray[np.int64], tokens: int, most: int, sizes: Sequence[int] = ()) -> tuple[int, ...]:
-    """At most ``most`` levels, ``tokens`` among them, near to the counts [steps] of a run; of ``sizes``, if given."""
+    """At most ``most`` levels near the counts [steps] of a run, including ``tokens``; chosen from ``sizes``, if
+    given."""
     known = sorted(sizes)
     sparse = counts[counts < tokens]
     if known:

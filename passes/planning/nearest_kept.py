@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
-# Nearest grid positions looked at before falling back to a search over all kept tokens: the bits of one machine word.
+# Nearest grid positions tried before falling back to a search over all kept tokens: one per bit of a machine word.
 _WINDOW = 64
 
 
@@ -48,7 +48,7 @@ class Neighbourhood:
         inside = min(_WINDOW, self.tokens)
         self._inside = np.uint64((1 << inside) - 1)
         keys = np.zeros((self.tokens, _WINDOW), dtype=np.int64)
-        for top in range(0, self.tokens, width):  # a grid row at a time: N x N need not exist at once
+        for top in range(0, self.tokens, width):  # a grid row at a time, so that N x N is never in memory at once
             rows = np.arange(top, top + width)
             every = np.arange(self.tokens)
             nearest = np.partition(self._keys(rows, every).T, inside - 1, axis=1)[:, :inside]

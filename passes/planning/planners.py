@@ -11,7 +11,7 @@ from dcconvert.passes.planning.nearest_kept import Ints, Mask, Nearest
 from dcconvert.passes.planning.pooled_planner import SizedPlanner
 
 CERTAIN = 1e-4  # DC-DiT keeps p this far from 0 and 1
-SCALES = (1, 2, 4)  # DDiT's patch sizes, in those of the model
+SCALES = (1, 2, 4)  # DDiT's patch sizes, in units of the model's
 
 
 class MergePlanner(Planner):
@@ -34,7 +34,7 @@ class MergePlanner(Planner):
             owner = scores[near.sample, near.target, 1].astype(np.int64)
             usable = keep[near.sample, owner]
             token = np.where(usable, owner, token[:, 0])[:, None]
-            distance = np.where(usable[:, None], 0, distance)  # of equals the first in the grid comes first
+            distance = np.where(usable[:, None], 0, distance)  # equal tokens are in grid order
         near = Nearest(near.sample, near.target, token, distance)
         into = self._chunks(laid.kept, laid.place, near, laid.sizes)
         return into, self._fill(laid.kept, laid.place, near, laid.counts)
@@ -97,10 +97,10 @@ def forced(scores: np.ndarray) -> np.ndarray:
 class PatchPlanner(SizedPlanner):
     """DDiT (arXiv 2602.16968): each sample of a step is cut into patches of one size; it keeps N / scale^2 tokens.
 
-    The tokens that are packed come out of all embeddings one after the other, N / scale^2 of each scale, and what the
-    trunk gives for a packed token is `variants` values, scale^2 of each scale: one for every token of a patch.
-    `chunk_index` [G, L, 1] is in B x sum of N / scale^2; `fill_index` [B, N, 2] in T x variants, and in B x N x scales
-    (which scale it is).
+    Packed tokens are taken from the tokens of all embeddings one after the other, N / scale^2 of each scale. For each
+    packed token, the trunk returns `variants` values, scale^2 of each scale: one for every token of a patch.
+    `chunk_index` [G, L, 1] points into B x sum of N / scale^2; `fill_index` [B, N, 2] into T x variants, and into B x N
+    x scales (which scale it is).
     """
 
     def __init__(self, grid: tuple[int, int], packing: str = "rows") -> None:
@@ -134,7 +134,7 @@ class PatchPlanner(SizedPlanner):
 
 
 def scales_of(grid: tuple[int, int]) -> tuple[int, ...]:
-    """The patch sizes that tile a grid, in those of the model."""
+    """The patch sizes that tile a grid, in units of the model's."""
     return tuple(scale for scale in SCALES if grid[0] % scale == grid[1] % scale == 0)
 
 

@@ -34,14 +34,14 @@ def windows(length: int, parts: int) -> list[range]:
 
 
 def pooled_sizes(grid: tuple[int, int]) -> dict[int, tuple[int, int]]:
-    """Pooled grids of an H x W grid by their numbers of tokens, ascending; one for every length of the long side."""
+    """Pooled grids of an H x W grid by number of tokens, ascending; one for every length of the long side."""
     longest = max(grid)
     shapes = [tuple(-(-side * part // longest) for side in grid) for part in range(1, longest + 1)]
     return {height * width: (height, width) for height, width in shapes}
 
 
 class SizedPlanner(Planner):
-    """Plans whose samples keep one of a few numbers of tokens, and for each number always the same tokens.
+    """Plans whose samples keep one of a few numbers of tokens, with the same tokens each time for each number.
 
     `sizes`: the value for each number of tokens; other numbers are rounded down to one of these. Subclasses set it.
     """
@@ -49,12 +49,13 @@ class SizedPlanner(Planner):
     sizes: dict[int, Any]
 
     def allowed(self, counts: ArrayLike) -> Ints:
-        """The largest allowed numbers of tokens that do not exceed each of `counts`, or the smallest one."""
+        """For each of `counts`, the largest allowed number of tokens that does not exceed it, or else the smallest
+        one."""
         known = np.array(sorted(self.sizes))
         return known[np.maximum(np.searchsorted(known, np.asarray(counts), side="right") - 1, 0)]
 
     def select(self, scores: np.ndarray, counts: ArrayLike) -> Mask:
-        super().select(scores, counts)  # for what it refuses
+        super().select(scores, counts)  # for its checks
         return self.mask(self.allowed(counts))
 
     def mask(self, counts: Ints) -> Mask:
@@ -62,7 +63,7 @@ class SizedPlanner(Planner):
         return np.stack([self.first(count) for count in counts.tolist()])
 
     def first(self, count: int) -> Mask:
-        """Which tokens [N] are the first of a cell, where there are `count` cells."""
+        """Which tokens [N] are the first of a cell if there are `count` cells."""
         raise NotImplementedError
 
     def plan(self, keep: Mask, bucket: Bucket | None = None, scores: np.ndarray | None = None) -> Plan:

@@ -1,6 +1,6 @@
 """When tokens are spent: the kept fraction as a function of the noise level.
 
-``tau`` is the noise level of the sample, 1 for pure noise and 0 for clean data, whatever time the model counts in.
+``tau`` is the noise level of the sample, 1 for pure noise and 0 for clean data, however the model measures time.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ KINDS = ("constant", "rising", "falling")
 CURVE = "curve"  # made by `dcconvert calibrate`
 NATURAL = "natural"  # as many as the router scores above 0.5 (DC-DiT)
 DIFFERENCE = "difference"  # patches as large as the third difference of the latents allows (DDiT)
-DATA_DEPENDENT = (NATURAL, DIFFERENCE)  # how many is found at every step; what is expected is what runs kept
-AUTO = -1  # warm-up steps chosen from what the run may cost
-LEVELS = 6  # numbers of kept tokens that a run uses, each of them a shape to export, compile and capture
-WARM_UP = 3  # steps it takes to know how things change; more cost what later steps need (docs/carry.md)
+DATA_DEPENDENT = (NATURAL, DIFFERENCE)  # the number is found at every step; the expected one is what runs kept
+AUTO = -1  # warm-up steps chosen from the run's budget
+LEVELS = 6  # different numbers of kept tokens in a run; each is a shape to export, compile and capture
+WARM_UP = 3  # steps needed to see how values change; more would take compute from later steps (docs/carry.md)
 
 # A time in float32 may overshoot the ends of [0, 1] by its rounding.
 _TAU_SLACK = 1e-6
@@ -33,12 +33,12 @@ _KNOTS = "a curve needs knots of positive kept fractions, and no other schedule 
 
 
 def noise_levels(steps: int) -> NDArray[np.float64]:
-    """The evenly spaced noise levels [steps] at which a run of so many steps calls the model: from 1 to 1 / steps."""
+    """The evenly spaced noise levels [steps] at which a run calls the model: from 1 to 1 / steps."""
     return 1 - np.arange(steps) / steps
 
 
 def parse_ratio(text: str | float) -> float:
-    """Read a ratio written as ``4x``, ``4`` or ``2.5x``; UsageError unless it is a finite number of at least 1."""
+    """Read a ratio written as ``4x``, ``4`` or ``2.5x``; raises UsageError unless it is finite and at least 1."""
     try:
         ratio = float(text.strip().lower().removesuffix("x")) if isinstance(text, str) else float(text)
     except (TypeError, ValueError):
@@ -55,20 +55,20 @@ Knots = tuple[tuple[float, float], ...]  # pairs of tau and kept fraction, by ri
 
 @dataclass(frozen=True)
 class Policy:
-    """How a sampling run is asked to spend its tokens, whatever its steps are: 1/ratio of them on average.
+    """How a sampling run should spend its tokens, whatever its steps are: on average, it keeps 1/ratio of them.
 
-    ``rising`` keeps more tokens toward clean samples, ``falling`` fewer. Both run between 0.5 and 1.5 times the mean;
-    where the upper end would pass 1 it stops there and the lower end moves up, so that the mean stays. ``curve`` goes
-    linearly through ``knots``, pairs of tau and kept fraction, scaled to the mean and cut off at 1.
-    The first ``warm_up`` steps of a run, and after them every ``refresh``-th (0: none), are dense: they keep
-    everything. ``AUTO`` stands for three, but no more than half of what the run may cost.
+    ``rising`` keeps more tokens toward clean samples, ``falling`` fewer. Both range from 0.5 to 1.5 times the mean; if
+    the upper end would exceed 1, it is 1 and the lower end is higher, so that the mean stays the same. ``curve`` is
+    linear between ``knots``, pairs of tau and kept fraction, scaled to the mean and cut off at 1. The first ``warm_up``
+    steps of a run, and after them every ``refresh``-th (0: none), are dense: they keep everything. ``AUTO`` stands for
+    three, but no more than half of the run's budget.
 
-    ``natural`` and ``difference`` find their numbers at every step. ``base`` is the ratio that a router was made for:
-    at a larger one the fraction 1 - base/ratio of the tokens that it scores above 0.5 is dropped, the lowest first
-    (tail dropping). ``threshold``: that of DDiT's criterion.
+    ``natural`` and ``difference`` find the number of tokens at every step. ``base`` is the ratio that a router was made
+    for: at a larger one, the fraction 1 - base/ratio of the tokens that it scores above 0.5 is dropped, the lowest
+    first (tail dropping). ``threshold``: that of DDiT's criterion.
 
-    ``timetable`` says how many tokens that makes. UsageError for an unknown kind, a ratio below 1, knots or numbers
-    out of range.
+    ``timetable`` gives the numbers of tokens that result. Raises UsageError for an unknown kind, a ratio below 1, and
+    knots or numbers out of range.
     """
 
     kind: str
@@ -111,7 +111,7 @@ class Policy:
         return 1 - self.base / self.ratio if self.base else 0.0
 
     def check(self, tokens: int) -> None:
-        """Raise UsageError if the ratio leaves less than one of ``tokens`` tokens a sample."""
+        """Raise UsageError if the ratio leaves a sample less than one of its ``tokens`` tokens."""
         if self.ratio > tokens:
             raise UsageError(
                 f"ratio {self.ratio:g}x leaves less than one of the {tokens} tokens of a sample: "
@@ -119,15 +119,16 @@ class Policy:
             )
 
     def is_dense(self, step: NDArray[np.int64], warm_up: int) -> NDArray[np.bool_]:
-        """Whether the steps with these numbers keep everything, after so many steps of warm-up."""
+        """Whether the steps with these numbers keep everything, in a run with `warm_up` warm-up steps."""
         warm = step < warm_up
         return warm | ((step - warm_up + 1) % self.refresh == 0) if self.refresh else warm
 
     def timetable(self, taus: ArrayLike | None = None) -> Timetable:
         """The policy fitted to ``taus``, the steps of one sampling run in order: their mean is 1/ratio.
 
-        UsageError if the dense steps alone cost more. None: to no sampler in particular, so that the mean is 1/ratio
-        over evenly spread noise levels and sparse steps, a curve stays as it is, and ``AUTO`` is no step at all.
+        Raises UsageError if the dense steps alone cost more. With None, it is not fitted to a particular sampler: the
+        mean is 1/ratio over evenly spread noise levels and sparse steps, a curve stays as it is, and ``AUTO`` means no
+        warm-up.
         """
         if taus is None:
             return Timetable(self, mean=1 / self.ratio, dense_first=max(self.warm_up, 0))
@@ -156,9 +157,9 @@ class Timetable:
     steps. The knots of the policy's curve are scaled to that mean. ``levels``: each step keeps the nearest of these
     numbers of tokens, so that the static shapes of an exported model need no padding; empty: any number.
 
-    Where numbers are found at every step the fraction is what a run is expected to keep: once runs were looked at,
-    ``seen`` has the fractions that they kept, as knots, and ``mean`` is their mean. UsageError for numbers out of
-    range.
+    If the numbers are found at every step, the fraction is what a run is expected to keep: once runs have been
+    observed, ``seen`` has the fractions that they kept, as knots, and ``mean`` is their mean. Raises UsageError for
+    numbers out of range.
     """
 
     policy: Policy
@@ -181,7 +182,7 @@ class Timetable:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Timetable:
-        """Undo ``as_dict``; a mean of 0 is that of older files for a schedule that was fitted to no sampler."""
+        """Undo ``as_dict``; in older files, a mean of 0 means that the schedule was not fitted to a sampler."""
         own = {field.name: data[field.name] for field in fields(Policy) if field.name in data}
         if unknown := data.keys() - own.keys() - {"centre", "mean", "dense_first", "levels"}:
             raise TypeError(f"a schedule has no {', '.join(sorted(unknown))}")
@@ -210,16 +211,16 @@ class Timetable:
 
     @property
     def knots(self) -> Knots:
-        """Of a curve, or of what runs were seen to keep; empty where there is neither."""
+        """The knots of a curve, or of what runs were seen to keep; empty if there is neither."""
         return self.policy.knots or self.seen
 
     @property
     def expected(self) -> float:
-        """The mean fraction that a run keeps: as was seen where it is found at every step, else 1 / ratio."""
+        """The mean fraction that a run keeps: as observed if it is found at every step, otherwise 1 / ratio."""
         return self.mean if self.data_dependent else 1 / self.ratio
 
     def fitted(self, taus: ArrayLike) -> Timetable:
-        """The same for the steps of another run; errors as ``Policy.timetable``."""
+        """The same timetable for the steps of another run; errors as in ``Policy.timetable``."""
         made = replace(self.policy.timetable(taus), levels=self.levels)
         if not self.seen:
             return made
@@ -228,7 +229,7 @@ class Timetable:
         return replace(made, seen=self.seen, mean=self.mean)
 
     def dropping(self, ratio: float) -> Timetable:
-        """The same at a larger ratio, by tail dropping; UsageError where only a new threshold could do that."""
+        """The same timetable at a larger ratio, by tail dropping; raises UsageError if that needs a new threshold."""
         if self.kind == DIFFERENCE:
             raise UsageError(
                 f"patch sizes are chosen by a threshold found for {self.ratio:g}x: convert again for {ratio:g}x"
@@ -241,11 +242,11 @@ class Timetable:
         return replace(self, policy=replace(self.policy, ratio=ratio), seen=seen, mean=mean, levels=levels)
 
     def levelled(self, taus: ArrayLike, tokens: int, most: int = LEVELS, sizes: Sequence[int] = ()) -> Timetable:
-        """Return the same timetable with at most ``most`` numbers of kept tokens in a run, ``tokens`` among them.
+        """The same timetable with at most ``most`` numbers of kept tokens in a run, including ``tokens``.
 
-        Those that a run fitted to ``taus`` is closest to, so that its mean stays what it was but for the rounding; of
-        ``sizes``, where a model can only keep some numbers. Where the numbers are found at every step the levels are
-        all sizes, or evenly spaced ones. UsageError as ``fitted``.
+        They are the ones nearest to a run fitted to ``taus``, so that only rounding changes its mean; they come from
+        ``sizes`` if the model can keep only certain numbers. If the numbers are found at every step, the levels are all
+        sizes, or evenly spaced. Errors as in ``fitted``.
         """
         if self.data_dependent:
             even = np.geomspace(max(1, tokens / self.ratio / 2), tokens, most).round().astype(int)
@@ -254,7 +255,7 @@ class Timetable:
         return replace(self, levels=levels_of(counts, tokens, most, sizes))
 
     def fraction(self, tau: ArrayLike) -> NDArray[np.float64]:
-        """Kept fraction, in (0, 1], of a sparse step at each ``tau``, in its shape; UsageError outside [0, 1]."""
+        """Kept fraction, in (0, 1], of a sparse step, in the shape of ``tau``; raises UsageError outside [0, 1]."""
         tau = _checked_tau(tau)
         if self.knots:
             return _interpolated(self.knots, tau)
@@ -264,25 +265,26 @@ class Timetable:
         return np.minimum(self.mean + sign * slope * (tau - self.centre), 1.0)
 
     def step_fraction(self, tau: ArrayLike, step: ArrayLike) -> NDArray[np.float64]:
-        """Kept fraction, in (0, 1], at each ``tau`` and so many steps after a run began; 1 for the dense steps."""
+        """Kept fraction, in (0, 1], at each ``tau``, ``step`` steps after a run began; 1 for the dense steps."""
         return np.where(self.policy.is_dense(np.asarray(step), self.dense_first), 1.0, self.fraction(tau))
 
     def counts(self, tau: ArrayLike, tokens: int, step: ArrayLike | None = None) -> NDArray[np.int64]:
-        """Kept tokens a sample at each ``tau``, out of ``tokens``: rounded, at least 1, one of the levels if there are
-        any. UsageError as ``Policy.check``.
+        """Kept tokens per sample at each ``tau``, out of ``tokens``: rounded, at least 1, one of the levels if there
+        are any. Errors as in ``Policy.check``.
 
-        ``step`` counts the steps since each run began and says which are dense; without it none is.
+        ``step`` counts the steps since each run began, which decides which are dense; without it, none is.
         """
         self.policy.check(tokens)
         counts = np.maximum(np.rint(self.fraction(tau) * tokens), 1).astype(np.int64)
-        if self.levels and not self.data_dependent:  # where they are found, their mean over samples is expected
+        if self.levels and not self.data_dependent:  # if they are found at every step, only their mean is known
             counts = nearest(self.levels, counts)
         if step is None:
             return counts
         return np.where(self.policy.is_dense(np.asarray(step), self.dense_first), tokens, counts)
 
     def run_counts(self, taus: ArrayLike, tokens: int) -> NDArray[np.int64]:
-        """Kept tokens a sample at every step of a run; of ``difference`` levels that add up to what is expected."""
+        """Kept tokens per sample at every step of a run; for ``difference``, levels that add up to the expected
+        number."""
         counts = self.counts(taus, tokens, np.arange(np.size(taus)))
         return diffused(counts, self.levels) if self.kind == DIFFERENCE and self.levels else counts
 
@@ -294,7 +296,7 @@ def _interpolated(knots: Knots, tau: NDArray[np.float64]) -> NDArray[np.float64]
 
 
 def _scaled(knots: Knots, taus: NDArray[np.float64], mean: float) -> Knots:
-    """Knots whose curve, cut off at 1, has this mean over ``taus``: the cut makes finding their scale a search."""
+    """Knots whose curve, cut off at 1, has this mean over ``taus``; the cut-off requires a search for their scale."""
     for _ in range(60):
         scale = mean / float(np.mean(_interpolated(knots, taus)))
         knots = tuple((tau, kept * scale) for tau, kept in knots)
@@ -302,7 +304,7 @@ def _scaled(knots: Knots, taus: NDArray[np.float64], mean: float) -> Knots:
 
 
 def _checked_knots(knots: Iterable[Sequence[float]]) -> Knots:
-    """Knots as plain numbers; UsageError for those that are no curve."""
+    """Knots as plain numbers; raises UsageError if they do not form a curve."""
     checked = tuple((float(tau), float(kept)) for tau, kept in knots)
     if any(not 0 < kept < math.inf for _, kept in checked):
         raise UsageError(_KNOTS)

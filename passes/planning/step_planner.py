@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 
 class StepPlanner:
-    """The schedule decides how many tokens a step keeps, router and history which ones, the plan where they go."""
+    """The schedule decides how many tokens a step keeps, the router and history which ones, and the plan where they
+    go."""
 
     def __init__(self, spec: ModelSpec, method: Method, schedule: Timetable) -> None:
         self.spec = spec
@@ -84,7 +85,7 @@ class StepPlanner:
 
     @property
     def watches(self) -> bool:
-        """Whether a run has to keep its last latents."""
+        """Whether a run must store its last latents."""
         return self.method.watches and self.schedule.data_dependent
 
     @property
@@ -142,7 +143,8 @@ class StepPlanner:
         return self.method.run_counts(self, taus)
 
     def plan(self, scores: np.ndarray, counts: np.ndarray, bucket: Bucket | None = None) -> Plan:
-        """Mode chunk: a plan for scores [B, N]; CheckFailedError naming a sample whose scores are not finite."""
+        """Mode chunk: a plan for scores [B, N]; raises CheckFailedError, naming a sample whose scores are not
+        finite."""
         check_finite(scores)
         return self.planner(scores, counts, bucket)
 

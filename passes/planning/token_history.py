@@ -18,8 +18,8 @@ from dcconvert.passes.planning.nearest_kept import Ints, Mask
 Doubles = NDArray[np.float64]
 
 
-# A line through two values is followed no further than this many times their distance: steep slopes between close
-# neighbours would run away (measured: benchmarks/carry_variants.py).
+# A line through two values is followed no further than this many times their distance:  steep slopes between close
+# neighbours would diverge (measured: benchmarks/carry_variants.py).
 REACH = 2.0
 
 
@@ -45,7 +45,7 @@ class History:
         self.tokens = tokens
         self.steps: Ints = np.zeros(batch, np.int64)  # steps each sample has made
         self.tau: Doubles = np.full(batch, np.inf)  # noise level of its last step
-        self.latest: Doubles = np.zeros((batch, tokens))  # when each token was computed the last time
+        self.latest: Doubles = np.zeros((batch, tokens))  # when each token was last computed
         self.before: Doubles = np.zeros((batch, tokens))  # and the time before
         self.newest: Ints = np.zeros((batch, tokens), np.int64)  # the slot of its last value
         self.written: Ints = np.zeros((batch, tokens), np.int64)  # how often each token was computed
@@ -87,7 +87,7 @@ class History:
         """Record that a step at `tau` [B] computes the tokens of `keep`; returns the slots to write them to [B, N]."""
         fresh = keep & (
             self.latest != tau[:, None]
-        )  # of solvers that look twice at one noise level the last look counts
+        )  # if a solver calls the model twice at one noise level, the last call counts
         self.newest = self.newest ^ fresh
         np.copyto(self.before, self.latest, where=fresh)
         np.copyto(self.latest, tau[:, None], where=fresh)

@@ -25,7 +25,7 @@ class CarryTrunk(PackTrunk):
        the last computed values of C x E numbers of each of N tokens.
     2. The kept tokens of h are packed and every trunk node is rewritten by its op's packing rule, as in PackTrunk.
     3. Self-attention writes the keys and values of the kept tokens into their states and attends to those of all
-       tokens, read from there. (Cross-attention has its keys outside the tokens and is as in PackTrunk.)
+       tokens, read from there. (Cross-attention takes its keys from outside the tokens, and works as in PackTrunk.)
     4. The trunk's update is written and read in the same way: h' = h + update.
     5. New outputs: `distance` [B, N], between the last two updates of each token, then every state.
     """
@@ -102,6 +102,6 @@ def distance(packer: Packer, state: Node) -> Node:
     """Euclidean distance [B, N] between the two slots of a state [P, B, 1, N, D]."""
     newer, older = (packer.emit(aten.select.int, state, 0, slot) for slot in range(SLOTS))
     moved = packer.emit(aten.sub.Tensor, newer, older)
-    moved = packer.emit(aten.to.dtype, moved, torch.float32)  # squares of halves overflow
+    moved = packer.emit(aten.to.dtype, moved, torch.float32)  # squares overflow in half precision
     squares = packer.emit(aten.mul.Tensor, moved, moved)
     return packer.emit(aten.sqrt.default, packer.emit(aten.sum.dim_IntList, squares, [1, 3]))

@@ -63,7 +63,7 @@ def constant_nodes(program: Program, graph: Graph) -> set[Node]:
     moving = {node for node in placeholders(graph) if node.name not in still}
     for node in graph.nodes:
         if is_batch_size(program, node):
-            continue  # the same everywhere, wherever it is read from
+            continue  # the same no matter which input it is read from
         if node.op == "placeholder":
             if node not in moving:
                 found.add(node)

@@ -20,7 +20,7 @@ from dcconvert.passes.packing.rules import find_rule
 aten = torch.ops.aten
 
 
-# Hints for the symbolic sizes: distinct, above one, and no size a model is likely to have.
+# Hints for the symbolic sizes: distinct, above one, and unlikely as sizes in a model.
 HINTS = {"tiles": 61, "tile_tokens": 67, "row_tokens": 59, "rows": 53, "segments": 71}
 
 
@@ -91,7 +91,7 @@ class PackTrunk(Pass):
 
 
 def closing_norm(end: Node) -> Node:
-    """The norm that follows the last block; UnsupportedModelError if there is none."""
+    """The norm that follows the last block; raises UnsupportedModelError if there is none."""
     norms = [user for user in end.users if user.target is aten.rms_norm.default]
     if len(norms) != 1 or len(end.users) != 1:
         raise UnsupportedModelError("dechunk by values needs an RMS norm after the last block, as DC-DiT has it")
@@ -115,7 +115,7 @@ def add_plan_inputs(program: Program, wanted: Mapping[str, PlanInput]) -> None:
     planner = method.planner(stream.grid)
     sizes: dict[str, int | torch.SymInt] = {name: program.new_size(hint) for name, hint in HINTS.items()}
     if method.row_packing != "bins":
-        sizes["rows"] = program.batch  # one sample a row
+        sizes["rows"] = program.batch  # one sample per row
     sizes |= {"batch": program.batch, "tokens": stream.tokens, "members": planner.members}
     sizes |= {"neighbours": planner.neighbours, "slots": SLOTS, "address": 4}
     own = program.found_trunk()[0].meta["val"].dtype

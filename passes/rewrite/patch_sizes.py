@@ -184,7 +184,7 @@ def image_shape(program: Program) -> tuple[int, ...]:
 
 
 def prefix(program: Program, start: Node) -> Any:
-    """A function from the image to the first block's input [B, N, D], which may depend on nothing else."""
+    """A function from the image to the first block's input [B, N, D], which must depend only on the image."""
     needed = ancestors([start])
     others = [n.name for n in needed if n.op == "placeholder" and n.name != program.image]
     if others:

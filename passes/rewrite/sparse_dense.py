@@ -26,13 +26,13 @@ from dcconvert.passes.rewrite.pack_trunk import add_plan_inputs, drop_unused_inp
 aten = torch.ops.aten
 
 RECOVERY = "recovery"  # new weights are called recovery.<group>.sparse and recovery.<group>.dense
-GROUP_BLOCKS = 4  # the fewest of a group: generation, one sparse, recovery, dense
+GROUP_BLOCKS = 4  # the minimum of a group: generation, one sparse, recovery, dense
 GROUPS = 4
 
 
 @dataclass(frozen=True)
 class Group:
-    """Numbers of the blocks of one group, in order."""
+    """The indices of the blocks of one group, in order."""
 
     generation: int
     sparse: tuple[int, ...]
@@ -43,7 +43,7 @@ class Group:
 def arrange(depth: int, head: int, tail: int) -> list[Group]:
     """Four groups of equal length between `head` pooling and `tail` dense blocks, fewer in models with few blocks.
 
-    UsageError if they leave less than one group.
+    Raises UsageError if fewer blocks remain than one group needs.
     """
     count = min(GROUPS, (depth - head - tail) // GROUP_BLOCKS)
     if count < 1:
@@ -64,8 +64,8 @@ class SparseDense(Pass):
     1. Head blocks replace attention by the mean of the values, without queries and keys.
     2. A group pools the grid; its first block's queries are the pooled tokens, keys and values those of the whole
        grid. The sparse blocks that follow see the pooled tokens only.
-    3. The block before its last gets X W2 + up-sampled pooled tokens W1 (nearest) as tokens, with W1 = 0 and W2 = I
-       before training, and the pooled tokens as keys and values. Its last block does not change.
+    3. The second-to-last block of a group gets X W2 + up-sampled pooled tokens W1 (nearest) as tokens, with W1 = 0 and
+       W2 = I before training, and the pooled tokens as keys and values. The last block does not change.
 
     With everything kept, the result is not the original: it needs training.
     """
@@ -119,7 +119,7 @@ def rewrite_group(program: Program, number: int, group: Group, bodies: Sequence[
 
 
 def recover(packer: Packer, body: Sequence[Node], entry: Node, recovered: Node) -> None:
-    """Let a block work on `recovered` [B, N, D], with keys and values of the packed tokens that `entry` became."""
+    """Make a block work on `recovered` [B, N, D], with keys and values of the packed tokens that `entry` became."""
     program = packer.program
     attentions = [n for n in body if n.target is ATTENTION and key_of(n) in body]
     for node in attentions:
@@ -137,7 +137,7 @@ def recover(packer: Packer, body: Sequence[Node], entry: Node, recovered: Node) 
 
 
 def pool_values(program: Program, body: Sequence[Node]) -> None:
-    """Let the attentions of a block give every token the mean of all values.
+    """Make the attention ops of a block return the mean of all values for every token.
 
     Values are linear in their layer's input, so the mean is taken there: values are computed for one token instead of
     all.
@@ -162,7 +162,7 @@ def pool_values(program: Program, body: Sequence[Node]) -> None:
 
 
 class MeanPacker(Packer):
-    """Rewrites ops for one token per sample, the mean of all."""
+    """Rewrites ops for one token per sample, the mean of all its tokens."""
 
     def groups(self, layout: str) -> Node:
         return self.remembered(("batch",), lambda: self.emit(aten.sym_size.int, self.entry, 0))
@@ -181,7 +181,7 @@ def value_of(node: Node) -> Node:
 
 
 def ancestors_in(body: Sequence[Node], roots: Sequence[Node]) -> list[Node]:
-    """The roots and what they are computed from inside a block, in graph order."""
+    """The roots and everything inside a block that they are computed from, in graph order."""
     needed, found = set(roots), []
     for node in reversed(body):
         if node in needed:

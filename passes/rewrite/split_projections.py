@@ -18,7 +18,7 @@ from dcconvert.passes.ir.program import Program
 
 aten = torch.ops.aten
 
-# Ops that move data and, of one tensor, take parts.
+# Ops that only move the data of one tensor or take parts of it.
 MOVES = {
     aten.reshape.default,
     aten.permute.default,
@@ -72,7 +72,8 @@ class SplitProjections(Pass):
 
 
 def parts_of(program: Program, node: Node) -> list[Part]:
-    """The features that each user of a linear layer takes; nothing unless they are several runs that cover all."""
+    """The features that each user of a linear layer takes; empty unless they are several runs that cover all
+    features."""
     features, tokens = int(node.meta["val"].shape[2]), int(node.meta["val"].shape[1])
     moved = moved_from(node)
     given = {node: torch.arange(features).expand(1, tokens, features)}

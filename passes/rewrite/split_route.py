@@ -96,7 +96,7 @@ def build_route(program: Program, early: set[Node], values: list[Node]) -> Graph
             continue
         copied[node] = graph.node_copy(node, copied.__getitem__)
         if is_input_size(program, node):
-            copied[node].args = (copied[image], 0)  # from another input it would keep that alive for nothing else
+            copied[node].args = (copied[image], 0)  # reading another input would keep that alive for nothing else
     graph.output((copied[program.found_scores()], *(copied[v] for v in values)))
     return finish(program, graph, "Route")
 
@@ -147,7 +147,7 @@ def build_denoise(program: Program, early: set[Node], names: dict[Node, str]) ->
         if node in copied or node.op in ("output", "placeholder"):
             continue
         if node not in early and is_input_size(program, node):
-            # Read off that input it would keep it alive, and TensorRT leaves such an input out.
+            # Reading it from that input would keep the input alive, and TensorRT drops such inputs.
             copied[node] = size = again(node)
         elif node not in early:
             copied[node] = graph.node_copy(node, again)

@@ -14,10 +14,10 @@ from dcconvert.passes.runtime.run import Run, Runtime
 log = logging.getLogger(__name__)
 
 # How far a sample may have moved between two calls, relative to its norm: PACE times the noise levels passed, and
-# SLACK, but never more than LIMIT. Samplers move by one to three times the noise levels; two images that have nothing
-# to do with each other are 1.4 apart as noise, and hardly ever closer than LIMIT as pictures.
+# SLACK, but never more than LIMIT. Samplers move by one to three times the noise levels;  two unrelated
+# images are 1.4 apart as noise, and hardly ever closer than LIMIT as pictures.
 PACE, SLACK, LIMIT = 4.0, 0.05, 0.5
-WARN_AFTER = 5  # restarts of a run that was going down, before the log says so
+WARN_AFTER = 5  # restarts in a row, although the noise fell, before a warning is logged
 
 
 class FollowedRun:

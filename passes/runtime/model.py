@@ -93,7 +93,7 @@ class DynamicModel(nn.Module, Runtime):
         return DynamicModel(replace(self.graphs, **graphs), planner, self.records)
 
     def flat_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The call's inputs by name; UsageError if they do not have the structure of the captured call."""
+        """The call's inputs by name; raises UsageError if they do not have the structure of the captured call."""
         in_spec = pytree.treespec_loads(self.spec.in_spec)
         wanted = in_spec.children()[1].context if hasattr(in_spec, "children") else in_spec.children_specs[1].context
         if set(wanted) == set(kwargs):
@@ -117,7 +117,7 @@ class DynamicModel(nn.Module, Runtime):
         return dict(zip(self.spec.inputs, leaves, strict=True))
 
     def graph(self, name: str) -> GraphModule:
-        """One of the graphs; AttributeError for one that the model does not have."""
+        """One of the graphs; raises AttributeError for one that the model does not have."""
         found: GraphModule = getattr(self, f"{name}_graph")
         return found
 

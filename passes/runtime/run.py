@@ -51,9 +51,9 @@ class Runtime(ABC):
     ) -> dict[str, Any]:
         """Outputs by name, in the graph's order (`ModelSpec.outputs_of`).
 
-        `graph`: one of `ModelSpec.graphs`. `feed`: its inputs by name, as the caller or an earlier call gave
-        them; plan inputs are numpy arrays. `bucket`: the shape that holds the batch. `into`: buffers that some outputs
-        must be written to, as the state asks.
+        `graph`: one of `ModelSpec.graphs`. `feed`: its inputs by name, as the caller or an earlier call gave them; plan
+        inputs are numpy arrays. `bucket`: the shape that holds the batch. `into`: buffers that some outputs must be
+        written to, as the state requires.
         """
 
     @abstractmethod
@@ -73,7 +73,7 @@ class Runtime(ABC):
         return self.planner.method.run(self, batch, groups)
 
     def beside(self, array: np.ndarray, value: Any) -> Any:
-        """A host array moved to where another value of the runtime is, for graphs that take both."""
+        """A host array moved to the place of another value of the runtime, for graphs that take both."""
         return array
 
     @property
@@ -81,7 +81,7 @@ class Runtime(ABC):
         return self.planner.spec
 
     def padded(self, batch: int) -> int:
-        """The batch size that `batch` samples run in; UsageError if no bucket is large enough."""
+        """The batch size that `batch` samples run in; raises UsageError if no bucket is large enough."""
         return batch if self.bucket_set is None else self.bucket_set.choose(batch, self.spec.tokens).batch
 
     def bucket(self, counts: np.ndarray) -> Bucket | None:

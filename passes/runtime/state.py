@@ -20,7 +20,7 @@ class State(ABC):
     Mode steps: the trunk's last updates [B, N, D]. Mode chunk: nothing.
     """
 
-    in_place: ClassVar[bool] = False  # whether steps write to the buffers that are there, and make none of their own
+    in_place: ClassVar[bool] = False  # whether steps write to existing buffers instead of making their own
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values

@@ -44,7 +44,7 @@ class StepRun(Run):
         return self.updates
 
     def copied(self, samples: Ints) -> StepRun:
-        """A run that goes on from here on its own: its sample k is sample samples[k] of this one."""
+        """An independent run that continues from here: its sample k is sample samples[k] of this one."""
         other = StepRun(self.runtime, len(samples), self.groups, gradients=self.gradients)
         places = np.concatenate([samples, np.repeat(samples[-1:], other.size - len(samples))])
         other.updates = self.updates.copied(places)
@@ -117,7 +117,7 @@ class StepRun(Run):
         return outputs
 
     def _some_computed(self, inputs: dict[str, Any], samples: Ints) -> list[Any]:
-        """Outputs of some samples, each of whose updates goes to a slot of its own."""
+        """Outputs of some samples; the update of each goes to its own slot."""
         update, outputs = self._call_full(self._rows(inputs, samples), {})
         slots = (self.updates.newest[samples] + 1) % self.updates.slots
         for slot in np.unique(slots):

@@ -18,15 +18,15 @@ class UpdateHistory:
 
     def __init__(self, batch: int, slots: int) -> None:
         self.slots = slots
-        self.steps: Ints = np.zeros(batch, np.int64)  # that each sample has made
+        self.steps: Ints = np.zeros(batch, np.int64)  # steps each sample has made
         self.tau: Doubles = np.full(batch, np.inf)  # noise level of its last step
-        self.levels: Doubles = np.zeros((slots, batch))  # of its computed steps, newest first
+        self.levels: Doubles = np.zeros((slots, batch))  # noise levels of its computed steps, newest first
         self.computed: Ints = np.zeros(batch, np.int64)  # how many of its steps were computed
         self.newest: Ints = np.full(batch, slots - 1)  # the slot of its last update
-        self.owed: Doubles = np.zeros(batch)  # computed steps that the schedule wants and that were not made yet
+        self.owed: Doubles = np.zeros(batch)  # computed steps that the schedule asks for and that were not made yet
 
     def copied(self, samples: Ints) -> UpdateHistory:
-        """What these samples [b] have behind them, each as often as it is named."""
+        """The history of these samples [b], each repeated as often as it is listed."""
         other = UpdateHistory(len(samples), self.slots)
         for name in ("steps", "tau", "levels", "computed", "newest", "owed"):
             setattr(other, name, getattr(self, name)[..., samples].copy())
@@ -55,7 +55,8 @@ class UpdateHistory:
         return due
 
     def line(self, tau: Doubles) -> Doubles:
-        """Weights of the last updates [slots, B], newest first: a straight line in the noise level through two.
+        """Weights of the last updates [slots, B], newest first: a straight line in the noise level through the last
+        two.
 
         The line is extrapolated at most REACH times the distance between these two. Samples with one update hold it.
         """

@@ -1,4 +1,4 @@
-"""Graphs as JSON: a form of a converted model that loads without pickle and can name no code.
+"""Graphs as JSON: a form of a converted model that loads without pickle and cannot name any code.
 
 A file may call only ATen ops and dcconvert's own, looked up by exact name, and the few Python functions that compute
 sizes. Three other risks are excluded: names end up in the Python source of a compiled graph, so only plain identifiers
@@ -43,7 +43,7 @@ RENAMED = {
 }  # dcconvert's ops in files of format 2 and 3
 ORIGINAL = "original"  # beside the graphs that a run calls
 STATE_DTYPES = ("float16", "bfloat16", "float32", "float64")
-MAX_STATE = 1 << 20  # numbers a token and value
+MAX_STATE = 1 << 20  # numbers per token and value
 NAMESPACES = ("aten", "dcconvert")
 
 _SIZES = {
@@ -55,7 +55,7 @@ _SIZES = {
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module.__name__}.{name}": getattr(module, name) for module, names in _SIZES.items() for name in names.split()
 }
-# Arguments that are neither plain JSON nor containers, by kind: how each is spelled in a file.
+# Arguments that are neither plain JSON nor containers: how a file writes each kind.
 CONSTANTS: dict[str, dict[str, Any]] = {
     "float": {"inf": math.inf, "-inf": -math.inf, "nan": math.nan},
     **{
@@ -63,7 +63,7 @@ CONSTANTS: dict[str, dict[str, Any]] = {
         for kind in (torch.dtype, torch.layout, torch.memory_format)
     },
 }
-# A graph's source uses these names itself; an input called so would take their place.
+# A graph's source uses these names itself; an input with one of them would shadow it.
 RESERVED_NAMES = {"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"}
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -125,8 +125,8 @@ def read_facts(data: Any) -> tuple[ModelSpec, Method, Timetable]:
 
 
 def model_tensors(model: DynamicModel) -> dict[str, Tensor]:
-    """Every tensor the three graphs read, once, by name: contiguous, and no two in the same memory (safetensors
-    refuses that), so of tied weights all but the first are copied.
+    """Every tensor that the graphs read, once, by name. They are contiguous, and no two share memory (safetensors
+    rejects that), so all but the first of tied weights are copied.
 
     Raises CheckFailedError if a name stands for different tensors in two graphs.
     """
@@ -165,7 +165,7 @@ def read_spec(fields: dict[str, Any]) -> ModelSpec:
 
 
 def plainly(facts: T) -> T:
-    """A dataclass whose plain fields are of the type they are declared with; UsageError otherwise."""
+    """A dataclass whose plain fields have their declared types; raises UsageError otherwise."""
     for name, hint in get_type_hints(type(facts)).items():
         value = getattr(facts, name)
         if hint in (int, float, str) and type(value) is not hint and (hint, type(value)) != (float, int):
@@ -198,7 +198,7 @@ def graph_from_dict(data: Any, tensors: Mapping[str, Tensor]) -> GraphModule:
 
 
 def read_graph(data: Any, pool: dict[str, Tensor]) -> GraphModule:
-    """`graph_from_dict` on a dictionary of its own, in which tensors that are parameters become such."""
+    """`graph_from_dict` on its own dictionary, in which the tensors of parameters become parameters."""
     check_version(data)
     graph, root = Graph(), nn.Module()
     nodes: dict[str, Node] = {}
@@ -236,7 +236,7 @@ def read_node(
 
 
 def target_name(node: Node) -> str:
-    """The name in a file of what a node calls or reads."""
+    """The name that a file uses for what a node calls or reads."""
     if node.op == "placeholder" and not node.args:
         return node.name  # its target may be a Python name that a graph renamed
     if node.op in ("get_attr", "output"):
@@ -249,14 +249,14 @@ def target_name(node: Node) -> str:
 
 
 def renamed(name: Any) -> Any:
-    """Today's name of a function that a file may call by an older one."""
+    """The current name of a function that a file may call by an older name."""
     namespace, _, rest = name.partition(".") if isinstance(name, str) else ("", "", "")
     op, _, overload = rest.partition(".")
     return f"{namespace}.{RENAMED[op]}.{overload}" if namespace == "dcconvert" and op in RENAMED else name
 
 
 def find_function(name: Any) -> Callable[..., Any]:
-    """The function a file names; UsageError unless it is on the lists."""
+    """The function that a file names; raises UsageError unless it is on the lists."""
     if isinstance(name, str):
         if name in FUNCTIONS:
             return FUNCTIONS[name]
@@ -283,7 +283,7 @@ def is_allowed(target: Any) -> bool:
 
 
 def attach(root: nn.Module, target: Any, pool: dict[str, Tensor], parameter: Any) -> None:
-    """Put the tensor called `target` (a dotted path) where the path says; UsageError if there is none."""
+    """Put the tensor called `target` (a dotted path) where the path says; raises UsageError if there is none."""
     for part in str(target).split("."):
         if not re.fullmatch("[0-9]+", part):
             checked_name(part)
@@ -320,7 +320,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any, nodes: Mapping[str, Node]) -> Any:
-    """Undo `encode`; `nodes` are those that stand before. UsageError for what `encode` never writes."""
+    """Undo `encode`; `nodes` are the preceding ones. Raises UsageError for what `encode` never writes."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     kind, content = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else ("", None)
@@ -337,7 +337,7 @@ def decode(value: Any, nodes: Mapping[str, Node]) -> Any:
 
 
 def checked_name(name: Any, reserved: Collection[str] = RESERVED_NAMES) -> str:
-    """A name that can stand in Python source and shadows nothing there; UsageError otherwise."""
+    """A name that is valid in Python source and shadows nothing there; raises UsageError otherwise."""
     plain = isinstance(name, str) and IDENTIFIER.fullmatch(name) and not keyword.iskeyword(name)
     if not plain or name in reserved:
         raise damaged(f"has the name {shown(name)}, which is not allowed")

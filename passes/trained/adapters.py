@@ -57,8 +57,8 @@ class RouterAdapter(nn.Module):
 class DechunkAdapter(nn.Module):
     """Learned correction of dechunk's output, from the token itself and the updates around it.
 
-    The update h' - h is looked at through a depthwise 3x3 convolution, the token through its normalised trunk input;
-    both are projected, added and projected back. The way back starts at zero.
+    The update h' - h goes through a depthwise 3x3 convolution, and the token's trunk input is normalised. Both are
+    projected, added and projected back; the last projection starts at zero.
     """
 
     def __init__(self, grid: tuple[int, int], width: int) -> None:
@@ -179,7 +179,7 @@ def with_router_adapter(model: DynamicModel, seed: int = 0) -> DynamicModel:
 def with_dechunk_adapter(model: DynamicModel, seed: int = 0) -> DynamicModel:
     """The model with a dechunk adapter, which changes nothing yet; the model itself if it has one.
 
-    CheckFailedError for a model without a dechunk (mode carry).
+    Raises CheckFailedError for a model without a dechunk (mode carry).
     """
     if has_adapter(model, DECHUNK):
         return model
@@ -190,7 +190,7 @@ def with_gate(model: DynamicModel) -> DynamicModel:
     """The model whose `denoise` takes one more input, `gate` [G, L, 1]: the trunk's update is multiplied by it.
 
     For training only: a gate of 1 whose gradient goes to the scores is DC-DiT's straight-through estimator.
-    CheckFailedError for a model without a dechunk.
+    Raises CheckFailedError for a model without a dechunk.
     """
     dechunk_of(model.denoise_graph.graph)
     tiles = model.planner.full_plan(BATCH).arrays()["chunk_index"].shape[:2]
@@ -198,7 +198,7 @@ def with_gate(model: DynamicModel) -> DynamicModel:
 
 
 def with_features(model: DynamicModel) -> DynamicModel:
-    """The model whose `denoise` also returns the trunk's output, last; CheckFailedError without a dechunk."""
+    """The model whose `denoise` also returns the trunk's output, last; raises CheckFailedError without a dechunk."""
     return rewritten(model, {"denoise": ShowFeatures()})
 
 
@@ -210,7 +210,7 @@ def dechunk_of(graph: Graph) -> Node:
 
 
 def made_for(model: DynamicModel, kind: Callable[[tuple[int, int], int], Adapter], seed: int) -> Adapter:
-    """An adapter for a model's grid, width and precision; its values are those of the seed and of nothing else."""
+    """An adapter for a model's grid, width and precision; its values depend only on the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = kind(model.spec.grid, model.spec.width)

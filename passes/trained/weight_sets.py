@@ -1,8 +1,8 @@
 """Graphs that read other weights: what training needs around a rewritten model.
 
 A model after training holds two sets of weights: the original's, under their own names, and those that were trained,
-under the same names after ``trained.``. So one file of weights serves the original, which stays the control and the
-teacher of more training, and the model that came out of it.
+under the same names after ``trained.``. So one file of weights serves both the original, which remains the control and
+the teacher for further training, and the trained model.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def all_tensors(model: DynamicModel) -> dict[str, Tensor]:
 def teacher_of(model: DynamicModel) -> DynamicModel:
     """The original in the form of the rewritten model: the same passes, the original's weights.
 
-    Keeping every token it gives what the original gives, and shows the values inside at the same places.
-    An adapter adds nothing to it. CheckFailedError if the bundle holds no original weight of a name.
+    With every token kept, it returns what the original returns, and has its intermediate values in the same places. An
+    adapter adds nothing to it. Raises CheckFailedError if the bundle lacks one of the original's weights.
     """
     own = attributes(model.original_graph)
     found = {}
@@ -92,7 +92,7 @@ def trained_model(model: DynamicModel, trained: Mapping[str, Tensor]) -> Dynamic
 
 
 def linear_weights(model: DynamicModel) -> set[str]:
-    """Names of the matrices that linear layers of route and denoise multiply by, adapters left out."""
+    """Names of the matrices that linear layers of route and denoise multiply by, except in adapters."""
     layers = [
         node
         for graph in (model.route_graph, model.denoise_graph)
@@ -100,7 +100,7 @@ def linear_weights(model: DynamicModel) -> set[str]:
         if node.target is aten.linear.default
     ]
     weights = [operand(layer, 1) for layer in layers]
-    # Of a projection that was split, each part reads some rows of the weight.
+    # Each part of a projection that was split reads some rows of the weight.
     weights = [operand(weight) if weight.target is aten.slice.Tensor else weight for weight in weights]
     names = {str(weight.target) for weight in weights if weight.op == "get_attr"}
     return {name for name in names if not is_adapter(name)}

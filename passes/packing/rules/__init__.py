@@ -2,7 +2,7 @@
 
 A rule gets the packer, the original node and the layout to write in, emits the op for packed tokens and
 says where batch and token axes went. Ops tagged `torch.Tag.pointwise` share one rule; any other op without a
-rule is refused by name. Adding one: a decorated function in the file of its family, and a test.
+rule is refused by name. To add one, write a decorated function in the file of its family, and a test.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dcconvert.passes.packing.values import Rule
 
 
 def find_rule(node: Node) -> Rule:
-    """The rule of a node's op, or UnsupportedModelError naming op, module and source line."""
+    """The rule of a node's op; raises UnsupportedModelError, naming op, module and source line, if there is none."""
     if node.target in RULES:
         return RULES[node.target]
     if torch.Tag.pointwise in getattr(node.target, "tags", ()):

@@ -30,7 +30,7 @@ def attention(packer: Packer, node: Node, layout: Layout) -> PackedValue:
         return joint_attention(packer, node, given)
     tokenwise = [packer.in_trunk(given[name]) for name in ("key", "value")]
     layout = "packed" if packer.packing == "varlen" and all(tokenwise) else "grid"
-    # What is carried is taken where it was computed: then only the queries move to the rows, not all three.
+    # Carried values are taken where they were computed, so that only the queries move to the rows, not all three.
     q = packer.moved(given["query"], "grid") if packer.carry else packer.get(given["query"], layout)
     if (q.batch, q.token, q.node.meta["val"].ndim) != (0, 2, 4):
         raise packer.refuse(node, "queries must be laid out [B, H, N, d]")
@@ -50,7 +50,7 @@ def scale_of(given: dict[str, Any]) -> float:
 
 
 def joint_attention(packer: Packer, node: Node, given: dict[str, Any]) -> PackedValue:
-    """Tokens of the grid and others of the same sample among themselves; the others come first in a row."""
+    """Attention among the grid tokens and the other tokens of a sample; the others come first in a row."""
     joint = packer.joint(given["query"])
     if joint is None or any(packer.joint(given[name]) != joint for name in ("key", "value")):
         raise packer.refuse(node, "queries, keys and values must hold the same tokens beside the grid in one order")
@@ -136,7 +136,7 @@ def self_attention(packer: Packer, node: Node, given: dict[str, Any], q: PackedV
 
 
 def whole_attention(packer: Packer, node: Node, given: dict[str, Any], q: PackedValue, scale: float) -> PackedValue:
-    """Packed queries against the keys and values of all tokens of their sample, which are left where they are."""
+    """Packed queries against the keys and values of all tokens of their sample, which are not moved."""
     if packer.packing != "rows" or given.get("attn_mask") is not None:
         raise packer.refuse(node, "attention to the whole grid needs one sample per row (packing='rows') and no mask")
     operands = (q.node, given["key"], given["value"], None)
@@ -164,7 +164,7 @@ def carried_attention(packer: Packer, node: Node, given: dict[str, Any], q: Pack
 
 
 def cross_attention(packer: Packer, node: Node, given: dict[str, Any], q: PackedValue, scale: float) -> PackedValue:
-    """Queries of row r against the keys of sample r; pad queries give rows nobody reads."""
+    """Queries of row r against the keys of sample r; the results of pad queries are never read."""
     if packer.packing == "bins":
         raise UsageError("this model has cross-attention, which needs one sample per row: use packing='rows'")
     mask = given.get("attn_mask")

@@ -1,4 +1,4 @@
-"""Ops that mix the features of a token and nothing else."""
+"""Ops that mix only the features of a token."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def normalisation(packer: Packer, node: Node, layout: Layout) -> PackedValue:
 
 @rule(aten.softmax.int)
 def softmax(packer: Packer, node: Node, layout: Layout) -> PackedValue:
-    """Softmax over a feature axis (one over tokens would be attention by hand, which has no rule)."""
+    """Softmax over a feature axis (one over tokens would be hand-written attention, which has no rule)."""
     x = packer.get(operand(node), layout)
     if integer(node, 1) % node.meta["val"].ndim in (x.batch, x.token):
         raise packer.refuse(node, "it normalises over tokens or samples")
@@ -56,7 +56,7 @@ def reduction(packer: Packer, node: Node, layout: Layout) -> PackedValue:
 
 @rule(aten.cat.default, aten.stack.default)
 def side_by_side(packer: Packer, node: Node, layout: Layout) -> PackedValue:
-    """Features of the same tokens side by side, on an axis that is there (cat) or new (stack)."""
+    """Features of the same tokens side by side, on an existing axis (cat) or a new one (stack)."""
     parts = nodes(node, 0)
     if not all(packer.in_trunk(part) for part in parts):
         raise packer.refuse(node, "it joins tokens with values that are not computed from them")
@@ -74,7 +74,7 @@ def side_by_side(packer: Packer, node: Node, layout: Layout) -> PackedValue:
 
 @rule(aten.empty_like.default)
 def same_shape(packer: Packer, node: Node, layout: Layout) -> PackedValue:
-    """A value to be filled, as large as another."""
+    """A new value to be filled, in the shape of another."""
     x = packer.get(operand(node), layout)
     return x.at(packer.again(node, x.node, **node.kwargs))
 

@@ -15,7 +15,8 @@ from dcconvert.passes.packing.values import Layout, PackedValue
 
 @rule(*CASTS)  # elementwise, but without the tag
 def pointwise(packer: Packer, node: Node, layout: Layout) -> PackedValue:
-    """Token operands packed, per-sample and positional operands gathered per token, constants as they are."""
+    """Token operands are packed, per-sample and positional ones are gathered per token, and constants stay as they
+    are."""
     first = packer.get(packer.trunk_input(node), layout)
     rank = node.meta["val"].ndim
     shift = rank - first.node.meta["val"].ndim  # broadcasting may add leading axes

@@ -1,4 +1,4 @@
-"""The table of packing rules, and how a rule enters it."""
+"""The table of packing rules, and how to add a rule to it."""
 
 from __future__ import annotations
 

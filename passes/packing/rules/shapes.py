@@ -34,7 +34,7 @@ def reshape(packer: Packer, node: Node, layout: Layout) -> PackedValue:
 
 
 def marked_sizes(packer: Packer, node: Node) -> list[int]:
-    """A value's sizes as integers, the symbolic batch replaced by a prime."""
+    """A value's sizes as integers, with the symbolic batch replaced by a prime."""
     mark = str(packer.program.batch)
     sizes = []
     for size in node.meta["val"].shape:
@@ -85,7 +85,7 @@ def unsqueeze(packer: Packer, node: Node, layout: Layout) -> PackedValue:
 
 @rule(aten.squeeze.dim, aten.select.int, moves_only=True)
 def drop_axis(packer: Packer, node: Node, layout: Layout) -> PackedValue:
-    """squeeze and select: one feature axis goes."""
+    """squeeze and select: one feature axis is removed."""
     x, axis = feature_axis(packer, node, layout, integer(node, 1))
     out = packer.again(node, x.node, axis, *node.args[2:])
     if out.meta["val"].ndim == x.node.meta["val"].ndim:  # squeeze of an axis longer than one does nothing
