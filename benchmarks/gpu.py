@@ -33,7 +33,9 @@ from benchmarks.gpu_steps import ceilings, step_latency, step_parity
 PARTS = ("ceilings", "step parity", "steps", "parity", "latency", "attention", "onnxruntime", "tensorrt")
 FIRST, LAST = 1, 2  # priorities of the cases of one part: those that the table shows, and the rest
 BROKEN = 75  # exit status of a process whose CUDA context is of no use after an error
+CUDA_ERRORS = ("CUDA error", "CUDA failure")  # as torch and ONNX Runtime call them
 OUT_OF_TIME = "out of time"
+WITH_HOST = "CUDA graph, images from the host"
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Record:
         except Exception as error:  # an unknown machine: the other cases must still run
             row = {"skipped": reason(error)}
         self.add(job, row, time.monotonic() - start)
-        return "CUDA error" not in row.get("skipped", "")
+        return not any(words in row.get("skipped", "") for words in CUDA_ERRORS)
 
     def add(self, job: Job, row: dict[str, Any], seconds: float = 0.0) -> None:
         self.rows.append({"part": job.part, **job.facts, **row, "seconds": round(seconds, 1)})
@@ -221,46 +223,81 @@ def attention_jobs(plan: Plan, models: Models) -> Iterator[Job]:
             yield Job("attention", facts, partial(attention_forms, *args), needs=3)
 
 
-def onnx_jobs(plan: Plan, models: Models) -> Iterator[Job]:
-    """Both modes on ONNX Runtime and TensorRT; what they share is converted once, by the first job that wants it."""
-    batch, ratio = (2, 4) if plan.tiny else (8, 4)
-    known: dict[str, Any] = {}
+@dataclass
+class Exports:
+    """Converted models with their ONNX files, each made by the first job that wants it."""
 
-    def exported(form: str) -> Any:
+    plan: Plan
+    known: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.plan.device.type == "cuda"
+
+    def get(self, form: str) -> Any:
         from benchmarks.gpu_runtimes import Exported
 
-        if form not in known:
-            known[form] = Exported(plan.small, plan.pixels, form, plan.depth)
-        return known[form]
+        if form not in self.known:
+            self.known[form] = Exported(self.plan.small, self.plan.pixels, form, self.plan.depth)
+        return self.known[form]
 
-    def on_onnx_runtime(form: str) -> dict[str, Any]:
-        from benchmarks.gpu_runtimes import onnx_runtime
+    def seconds(self, form: str) -> float:
+        """What making and exporting a model is likely to take, if it was not done yet."""
+        return 0.0 if self.plan.tiny or form in self.known else 50.0
 
-        on_gpu = plan.device.type == "cuda"
-        check_provider(on_gpu)
-        return onnx_runtime(exported(form), batch, ratio, on_gpu, plan.runs)
 
-    def on_tensorrt(form: str) -> dict[str, Any]:
-        from benchmarks.gpu_runtimes import tensorrt, tensorrt_module
+def onnx_jobs(plan: Plan, models: Models) -> Iterator[Job]:
+    """All modes on ONNX Runtime, first what asks least of it; two modes on TensorRT."""
+    exports, batch, ratio = Exports(plan), 2 if plan.tiny else 8, 4
+    facts = {"model": f"DiT-{plan.small}/2", "pixels": plan.pixels, "dtype": "fp16"}
+    captured = [(size, RUNTIMES[1]) for size in (batch, 1) if exports.on_gpu]
+    for size, runtime in [(batch, RUNTIMES[0]), *captured, (batch, WITH_HOST)]:
+        case = {**facts, "batch": size, "form": "steps", "runtime": runtime}
+        measure = partial(steps_on_onnx_runtime, exports, size, runtime)
+        yield Job("onnxruntime", case, measure, 10, makes=partial(exports.seconds, "steps"))
+    facts |= {"batch": batch, "ratio": ratio}
+    for part, function, needs in (("onnxruntime", on_onnx_runtime, 10.0), ("tensorrt", on_tensorrt, 40.0)):
+        for form in ("carry", "chunk"):
+            measure, makes = partial(function, exports, form, batch, ratio), partial(exports.seconds, form)
+            yield Job(part, {**facts, "form": form}, measure, needs, makes=makes)
 
-        tensorrt_module()
-        if plan.device.type != "cuda":
-            raise RuntimeError("engines run on a GPU, and there is none")
-        return tensorrt(exported(form), batch, ratio, plan.runs)
 
-    facts = {"model": f"DiT-{plan.small}/2", "pixels": plan.pixels, "batch": batch, "ratio": ratio, "dtype": "fp16"}
-    for form in ("carry", "chunk"):
-        yield Job("onnxruntime", {**facts, "form": form}, partial(on_onnx_runtime, form), needs=60 - 50 * plan.tiny)
-    for form in ("carry", "chunk"):
-        yield Job("tensorrt", {**facts, "form": form}, partial(on_tensorrt, form), needs=90 - 80 * plan.tiny)
+def steps_on_onnx_runtime(exports: Exports, batch: int, runtime: str) -> dict[str, Any]:
+    from benchmarks.gpu_runtimes import onnx_runs, onnx_steps
+
+    check_provider(exports.on_gpu)
+    plan, exported, ratios = exports.plan, exports.get("steps"), (2, 4, 8)
+    if runtime == WITH_HOST:
+        return onnx_runs(exported, batch, ratios, exports.on_gpu, plan.runs)
+    return onnx_steps(exported, batch, ratios, plan.device, runtime == RUNTIMES[1], plan.runs)
+
+
+def on_onnx_runtime(exports: Exports, form: str, batch: int, ratio: float) -> dict[str, Any]:
+    from benchmarks.gpu_runtimes import onnx_runtime
+
+    check_provider(exports.on_gpu)
+    return onnx_runtime(exports.get(form), batch, ratio, exports.on_gpu, exports.plan.runs)
+
+
+def on_tensorrt(exports: Exports, form: str, batch: int, ratio: float) -> dict[str, Any]:
+    from benchmarks.gpu_runtimes import tensorrt, tensorrt_module
+
+    tensorrt_module()
+    if not exports.on_gpu:
+        raise RuntimeError("engines run on a GPU, and there is none")
+    return tensorrt(exports.get(form), batch, ratio, exports.plan.runs)
 
 
 def check_provider(on_gpu: bool) -> None:
     """ImportError before the work of an export if this machine's ONNX Runtime could not run it."""
     import onnxruntime
 
+    from dcconvert.export.runtimes.ort import load_libraries
+
     if on_gpu and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise ImportError(f"onnxruntime {onnxruntime.__version__} has no CUDAExecutionProvider")
+    if on_gpu and (missing := load_libraries()):
+        raise ImportError(missing)
 
 
 JOBS: dict[str, Callable[[Plan, Models], Iterator[Job]]] = {

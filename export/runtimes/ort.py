@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +49,7 @@ def make_session(path: Path, provider: str = CPU, threads: int = 0, settings: Ma
     options.add_session_config_entry("session.force_spinning_stop", "1")
     wanted = (provider, dict(settings or {}))
     providers = [wanted] if provider == CPU else [wanted, CPU]
+    missing = load_libraries() if provider == CUDA else ""
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # the base class of onnxruntime's own
@@ -54,8 +57,25 @@ def make_session(path: Path, provider: str = CPU, threads: int = 0, settings: Ma
         raise UsageError(f"cannot load {path} on {provider}: {reason}; convert the model again") from error
     running = session.get_providers()[0]
     if running != provider:
-        raise CheckFailedError(f"{path.name} should run on {provider} but runs on {running}")
+        raise CheckFailedError(f"{path.name} should run on {provider} but runs on {running}; {missing}".rstrip("; "))
     return session
+
+
+def load_libraries() -> str:
+    """Load CUDA and cuDNN from the NVIDIA packages or wherever else they are; what could not be loaded, and why.
+
+    ONNX Runtime does not look into these packages itself, and would run on the CPU instead.
+    """
+    import onnxruntime as ort
+
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        ort.preload_dlls()
+    return " ".join(said.getvalue().split())
+
+
+def device_of(session: Any) -> str:
+    """Where a session has its buffers, as ONNX Runtime names devices."""
+    return "cpu" if session.get_providers()[0] == CPU else "cuda"
 
 
 def check_version(version: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dcconvert.export.buckets import BucketSet
-from dcconvert.export.runtimes.ort import CPU, CUDA, OrtModel, OrtState, on_device
+from dcconvert.export.runtimes.ort import CPU, CUDA, OrtModel, OrtState, device_of, on_device
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.step_planner import StepPlanner
 
@@ -77,8 +77,11 @@ def bound(
     written: Mapping[str, Any] | None = None,
     copied: Collection[str] = (),
 ) -> BoundStep:
-    """A step that writes to `written` and to new buffers; it has its own for arrays and for `copied` values."""
-    device = "cuda" if graphs else "cpu"
+    """A step that writes to `written` and to new buffers; it has its own for arrays and what is `copied`.
+
+    New buffers are on the session's device.
+    """
+    device = device_of(session)
 
     def buffer(name: str, value: Any) -> Any:
         array = value if isinstance(value, np.ndarray) else value.numpy() if name in copied else None

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 
@@ -84,8 +85,29 @@ def test_what_is_missing_is_named(result):
 
 def test_onnx_runtime_gives_the_original_with_everything_kept(tmp_path):
     found = rows(run(tmp_path / "gpu.json", "--parts", "onnxruntime"), "onnxruntime")
-    assert [row["form"] for row in found] == ["carry", "chunk"]
+    assert [row["form"] for row in found] == ["steps", "steps", "carry", "chunk"]
     assert all(row["all_kept_error"] < row["tolerance"] for row in found)
+    resident, from_host = found[:2]
+    assert (resident["runtime"], from_host["runtime"]) == ("eager", gpu.WITH_HOST)
+    assert resident["original_error"] < resident["tolerance"]
+    for row in (resident, from_host):
+        assert row["skip_error"] < row["tolerance"]
+        assert row["gmacs"]["full"] == row["gmacs"]["original"] > 20 * row["gmacs"]["skip"]
+        assert [run["ratio"] for run in row["runs"]] == [2, 4, 8]
+
+
+def test_onnx_runtime_is_measured_with_and_without_cuda_graphs():
+    plan = gpu.Plan(torch.device("cuda"), tiny=False, runs=20)
+    found = gpu.jobs(("onnxruntime",), plan, gpu_cases.Models(plan.device, (1, 4), torch.device("cpu")))
+    steps = [(job.facts["batch"], job.facts["runtime"]) for job in found if job.facts["form"] == "steps"]
+    assert steps == [(8, "eager"), (8, "CUDA graph"), (1, "CUDA graph"), (8, gpu.WITH_HOST)]
+
+
+def test_libraries_that_are_missing_are_named(monkeypatch):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcublas.so.13:\n no such file"))
+    with pytest.raises(ImportError, match=r"^Failed to load libcublas.so.13: no such file$"):
+        gpu.check_provider(True)
 
 
 def test_no_time_left(tmp_path):
@@ -118,11 +140,12 @@ def test_a_case_that_fails_leaves_the_others(tmp_path):
     assert all("ms" in row for row in others)
 
 
-def test_after_an_error_of_cuda_a_worker_stops_and_the_next_goes_on_behind_it(tmp_path):
-    words = (tmp_path / "gpu.json", "CUDA error:\n an illegal memory access")
+@pytest.mark.parametrize("said", ["CUDA error:", "CUDA failure 700:"])
+def test_after_an_error_of_cuda_a_worker_stops_and_the_next_goes_on_behind_it(said, tmp_path):
+    words = (tmp_path / "gpu.json", f"{said}\n an illegal memory access")
     status, found = failing(*words)
     assert (status, len(found)) == (gpu.BROKEN, 1)
-    assert found[0]["skipped"] == "RuntimeError: CUDA error: an illegal memory access"
+    assert found[0]["skipped"] == f"RuntimeError: {said} an illegal memory access"
     status, found = failing(*words, fresh=False)
     assert (status, len(found)) == (gpu.BROKEN, 2)
 

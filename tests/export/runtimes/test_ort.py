@@ -197,7 +197,8 @@ def test_a_session_that_fell_back_to_another_provider(rows_onnx, monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
     real = onnxruntime.InferenceSession
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, providers: real(path, providers=[CPU]))
-    with pytest.raises(CheckFailedError, match=f"should run on {CUDA} but runs on {CPU}"):
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load\nlibcublas.so.13"))
+    with pytest.raises(CheckFailedError, match=f"should run on {CUDA} but runs on {CPU}; Failed to load libcublas"):
         make_session(rows_onnx / "route.onnx", CUDA)
 
 
