@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from dcconvert.environment import set_threads
 from dcconvert.evaluate.detail_kinds import choose, measured, on_tokens
 from dcconvert.evaluate.measure_steps import Tick, compute_section
 from dcconvert.evaluate.stress_cases import BATCH, Cases, noised_run
-from dcconvert.evaluate.stress_metrics import Look, Outcome, judged, summary, worst_of
+from dcconvert.evaluate.stress_metrics import CaseFigures, Look, Outcome, judged, summary, worst_of
 from dcconvert.export.bundle import Bundle, read_bundle
 from dcconvert.export.files import new_folder, write_json
 from dcconvert.images.dataset import LabelledImages, read_images
@@ -52,7 +51,7 @@ class Settings:
     samples: int = SAMPLES
 
 
-def stress_bundle(settings: Settings, console: Console) -> dict[str, Any]:
+def stress_bundle(settings: Settings, console: Console) -> None:
     """Run the stress set through a bundle, print the table, add it to the report and write failures.json.
 
     UsageError for a bundle, data or ratios that leave nothing to run.
@@ -69,36 +68,34 @@ def stress_bundle(settings: Settings, console: Console) -> dict[str, Any]:
     planners, left_out = planners_of(planner, settings.ratios, sampler)
     with torch.inference_mode():
         cases, lost = make_cases(bundle, sampler, settings, stages)
-        left_out += lost
         where = looked_at(cases.part, list(planners.values()))
         outcomes = []
         for ratio, made in planners.items():
             with stages.stage(f"run the cases at {ratio:g}x") as tick:
                 outcomes.append(run_at(bundle, made, cases, where, tick))
     class_names = bundle.manifest.get("sampler", {}).get("class_names") or []
-    all_facts = [facts for outcome in outcomes for facts in judged(cases, outcome, class_names)]
-    worst = worst_of(all_facts)
-    found = without_nan(
-        {
-            "command": settings.command,
-            "source": str(settings.data) if settings.data else f"{settings.samples} samples of the original",
-            "seed": settings.seed,
-            "start": float(cases.part.taus[0]),
-            "early": outcomes[0].looks[0].tau,
-            "late": outcomes[0].looks[1].tau,
-            "steps": cases.part.steps,
-            "run_steps": sampler.steps,
-            "solver": sampler.solver,
-            "cases": len(cases),
-            "left_out": left_out,
-            "rows": summary(all_facts),
-        }
+    figures = [case for outcome in outcomes for case in judged(cases, outcome, class_names)]
+    worst = worst_of(figures)
+    early, late = outcomes[0].looks
+    found = Stress(
+        command=settings.command,
+        source=str(settings.data) if settings.data else f"{settings.samples} samples of the original",
+        seed=settings.seed,
+        start=float(cases.part.taus[0]),
+        early=early.tau,
+        late=late.tau,
+        steps=cases.part.steps,
+        run_steps=sampler.steps,
+        solver=sampler.solver,
+        cases=len(cases),
+        left_out=(*left_out, *lost),
+        rows=tuple(summary(figures)),
     )
     store(bundle, found, worst, failure_figure(worst, cases, outcomes))
-    console.print(Stress.from_json(found).for_terminal())
-    for line in (*left_out, f"Cases: {settings.folder / FAILURES}", f"Report: {settings.folder / 'report.html'}"):
+    console.print(found.for_terminal())
+    places = (f"Cases: {settings.folder / FAILURES}", f"Report: {settings.folder / 'report.html'}")
+    for line in (*found.left_out, *places):
         console.print(escape(line), highlight=False, soft_wrap=True)
-    return found
 
 
 def planners_of(
@@ -260,12 +257,11 @@ def look_of(model: DynamicModel, step: ConvertedStep, output: Tensor, wanted: Te
     return Look(t / model.spec.timestep_scale, t, keep, on_tokens(error / size[:, None, None], grid) / area, age)
 
 
-def store(bundle: Bundle, found: dict[str, Any], worst: Sequence[dict[str, Any]], picture: bytes) -> None:
+def store(bundle: Bundle, found: Stress, worst: Sequence[CaseFigures], picture: bytes) -> None:
     """Put the section, the picture and failures.json into the bundle; all or nothing."""
-    report = {**old_report(bundle.folder), "stress": found}
+    report = {**old_report(bundle.folder), "stress": found.to_json()}
     figures = {**old_figures(bundle.folder), FAILURES_FIGURE: picture}
-    public = [{name: value for name, value in facts.items() if name != "case"} for facts in worst]
     with new_folder(bundle.folder, force=True) as work:
         write_rescheduled(bundle, bundle.model, bundle.manifest, report, figures, work)
         (work / FAILURES).unlink(missing_ok=True)  # a link to the one in the bundle
-        write_json(without_nan(public), work / FAILURES)
+        write_json(without_nan([case.to_json() for case in worst]), work / FAILURES)

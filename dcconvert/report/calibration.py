@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from rich.table import Table as TerminalTable
 
+from dcconvert.records import Record
 from dcconvert.report import plots
-from dcconvert.report.reading import Record
 from dcconvert.report.tables import Column, Table, shown, words
 
 

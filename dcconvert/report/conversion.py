@@ -11,9 +11,9 @@ from typing import Any, Self
 
 from rich.table import Table as TerminalTable
 
+from dcconvert.records import Record
 from dcconvert.report.calibration import Calibration
 from dcconvert.report.html import render
-from dcconvert.report.reading import Record
 from dcconvert.report.sections import (
     Buckets,
     Checks,

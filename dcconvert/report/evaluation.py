@@ -10,10 +10,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table as TerminalTable
 
+from dcconvert.records import BESIDE, Record, stated
 from dcconvert.report import plots
 from dcconvert.report.conversion import CAPTIONS
 from dcconvert.report.html import render
-from dcconvert.report.reading import BESIDE, STATED, Record
 from dcconvert.report.sections import Origin, Picture, Spread
 from dcconvert.report.tables import Column, R, Table, shown, words
 
@@ -55,7 +55,7 @@ class Row(Quality):
     images_per_second: float | None = None
     stages_ms: dict[str, float] | None = None
     kept: tuple[list[int], ...] | None = None  # tokens at every step, of each half of guidance
-    peak_mb: float | None = field(default=None, metadata=STATED)
+    peak_mb: float | None = stated()
     attention_layer_mb: float | None = None
     attention_step_mb: float | None = None
     state_mb: float | None = None
@@ -147,7 +147,7 @@ class EvaluationReport(Record):
     execution: tuple[Execution, ...]
     runtime: str
     limits: tuple[str, ...] = ()
-    lite_cfg: float | None = field(default=None, metadata=STATED)
+    lite_cfg: float | None = stated()
     images: Images | None = None
     command: str = ""
     machine: dict[str, Any] = field(default_factory=dict)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from dcconvert.records import Record, Rows
 from dcconvert.report import plots
-from dcconvert.report.reading import Record, Rows
 from dcconvert.report.tables import Column, Table, number, shown, words
 
 Fact = str | int | float | bool | list[int] | None

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table as TerminalTable
 
-from dcconvert.report.reading import Record
+from dcconvert.records import Record
 from dcconvert.report.tables import Column, Table, shown, words
 
 

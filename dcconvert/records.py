@@ -1,4 +1,4 @@
-"""Typed records out of JSON: every section of a report is a frozen dataclass that knows how to read itself."""
+"""Typed records: every section of a report is a frozen dataclass that can be read from JSON and written as JSON."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import dataclasses
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
-STATED = {"json": "always"}  # metadata of a field: it stands in JSON although it is None
-BESIDE = {"json": "never"}  # it is no part of the JSON
+BESIDE = {"json": "never"}  # metadata of a field that is not written
+
+
+def stated() -> Any:
+    """A field whose default is None, and which is written even then."""
+    return dataclasses.field(default=None, metadata={"json": "always"})
 
 
 class Record:
     """A dataclass that can be read from JSON and written as it.
 
     Keys without a field are ignored and fields without a key take their default, so that reports of older versions can
-    be read, which had fewer keys, or others.
+    be read, which had fewer keys, or others. The field of a key that is a word of Python ends in an underscore.
     """
 
     renamed: ClassVar[dict[str, str]] = {}  # keys of older versions, and the fields that they went to
@@ -24,7 +28,7 @@ class Record:
         """TypeError if a key is missing whose field has no default."""
         kinds = {name: kind for name, kind in get_type_hints(cls).items() if get_origin(kind) is not ClassVar}
         data = {cls.renamed.get(name, name): value for name, value in data.items()}
-        return cls(**{name: read(kind, data[name]) for name, kind in kinds.items() if name in data})
+        return cls(**{name: read(kind, data[key]) for name, kind in kinds.items() if (key := name.rstrip("_")) in data})
 
     def to_json(self) -> dict[str, Any]:
         """The fields by their names, records in them too; without those that are None by default and still are."""
@@ -32,7 +36,7 @@ class Record:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
             value, kept = getattr(self, field.name), field.metadata.get("json")
             if kept != "never" and (kept == "always" or value is not None or field.default is not None):
-                found[field.name] = written(value)
+                found[field.name.rstrip("_")] = written(value)
         return found
 
 
