@@ -1,4 +1,4 @@
-"""`dcconvert calibrate`: the kept-fraction curve and number of steps with the best final images at a given compute."""
+"""`dcconvert calibrate`: the kept-fraction curve and number of steps that give the best images at a given compute."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Figures = tuple[float, float, float | None]  # mean PSNR in dB: on the first ima
 
 @dataclass(frozen=True)
 class Settings:
-    """What a calibration was asked for; None and 0 stand for what the bundle says."""
+    """The settings of a calibration; for None and 0, the bundle's own value is used."""
 
     folder: Path
     ratio: float | None
@@ -56,13 +56,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """A bundle, and what is to be found for it: a schedule for `solver` that costs `budget` full steps."""
+    """A bundle and the task: to find a schedule for `solver` that costs `budget` full steps."""
 
     settings: Settings
     bundle: Bundle
     config: DiTConfig
     budget: float
-    most: int  # sampling steps
+    most: int  # sampling steps that a run may have
     solver: str
     sampler: Sampler  # the present one
     schedule: Timetable  # the present one, fitted to its sampler
@@ -70,16 +70,16 @@ class Task:
 
     @classmethod
     def read(cls, settings: Settings) -> Task:
-        """UsageError for a bundle that cannot be calibrated, or a budget that leaves nothing to search."""
+        """Raises UsageError if the bundle cannot be calibrated or the budget leaves nothing to search."""
         bundle = read_bundle(settings.folder)
         if bundle.model.method.remembers != "tokens":
             raise UsageError(
-                f"{bundle.folder} is in mode {bundle.model.method.mode}: calibrate is for mode carry, tune for mode "
-                "steps; convert the checkpoint again with the other --mode"
+                f"{bundle.folder} is in mode {bundle.model.method.mode}: calibrate is for mode carry, and tune is for "
+                "mode steps; to calibrate, convert the checkpoint again with --mode carry"
             )
         sampler, planner = run_planner(bundle, None)
         own = sampler.steps / planner.schedule.ratio
-        # A ratio is meant of the run the bundle was made for, also after an earlier calibration took fewer steps.
+        # The ratio refers to the run that the bundle was made for, even if an earlier calibration chose fewer steps.
         try:
             most = int(bundle.manifest.get("calibration", {}).get("run_steps", sampler.steps))
         except (AttributeError, TypeError, ValueError) as error:
@@ -98,14 +98,14 @@ class Task:
         return self.settings.batch or max(self.bundle.bucket_set.batches)
 
     def images(self, seed: int) -> ImageSet:
-        """A set of samples from this seed on."""
+        """A set of samples with consecutive seeds from `seed` on."""
         count = self.settings.images
         noise = initial_noise(seed, count, self.config.in_channels, self.config.image_size)
         return ImageSet(noise, labels_for(count, self.config.num_classes), self.batch)
 
 
 class ImageSet:
-    """Noise and labels of some samples, and what the original makes of them in many steps."""
+    """Noise and labels of some samples, and the images that the original draws from them in many steps."""
 
     def __init__(self, noise: Tensor, labels: Tensor, batch: int) -> None:
         self.noise, self.labels, self.batch = noise, labels, batch
@@ -132,7 +132,7 @@ class ImageSet:
 
 
 class Bench:
-    """A bundle on ONNX Runtime, without buckets, under any schedule; and its original."""
+    """A bundle and its original on ONNX Runtime. The bundle runs without buckets, under any schedule."""
 
     def __init__(self, task: Task, scratch: Path) -> None:
         self.model = task.bundle.model
@@ -141,7 +141,7 @@ class Bench:
         self.sampler = cache(lambda steps, solver: Sampler(task.sampler.prediction, steps, solver))
         inputs = self.model.spec.example(2)
         self.original_gmacs = original_gmacs(self.model, inputs)
-        self.gmacs = cache(lambda kept: converted_gmacs(self.model, inputs, kept))  # of a step and sample
+        self.gmacs = cache(lambda kept: converted_gmacs(self.model, inputs, kept))  # of one step of one sample
 
     def run_gmacs(self, sampler: Sampler, schedule: Timetable | None) -> float:
         """GMACs of a sample's run under a fitted schedule or, without one, of the original's."""
@@ -155,15 +155,15 @@ class Bench:
         return lambda: ConvertedStep(self.model, self.runtime.converted)
 
     def original(self) -> Step:
-        """The original's step function, which remembers nothing."""
+        """The original's step function, which has no state."""
         return self.runtime.original_step
 
     def refer(self, images: ImageSet, steps: int, tick: Tick) -> None:
-        """Draw the reference; Euler, of first order, needs no more than more steps to be exact."""
+        """Draw the reference. Euler is of first order, but with enough steps it is exact."""
         images.reference = images.draw(self.sampler(steps, "euler"), self.original, tick, f"original, {steps} steps")
 
     def search(self, task: Task, images: ImageSet, tick: Tick) -> list[Trial]:
-        """Trials of all candidates on the first images, best first."""
+        """Try all candidates on the first images; the best trial comes first."""
         screen = images.screen
 
         def taus(steps: int) -> np.ndarray:
@@ -176,7 +176,7 @@ class Bench:
         return Search(task.budget, task.most, self.model.spec.tokens, taus, score).run()
 
     def finalists(self, task: Task, trials: list[Trial], images: ImageSet, tick: Tick) -> list[Finalist]:
-        """The first of the trials on all images, best first."""
+        """Run the best trials on all images; the best finalist comes first."""
         found = []
         for trial in trials[:FINALISTS]:
             tick("finalists")
@@ -195,10 +195,10 @@ class Finalist:
 
 
 def calibrate_bundle(settings: Settings, console: Console) -> None:
-    """Search, check, store and print. The bundle is replaced whole at the end, or stays what it was.
+    """Search, check, store and print. The bundle is replaced as a whole at the end, or stays as it was.
 
-    Raises UsageError for a bundle or settings that leave nothing to search, CheckFailedError if ONNX Runtime does not
-    give what torch does in the buckets of the new schedule.
+    Raises UsageError if the bundle or the settings leave nothing to search, and CheckFailedError if ONNX Runtime and
+    torch disagree in the buckets of the new schedule.
     """
     task = Task.read(settings)
     stages = Stages(Console(stderr=True))
@@ -210,15 +210,17 @@ def calibrate_bundle(settings: Settings, console: Console) -> None:
         store(task, best, found, work, Path(scratch), stages)
     console.print(found.for_terminal())
     if best is None:
-        console.print("No candidate beat the present schedule on the search images: it stays.", highlight=False)
+        console.print(
+            "No candidate beat the present schedule on the search images: it was not changed.", highlight=False
+        )
     places = f"Bundle: {settings.folder}\nReport: {settings.folder / 'report.html'}"
     console.print(escape(places), highlight=False, soft_wrap=True)
 
 
 def calibrate(task: Task, bench: Bench, stages: Stages) -> tuple[Finalist | None, Calibration]:
-    """The best finalist, None if the present schedule is as good; and all that was found, for manifest and report.
+    """The best finalist, or None if the present schedule is as good, and the record for manifest and report.
 
-    Chosen on one set of images; the figures on as many fresh ones stand beside those of the search.
+    The finalist is chosen on one set of images. The record also has figures for as many fresh images.
     """
     settings, tokens = task.settings, bench.model.spec.tokens
     seen, fresh = task.images(settings.seed), task.images(settings.seed + settings.images)
@@ -257,7 +259,7 @@ def compared(
 ) -> list[CalibrationRow]:
     """Rows of the table: the best candidates, the present schedule, and the original with fewer steps.
 
-    All but the candidates after the first have a figure on fresh images too.
+    Every row except those of the candidates after the first also has a figure for fresh images.
     """
     rows = []
     for place, finalist in enumerate(finalists[:SHOWN], 1):
@@ -270,7 +272,7 @@ def compared(
     tick("present schedule")
     figures = all_figures(sets, task.sampler, bench.converted(task.schedule))
     rows.append(row_of(bench, "present", "present schedule", task.sampler, task.schedule, figures))
-    # The budget is seldom a whole number of steps: one control a little below it, one at or above it.
+    # The budget is seldom a whole number of steps, so one control is just below it and one is at or above it.
     equal = rows[0].gmacs / bench.original_gmacs
     fewer = [(math.ceil(equal), task.solver), (math.floor(equal), task.solver), (math.ceil(equal), "euler")]
     for steps, solver in dict.fromkeys(fewer):
@@ -307,7 +309,7 @@ def all_figures(sets: tuple[ImageSet, ImageSet], sampler: Sampler, new_step: Cal
 
 
 def mean(figures: Tensor) -> float:
-    """The mean, or what is worse than any other where it is not a number."""
+    """The mean; minus infinity, which is worse than any other value, if it is not finite."""
     value = float(figures.mean())
     return value if math.isfinite(value) else -math.inf
 
@@ -328,9 +330,9 @@ def tried(trial: Trial, tokens: int) -> TriedSchedule:
 
 
 def store(task: Task, best: Finalist | None, found: Calibration, work: Path, scratch: Path, stages: Stages) -> None:
-    """Fill `work` with the calibrated bundle; if the present schedule stays, with what was found and nothing else new.
+    """Fill `work` with the calibrated bundle. If the present schedule stays, only the record is new.
 
-    What the report says of latency, memory and images is measured again, on fresh images, if it said anything.
+    If the report has measurements of latency, memory and images, they are repeated, on fresh images.
     """
     bundle, settings = task.bundle, task.settings
     report, figures = old_report(bundle.folder), old_figures(bundle.folder)

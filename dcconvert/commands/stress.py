@@ -1,4 +1,4 @@
-"""`dcconvert stress`: what a conversion does to images full of detail, where its router starves it, the worst cases."""
+"""`dcconvert stress`: what a conversion does to images full of detail, where its router starves it, and worst cases."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep
 from dcconvert.terminal import Stages
 
-START, EARLY, LATE = 0.7, 0.6, 0.2  # noise levels: where a case starts, and where the router is looked at
-SAMPLES = 256  # images of the original to choose from, where no data are given
+START, EARLY, LATE = 0.7, 0.6, 0.2  # noise levels: where a case starts, and where the router is examined
+SAMPLES = 256  # images that the original draws to choose from, if no data are given
 SAMPLE_STEPS, SAMPLE_SOLVER = 20, "unipc"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a stress test was asked for; the options of the command line."""
+    """The settings of a stress test: the options of the command line."""
 
     folder: Path
     data: Path | None
@@ -54,7 +54,7 @@ class Settings:
 def stress_bundle(settings: Settings, console: Console) -> None:
     """Run the stress set through a bundle, print the table, add it to the report and write failures.json.
 
-    UsageError for a bundle, data or ratios that leave nothing to run.
+    Raises UsageError if the bundle, the data or the ratios leave nothing to run.
     """
     set_threads(settings.threads)
     bundle = read_bundle(settings.folder)
@@ -101,7 +101,10 @@ def stress_bundle(settings: Settings, console: Console) -> None:
 def planners_of(
     planner: StepPlanner, ratios: Sequence[float], sampler: Sampler
 ) -> tuple[dict[float, StepPlanner], list[str]]:
-    """Planners at the ratios that the bundle's run can have, and what to say of the others; UsageError if all are."""
+    """Planners for the ratios that the bundle's run can have, and a message for each of the others.
+
+    Raises UsageError if the run can have none of the ratios.
+    """
     found, left_out = {}, []
     for ratio in ratios:
         try:
@@ -114,10 +117,10 @@ def planners_of(
 
 
 def make_cases(bundle: Bundle, sampler: Sampler, settings: Settings, stages: Stages) -> tuple[Cases, list[str]]:
-    """Choose the images and see what the original makes of them.
+    """Choose the images and run them through the original.
 
-    Cases of which nothing of their kind is left in the original's own image have no detail to lose: they are left out,
-    and the second result says so. UsageError for data that do not fit or hold no detail.
+    If the original's own image shows nothing of a case's kind of detail, there is no detail to lose: the case is left
+    out, and the second result says so. Raises UsageError if the data do not fit the model or hold no detail.
     """
     config = dit_config(bundle)
     source = source_images(bundle, sampler, settings, stages)
@@ -162,7 +165,7 @@ def source_images(bundle: Bundle, sampler: Sampler, settings: Settings, stages: 
 
 
 def own_samples(bundle: Bundle, sampler: Sampler, count: int, seed: int, tick: Tick) -> LabelledImages:
-    """Samples of the original to choose from; number i has the noise of seed + i."""
+    """Samples of the original to choose from; sample i starts from the noise of seed + i."""
     config = dit_config(bundle)
     noise = initial_noise(seed, count, config.in_channels, config.image_size)
     labels = labels_for(count, config.num_classes)
@@ -178,9 +181,9 @@ def original_step(bundle: Bundle) -> Step:
 
 
 def run_at(bundle: Bundle, planner: StepPlanner, cases: Cases, where: tuple[int, int], tick: Tick) -> Outcome:
-    """The cases through the converted model at one ratio, and through the original with the steps that cost as much.
+    """Run the cases through the converted model at one ratio, and through the original with steps that cost as much.
 
-    `where`: the steps that are looked at.
+    `where`: the steps that are examined.
     """
     part = cases.part
     watcher = Watcher(bundle, planner, where)
@@ -193,7 +196,10 @@ def run_at(bundle: Bundle, planner: StepPlanner, cases: Cases, where: tuple[int,
 
 
 def looked_at(part: Sampler, planners: Sequence[StepPlanner]) -> tuple[int, int]:
-    """The steps nearest to an early and a late noise level, out of those at which every planner that drops any does."""
+    """The steps to examine: those nearest to an early and a late noise level at which tokens are dropped.
+
+    Only steps at which every planner drops tokens are considered; planners that never drop any do not count.
+    """
     counts = np.stack([planner.run_counts(part.taus) for planner in planners])
     drops = counts < planners[0].spec.tokens
     steps = np.flatnonzero(drops[drops.any(1)].all(0))  # all steps, if no planner drops anything
@@ -203,7 +209,7 @@ def looked_at(part: Sampler, planners: Sequence[StepPlanner]) -> tuple[int, int]
 
 
 class Watcher:
-    """Runs the converted model, and beside it the original at the steps that are looked at, for the same input."""
+    """Runs the converted model and, at the steps that are examined, also the original on the same input."""
 
     def __init__(self, bundle: Bundle, planner: StepPlanner, where: tuple[int, int]) -> None:
         self.model = bundle.model.with_schedule(planner.schedule)
@@ -226,7 +232,7 @@ class Watcher:
         return step
 
     def looks(self, part: Sampler) -> list[Look]:
-        """What was seen at the two steps, the batches in one."""
+        """What was seen at the two steps, with all batches joined."""
         found = []
         for step in self.where:
             batches = self.seen[step]
@@ -258,7 +264,7 @@ def look_of(model: DynamicModel, step: ConvertedStep, output: Tensor, wanted: Te
 
 
 def store(bundle: Bundle, found: Stress, worst: Sequence[CaseFigures], picture: bytes) -> None:
-    """Put the section, the picture and failures.json into the bundle; all or nothing."""
+    """Put the section, the picture and failures.json into the bundle: either all of them or none."""
     report = {**old_report(bundle.folder), "stress": found.to_json()}
     figures = {**old_figures(bundle.folder), FAILURES_FIGURE: picture}
     with new_folder(bundle.folder, force=True) as work:

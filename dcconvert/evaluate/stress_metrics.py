@@ -37,7 +37,7 @@ class Look:
 
     `keep` bool [n, h, w]: tokens that were computed. `error` [n, h, w]: of the prediction, squared, mean over the
     pixels of a token, relative to the mean square of the original's prediction for the same input. `age` [n, h, w]:
-    steps since a token was computed; None in mode chunk, which remembers nothing.
+    steps since a token was computed; None in mode chunk, which has no state.
     """
 
     tau: float
@@ -51,8 +51,8 @@ class Look:
 class Outcome:
     """All cases at one ratio: final images [n, C, H, W], looks at an early and a late step, and the control.
 
-    `cost`: of one case's run, in steps of the original. `controls`: images of the original with so many steps, the
-    whole numbers next to `cost`.
+    `cost`: what the run of one case costs, in steps of the original. `controls`: images of the original by its number
+    of steps, for the whole numbers next to `cost`.
     """
 
     ratio: float
@@ -146,7 +146,7 @@ class StressRow(Record):
 
 
 def detail_psnr(found: Tensor, wanted: Tensor, detail: Tensor) -> Tensor:
-    """PSNR [n] in dB in which every token's squared error weighs as much as its detail [n, h, w]."""
+    """PSNR [n] in dB in which the squared error of every token is weighted by its detail [n, h, w]."""
     grid = (detail.shape[1], detail.shape[2])
     weights = detail / detail.sum((1, 2), keepdim=True)
     area = found.shape[2] // grid[0] * (found.shape[3] // grid[1])

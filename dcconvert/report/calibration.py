@@ -53,7 +53,7 @@ class KeptStep(Record):
 
 @dataclass(frozen=True)
 class TriedSchedule(Record):
-    """A schedule that was tried; `cost` in full steps, as its rounded counts make it."""
+    """A schedule that was tried. `cost`: in full steps, from the rounded numbers of tokens."""
 
     steps: int
     warm_up: int = 1

@@ -31,7 +31,7 @@ class Distances(Record):
 
 @dataclass(frozen=True)
 class Quality(Distances):
-    """What images are worth; None where it was not measured. `psnr_error` and the like: standard errors."""
+    """The quality of images; None where it was not measured. `psnr_error` and so on are standard errors."""
 
     name: str = ""
     psnr: float | None = None
@@ -138,7 +138,7 @@ PLOTTED = (("psnr", "PSNR, dB"), ("pair_distance", "pair distance"), ("kernel", 
 
 @dataclass(frozen=True)
 class EvaluationReport(Record):
-    """All that `--json` writes of an evaluation and that page and terminal show, and the pictures on the page."""
+    """Everything of an evaluation that `--json` writes and page and terminal show, and the pictures on the page."""
 
     bundles: dict[str, str]
     batch: int
@@ -154,7 +154,7 @@ class EvaluationReport(Record):
     samples: tuple[Picture, ...] = field(default=(), metadata=BESIDE)
 
     def with_pictures(self, figures: Mapping[str, bytes]) -> Self:
-        """The same with pictures below it; `figures`: PNG data by name."""
+        """The same report with pictures on its page; `figures`: PNG data by name."""
         return replace(self, samples=tuple(Picture(png, CAPTIONS.get(name, name)) for name, png in figures.items()))
 
     @property

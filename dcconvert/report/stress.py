@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FAILURES_FIGURE = "failures"  # its name among the figures of a report
 GALLERY = 4  # worst cases of each ratio that are shown
-BRIGHTEST = 0.5  # error as a share of the range that is drawn as bright as can be
+BRIGHTEST = 0.5  # error, as a share of the range, from which on the colour is brightest
 
 
 def finite(value: float | None, form: str) -> str:
@@ -71,7 +71,7 @@ class Stress(Record):
 
     @property
     def has_ages(self) -> bool:
-        """Only mode carry has: it remembers tokens."""
+        """Whether tokens have ages: only in mode carry, which carries them over from earlier steps."""
         return any(row.mean_age_late is not None for row in self.rows)
 
     @property
@@ -82,7 +82,7 @@ class Stress(Record):
 
     @property
     def image_table(self) -> Table:
-        """What became of the images."""
+        """The quality of the images."""
         return Table.of((*NAMES, *IMAGES), self.rows)
 
     @property
@@ -106,7 +106,7 @@ class Stress(Record):
 
 
 def failure_figure(worst: Sequence[CaseFigures], cases: Cases, outcomes: Sequence[Outcome]) -> bytes:
-    """The worst cases of each ratio, a row each, in columns that are named on top."""
+    """The worst cases of each ratio, one per row, with the names of the columns on top."""
     rows = {}
     for outcome in outcomes:
         of_ratio = [case for case in worst if case.ratio == outcome.ratio]
