@@ -30,6 +30,23 @@ def gpu_table(result: dict[str, Any], markdown: Callable[..., str]) -> str:
     return markdown(headers, lines) + note
 
 
+def onnx_table(result: dict[str, Any], markdown: Callable[..., str]) -> str:
+    """One line a way to run steps on ONNX Runtime: the original, a full and a skip step, and runs at 2x, 4x and 8x."""
+    headers = ["ONNX Runtime, fp16", "original, ms", "full step, ms", "skip step, ms"]
+    headers += ["2x, times faster", "4x, times faster", "8x, times faster"]
+    lines = [
+        [
+            f"{row['model']}, {row['pixels']} px, batch {row['batch']}, {row['runtime']}",
+            *(f"{row[f'{name}_ms']['median']:.2f}" for name in ("original", "full", "skip")),
+            *(f"{run['speedup']:.2f}" for run in row["runs"]),
+        ]
+        for row in result["rows"]
+        if row["part"] == "onnxruntime" and row["form"] == "steps" and "skipped" not in row
+    ]
+    facts = result["machine"]
+    return markdown(headers, lines) + f"\nMeasured on a GPU: {facts['gpu']}; random weights.\n"
+
+
 def captured(row: Row) -> bool:
     return CAPTURED.items() <= row.items()
 

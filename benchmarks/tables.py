@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.family_table import family_table
 from benchmarks.fitted_table import fitted_rows, note, peer_rows, short_rows
-from benchmarks.gpu_table import gpu_table
+from benchmarks.gpu_table import gpu_table, onnx_table
 from benchmarks.preset_table import sparsedit_table
 
 ROOT = Path(__file__).parent.parent
@@ -353,6 +353,13 @@ def gpu(result: Path = RESULTS / "gpu.json") -> str:
     return gpu_table(json.loads(result.read_text()), markdown)
 
 
+def gpu_onnxruntime(result: Path = RESULTS / "gpu_onnxruntime.json") -> str:
+    """One line while there is no result."""
+    if not result.is_file():
+        return "ONNX Runtime on a GPU: not measured yet.\n"
+    return onnx_table(json.loads(result.read_text()), markdown)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "fitted": fitted,
     "fitted_short": fitted_short,
@@ -364,6 +371,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "frontier": frontier,
     "carry_speed": carry_speed,
     "gpu": gpu,
+    "gpu_onnxruntime": gpu_onnxruntime,
     "state_memory": state_memory,
     "carry_variants": carry_variants,
     "calibrated": calibrated,

@@ -43,6 +43,7 @@ ORDER = (
     "export.triton",
     "terminal",
     "environment",
+    "records",
     "models",
     "images",
     "sampling",

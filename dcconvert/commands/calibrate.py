@@ -1,14 +1,13 @@
-"""`dcconvert calibrate`: the kept-fraction curve and number of steps with the best final images at a given compute."""
+"""`dcconvert calibrate`: the kept-fraction curve and number of steps that give the best images at a given compute."""
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.schedule import Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner
-from dcconvert.report.calibration import Calibration
+from dcconvert.report.calibration import Calibration, CalibrationRow, KeptStep, TriedSchedule
 from dcconvert.sampling.bundle_runs import dit_config, run_planner
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep, OrtPair, silent
@@ -37,11 +36,12 @@ from dcconvert.terminal import Stages
 SHOWN = 5  # candidates in the table
 FINALISTS = 10  # candidates that are compared on all images
 SCREEN = 8  # images, or a quarter of them if that is more, on which the finalists are chosen
+Figures = tuple[float, float, float | None]  # mean PSNR in dB: on the first images of the search, on all, on fresh ones
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a calibration was asked for; None and 0 stand for what the bundle says."""
+    """The settings of a calibration; for None and 0, the bundle's own value is used."""
 
     folder: Path
     ratio: float | None
@@ -56,13 +56,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """A bundle, and what is to be found for it: a schedule for `solver` that costs `budget` full steps."""
+    """A bundle and the task: to find a schedule for `solver` that costs `budget` full steps."""
 
     settings: Settings
     bundle: Bundle
     config: DiTConfig
     budget: float
-    most: int  # sampling steps
+    most: int  # sampling steps that a run may have
     solver: str
     sampler: Sampler  # the present one
     schedule: Timetable  # the present one, fitted to its sampler
@@ -70,16 +70,16 @@ class Task:
 
     @classmethod
     def read(cls, settings: Settings) -> Task:
-        """UsageError for a bundle that cannot be calibrated, or a budget that leaves nothing to search."""
+        """Raises UsageError if the bundle cannot be calibrated or the budget leaves nothing to search."""
         bundle = read_bundle(settings.folder)
         if bundle.model.method.remembers != "tokens":
             raise UsageError(
-                f"{bundle.folder} is in mode {bundle.model.method.mode}: calibrate is for mode carry, tune for mode "
-                "steps; convert the checkpoint again with the other --mode"
+                f"{bundle.folder} is in mode {bundle.model.method.mode}: calibrate is for mode carry, and tune is for "
+                "mode steps; to calibrate, convert the checkpoint again with --mode carry"
             )
         sampler, planner = run_planner(bundle, None)
         own = sampler.steps / planner.schedule.ratio
-        # A ratio is meant of the run the bundle was made for, also after an earlier calibration took fewer steps.
+        # The ratio refers to the run that the bundle was made for, even if an earlier calibration chose fewer steps.
         try:
             most = int(bundle.manifest.get("calibration", {}).get("run_steps", sampler.steps))
         except (AttributeError, TypeError, ValueError) as error:
@@ -98,14 +98,14 @@ class Task:
         return self.settings.batch or max(self.bundle.bucket_set.batches)
 
     def images(self, seed: int) -> ImageSet:
-        """A set of samples from this seed on."""
+        """A set of samples with consecutive seeds from `seed` on."""
         count = self.settings.images
         noise = initial_noise(seed, count, self.config.in_channels, self.config.image_size)
         return ImageSet(noise, labels_for(count, self.config.num_classes), self.batch)
 
 
 class ImageSet:
-    """Noise and labels of some samples, and what the original makes of them in many steps."""
+    """Noise and labels of some samples, and the images that the original draws from them in many steps."""
 
     def __init__(self, noise: Tensor, labels: Tensor, batch: int) -> None:
         self.noise, self.labels, self.batch = noise, labels, batch
@@ -132,7 +132,7 @@ class ImageSet:
 
 
 class Bench:
-    """A bundle on ONNX Runtime, without buckets, under any schedule; and its original."""
+    """A bundle and its original on ONNX Runtime. The bundle runs without buckets, under any schedule."""
 
     def __init__(self, task: Task, scratch: Path) -> None:
         self.model = task.bundle.model
@@ -141,7 +141,13 @@ class Bench:
         self.sampler = cache(lambda steps, solver: Sampler(task.sampler.prediction, steps, solver))
         inputs = self.model.spec.example(2)
         self.original_gmacs = original_gmacs(self.model, inputs)
-        self.gmacs = cache(lambda kept: converted_gmacs(self.model, inputs, kept))  # of a step and sample
+        self.gmacs = cache(lambda kept: converted_gmacs(self.model, inputs, kept))  # of one step of one sample
+
+    def run_gmacs(self, sampler: Sampler, schedule: Timetable | None) -> float:
+        """GMACs of a sample's run under a fitted schedule or, without one, of the original's."""
+        if schedule is None:
+            return sampler.steps * self.original_gmacs
+        return sum(self.gmacs(int(kept)) for kept in schedule.run_counts(sampler.taus, self.model.spec.tokens))
 
     def converted(self, schedule: Timetable) -> Callable[[], Step]:
         """Step functions of the converted model under a fitted schedule, until another one is asked for."""
@@ -149,15 +155,15 @@ class Bench:
         return lambda: ConvertedStep(self.model, self.runtime.converted)
 
     def original(self) -> Step:
-        """The original's step function, which remembers nothing."""
+        """The original's step function, which has no state."""
         return self.runtime.original_step
 
     def refer(self, images: ImageSet, steps: int, tick: Tick) -> None:
-        """Draw the reference; Euler, of first order, needs no more than more steps to be exact."""
+        """Draw the reference. Euler is of first order, but with enough steps it is exact."""
         images.reference = images.draw(self.sampler(steps, "euler"), self.original, tick, f"original, {steps} steps")
 
     def search(self, task: Task, images: ImageSet, tick: Tick) -> list[Trial]:
-        """Trials of all candidates on the first images, best first."""
+        """Try all candidates on the first images; the best trial comes first."""
         screen = images.screen
 
         def taus(steps: int) -> np.ndarray:
@@ -170,7 +176,7 @@ class Bench:
         return Search(task.budget, task.most, self.model.spec.tokens, taus, score).run()
 
     def finalists(self, task: Task, trials: list[Trial], images: ImageSet, tick: Tick) -> list[Finalist]:
-        """The first of the trials on all images, best first."""
+        """Run the best trials on all images; the best finalist comes first."""
         found = []
         for trial in trials[:FINALISTS]:
             tick("finalists")
@@ -189,10 +195,10 @@ class Finalist:
 
 
 def calibrate_bundle(settings: Settings, console: Console) -> None:
-    """Search, check, store and print. The bundle is replaced whole at the end, or stays what it was.
+    """Search, check, store and print. The bundle is replaced as a whole at the end, or stays as it was.
 
-    Raises UsageError for a bundle or settings that leave nothing to search, CheckFailedError if ONNX Runtime does not
-    give what torch does in the buckets of the new schedule.
+    Raises UsageError if the bundle or the settings leave nothing to search, and CheckFailedError if ONNX Runtime and
+    torch disagree in the buckets of the new schedule.
     """
     task = Task.read(settings)
     stages = Stages(Console(stderr=True))
@@ -202,17 +208,19 @@ def calibrate_bundle(settings: Settings, console: Console) -> None:
             bench = Bench(task, Path(scratch))
         best, found = calibrate(task, bench, stages)
         store(task, best, found, work, Path(scratch), stages)
-    console.print(Calibration.from_json(found).for_terminal())
+    console.print(found.for_terminal())
     if best is None:
-        console.print("No candidate beat the present schedule on the search images: it stays.", highlight=False)
+        console.print(
+            "No candidate beat the present schedule on the search images: it was not changed.", highlight=False
+        )
     places = f"Bundle: {settings.folder}\nReport: {settings.folder / 'report.html'}"
     console.print(escape(places), highlight=False, soft_wrap=True)
 
 
-def calibrate(task: Task, bench: Bench, stages: Stages) -> tuple[Finalist | None, dict[str, Any]]:
-    """The best finalist, None if the present schedule is as good; and all that was found, for the manifest.
+def calibrate(task: Task, bench: Bench, stages: Stages) -> tuple[Finalist | None, Calibration]:
+    """The best finalist, or None if the present schedule is as good, and the record for manifest and report.
 
-    Chosen on one set of images; the figures on as many fresh ones stand beside those of the search.
+    The finalist is chosen on one set of images. The record also has figures for as many fresh images.
     """
     settings, tokens = task.settings, bench.model.spec.tokens
     seen, fresh = task.images(settings.seed), task.images(settings.seed + settings.images)
@@ -224,115 +232,113 @@ def calibrate(task: Task, bench: Bench, stages: Stages) -> tuple[Finalist | None
         finalists = bench.finalists(task, trials, seen, tick)
     with stages.stage("compare on fresh images") as tick:
         rows = compared(task, bench, finalists, (seen, fresh), tick)
-    present = next(row for row in rows if row["kind"] == "present")
-    best = None if task.same_compute and present["psnr"] >= finalists[0].psnr else finalists[0]
+    present = next(row.psnr for row in rows if row.kind == "present")
+    assert present is not None
+    best = None if task.same_compute and present >= finalists[0].psnr else finalists[0]
     curves = {"before": curve(task.sampler, task.schedule.run_counts(task.sampler.taus, tokens), tokens)}
     if best is not None:
         curves["after"] = curve(best.sampler, best.trial.counts, tokens)
-    return best, {
-        "command": settings.command,
-        "budget": task.budget,
-        "run_steps": task.most,
-        "solver": task.solver,
-        "images": settings.images,
-        "screen_images": len(seen.screen.noise),
-        "reference_steps": settings.reference_steps,
-        "seed": settings.seed,
-        "changed": best is not None,
-        "rows": rows,
-        "curves": curves,
-        "candidates": [as_dict(trial, tokens) for trial in trials],
-    }
+    return best, Calibration(
+        command=settings.command,
+        budget=task.budget,
+        run_steps=task.most,
+        solver=task.solver,
+        images=settings.images,
+        screen_images=len(seen.screen.noise),
+        reference_steps=settings.reference_steps,
+        seed=settings.seed,
+        changed=best is not None,
+        rows=tuple(rows),
+        curves=curves,
+        candidates=tuple(tried(trial, tokens) for trial in trials),
+    )
 
 
 def compared(
     task: Task, bench: Bench, finalists: list[Finalist], sets: tuple[ImageSet, ImageSet], tick: Tick
-) -> list[dict[str, Any]]:
+) -> list[CalibrationRow]:
     """Rows of the table: the best candidates, the present schedule, and the original with fewer steps.
 
-    All but the candidates after the first have a figure on fresh images too.
+    Every row except those of the candidates after the first also has a figure for fresh images.
     """
     rows = []
     for place, finalist in enumerate(finalists[:SHOWN], 1):
-        facts = schedule_facts(bench, finalist.trial.schedule, finalist.sampler)
-        figures = {"psnr_screen": finalist.trial.score, "psnr": finalist.psnr, "psnr_fresh": None}
-        rows.append({"kind": "candidate", "name": f"candidate {place}", **facts, **figures})
+        figures: Figures = (finalist.trial.score, finalist.psnr, None)
+        name = f"candidate {place}"
+        rows.append(row_of(bench, "candidate", name, finalist.sampler, finalist.trial.schedule, figures))
     best = finalists[0]
     tick("candidate 1")
-    rows[0]["psnr_fresh"] = mean(sets[1].psnr(best.sampler, bench.converted(best.trial.schedule)))
+    rows[0] = replace(rows[0], psnr_fresh=mean(sets[1].psnr(best.sampler, bench.converted(best.trial.schedule))))
     tick("present schedule")
-    facts = schedule_facts(bench, task.schedule, task.sampler)
     figures = all_figures(sets, task.sampler, bench.converted(task.schedule))
-    rows.append({"kind": "present", "name": "present schedule", **facts, **figures})
-    # The budget is seldom a whole number of steps: one control a little below it, one at or above it.
-    equal = rows[0]["gmacs"] / bench.original_gmacs
+    rows.append(row_of(bench, "present", "present schedule", task.sampler, task.schedule, figures))
+    # The budget is seldom a whole number of steps, so one control is just below it and one is at or above it.
+    equal = rows[0].gmacs / bench.original_gmacs
     fewer = [(math.ceil(equal), task.solver), (math.floor(equal), task.solver), (math.ceil(equal), "euler")]
     for steps, solver in dict.fromkeys(fewer):
         tick(f"original, {steps} steps")
-        gmacs = steps * bench.original_gmacs
-        facts = {"solver": solver, "steps": steps, "warm_up": None, "kept": None, "gmacs": gmacs}
-        figures = all_figures(sets, bench.sampler(steps, solver), bench.original)
-        rows.append({"kind": "control", "name": "original, fewer steps", **facts, **figures})
+        sampler = bench.sampler(steps, solver)
+        figures = all_figures(sets, sampler, bench.original)
+        rows.append(row_of(bench, "control", "original, fewer steps", sampler, None, figures))
     return rows
 
 
-def all_figures(
-    sets: tuple[ImageSet, ImageSet], sampler: Sampler, new_step: Callable[[], Step]
-) -> dict[str, float | None]:
-    """Mean PSNR in dB on the first images of the search, on all of them and on fresh ones."""
+def row_of(
+    bench: Bench, kind: str, name: str, sampler: Sampler, schedule: Timetable | None, figures: Figures
+) -> CalibrationRow:
+    """A run of the converted model under a fitted schedule or, without one, of the original."""
+    screen, seen, fresh = figures
+    return CalibrationRow(
+        kind=kind,
+        name=name,
+        solver=sampler.solver,
+        steps=sampler.steps,
+        warm_up=None if schedule is None else schedule.dense_first,
+        kept=None if schedule is None else tuple(schedule.fraction(KNOTS).tolist()),
+        gmacs=bench.run_gmacs(sampler, schedule),
+        psnr_screen=screen,
+        psnr=seen,
+        psnr_fresh=fresh,
+    )
+
+
+def all_figures(sets: tuple[ImageSet, ImageSet], sampler: Sampler, new_step: Callable[[], Step]) -> Figures:
     seen, fresh = sets
     found = seen.psnr(sampler, new_step)
-    return {
-        "psnr_screen": mean(found[: len(seen.screen.noise)]),
-        "psnr": mean(found),
-        "psnr_fresh": mean(fresh.psnr(sampler, new_step)),
-    }
+    return mean(found[: len(seen.screen.noise)]), mean(found), mean(fresh.psnr(sampler, new_step))
 
 
 def mean(figures: Tensor) -> float:
-    """The mean, or what is worse than any other where it is not a number."""
+    """The mean; minus infinity, which is worse than any other value, if it is not finite."""
     value = float(figures.mean())
     return value if math.isfinite(value) else -math.inf
 
 
-def schedule_facts(bench: Bench, schedule: Timetable, sampler: Sampler) -> dict[str, Any]:
-    """A fitted schedule in the table: `kept` at the noise levels `KNOTS`, `gmacs` of a run."""
-    counts = schedule.run_counts(sampler.taus, bench.model.spec.tokens)
-    return {
-        "solver": sampler.solver,
-        "steps": sampler.steps,
-        "warm_up": schedule.dense_first,
-        "kept": schedule.fraction(KNOTS).tolist(),
-        "gmacs": sum(bench.gmacs(int(kept)) for kept in counts),
-    }
-
-
-def curve(sampler: Sampler, counts: Any, tokens: int) -> list[dict[str, float]]:
+def curve(sampler: Sampler, counts: Iterable[int], tokens: int) -> tuple[KeptStep, ...]:
     """Kept fraction at every step of a run."""
-    return [{"tau": float(tau), "kept": int(kept) / tokens} for tau, kept in zip(sampler.taus, counts, strict=True)]
+    return tuple(KeptStep(float(tau), int(kept) / tokens) for tau, kept in zip(sampler.taus, counts, strict=True))
 
 
-def as_dict(trial: Trial, tokens: int) -> dict[str, Any]:
-    """A trial for the manifest; `cost` in full steps, as its rounded counts make it; `psnr` on the first images."""
-    return {
-        "steps": trial.candidate.steps,
-        "warm_up": trial.candidate.warm_up,
-        "knots": [list(knot) for knot in trial.schedule.knots],
-        "cost": sum(trial.counts) / tokens,
-        "psnr_screen": trial.score,
-    }
+def tried(trial: Trial, tokens: int) -> TriedSchedule:
+    return TriedSchedule(
+        steps=trial.candidate.steps,
+        warm_up=trial.candidate.warm_up,
+        knots=trial.schedule.knots,
+        cost=sum(trial.counts) / tokens,
+        psnr_screen=trial.score,
+    )
 
 
-def store(task: Task, best: Finalist | None, found: dict[str, Any], work: Path, scratch: Path, stages: Stages) -> None:
-    """Fill `work` with the calibrated bundle; if the present schedule stays, with what was found and nothing else new.
+def store(task: Task, best: Finalist | None, found: Calibration, work: Path, scratch: Path, stages: Stages) -> None:
+    """Fill `work` with the calibrated bundle. If the present schedule stays, only the record is new.
 
-    What the report says of latency, memory and images is measured again, on fresh images, if it said anything.
+    If the report has measurements of latency, memory and images, they are repeated, on fresh images.
     """
     bundle, settings = task.bundle, task.settings
     report, figures = old_report(bundle.folder), old_figures(bundle.folder)
+    section = {"calibration": found.to_json()}
     if best is None:
-        manifest = {**bundle.manifest, "calibration": found}
-        write_rescheduled(bundle, bundle.model, manifest, {**report, "calibration": found}, figures, work)
+        write_rescheduled(bundle, bundle.model, bundle.manifest | section, report | section, figures, work)
         return
     made = Rescheduled.of(bundle, best.trial.schedule, best.sampler, stages)
     report = made.report(report)
@@ -347,5 +353,5 @@ def store(task: Task, best: Finalist | None, found: dict[str, Any], work: Path, 
         seed=settings.seed + settings.images,
     )
     figures = figures if again is None else again
-    manifest = {**made.manifest(bundle.manifest), "calibration": found}
-    write_rescheduled(bundle, made.model, manifest, {**report, "calibration": found}, figures, work)
+    manifest = made.manifest(bundle.manifest) | section
+    write_rescheduled(bundle, made.model, manifest, report | section, figures, work)

@@ -1,4 +1,4 @@
-"""`dcconvert stress`: what a conversion does to images full of detail, where its router starves it, the worst cases."""
+"""`dcconvert stress`: what a conversion does to images full of detail, where its router starves it, and worst cases."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from dcconvert.environment import set_threads
 from dcconvert.evaluate.detail_kinds import choose, measured, on_tokens
 from dcconvert.evaluate.measure_steps import Tick, compute_section
 from dcconvert.evaluate.stress_cases import BATCH, Cases, noised_run
-from dcconvert.evaluate.stress_metrics import Look, Outcome, judged, summary, worst_of
+from dcconvert.evaluate.stress_metrics import CaseFigures, Look, Outcome, judged, summary, worst_of
 from dcconvert.export.bundle import Bundle, read_bundle
 from dcconvert.export.files import new_folder, write_json
 from dcconvert.images.dataset import LabelledImages, read_images
@@ -33,14 +32,14 @@ from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep
 from dcconvert.terminal import Stages
 
-START, EARLY, LATE = 0.7, 0.6, 0.2  # noise levels: where a case starts, and where the router is looked at
-SAMPLES = 256  # images of the original to choose from, where no data are given
+START, EARLY, LATE = 0.7, 0.6, 0.2  # noise levels: where a case starts, and where the router is examined
+SAMPLES = 256  # images that the original draws to choose from, if no data are given
 SAMPLE_STEPS, SAMPLE_SOLVER = 20, "unipc"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a stress test was asked for; the options of the command line."""
+    """The settings of a stress test: the options of the command line."""
 
     folder: Path
     data: Path | None
@@ -52,10 +51,10 @@ class Settings:
     samples: int = SAMPLES
 
 
-def stress_bundle(settings: Settings, console: Console) -> dict[str, Any]:
+def stress_bundle(settings: Settings, console: Console) -> None:
     """Run the stress set through a bundle, print the table, add it to the report and write failures.json.
 
-    UsageError for a bundle, data or ratios that leave nothing to run.
+    Raises UsageError if the bundle, the data or the ratios leave nothing to run.
     """
     set_threads(settings.threads)
     bundle = read_bundle(settings.folder)
@@ -69,42 +68,43 @@ def stress_bundle(settings: Settings, console: Console) -> dict[str, Any]:
     planners, left_out = planners_of(planner, settings.ratios, sampler)
     with torch.inference_mode():
         cases, lost = make_cases(bundle, sampler, settings, stages)
-        left_out += lost
         where = looked_at(cases.part, list(planners.values()))
         outcomes = []
         for ratio, made in planners.items():
             with stages.stage(f"run the cases at {ratio:g}x") as tick:
                 outcomes.append(run_at(bundle, made, cases, where, tick))
     class_names = bundle.manifest.get("sampler", {}).get("class_names") or []
-    all_facts = [facts for outcome in outcomes for facts in judged(cases, outcome, class_names)]
-    worst = worst_of(all_facts)
-    found = without_nan(
-        {
-            "command": settings.command,
-            "source": str(settings.data) if settings.data else f"{settings.samples} samples of the original",
-            "seed": settings.seed,
-            "start": float(cases.part.taus[0]),
-            "early": outcomes[0].looks[0].tau,
-            "late": outcomes[0].looks[1].tau,
-            "steps": cases.part.steps,
-            "run_steps": sampler.steps,
-            "solver": sampler.solver,
-            "cases": len(cases),
-            "left_out": left_out,
-            "rows": summary(all_facts),
-        }
+    figures = [case for outcome in outcomes for case in judged(cases, outcome, class_names)]
+    worst = worst_of(figures)
+    early, late = outcomes[0].looks
+    found = Stress(
+        command=settings.command,
+        source=str(settings.data) if settings.data else f"{settings.samples} samples of the original",
+        seed=settings.seed,
+        start=float(cases.part.taus[0]),
+        early=early.tau,
+        late=late.tau,
+        steps=cases.part.steps,
+        run_steps=sampler.steps,
+        solver=sampler.solver,
+        cases=len(cases),
+        left_out=(*left_out, *lost),
+        rows=tuple(summary(figures)),
     )
     store(bundle, found, worst, failure_figure(worst, cases, outcomes))
-    console.print(Stress.from_json(found).for_terminal())
-    for line in (*left_out, f"Cases: {settings.folder / FAILURES}", f"Report: {settings.folder / 'report.html'}"):
+    console.print(found.for_terminal())
+    places = (f"Cases: {settings.folder / FAILURES}", f"Report: {settings.folder / 'report.html'}")
+    for line in (*found.left_out, *places):
         console.print(escape(line), highlight=False, soft_wrap=True)
-    return found
 
 
 def planners_of(
     planner: StepPlanner, ratios: Sequence[float], sampler: Sampler
 ) -> tuple[dict[float, StepPlanner], list[str]]:
-    """Planners at the ratios that the bundle's run can have, and what to say of the others; UsageError if all are."""
+    """Planners for the ratios that the bundle's run can have, and a message for each of the others.
+
+    Raises UsageError if the run can have none of the ratios.
+    """
     found, left_out = {}, []
     for ratio in ratios:
         try:
@@ -117,10 +117,10 @@ def planners_of(
 
 
 def make_cases(bundle: Bundle, sampler: Sampler, settings: Settings, stages: Stages) -> tuple[Cases, list[str]]:
-    """Choose the images and see what the original makes of them.
+    """Choose the images and run them through the original.
 
-    Cases of which nothing of their kind is left in the original's own image have no detail to lose: they are left out,
-    and the second result says so. UsageError for data that do not fit or hold no detail.
+    If the original's own image shows nothing of a case's kind of detail, there is no detail to lose: the case is left
+    out, and the second result says so. Raises UsageError if the data do not fit the model or hold no detail.
     """
     config = dit_config(bundle)
     source = source_images(bundle, sampler, settings, stages)
@@ -165,7 +165,7 @@ def source_images(bundle: Bundle, sampler: Sampler, settings: Settings, stages: 
 
 
 def own_samples(bundle: Bundle, sampler: Sampler, count: int, seed: int, tick: Tick) -> LabelledImages:
-    """Samples of the original to choose from; number i has the noise of seed + i."""
+    """Samples of the original to choose from; sample i starts from the noise of seed + i."""
     config = dit_config(bundle)
     noise = initial_noise(seed, count, config.in_channels, config.image_size)
     labels = labels_for(count, config.num_classes)
@@ -181,9 +181,9 @@ def original_step(bundle: Bundle) -> Step:
 
 
 def run_at(bundle: Bundle, planner: StepPlanner, cases: Cases, where: tuple[int, int], tick: Tick) -> Outcome:
-    """The cases through the converted model at one ratio, and through the original with the steps that cost as much.
+    """Run the cases through the converted model at one ratio, and through the original with steps that cost as much.
 
-    `where`: the steps that are looked at.
+    `where`: the steps that are examined.
     """
     part = cases.part
     watcher = Watcher(bundle, planner, where)
@@ -196,7 +196,10 @@ def run_at(bundle: Bundle, planner: StepPlanner, cases: Cases, where: tuple[int,
 
 
 def looked_at(part: Sampler, planners: Sequence[StepPlanner]) -> tuple[int, int]:
-    """The steps nearest to an early and a late noise level, out of those at which every planner that drops any does."""
+    """The steps to examine: those nearest to an early and a late noise level at which tokens are dropped.
+
+    Only steps at which every planner drops tokens are considered; planners that never drop any do not count.
+    """
     counts = np.stack([planner.run_counts(part.taus) for planner in planners])
     drops = counts < planners[0].spec.tokens
     steps = np.flatnonzero(drops[drops.any(1)].all(0))  # all steps, if no planner drops anything
@@ -206,7 +209,7 @@ def looked_at(part: Sampler, planners: Sequence[StepPlanner]) -> tuple[int, int]
 
 
 class Watcher:
-    """Runs the converted model, and beside it the original at the steps that are looked at, for the same input."""
+    """Runs the converted model and, at the steps that are examined, also the original on the same input."""
 
     def __init__(self, bundle: Bundle, planner: StepPlanner, where: tuple[int, int]) -> None:
         self.model = bundle.model.with_schedule(planner.schedule)
@@ -229,7 +232,7 @@ class Watcher:
         return step
 
     def looks(self, part: Sampler) -> list[Look]:
-        """What was seen at the two steps, the batches in one."""
+        """What was seen at the two steps, with all batches joined."""
         found = []
         for step in self.where:
             batches = self.seen[step]
@@ -260,12 +263,11 @@ def look_of(model: DynamicModel, step: ConvertedStep, output: Tensor, wanted: Te
     return Look(t / model.spec.timestep_scale, t, keep, on_tokens(error / size[:, None, None], grid) / area, age)
 
 
-def store(bundle: Bundle, found: dict[str, Any], worst: Sequence[dict[str, Any]], picture: bytes) -> None:
-    """Put the section, the picture and failures.json into the bundle; all or nothing."""
-    report = {**old_report(bundle.folder), "stress": found}
+def store(bundle: Bundle, found: Stress, worst: Sequence[CaseFigures], picture: bytes) -> None:
+    """Put the section, the picture and failures.json into the bundle: either all of them or none."""
+    report = {**old_report(bundle.folder), "stress": found.to_json()}
     figures = {**old_figures(bundle.folder), FAILURES_FIGURE: picture}
-    public = [{name: value for name, value in facts.items() if name != "case"} for facts in worst]
     with new_folder(bundle.folder, force=True) as work:
         write_rescheduled(bundle, bundle.model, bundle.manifest, report, figures, work)
         (work / FAILURES).unlink(missing_ok=True)  # a link to the one in the bundle
-        write_json(without_nan(public), work / FAILURES)
+        write_json(without_nan([case.to_json() for case in worst]), work / FAILURES)

@@ -39,14 +39,14 @@ from dcconvert.sampling.solver_rows import TRAIN_STEPS
 from dcconvert.sampling.steps import ConvertedStep, OrtPair
 
 MEGABYTE = 1e6
-PHASES = 4  # moments at which a batch of runs begun one after the other is timed
+PHASES = 4  # moments at which a batch of runs that began one after the other is timed
 NO_GUIDANCE = Guidance()
-BEST = ("unipc", GRADED)  # what fewer steps of the original do best with, beside the run's own solver
+BEST = ("unipc", GRADED)  # solvers that do best with few steps of the original, beside the run's own solver
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A bundle in its run: which sampler, and how many tokens its samples keep at every step, int64 [steps].
+    """A bundle and its run: the sampler, and how many tokens its samples keep at every step, int64 [steps].
 
     `reference`: the original's run that this one replaces. `unconditional`: the planner of the unconditional half, if
     it has its own.
@@ -115,7 +115,7 @@ class Candidate:
         return ConvertedStep(self.bundle.model, runtime, self.guidance.halves, self.unconditional)
 
     def cost_of(self, counts: np.ndarray) -> float:
-        """GMACs of steps of one sample each that keep so many tokens."""
+        """GMACs of steps of one sample each, by how many tokens they keep."""
         model, (sizes, times) = self.bundle.model, np.unique(counts, return_counts=True)
         inputs = model.spec.example(2)
         costs = [converted_gmacs(model, inputs, int(size)) for size in sizes]
@@ -142,7 +142,7 @@ def named_apart(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def check_same_original(bundles: Sequence[Bundle]) -> DiTConfig:
-    """The architecture of the original that all bundles were made from; UsageError if they were not."""
+    """The architecture of the original that all bundles were made from; raises UsageError if there are several."""
     config = dit_config(bundles[0])
 
     def origin(bundle: Bundle) -> tuple[Any, ...]:
@@ -161,7 +161,7 @@ def check_same_original(bundles: Sequence[Bundle]) -> DiTConfig:
 class Row:
     """One way of making the images: the original with so many steps, or a bundle in its run.
 
-    `mode`: "original", or the bundle's mode. `control`: for a row with fewer steps, what it is the control of. A bundle
+    `mode`: "original", or the bundle's mode. `control`: for a row with fewer steps, what it is a control for. A bundle
     also has `stages_ms`, and `kept`, the tokens at every step of each half of guidance.
     """
 
@@ -197,7 +197,7 @@ class Execution:
 
     @property
     def waste(self) -> float:
-        """The share of what is kept that is computed beside it."""
+        """Tokens that are computed without being kept, as a share of the kept ones."""
         return self.computed_tokens / self.kept_tokens - 1
 
     @property
@@ -207,7 +207,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Megabytes: peak of a process (None: it died), what attention works on in a layer and a step, a run's state."""
+    """Megabytes: peak of a process (None if it died), attention's data in a layer and in a step, and a run's state."""
 
     peak_mb: float | None
     attention_layer_mb: float
@@ -238,11 +238,11 @@ class Comparison:
 
     @property
     def rows(self) -> int:
-        """Samples that the model sees of a batch of images."""
+        """Samples that the model sees for a batch of images."""
         return self.batch * self.halves
 
     def latency(self, runs: int, tick: Tick) -> tuple[list[float], dict[str, RunTimes]]:
-        """Seconds of a batch's step: the original's, and those of every candidate, mean over its run; interleaved."""
+        """Seconds of a batch's step, in turns: the original's, and every candidate's as the mean over its run."""
         converted = {}
         for candidate in self.candidates:
             session = self.runtimes[candidate.name].converted
@@ -273,8 +273,8 @@ class Comparison:
         """Ways of running a batch of images that are at different steps of their runs, timed in turns.
 
         Image i is i / batch of a run ahead of the first. `padded to the grid`: one static shape holds everything;
-        `padded`: to the longest of the batch, shapes as they come; `bucketed`: those of the bundle; `packed`: no
-        padding but in the attention's rows, shapes as they come.
+        `padded`: dynamic shapes, padded to the longest sample; `bucketed`: the shapes of the bundle; `packed`: dynamic
+        shapes with no padding except in the attention's rows.
         """
         calls: dict[tuple[str, str, int], Callable[[], Run]] = {}
         packed = [c for c in self.candidates if not c.bundle.model.spec.updates]  # others have nothing to pack
@@ -319,12 +319,12 @@ class Comparison:
         """Kept tokens [phases, rows] of a batch whose images began their runs one after the other."""
         steps = candidate.sampler.steps
         starts = np.arange(self.batch) * steps // self.batch
-        phases = np.arange(PHASES) * steps // (PHASES * self.batch)  # after that the next image is where one was
+        phases = np.arange(PHASES) * steps // (PHASES * self.batch)  # later, each image is where another one was
         where = (starts[None] + phases[:, None]) % steps
         return np.concatenate([half[where] for half in candidate.halves], axis=1)
 
     def memory(self, tick: Tick) -> dict[str, MemoryUse]:
-        """By the candidates' names, and that of the original under "original"."""
+        """Memory by the candidates' names; that of the original is under "original"."""
         example = self.original.model.spec.example(self.rows)
         found: dict[str, MemoryUse] = {}
         with torch.inference_mode():

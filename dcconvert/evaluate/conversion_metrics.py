@@ -35,7 +35,7 @@ NO_SAMPLER = (
 class Subject:
     """A converted model on disk, and how it is sampled. `original` is there while a checkpoint is being converted.
 
-    `reference`: the original's run that `sampler`'s stands for.
+    `reference`: the run of the original that this one replaces.
     """
 
     model: DynamicModel
@@ -107,7 +107,7 @@ def measure(subject: Subject, effort: Effort, scratch: Path, compute: dict[str, 
 
 
 def no_images(subject: Subject, effort: Effort, latency: dict[str, Any]) -> str:
-    """Why the images are left out, or an empty text."""
+    """Why images are not compared; empty if they are."""
     if subject.config is None:
         return NO_SAMPLER
     if effort.images < 1:
@@ -131,7 +131,7 @@ def image_fidelity(
     others: list[Contestant],
     tick: Any,
 ) -> Fidelity:
-    """The converted model beside the original: the same steps, and fewer steps at equal latency and equal compute.
+    """The converted model beside the original with the same steps, and with fewer at equal latency and compute.
 
     `row`: the first one of the latency section.
     """

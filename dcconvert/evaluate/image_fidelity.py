@@ -58,7 +58,7 @@ def original_contestant(
 ) -> Contestant:
     """The original with so many steps; `gmacs` and `latency_ms` are those of one step and image.
 
-    `how`: the solver, where the row's name has to say it.
+    `how`: the solver, if the row's name must mention it.
     """
     cost = None if latency_ms is None else latency_ms * sampler.steps
     name = f"original, {how}, {sampler.steps} steps" if how else f"original, {sampler.steps} steps"
@@ -107,7 +107,7 @@ def compare_images(
 
 
 class Probe:
-    """Runs the converted model along the original's trajectory and notes how far its steps are off."""
+    """Runs the converted model along the original's trajectory and records the errors of its steps."""
 
     def __init__(self, model: DynamicModel, runtime: Runtime, original: Contestant) -> None:
         self.model, self.runtime, self.original = model, runtime, original
@@ -130,7 +130,7 @@ class Probe:
 
 
 class Recorder:
-    """Runs the converted model and keeps what it saw and kept for the first batch: enough to show."""
+    """Runs the converted model and records what it saw and which tokens it kept, for the first batch only."""
 
     def __init__(self, model: DynamicModel, runtime: Runtime, result: Fidelity) -> None:
         self.model, self.runtime, self.result = model, runtime, result

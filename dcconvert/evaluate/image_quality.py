@@ -1,4 +1,4 @@
-"""The judge of an evaluation: draws the images of every row, and says what they are worth."""
+"""The judge of an evaluation: it draws the images of every row and measures their quality."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from dcconvert.sampling.samplers import Guidance, Sampler, Step, initial_noise, 
 from dcconvert.sampling.steps import ConvertedStep
 from dcconvert.terminal import Stages
 
-PAIRS = 256  # of the pair distance, which runs the network twice: enough for its mean
+PAIRS = 256  # for the pair distance, which runs the network twice; enough for its mean
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Distances:
 class Drawn:
     """PSNR of a row's images to the reference in dB, and its standard error; None where none were drawn.
 
-    Of a bundle the mean number of tokens that its steps kept; where steps find it, GMACs of such an image.
+    For a bundle also the mean number of tokens that its steps kept and, if the images decide it, GMACs of an image.
     """
 
     psnr: float | None = None
@@ -81,7 +81,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Described:
-    """What a network says of a row's images; None where it has no maps, no classes, or there are no real images."""
+    """What a network says about a row's images; None where it has no maps, no classes, or there are no real images."""
 
     pair_distance: float | None = None
     pair_distance_error: float | None = None
@@ -91,7 +91,7 @@ class Described:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What was found of the images of every row, by its name, and what they were measured with.
+    """What was found about the images of every row, by its name, and what they were measured with.
 
     `floor`: the distances of real images that were held out. `described` is empty without a network.
     """
@@ -106,7 +106,7 @@ class Judgement:
 
 
 def noted(new_step: Callable[[], Step], kept: list[list[np.ndarray]]) -> Callable[[], Step]:
-    """The same function; `kept` receives what the steps of a converted model keep, a list for each run."""
+    """The same function, but `kept` receives what the steps of a converted model keep: one list for each run."""
 
     def make() -> Step:
         made = new_step()
@@ -120,7 +120,7 @@ def noted(new_step: Callable[[], Step], kept: list[list[np.ndarray]]) -> Callabl
 class Judge:
     """Draws the images of every row and measures them.
 
-    The network and the real images are read when it is made, so that what is wrong with them is said at once.
+    The network and the real images are read when it is created, so that problems with them are reported at once.
     """
 
     def __init__(self, settings: Wanted, config: DiTConfig, guidance: Guidance, threads: int, stages: Stages) -> None:
@@ -147,12 +147,13 @@ class Judge:
         with stages.stage("open the feature network"):
             found = open_extractor(self.settings.features, threads)
         if found is None:
-            how = "(--features none)" if self.settings.features == NONE else f"for want of a network: {HOW_TO_GET}"
+            none = self.settings.features == NONE
+            how = "(--features none)" if none else f"because no network is installed: {HOW_TO_GET}"
             self.limits.append(f"Feature distances, Inception Score, precision and recall were not measured {how}.")
         return found
 
     def read_real(self, path: Path, extractor: Extractor, stages: Stages) -> None:
-        """Features of real images: as many as are generated held out for the floor, the others to compare with."""
+        """Read real images: as many as are generated are held out for the floor, and the others are compared with."""
         count = self.settings.images
         with stages.stage("read real images") as tick:
             found = read_images(path, self.config, labelled=False).images
@@ -231,7 +232,7 @@ class Judge:
 
 
 def found_of(row: Row, values: Tensor, kept: Sequence[Sequence[np.ndarray]], comparison: Comparison) -> Drawn:
-    """What a row's images came to: `values` is their PSNR [B]; `kept`: tokens [B] of each step of each run, if any."""
+    """The figures of a row's images; `values`: their PSNR [B]; `kept`: tokens [B] of each step of each run, if any."""
     drawn = Drawn(float(values.mean()), float(values.std() / len(values) ** 0.5))
     if not kept:
         return drawn

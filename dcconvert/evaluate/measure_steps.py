@@ -78,7 +78,7 @@ def shapes_of(bucket_set: BucketSet, counts: np.ndarray) -> list[Shape]:
 
 @dataclass(frozen=True)
 class Timed:
-    """What is timed in a runtime: its step with every token, and the converted step with so many kept."""
+    """What is timed in a runtime: the original's step, and the converted step that keeps so many tokens."""
 
     name: str
     original: Callable[[], Any]
@@ -87,7 +87,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class RunTimes:
-    """Seconds of a step, mean over a run, in each turn; of each shape; and of each stage, the median in ms."""
+    """Seconds of a step in each turn, as the mean over a run and by shape; and the median ms of each stage."""
 
     weighted: list[float]
     by_shape: dict[str, list[float]]
@@ -154,7 +154,7 @@ def latency_section(
 
 
 def timing_inputs(model: DynamicModel, batch: int) -> dict[str, Any]:
-    """Inputs of a step, all at one timestep, at which a run may repeat steps; the time does not depend on it."""
+    """Inputs of a step, all at a timestep at which a run may repeat steps; the time does not depend on it."""
     spec = model.spec
     given = spec.example(batch)
     if spec.timestep is None:
@@ -210,7 +210,7 @@ def timed_row(
 def memory_section(
     runtime: OrtPair, compute: dict[str, Any], onnx: Path, original: Path, batch: int
 ) -> list[dict[str, Any]]:
-    """Peak resident memory of a fresh process that runs the step of a run that keeps most tokens, at the full batch."""
+    """Peak resident memory of a fresh process that runs, at the full batch, the step that keeps the most tokens."""
     counts = np.full(batch, max(step["kept"] for step in compute["per_step"]))
     name = f"{runtime.name}, batch {batch}"
     return [

@@ -18,11 +18,11 @@ CONSTANT = (1.0, 1.0, 1.0)
 SHAPES = ((0.5, 0.75, 1.0), (0.15, 0.5, 1.0), (1.0, 0.75, 0.5), (0.4, 1.0, 0.4))
 
 MIN_BUDGET = 2.0  # full steps: one for the dense first step, one to distribute
-SPACING = 1.2  # between numbers of steps, and of the fewest steps to the budget, where nearly all steps are dense
+SPACING = 1.2  # ratio between numbers of steps, and of the fewest to the budget, where nearly all are dense
 WARM_UPS = range(1, 7)
 FACTORS = (2.0, 1.4, 1.2)  # by which a level is moved, coarse to fine
-LEAST_LEVEL = 0.01  # of the highest: a lower one changes nothing, as a step keeps at least one token
-FINALISTS = 3  # numbers of steps that get further than their first trial
+LEAST_LEVEL = 0.01  # of the highest: a lower one changes nothing, because a step keeps at least one token
+FINALISTS = 3  # numbers of steps that are tried again after their first trial
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Candidate:
     shape: tuple[float, float, float] = CONSTANT
 
     def schedule(self, budget: float, taus: NDArray[np.float64]) -> Timetable:
-        """The schedule whose run over `taus` [steps] costs `budget` full steps; UsageError if there is none."""
+        """The schedule whose run over `taus` [steps] costs `budget` full steps; raises UsageError if there is none."""
         knots = tuple(zip(KNOTS, self.shape, strict=True))
         return Policy(CURVE, self.steps / budget, warm_up=self.warm_up, knots=knots).timetable(taus)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate, its fitted schedule and what it scored; `counts`: kept tokens a sample at each step."""
+    """A candidate, its fitted schedule and what it scored; `counts`: tokens that a sample keeps at each step."""
 
     candidate: Candidate
     schedule: Timetable
@@ -50,9 +50,9 @@ class Trial:
 
 
 def step_counts(budget: float, most: int) -> list[int]:
-    """Numbers of steps worth trying, ascending: from a little more than `budget` to `most`, evenly spaced in log.
+    """Numbers of steps worth trying, ascending: a little more than `budget` to `most`, evenly spaced on a log scale.
 
-    UsageError if the budget is below two steps or leaves nothing to choose.
+    Raises UsageError if the budget is below two steps or leaves nothing to choose.
     """
     fewest = math.ceil(SPACING * budget)
     if budget < MIN_BUDGET:
@@ -62,7 +62,7 @@ def step_counts(budget: float, most: int) -> list[int]:
         )
     if fewest > most:
         raise UsageError(
-            f"a run of {most} steps that may cost {budget:.3g} full ones leaves nothing to choose: give a higher "
+            f"a run of {most} steps with a budget of {budget:.3g} full steps leaves nothing to choose: give a higher "
             f"--ratio (at least {SPACING:g}x)"
         )
     places = 1 + round(math.log(most / fewest) / math.log(SPACING))
@@ -70,7 +70,7 @@ def step_counts(budget: float, most: int) -> list[int]:
 
 
 class Search:
-    """Coordinate descent from a grid; every candidate costs the same and is scored once, the higher the better.
+    """Coordinate descent from a grid; every candidate costs the same and is scored once. A higher score is better.
 
     `taus(steps)` returns a run's noise levels, and `score` the quality of a schedule's images with them. A score that
     is not finite counts as the worst.
@@ -92,7 +92,7 @@ class Search:
         self.trials: dict[tuple[int, ...], Trial] = {}
 
     def run(self) -> list[Trial]:
-        """All trials, best first; UsageError if no candidate can be fitted to the budget."""
+        """All trials, best first; raises UsageError if no candidate can be fitted to the budget."""
         for steps in self.grid:  # a constant curve, and the warm-up that a conversion would choose
             self.consider(Candidate(steps, min(WARM_UP, max(1, int(self.budget / 2)))))
         starts = [trial.candidate for trial in self.ranked()[:FINALISTS]]
@@ -150,7 +150,7 @@ class Search:
         except UsageError:
             return None
         counts = tuple(schedule.run_counts(taus, self.tokens).tolist())
-        # Rounding costs at most half a token a step; more is the one token that a step keeps at least.
+        # Rounding changes a step by half a token at most. If the difference is larger, some steps need their one token.
         if abs(sum(counts) - self.budget * self.tokens) > candidate.steps / 2:
             return None
         if counts not in self.trials:

@@ -13,14 +13,22 @@ from torch import Tensor
 
 from dcconvert.evaluate.detail_kinds import on_tokens
 from dcconvert.images.pixels import decibels, psnr, squared_error
+from dcconvert.records import Record, stated
 
 if TYPE_CHECKING:
     from dcconvert.evaluate.stress_cases import Cases
 
 WORST = 6  # cases of each ratio in failures.json
 MEANS = ("psnr", "detail_psnr", "control_psnr", "control_detail_psnr")
-LOOKED = ("attention_to_detail", "one_step_error", "dropped_error", "error_with_detail", "error_with_dropped")
-AGES = ("mean_age", "detail_age")
+LOOKED = (
+    "attention_to_detail",
+    "one_step_error",
+    "dropped_error",
+    "error_with_detail",
+    "error_with_dropped",
+    "mean_age",
+    "detail_age",
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class Look:
 
     `keep` bool [n, h, w]: tokens that were computed. `error` [n, h, w]: of the prediction, squared, mean over the
     pixels of a token, relative to the mean square of the original's prediction for the same input. `age` [n, h, w]:
-    steps since a token was computed; None in mode chunk, which remembers nothing.
+    steps since a token was computed; None in mode chunk, which has no state.
     """
 
     tau: float
@@ -43,8 +51,8 @@ class Look:
 class Outcome:
     """All cases at one ratio: final images [n, C, H, W], looks at an early and a late step, and the control.
 
-    `cost`: of one case's run, in steps of the original. `controls`: images of the original with so many steps, the
-    whole numbers next to `cost`.
+    `cost`: what the run of one case costs, in steps of the original. `controls`: images of the original by its number
+    of steps, for the whole numbers next to `cost`.
     """
 
     ratio: float
@@ -61,16 +69,92 @@ class Outcome:
         return {low: 1.0} if low == high else {low: 1 - upper, high: upper}
 
 
+@dataclass(frozen=True)
+class CaseLook(Record):
+    """One case at one step: which tokens were computed, how much of the detail they hold, and where the error is.
+
+    `attention_to_detail`: share of the detail in computed tokens over the share of tokens that were computed; 1 is
+    chance, less means that detail is starved. `dropped_error`: mean error of dropped tokens over that of computed ones.
+    `error_with_detail`, `error_with_dropped`: correlation of the tokens' errors with their detail, and with being
+    dropped. `mean_age`, `detail_age`: steps since a token was computed, mean, and mean weighted by detail. A figure is
+    None where it is undefined: nothing was dropped, or mode chunk, which has no ages.
+    """
+
+    noise_level: float
+    timestep: float
+    kept_tokens: int
+    kept: tuple[int, ...]
+    detail_kept: float
+    attention_to_detail: float
+    one_step_error: float
+    dropped_error: float | None
+    error_with_detail: float | None
+    error_with_dropped: float | None
+    mean_age: float | None
+    detail_age: float | None
+
+
+@dataclass(frozen=True)
+class CaseFigures(Record):
+    """One case at one ratio, as failures.json lists it. `source_index` is its place among the images to choose from."""
+
+    kind: str
+    seed: int
+    source_index: int
+    class_: int
+    class_name: str | None
+    ratio: float
+    cost: float
+    psnr: float
+    detail_psnr: float
+    control_psnr: float
+    control_detail_psnr: float
+    control_steps: tuple[int, ...]
+    looks: tuple[CaseLook, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StressRow(Record):
+    """Means over the cases of one kind of detail at one ratio; None where there is no such figure.
+
+    Fields with a default are those that old reports may lack.
+    """
+
+    ratio: float
+    kind: str
+    cases: int = 0
+    cost: float
+    control_steps: tuple[int, ...]
+    psnr: float | None
+    detail_psnr: float | None
+    control_psnr: float | None
+    control_detail_psnr: float | None
+    attention_to_detail_early: float | None
+    one_step_error_early: float | None = stated()
+    dropped_error_early: float | None = stated()
+    error_with_detail_early: float | None = stated()
+    error_with_dropped_early: float | None = stated()
+    mean_age_early: float | None = stated()
+    detail_age_early: float | None = stated()
+    attention_to_detail_late: float | None
+    one_step_error_late: float | None = stated()
+    dropped_error_late: float | None = stated()
+    error_with_detail_late: float | None = stated()
+    error_with_dropped_late: float | None = stated()
+    mean_age_late: float | None = stated()
+    detail_age_late: float | None = stated()
+
+
 def detail_psnr(found: Tensor, wanted: Tensor, detail: Tensor) -> Tensor:
-    """PSNR [n] in dB in which every token's squared error weighs as much as its detail [n, h, w]."""
+    """PSNR [n] in dB in which the squared error of every token is weighted by its detail [n, h, w]."""
     grid = (detail.shape[1], detail.shape[2])
     weights = detail / detail.sum((1, 2), keepdim=True)
     area = found.shape[2] // grid[0] * (found.shape[3] // grid[1])
     return decibels((on_tokens(squared_error(found, wanted), grid) / area * weights).sum((1, 2)))
 
 
-def judged(cases: Cases, outcome: Outcome, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """The figures of every case at one ratio; `case` is its number."""
+def judged(cases: Cases, outcome: Outcome, class_names: Sequence[str]) -> list[CaseFigures]:
+    """The figures of every case at one ratio."""
     wanted, detail, shares = cases.wanted, cases.detail, outcome.control_shares
 
     def control(values: dict[int, Tensor]) -> Tensor:
@@ -82,54 +166,43 @@ def judged(cases: Cases, outcome: Outcome, class_names: Sequence[str]) -> list[d
         "control_psnr": control({n: psnr(images, wanted) for n, images in outcome.controls.items()}),
         "control_detail_psnr": control({n: detail_psnr(i, wanted, detail) for n, i in outcome.controls.items()}),
     }
-    result = []
-    for i in range(len(cases)):
-        label = int(cases.labels[i])
-        facts = {
-            "case": i,
-            "kind": cases.kinds[i],
-            "seed": cases.seeds[i],
-            "source_index": cases.sources[i],
-            "class": label,
-            "class_name": class_names[label] if label < len(class_names) else None,
-            "ratio": outcome.ratio,
-            "cost": outcome.cost,
+    return [
+        CaseFigures(
+            kind=cases.kinds[i],
+            seed=cases.seeds[i],
+            source_index=cases.sources[i],
+            class_=label,
+            class_name=class_names[label] if label < len(class_names) else None,
+            ratio=outcome.ratio,
+            cost=outcome.cost,
+            control_steps=tuple(shares),
+            looks=tuple(look_at(look, i, detail[i]) for look in outcome.looks),
             **{name: float(values[i]) for name, values in columns.items()},
-            "control_steps": list(shares),
-            "looks": [look_at(look, i, detail[i]) for look in outcome.looks],
-        }
-        result.append(facts)
-    return result
+        )
+        for i, label in enumerate(cases.labels.tolist())
+    ]
 
 
-def look_at(look: Look, i: int, detail: Tensor) -> dict[str, Any]:
-    """One case at one step: which tokens were kept, how much of the detail [h, w] they hold, where the error is.
-
-    `attention_to_detail`: share of the detail in kept tokens over the share of tokens that were kept; 1 is chance, less
-    means that detail is starved. `dropped_error`: mean error of dropped tokens over that of kept ones.
-    `error_with_detail`, `error_with_dropped`: correlation of the tokens' errors with their detail, and with being
-    dropped. `mean_age`, `detail_age`: steps since a token was computed, mean, and mean weighted by detail. None if
-    undefined: nothing was dropped, or mode chunk, which has no ages.
-    """
+def look_at(look: Look, i: int, detail: Tensor) -> CaseLook:
+    """The figures of case `i`, whose detail is [h, w]."""
     keep, error = torch.from_numpy(look.keep[i]), look.error[i]
     share, weights = float(keep.float().mean()), detail / detail.sum()
     held = float(weights[keep].sum())
-    dropped = float(error[~keep].mean() / error[keep].mean().clamp_min(1e-12)) if share < 1 else None
     age = None if look.age is None else torch.from_numpy(look.age[i]).float()
-    return {
-        "noise_level": look.tau,
-        "timestep": round(look.timestep, 3),
-        "kept_tokens": int(keep.sum()),
-        "kept": [int(token) for token in keep.flatten().nonzero()],
-        "detail_kept": held,
-        "attention_to_detail": held / share,
-        "one_step_error": float(error.mean()),
-        "dropped_error": dropped,
-        "error_with_detail": correlation(error, detail),
-        "error_with_dropped": correlation(error, (~keep).float()),
-        "mean_age": None if age is None else float(age.mean()),
-        "detail_age": None if age is None else float((age * weights).sum()),
-    }
+    return CaseLook(
+        noise_level=look.tau,
+        timestep=round(look.timestep, 3),
+        kept_tokens=int(keep.sum()),
+        kept=tuple(keep.flatten().nonzero().flatten().tolist()),
+        detail_kept=held,
+        attention_to_detail=held / share,
+        one_step_error=float(error.mean()),
+        dropped_error=float(error[~keep].mean() / error[keep].mean().clamp_min(1e-12)) if share < 1 else None,
+        error_with_detail=correlation(error, detail),
+        error_with_dropped=correlation(error, (~keep).float()),
+        mean_age=None if age is None else float(age.mean()),
+        detail_age=None if age is None else float((age * weights).sum()),
+    )
 
 
 def correlation(first: Tensor, second: Tensor) -> float | None:
@@ -139,35 +212,34 @@ def correlation(first: Tensor, second: Tensor) -> float | None:
     return float(a @ b) / size if size > 1e-12 else None
 
 
-def worst_of(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def worst_of(cases: Sequence[CaseFigures]) -> list[CaseFigures]:
     """The cases of each ratio with the lowest PSNR in the detail, lowest first; NaN is the worst."""
+
+    def value(case: CaseFigures) -> float:
+        return case.detail_psnr if math.isfinite(case.detail_psnr) else -math.inf
+
     found = []
-    for ratio in dict.fromkeys(facts["ratio"] for facts in cases):
-        some = [facts for facts in cases if facts["ratio"] == ratio]
-        found += sorted(some, key=lambda facts: rank(facts["detail_psnr"]))[:WORST]
+    for ratio in dict.fromkeys(case.ratio for case in cases):
+        found += sorted((case for case in cases if case.ratio == ratio), key=value)[:WORST]
     return found
 
 
-def rank(value: float) -> float:
-    return value if math.isfinite(value) else -math.inf
-
-
-def summary(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each ratio and kind, with means over its cases; None if no case has the figure."""
+def summary(cases: Sequence[CaseFigures]) -> list[StressRow]:
+    """A row for each ratio and kind, with means over its cases."""
     rows = []
-    for ratio, kind in dict.fromkeys((facts["ratio"], facts["kind"]) for facts in cases):
-        some = [facts for facts in cases if (facts["ratio"], facts["kind"]) == (ratio, kind)]
-        row = {"ratio": ratio, "kind": kind, "cases": len(some)}
-        row |= {name: some[0][name] for name in ("cost", "control_steps")}  # the same for all of a ratio
-        row |= {name: mean([facts[name] for facts in some]) for name in MEANS}
+    for ratio, kind in dict.fromkeys((case.ratio, case.kind) for case in cases):
+        some = [case for case in cases if (case.ratio, case.kind) == (ratio, kind)]
+        means: dict[str, Any] = {name: mean(some, name) for name in MEANS}
         for number, when in enumerate(("early", "late")):
-            looks = [facts["looks"][number] for facts in some]
-            row |= {f"{name}_{when}": mean([look[name] for look in looks]) for name in (*LOOKED, *AGES)}
-        rows.append(row)
+            looks = [case.looks[number] for case in some]
+            means |= {f"{name}_{when}": mean(looks, name) for name in LOOKED}
+        cost, steps = some[0].cost, some[0].control_steps  # the same for all of a ratio
+        rows.append(StressRow(ratio=ratio, kind=kind, cases=len(some), cost=cost, control_steps=steps, **means))
     return rows
 
 
-def mean(values: Sequence[float | None]) -> float | None:
-    """The mean of the values that are not None."""
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+def mean(records: Sequence[Record], name: str) -> float | None:
+    """The mean of one figure; None if no record has it, or if the mean is not finite."""
+    known = [value for value in (getattr(record, name) for record in records) if value is not None]
+    found = float(np.mean(known)) if known else math.nan
+    return found if math.isfinite(found) else None

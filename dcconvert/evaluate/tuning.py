@@ -28,13 +28,13 @@ from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep, OrtPair, arrays_of
 
 SKIPS = (1, 2)  # skipped steps for each computed one
-CONTROLS = ("euler", "unipc")  # of the original, that nothing is fitted to
+CONTROLS = ("euler", "unipc")  # solvers for the original, with nothing fitted
 StepTimes = dict[str, dict[str, float]]  # milliseconds (`spread`) of a step of the original, computed, skipped
 CONVERGED = 50.0  # dB between the reference and a run of half its steps, below which a warning is due
 
 
 class FittedStep(ConvertedStep):
-    """One run of a bundle in mode steps that shows its trunk's updates; without weights a step is computed."""
+    """One run of a bundle in mode steps that shows its trunk's updates. A step without weights is computed."""
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, weights: tuple[float, ...] | None = ()) -> Tensor:
         return super().__call__(x, t, y, weights)
@@ -55,7 +55,7 @@ class FittedStep(ConvertedStep):
         return self._tensor(made[UPDATE])
 
     def copies(self, times: int) -> FittedStep:
-        """A step function of a run of its own, which goes on from here with every sample so many times.
+        """The step function of a separate run that continues from here with every sample repeated so many times.
 
         The halves of guidance stay apart: copies of one half come before those of the other.
         """
@@ -71,7 +71,7 @@ class FittedStep(ConvertedStep):
 
 @dataclass(frozen=True)
 class Images:
-    """Noise and labels of some images, and where a converged run takes them."""
+    """Noise and labels of some images, and the converged run from there."""
 
     noise: Tensor
     labels: Tensor
@@ -108,12 +108,12 @@ def skip_cost(model: DynamicModel) -> float:
 
 
 def step_times(pair: OrtPair, batch: int, runs: int, tick: Callable[[], None] = lambda: None) -> StepTimes:
-    """Times of the kinds of steps, for `batch` samples on ONNX Runtime, taking turns."""
+    """Times of each kind of step for `batch` samples on ONNX Runtime, measured in turn."""
     tokens = pair.model.spec.tokens
     feed = {name: as_array(value) for name, value in pair.model.spec.example(batch).items()}
     timestep = pair.model.spec.timestep
     assert timestep is not None
-    feed[timestep] = np.full_like(feed[timestep], 500)  # noise that does not rise from call to call
+    feed[timestep] = np.full_like(feed[timestep], 500)  # the noise must not rise from call to call
     run, given = pair.converted.start(batch), pick(pair.original, feed)
     calls: dict[str, Callable[[], Any]] = {
         "original": lambda: pair.original.run(None, given),
@@ -131,9 +131,10 @@ def run_time(steps: int, computed: int, times: StepTimes) -> float:
 
 @dataclass(frozen=True)
 class Tuner:
-    """Fits and judges tables of one bundle.
+    """Fits the tables of one bundle and judges them.
 
-    `new_step`: a fresh run. `skip_cost`: of a skipped step, in computed ones: operations or time, as the budget is.
+    `new_step` starts a fresh run. `skip_cost`: the cost of a skipped step in computed steps, by operations or by time,
+    like the budget.
     `polish`: rounds of Gauss-Newton on the final images, for the fitted table without skipped steps and the best with
     them.
     """
@@ -185,9 +186,9 @@ class Tuner:
         return sum(full) + self.skip_cost * (len(full) - sum(full))
 
     def trials(self, budget: float, seen: Images, fresh: Images, tick: Callable[[str], None]) -> list[Trial]:
-        """Every structure as it is and fitted to the images that are seen, and the original by known solvers.
+        """Every structure, as it is and fitted to the images `seen`, and the original with known solvers.
 
-        UsageError for a budget of less than two steps.
+        Raises UsageError if the budget is below two steps.
         """
         if budget < 2:
             raise UsageError(f"a budget of {budget:.3g} steps of the original: at least 2 are needed to fit anything")
@@ -208,9 +209,10 @@ class Tuner:
     def least_budget(
         self, psnr: float, most: int, seen: Images, fresh: Images, tick: Callable[[str], None]
     ) -> tuple[int, list[Trial]]:
-        """The smallest whole budget up to `most` whose best table reaches a mean PSNR in dB, and its trials.
+        """The smallest whole budget up to `most` whose best table reaches this mean PSNR in dB, and its trials.
 
-        It is found by halving, as if quality always rose with the budget. UsageError if `most` does not reach it.
+        It is found by bisection, which assumes that quality rises with the budget. Raises UsageError if even `most`
+        does not reach it.
         """
         tried: dict[int, list[Trial]] = {}
 
@@ -242,13 +244,13 @@ class Tuner:
         return replace(found, name=name)
 
     def worth_polishing(self, fits: dict[str, RunTable], seen: Images, tick: Callable[[str], None]) -> list[str]:
-        """Names of the table without skipped steps, which is the control, and of the best with them, as far as seen."""
+        """Names of the table without skipped steps, which is the control, and of the best on `seen` with them."""
         control, *others = fits
         quality = {name: float(self.judged(fits[name], seen, lambda: tick("choose")).mean()) for name in others}
         return [control, *sorted(quality, key=lambda name: -quality[name])[:1]]
 
     def polished(self, name: str, table: RunTable, seen: Images, tick: Callable[[str], None]) -> RunTable:
-        """A fitted table with its numbers moved together, towards the final images."""
+        """A fitted table with all its numbers improved together, by the final images."""
         found = polished(
             table,
             self.new_step,

@@ -6,25 +6,29 @@ from dataclasses import dataclass
 
 from rich.table import Table as TerminalTable
 
+from dcconvert.records import Record, stated
 from dcconvert.report import plots
-from dcconvert.report.reading import Record
 from dcconvert.report.tables import Column, Table, shown, words
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CalibrationRow(Record):
-    """A schedule, or the original with fewer steps, and the PSNR of its images."""
+    """A schedule, or the original with fewer steps, and the mean PSNR of its images in dB.
+
+    `kept`: at noise levels 0, 0.5 and 1. `psnr`: on all images of the search; `psnr_screen`: on the first of them;
+    `psnr_fresh`: on images that the search did not see.
+    """
 
     kind: str  # candidate, present, control
     name: str
     solver: str
     steps: int
-    gmacs: float
+    warm_up: int | None = stated()
+    kept: tuple[float, ...] | None = stated()
+    gmacs: float  # of a run
+    psnr_screen: float | None = stated()
     psnr: float | None
-    warm_up: int | None = None
-    kept: tuple[float, ...] | None = None
-    psnr_screen: float | None = None
-    psnr_fresh: float | None = None
+    psnr_fresh: float | None = stated()
 
 
 COLUMNS: tuple[Column[CalibrationRow], ...] = (
@@ -48,26 +52,32 @@ class KeptStep(Record):
 
 
 @dataclass(frozen=True)
-class Trial(Record):
-    """A schedule that was tried."""
+class TriedSchedule(Record):
+    """A schedule that was tried. `cost`: in full steps, from the rounded numbers of tokens."""
 
     steps: int
-    psnr_screen: float | None = None
+    warm_up: int = 1
+    knots: tuple[tuple[float, float], ...] = ()
+    cost: float = 0
+    psnr_screen: float | None = stated()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Calibration(Record):
-    """A search for a schedule."""
+    """A search for a schedule. `run_steps`: the most steps that a candidate may have."""
 
+    command: str = ""
     budget: float
+    run_steps: int = 0
     solver: str
     images: int
     screen_images: int
     reference_steps: int
+    seed: int = 0
     changed: bool
     rows: tuple[CalibrationRow, ...]
     curves: dict[str, tuple[KeptStep, ...]]
-    candidates: tuple[Trial, ...]
+    candidates: tuple[TriedSchedule, ...]
 
     @property
     def table(self) -> Table:

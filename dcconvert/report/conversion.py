@@ -11,9 +11,9 @@ from typing import Any, Self
 
 from rich.table import Table as TerminalTable
 
+from dcconvert.records import Record
 from dcconvert.report.calibration import Calibration
 from dcconvert.report.html import render
-from dcconvert.report.reading import Record
 from dcconvert.report.sections import (
     Buckets,
     Checks,
@@ -42,7 +42,7 @@ FIGURES = (*CAPTIONS, FAILURES_FIGURE)  # what may lie beside a report, by the n
 
 @dataclass(frozen=True)
 class Card:
-    """One of the large figures on top of the page."""
+    """One of the large figures at the top of the page."""
 
     figure: str
     text: str
@@ -90,7 +90,7 @@ class ConversionReport(Record):
 
     @property
     def cards(self) -> list[Card]:
-        """The report in short."""
+        """The report in brief."""
         kept = f"{self.model.tokens or 0} → {self.conversion.kept_tokens_mean:.0f}"
         found = [Card(kept, "tokens in the trunk (mean)")]
         for row in self.latency.rows[:1]:
@@ -113,7 +113,7 @@ def report_json(report: dict[str, Any]) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """JSON has no NaN: not a finite number becomes null."""
+    """JSON has no NaN: a number that is not finite becomes null."""
     if isinstance(value, dict):
         return {str(key): without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -10,10 +10,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table as TerminalTable
 
+from dcconvert.records import BESIDE, Record, stated
 from dcconvert.report import plots
 from dcconvert.report.conversion import CAPTIONS
 from dcconvert.report.html import render
-from dcconvert.report.reading import BESIDE, STATED, Record
 from dcconvert.report.sections import Origin, Picture, Spread
 from dcconvert.report.tables import Column, R, Table, shown, words
 
@@ -31,7 +31,7 @@ class Distances(Record):
 
 @dataclass(frozen=True)
 class Quality(Distances):
-    """What images are worth; None where it was not measured. `psnr_error` and the like: standard errors."""
+    """The quality of images; None where it was not measured. `psnr_error` and so on are standard errors."""
 
     name: str = ""
     psnr: float | None = None
@@ -55,7 +55,7 @@ class Row(Quality):
     images_per_second: float | None = None
     stages_ms: dict[str, float] | None = None
     kept: tuple[list[int], ...] | None = None  # tokens at every step, of each half of guidance
-    peak_mb: float | None = field(default=None, metadata=STATED)
+    peak_mb: float | None = stated()
     attention_layer_mb: float | None = None
     attention_step_mb: float | None = None
     state_mb: float | None = None
@@ -138,7 +138,7 @@ PLOTTED = (("psnr", "PSNR, dB"), ("pair_distance", "pair distance"), ("kernel", 
 
 @dataclass(frozen=True)
 class EvaluationReport(Record):
-    """All that `--json` writes of an evaluation and that page and terminal show, and the pictures on the page."""
+    """Everything of an evaluation that `--json` writes and page and terminal show, and the pictures on the page."""
 
     bundles: dict[str, str]
     batch: int
@@ -147,14 +147,14 @@ class EvaluationReport(Record):
     execution: tuple[Execution, ...]
     runtime: str
     limits: tuple[str, ...] = ()
-    lite_cfg: float | None = field(default=None, metadata=STATED)
+    lite_cfg: float | None = stated()
     images: Images | None = None
     command: str = ""
     machine: dict[str, Any] = field(default_factory=dict)
     samples: tuple[Picture, ...] = field(default=(), metadata=BESIDE)
 
     def with_pictures(self, figures: Mapping[str, bytes]) -> Self:
-        """The same with pictures below it; `figures`: PNG data by name."""
+        """The same report with pictures on its page; `figures`: PNG data by name."""
         return replace(self, samples=tuple(Picture(png, CAPTIONS.get(name, name)) for name, png in figures.items()))
 
     @property

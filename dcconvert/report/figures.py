@@ -23,14 +23,14 @@ from dcconvert.images.pixels import (
     to_images,
 )
 
-COLUMNS = 8  # samples a row
+COLUMNS = 8  # samples per row
 MAPS = 4  # samples shown with their chunk maps
 MOMENTS = 7  # steps shown of each
 SMALL = 64  # images below this side are magnified
 
 
 def sample_figure(result: Fidelity) -> bytes:
-    """Rows of samples, one for each way of making them with what it costs, same seeds in the same place."""
+    """Rows of samples, one for each way of making them and with its cost; the same seeds are in the same place."""
     captions = {row["name"]: f"{row['name']}{costs(row)}" for row in result.rows}
     return png_bytes(comparison({captions[name]: images for name, images in result.images.items()}, None))
 

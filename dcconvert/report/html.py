@@ -11,7 +11,7 @@ from dcconvert.report.tables import shown
 
 
 def render(template: str, **values: object) -> str:
-    """A whole page. What the values say is escaped."""
+    """A whole page. The values are escaped."""
     return environment().get_template(template).render(values)
 
 
@@ -31,5 +31,5 @@ def environment() -> Environment:
 
 
 def data_uri(png: bytes) -> str:
-    """PNG data as an address that holds it whole."""
+    """PNG data as a data URI, which holds all of it."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

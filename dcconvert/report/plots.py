@@ -91,7 +91,7 @@ def annotate(axes: Axes, place: tuple[float, float], text: str, offset: tuple[in
 def frontier(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Fidelity against compute and against latency: the original with fewer steps, and the upper edge of `carry`.
 
-    Rows as `benchmarks.frontier` writes them; one colour a solver, dashes for the original.
+    Rows as `benchmarks.frontier` writes them; one colour per solver, dashes for the original.
     """
     figure, panels = new_figure(7.0, 2, shared=False)
     colours = dict(zip(dict.fromkeys(row["solver"] for row in rows), (BLUE, ORANGE, GREY), strict=False))
@@ -110,7 +110,7 @@ def frontier(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def upper_edge(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (cost, value) that no cheaper or equally dear one surpasses, by rising cost."""
+    """The points (cost, value) that no point of the same or a lower cost surpasses, by rising cost."""
     edge: list[tuple[float, float]] = []
     for cost, value in sorted(points, key=lambda point: (point[0], -point[1])):
         if not edge or value > edge[-1][1]:
@@ -155,7 +155,7 @@ def calibration_trials(found: Calibration) -> Figure:
 
 
 def latency_bars(rows: Sequence[LatencyRow]) -> Figure:
-    """Step latency, one panel a runtime: original, converted, and what the saved operations alone would give."""
+    """Step latency, one panel per runtime: original, converted, and what the saved operations alone would give."""
     figure, panels = new_figure(0.7 + 1.15 * len(rows), len(rows), shared=False)
     for axes, row in zip(panels, rows, strict=True):
         for place, (name, colour) in enumerate((("original", GREY), ("converted", BLUE))):

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from dcconvert.records import Record, Rows
 from dcconvert.report import plots
-from dcconvert.report.reading import Record, Rows
 from dcconvert.report.tables import Column, Table, number, shown, words
 
 Fact = str | int | float | bool | list[int] | None
@@ -23,7 +23,7 @@ FACTS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """PNG data and what is said below it."""
+    """PNG data and the caption below it."""
 
     png: bytes
     caption: str
@@ -338,7 +338,7 @@ class Fidelity(Record):
 
 @dataclass(frozen=True)
 class TrainingPoint(Record):
-    """A look at a training: samples and seconds until then, PSNR of final images, loss since the last look."""
+    """A point of a training run: samples and seconds so far, PSNR of final images, loss since the last point."""
 
     samples: int
     seconds: float
@@ -413,7 +413,7 @@ class Origin:
 
     @classmethod
     def of(cls, report: Mapping[str, Any]) -> Origin:
-        """Whatever facts report.json holds, whether other sections know them or not."""
+        """All facts that report.json holds, whether other sections use them or not."""
         facts = {**report.get("source", {}), **report.get("model", {}), "created": report.get("created")}
         facts |= {name: value for name, value in report.get("conversion", {}).items() if name != "passes"}
         return cls(report.get("command", ""), facts | report.get("machine", {}))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
 from rich import box
 from rich.table import Table as TerminalTable
 
+from dcconvert.evaluate.stress_metrics import CaseFigures, StressRow
 from dcconvert.images.pixels import captioned_rows, dim_dropped, grid_image, is_latent, png_bytes, tile_scale, to_images
-from dcconvert.report.reading import Record
+from dcconvert.records import Record
 from dcconvert.report.tables import Column, Table, shown, words
 
 if TYPE_CHECKING:
@@ -21,38 +22,15 @@ if TYPE_CHECKING:
 
 FAILURES_FIGURE = "failures"  # its name among the figures of a report
 GALLERY = 4  # worst cases of each ratio that are shown
-BRIGHTEST = 0.5  # error as a share of the range that is drawn as bright as can be
-
-
-@dataclass(frozen=True)
-class StressRow(Record):
-    """Means over the cases of one kind of detail at one ratio; None where there is no such figure."""
-
-    ratio: float
-    kind: str
-    cost: float
-    control_steps: tuple[int, ...]
-    psnr: float | None
-    detail_psnr: float | None
-    control_psnr: float | None
-    control_detail_psnr: float | None
-    attention_to_detail_early: float | None
-    attention_to_detail_late: float | None
-    dropped_error_late: float | None = None
-    mean_age_late: float | None = None
-    detail_age_late: float | None = None
-
-    @property
-    def dropped(self) -> str:
-        return shown(self.dropped_error_late, ".1f", "x", missing="")
-
-    @property
-    def age(self) -> str:
-        return f"{shown(self.detail_age_late, '.1f', missing='')} ({shown(self.mean_age_late, '.1f', missing='')})"
+BRIGHTEST = 0.5  # error, as a share of the range, from which on the colour is brightest
 
 
 def finite(value: float | None, form: str) -> str:
     return shown(value, form, missing="not finite")
+
+
+def age(row: StressRow) -> str:
+    return f"{shown(row.detail_age_late, '.1f', missing='')} ({shown(row.mean_age_late, '.1f', missing='')})"
 
 
 NAMES: tuple[Column[StressRow], ...] = (
@@ -69,29 +47,31 @@ IMAGES: tuple[Column[StressRow], ...] = (
 ROUTER: tuple[Column[StressRow], ...] = (
     Column("attention to detail: early", lambda row: finite(row.attention_to_detail_early, ".2f")),
     Column("late", lambda row: finite(row.attention_to_detail_late, ".2f")),
-    Column("error of dropped, late", lambda row: row.dropped),
+    Column("error of dropped, late", lambda row: shown(row.dropped_error_late, ".1f", "x", missing="")),
 )
-AGE: Column[StressRow] = Column("age of detail (of all), late", lambda row: row.age)
+AGE: Column[StressRow] = Column("age of detail (of all), late", age)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stress(Record):
     """A stress test: what a conversion does to images full of detail, and where its router starves it."""
 
-    cases: int
+    command: str = ""
     source: str
+    seed: int = 0
     start: float  # noise levels: where a case starts, and the two steps at which the router is looked at
     early: float
     late: float
     steps: int
     run_steps: int
     solver: str
+    cases: int
     left_out: tuple[str, ...]
     rows: tuple[StressRow, ...]
 
     @property
     def has_ages(self) -> bool:
-        """Only mode carry has: it remembers tokens."""
+        """Whether tokens have ages: only in mode carry, which carries them over from earlier steps."""
         return any(row.mean_age_late is not None for row in self.rows)
 
     @property
@@ -102,7 +82,7 @@ class Stress(Record):
 
     @property
     def image_table(self) -> Table:
-        """What became of the images."""
+        """The quality of the images."""
         return Table.of((*NAMES, *IMAGES), self.rows)
 
     @property
@@ -125,13 +105,14 @@ class Stress(Record):
         return self.table.for_terminal(title, box=box.SIMPLE, padding=(0, 0))
 
 
-def failure_figure(worst: Sequence[dict[str, Any]], cases: Cases, outcomes: Sequence[Outcome]) -> bytes:
-    """The worst cases of each ratio, a row each, in columns that are named on top."""
+def failure_figure(worst: Sequence[CaseFigures], cases: Cases, outcomes: Sequence[Outcome]) -> bytes:
+    """The worst cases of each ratio, one per row, with the names of the columns on top."""
     rows = {}
     for outcome in outcomes:
-        of_ratio = [facts for facts in worst if facts["ratio"] == outcome.ratio]
-        for rank, facts in enumerate(of_ratio[:GALLERY], 1):
-            rows[caption_of(rank, facts)] = grid_image(np.stack(tiles(facts["case"], cases, outcome)), 7)
+        of_ratio = [case for case in worst if case.ratio == outcome.ratio]
+        for rank, case in enumerate(of_ratio[:GALLERY], 1):
+            place = cases.sources.index(case.source_index)  # no image is chosen twice
+            rows[caption_of(rank, case)] = grid_image(np.stack(tiles(place, cases, outcome)), 7)
     kept = [f"kept at {look.tau:.2f}" for look in outcomes[0].looks]
     return png_bytes(captioned_rows(rows, ("input", "original", "converted", "fewer steps", "error", *kept)))
 
@@ -148,11 +129,10 @@ def tiles(i: int, cases: Cases, outcome: Outcome) -> list[np.ndarray]:
     return large + [dim_dropped(small[1], look.keep[i], scale) for look in outcome.looks]
 
 
-def caption_of(rank: int, facts: dict[str, Any]) -> str:
-    name = facts["class_name"] or f"class {facts['class']}"
+def caption_of(rank: int, case: CaseFigures) -> str:
     return (
-        f"{facts['ratio']:g}x, {rank}. {facts['kind']}, {name}, seed {facts['seed']}: in the detail "
-        f"{facts['detail_psnr']:.1f} dB, fewer steps {facts['control_detail_psnr']:.1f} dB"
+        f"{case.ratio:g}x, {rank}. {case.kind}, {case.class_name or f'class {case.class_}'}, seed {case.seed}: in the "
+        f"detail {case.detail_psnr:.1f} dB, fewer steps {case.control_detail_psnr:.1f} dB"
     )
 
 

@@ -36,7 +36,7 @@ class Table:
 
     @classmethod
     def of(cls, columns: Sequence[Column[R]], rows: Iterable[R]) -> Table:
-        """The cells of `rows`, a line each."""
+        """The cells of `rows`, one line for each."""
         headings, numbers = (tuple(getattr(column, name) for column in columns) for name in ("heading", "number"))
         return cls(headings, numbers, tuple(tuple(column.cell(row) for column in columns) for row in rows))
 

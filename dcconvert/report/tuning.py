@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table as TerminalTable
 
-from dcconvert.report.reading import Record
+from dcconvert.records import Record
 from dcconvert.report.tables import Column, Table, shown, words
 
 
@@ -65,7 +65,7 @@ class Tuning(Record):
 
     @property
     def notes(self) -> list[str]:
-        """What a reader has to know of the figures."""
+        """What a reader has to know about the figures."""
         found = [
             f"PSNR of {self.fresh} images that nothing was fitted to, against the original with {self.reference_steps} "
             f"steps (Adams-Bashforth); half as many steps are {shown(self.converged_db, '.1f')} dB from that. The fits "

@@ -84,7 +84,8 @@ def test_what_is_missing_is_named(result):
 
 
 def test_onnx_runtime_gives_the_original_with_everything_kept(tmp_path):
-    found = rows(run(tmp_path / "gpu.json", "--parts", "onnxruntime"), "onnxruntime")
+    result = run(tmp_path / "gpu.json", "--parts", "onnxruntime")
+    found = rows(result, "onnxruntime")
     assert [row["form"] for row in found] == ["steps", "steps", "carry", "chunk"]
     assert all(row["all_kept_error"] < row["tolerance"] for row in found)
     resident, from_host = found[:2]
@@ -94,6 +95,9 @@ def test_onnx_runtime_gives_the_original_with_everything_kept(tmp_path):
         assert row["skip_error"] < row["tolerance"]
         assert row["gmacs"]["full"] == row["gmacs"]["original"] > 20 * row["gmacs"]["skip"]
         assert [run["ratio"] for run in row["runs"]] == [2, 4, 8]
+    shown = gpu_table.onnx_table({**result, "machine": {"gpu": "a GPU"}}, tables.markdown)
+    assert shown.count("| DiT-S/2, 64 px, batch 2, ") == 2
+    assert f"| {resident['skip_ms']['median']:.2f} | {resident['runs'][0]['speedup']:.2f} |" in shown
 
 
 def test_onnx_runtime_is_measured_with_and_without_cuda_graphs():

@@ -21,6 +21,7 @@ from dcconvert.evaluate.schedule_search import Candidate
 from dcconvert.export.bundle import read_bundle
 from dcconvert.images.pixels import CAPTION
 from dcconvert.passes.planning.schedule import CURVE, Policy, Timetable
+from dcconvert.report.calibration import Calibration
 from dcconvert.report.figures import comparison
 from dcconvert.sampling.bundle_runs import run_planner
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
@@ -162,6 +163,7 @@ def test_it_says_so_everywhere(calibrated, found):
     assert manifest["conversion"]["knots"] == found["candidates"][0]["knots"]
     assert manifest["conversion"]["warm_up"] == found["candidates"][0]["warm_up"]
     assert report["calibration"] == found
+    assert json.dumps(Calibration.from_json(found).to_json()) == json.dumps(found)
     assert report["conversion"]["sampler"] == f"unipc, {steps} steps"
     assert report["conversion"]["ratio"] == pytest.approx(ratio)
     assert report["compute"]["run_gmacs"]["steps"] == steps == len(report["compute"]["per_step"])

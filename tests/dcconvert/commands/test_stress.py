@@ -17,11 +17,12 @@ from dcconvert.commands.rewrite_bundle import Rescheduled, old_figures, old_repo
 from dcconvert.commands.stress import Settings, looked_at, make_cases, original_step, run_at, stress_bundle
 from dcconvert.evaluate.detail_kinds import KINDS, choose, on_tokens
 from dcconvert.evaluate.stress_cases import BATCH, Cases, noised_run
-from dcconvert.evaluate.stress_metrics import judged
+from dcconvert.evaluate.stress_metrics import CaseFigures, judged
 from dcconvert.export.bundle import read_bundle
 from dcconvert.export.files import new_folder
 from dcconvert.images.dataset import read_images
 from dcconvert.passes.ir.errors import UsageError
+from dcconvert.report.stress import Stress
 from dcconvert.sampling.bundle_runs import run_planner
 from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
 from dcconvert.sampling.steps import silent
@@ -81,6 +82,13 @@ def test_failures_are_listed_with_everything_to_find_them(stressed):
             assert (look["mean_age"] is None) == (found["rows"][0]["mean_age_late"] is None)
     dots = [case["source_index"] for case in failures if case["kind"] == "small object"]
     assert set(dots) <= set(range(4))
+
+
+def test_files_hold_what_the_records_hold(stressed):
+    folder, _, _ = stressed
+    found, failures = read(folder, "report.json")["stress"], read(folder, "failures.json")
+    assert json.dumps(Stress.from_json(found).to_json()) == json.dumps(found)
+    assert json.dumps([CaseFigures.from_json(case).to_json() for case in failures]) == json.dumps(failures)
 
 
 def test_the_report_shows_table_and_gallery(stressed):
@@ -175,9 +183,9 @@ def test_keeping_everything_is_the_original(bundle):
         assert look.keep.all()
         assert float(look.error.max()) < 1e-4
     facts = judged(cases, outcome, [])[0]
-    assert facts["detail_psnr"] > 60
-    assert facts["looks"][0]["attention_to_detail"] == pytest.approx(1)
-    assert facts["looks"][0]["dropped_error"] is None
+    assert facts.detail_psnr > 60
+    assert facts.looks[0].attention_to_detail == pytest.approx(1)
+    assert facts.looks[0].dropped_error is None
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,23 +62,24 @@ def test_a_look_by_hand():
     error = torch.where(torch.from_numpy(keep), 1.0, 3.0)
     age = np.where(keep, 0, 2)
     facts = look_at(look(keep, error, age), 0, in_one_token(1, 2)[0])
-    assert facts["kept"] == [4, 5, 6, 7]
-    assert facts["detail_kept"] == 1
-    assert facts["attention_to_detail"] == 4
-    assert facts["one_step_error"] == 2.5
-    assert facts["dropped_error"] == 3
-    assert facts["error_with_dropped"] == pytest.approx(1)
-    assert facts["error_with_detail"] < 0
-    assert (facts["mean_age"], facts["detail_age"]) == (1.5, 0)
+    assert facts.kept == (4, 5, 6, 7)
+    assert facts.detail_kept == 1
+    assert facts.attention_to_detail == 4
+    assert facts.one_step_error == 2.5
+    assert facts.dropped_error == 3
+    assert facts.error_with_dropped == pytest.approx(1)
+    assert facts.error_with_detail is not None
+    assert facts.error_with_detail < 0
+    assert (facts.mean_age, facts.detail_age) == (1.5, 0)
     starved = look_at(look(keep, error), 0, in_one_token(3, 3)[0])
-    assert starved["attention_to_detail"] == 0
-    assert starved["mean_age"] is None
+    assert starved.attention_to_detail == 0
+    assert starved.mean_age is None
 
 
 def test_a_look_at_a_step_that_keeps_everything():
     facts = look_at(look(np.ones((1, 4, 4), bool), torch.zeros(1, 4, 4)), 0, torch.ones(4, 4))
-    assert facts["attention_to_detail"] == pytest.approx(1)
-    assert facts["dropped_error"] is facts["error_with_dropped"] is facts["error_with_detail"] is None
+    assert facts.attention_to_detail == pytest.approx(1)
+    assert facts.dropped_error is facts.error_with_dropped is facts.error_with_detail is None
 
 
 def test_correlation_is_pearsons():
@@ -106,33 +107,31 @@ def outcome_of(count: int, cost: float, controls: dict[int, float]) -> Outcome:
 def test_the_control_is_interpolated_at_the_cost():
     cases = cases_of(2)
     facts = judged(cases, outcome_of(2, 8.25, {8: 0.02, 9: 0.002}), ["boot"])
-    assert facts[0]["control_steps"] == [8, 9]
-    assert facts[0]["psnr"] == facts[0]["detail_psnr"] == pytest.approx(20, abs=1e-4)
-    assert facts[0]["control_psnr"] == pytest.approx(0.75 * 40 + 0.25 * 60, abs=1e-3)
-    assert [fact["class_name"] for fact in facts] == ["boot", None]
+    assert facts[0].control_steps == (8, 9)
+    assert facts[0].psnr == facts[0].detail_psnr == pytest.approx(20, abs=1e-4)
+    assert facts[0].control_psnr == pytest.approx(0.75 * 40 + 0.25 * 60, abs=1e-3)
+    assert [fact.class_name for fact in facts] == ["boot", None]
     exact = judged(cases, outcome_of(2, 8.0, {8: 0.02}), [])[0]
-    assert (exact["control_steps"], exact["control_detail_psnr"]) == ([8], pytest.approx(40, abs=1e-4))
-
-
-def case(ratio: float, value: float) -> dict[str, Any]:
-    return {"ratio": ratio, "detail_psnr": value}
+    assert exact.control_steps == (8,)
+    assert exact.control_detail_psnr == pytest.approx(40, abs=1e-4)
 
 
 def test_the_worst_of_each_ratio_come_first():
+    [case, _] = judged(cases_of(2), outcome_of(2, 2.0, {2: 0.02}), [])
     values = [30.0, 10.0, math.nan, *np.arange(40.0, 40.0 + WORST)]
-    found = worst_of([case(ratio, value) for ratio in (4.0, 16.0) for value in values])
+    found = worst_of([replace(case, ratio=ratio, detail_psnr=value) for ratio in (4.0, 16.0) for value in values])
     assert len(found) == 2 * WORST
-    assert [facts["ratio"] for facts in found] == [4.0] * WORST + [16.0] * WORST
-    assert math.isnan(found[0]["detail_psnr"])
-    assert [facts["detail_psnr"] for facts in found[1:4]] == [10, 30, 40]
+    assert [facts.ratio for facts in found] == [4.0] * WORST + [16.0] * WORST
+    assert math.isnan(found[0].detail_psnr)
+    assert [facts.detail_psnr for facts in found[1:4]] == [10, 30, 40]
 
 
 def test_rows_are_means_of_their_kind():
     cases = cases_of(4)
     cases.wanted[0] += 0.2  # the first, of kind hair, is met exactly
     rows = summary(judged(cases, outcome_of(4, 2.0, {2: 0.02}), []))
-    assert [(row["kind"], row["cases"]) for row in rows] == [("hair", 2), ("texture", 2)]
-    assert rows[0]["psnr"] == pytest.approx((120 + 20) / 2, abs=1e-3)
-    assert rows[1]["psnr"] == pytest.approx(20, abs=1e-3)
-    assert rows[0]["dropped_error_late"] is None
-    assert (rows[0]["cost"], rows[0]["control_steps"]) == (2.0, [2])
+    assert [(row.kind, row.cases) for row in rows] == [("hair", 2), ("texture", 2)]
+    assert rows[0].psnr == pytest.approx((120 + 20) / 2, abs=1e-3)
+    assert rows[1].psnr == pytest.approx(20, abs=1e-3)
+    assert rows[0].dropped_error_late is None
+    assert (rows[0].cost, rows[0].control_steps) == (2.0, (2,))

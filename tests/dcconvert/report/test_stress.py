@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +11,9 @@ import torch
 from PIL import Image
 
 from dcconvert.evaluate.stress_cases import Cases
-from dcconvert.evaluate.stress_metrics import Look, Outcome, judged, summary, worst_of
+from dcconvert.evaluate.stress_metrics import CaseFigures, Look, Outcome, judged, summary, worst_of
 from dcconvert.images.pixels import CAPTION, GAP, TILE
-from dcconvert.report.conversion import page, without_nan
+from dcconvert.report.conversion import page
 from dcconvert.report.stress import GALLERY, Stress, failure_figure, heat
 from dcconvert.sampling.samplers import Sampler
 
@@ -37,12 +36,23 @@ def outcome_of(cases: Cases, ratio: float, age: np.ndarray | None = None) -> Out
     return Outcome(ratio, 1.5, images, {1: images, 2: cases.wanted}, looks)
 
 
-def found_of(*outcomes: Outcome) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    facts = [facts for outcome in outcomes for facts in judged(cases_of(), outcome, ["<boot>"])]
-    found = {"cases": COUNT, "source": "a<b.npz", "start": 0.7, "early": 0.6, "late": 0.2, "steps": 3, "run_steps": 4}
-    found |= {"solver": "euler", "left_out": ["one & two"], "rows": summary(facts)}
-    made: dict[str, Any] = without_nan(found)
-    return made, worst_of(facts)
+def stress_of(figures: list[CaseFigures]) -> Stress:
+    return Stress(
+        source="a<b.npz",
+        start=0.7,
+        early=0.6,
+        late=0.2,
+        steps=3,
+        run_steps=4,
+        solver="euler",
+        cases=COUNT,
+        left_out=("one & two",),
+        rows=tuple(summary(figures)),
+    )
+
+
+def found_of(outcome: Outcome) -> Stress:
+    return stress_of(judged(cases_of(), outcome, ["<boot>"]))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -50,7 +60,7 @@ def test_the_gallery_shows_the_worst_of_each_ratio(channels):
     cases = cases_of(channels)
     outcomes = [outcome_of(cases, ratio) for ratio in (4.0, 16.0)]
     worst = worst_of([facts for outcome in outcomes for facts in judged(cases, outcome, [])])
-    assert [facts["case"] for facts in worst[:COUNT]] == [4, 3, 2, 1, 0]
+    assert [facts.source_index for facts in worst[:COUNT]] == [4, 3, 2, 1, 0]
     pixels = np.asarray(Image.open(io.BytesIO(failure_figure(worst, cases, outcomes))))
     assert pixels.shape == (CAPTION + 2 * GALLERY * (CAPTION + TILE + GAP), 7 * (TILE + GAP) - GAP, 3)
     row = pixels[2 * CAPTION : 2 * CAPTION + TILE]
@@ -75,31 +85,28 @@ def test_no_error_is_black_and_half_the_range_as_bright_as_all_of_it():
 def test_ages_are_shown_where_there_are_any():
     cases = cases_of()
     ages = np.tile(np.arange(4), (COUNT, 4, 1))
-    carry, _ = found_of(outcome_of(cases, 4.0, ages))
-    chunk, _ = found_of(outcome_of(cases, 4.0))
-    for found, last in ((carry, "1.5 (1.5)"), (chunk, None)):
-        stress = Stress.from_json(found)
+    carry, chunk = (found_of(outcome_of(cases, 4.0, age)) for age in (ages, None))
+    for stress, last in ((carry, "1.5 (1.5)"), (chunk, None)):
         [row] = stress.table.rows
         assert len(row) == len(stress.table.headings) == (11 if last else 10)
         assert row[:3] == ("4x", "hair", "1.5")
         assert last is None or row[-1] == last
-        assert ("“Age”" in page({"stress": found}, {})) == bool(last)
+        assert ("“Age”" in page({"stress": stress.to_json()}, {})) == bool(last)
 
 
 def test_the_section_is_safe_html_and_says_what_was_left_out():
-    found, _ = found_of(outcome_of(cases_of(), 4.0))
-    text = page({"stress": found}, {"failures": b"png"})
+    found = {"stress": found_of(outcome_of(cases_of(), 4.0)).to_json()}
+    text = page(found, {"failures": b"png"})
     assert "a&lt;b.npz" in text
     assert "one &amp; two." in text
     assert "1 and 2 at 4x" in text
     assert "data:image/png" in text
-    assert "data:image/png" not in page({"stress": found}, {})
+    assert "data:image/png" not in page(found, {})
     assert "Stress" not in page({}, {"failures": b"png"})
 
 
 def test_the_terminal_prints_both_tables_in_one():
-    found, _ = found_of(outcome_of(cases_of(), 4.0))
-    stress = Stress.from_json(found)
+    stress = found_of(outcome_of(cases_of(), 4.0))
     names = stress.table.headings[:2]
     assert stress.table.headings == (*stress.image_table.headings, *stress.router_table.headings[2:])
     assert names == stress.image_table.headings[:2] == stress.router_table.headings[:2] == ("ratio", "detail")
@@ -110,7 +117,8 @@ def test_a_model_that_diverged():
     cases = cases_of()
     outcome = outcome_of(cases, 4.0)
     broken = replace(outcome, images=outcome.images.clone().index_fill(0, torch.tensor([2]), torch.nan))
-    found, worst = found_of(broken)
-    assert worst[0]["case"] == 2
-    assert Stress.from_json(found).table.rows[0][3] == "not finite"
+    figures = judged(cases, broken, [])
+    worst = worst_of(figures)
+    assert worst[0].source_index == 2
+    assert stress_of(figures).table.rows[0][3] == "not finite"
     assert failure_figure(worst, cases, [broken]).startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""Typed records out of JSON: every section of a report is a frozen dataclass that knows how to read itself."""
+"""Typed records: every section of a report is a frozen dataclass that can be read from JSON and written as JSON."""
 
 from __future__ import annotations
 
@@ -6,38 +6,42 @@ import dataclasses
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
-STATED = {"json": "always"}  # metadata of a field: it stands in JSON although it is None
-BESIDE = {"json": "never"}  # it is no part of the JSON
+BESIDE = {"json": "never"}  # metadata of a field that is not written
+
+
+def stated() -> Any:
+    """A field whose default is None, and which is written even then."""
+    return dataclasses.field(default=None, metadata={"json": "always"})
 
 
 class Record:
     """A dataclass that can be read from JSON and written as it.
 
-    Keys without a field are ignored and fields without a key take their default, so that reports of older versions can
-    be read, which had fewer keys, or others.
+    Keys that have no field are ignored, and fields that have no key take their default, so that reports of older
+    versions, which had fewer or other keys, can be read. If a key is a Python keyword, its field ends in an underscore.
     """
 
-    renamed: ClassVar[dict[str, str]] = {}  # keys of older versions, and the fields that they went to
+    renamed: ClassVar[dict[str, str]] = {}  # keys of older versions, and the fields that hold them now
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """TypeError if a key is missing whose field has no default."""
+        """Raises TypeError if a key is missing and its field has no default."""
         kinds = {name: kind for name, kind in get_type_hints(cls).items() if get_origin(kind) is not ClassVar}
         data = {cls.renamed.get(name, name): value for name, value in data.items()}
-        return cls(**{name: read(kind, data[name]) for name, kind in kinds.items() if name in data})
+        return cls(**{name: read(kind, data[key]) for name, kind in kinds.items() if (key := name.rstrip("_")) in data})
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by their names, records in them too; without those that are None by default and still are."""
+        """The fields by name, with the records in them. A None that is the default is left out, unless `stated`."""
         found = {}
         for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
             value, kept = getattr(self, field.name), field.metadata.get("json")
             if kept != "never" and (kept == "always" or value is not None or field.default is not None):
-                found[field.name] = written(value)
+                found[field.name.rstrip("_")] = written(value)
         return found
 
 
 class Rows(Record):
-    """A section that is a list in JSON: the items are its only field, `rows`. Without any it is false."""
+    """A section that is a list in JSON. Its only field, `rows`, holds the items; without items it is false."""
 
     rows: tuple[Any, ...]
 
@@ -50,7 +54,7 @@ class Rows(Record):
 
 
 def written(value: Any) -> Any:
-    """A value of a record as JSON has it."""
+    """A value of a record in the form that JSON needs."""
     if isinstance(value, Record):
         return value.to_json()
     if isinstance(value, list | tuple):
@@ -59,10 +63,13 @@ def written(value: Any) -> Any:
 
 
 def read(kind: Any, value: Any) -> Any:
-    """A value from JSON as `kind`: a record, a tuple or dict of records, None where that is allowed, or as it is."""
+    """A value from JSON as `kind`: a record, a tuple or dict of records, or None where that is allowed.
+
+    A value of any other kind is returned as it is.
+    """
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType) and NoneType in inner:
-        if value is None or value == {}:  # an empty section is none
+        if value is None or value == {}:  # an empty section counts as None
             return None
         kinds = [part for part in inner if part is not NoneType]
         return read(kinds[0], value) if len(kinds) == 1 else value

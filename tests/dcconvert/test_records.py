@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
-from dcconvert.report.reading import Record, Rows
+from dcconvert.records import BESIDE, Record, Rows, stated
 
 
 @dataclass(frozen=True)
@@ -49,3 +49,16 @@ def test_an_empty_section_is_none(empty):
 def test_rows_are_false_without_any():
     assert not Points()
     assert Points((Point(1),))
+
+
+@dataclass(frozen=True)
+class Label(Record):
+    class_: int
+    name: str | None = None
+    colour: str | None = stated()
+    place: int = field(default=0, metadata=BESIDE)
+
+
+def test_what_is_written_and_what_is_left_out():
+    assert Label(3).to_json() == {"class": 3, "colour": None}
+    assert Label.from_json({"class": 3, "name": "boot"}) == Label(3, "boot")
