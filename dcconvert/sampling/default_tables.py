@@ -74,7 +74,7 @@ def on_levels(prediction: str, levels: np.ndarray, full: list[bool], order: int 
         return adams_table(levels, order, corrector, full)
     times = nearest_times(levels[:-1])
     alphas, sigmas = vp_coefficients(times)
-    flow = np.append(sigmas / (alphas + sigmas), 0.0)
+    flow = flow_levels(times)
     scales = np.append(alphas + sigmas, 1.0)
     rows = [
         vp_row(row, int(t), float(alphas[i]), float(scales[i]), float(scales[i + 1]))
@@ -100,6 +100,22 @@ def vp_coefficients(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Signal and noise at timesteps 0 to 999 under DiT's linear schedule of betas (arXiv 2212.09748)."""
     kept = np.cumprod(1 - np.linspace(1e-4, 0.02, TRAIN_STEPS))[times]
     return np.sqrt(kept), np.sqrt(1 - kept)
+
+
+def flow_levels(times: np.ndarray) -> np.ndarray:
+    """Noise levels [steps + 1] of a run through timesteps 0 to 999, as those of a flow, down to the clean image's 0."""
+    alphas, sigmas = vp_coefficients(times)
+    return np.append(sigmas / (alphas + sigmas), 0.0)
+
+
+def levels_of(table: RunTable) -> np.ndarray:
+    """Noise levels [steps + 1] of a table as those of a flow, all of them different, down to 0.
+
+    Timesteps would not do: the last one of a noise prediction is 0 before the last move, too.
+    """
+    if table.prediction == "flow":
+        return np.array([*(row.tau for row in table.rows), 0.0])
+    return flow_levels(np.array([round(row.t) for row in table.rows]))
 
 
 def nearest_times(levels: np.ndarray) -> np.ndarray:

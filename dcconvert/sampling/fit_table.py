@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.spec import UPDATES
+from dcconvert.sampling.default_tables import levels_of
 from dcconvert.sampling.run_table import Row, RunTable, both_halves, evaluated, moved
 
 OUTPUTS = 5  # of the model, that a move is fitted to
@@ -39,7 +40,7 @@ class FittedModel(Protocol):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A converged run: samples [L, B, C, H, W] at noise levels [L], falling from 1 to 0."""
+    """A converged run: samples [L, B, C, H, W] at noise levels [L] (`levels_of`), falling to 0."""
 
     levels: np.ndarray
     samples: Tensor
@@ -67,7 +68,7 @@ def trajectory(
     for number, x in enumerate(table.samples(model, noise, labels, null_class=null_class)):
         found.append(x)
         on_step(number)
-    return Trajectory(np.array([*(row.tau for row in table.rows), 0.0]), torch.stack(found))
+    return Trajectory(levels_of(table), torch.stack(found))
 
 
 @torch.no_grad()
@@ -88,15 +89,14 @@ def fitted(
     """
     if not torch.isfinite(reference.samples).all():
         raise UsageError("the reference run holds numbers that are not finite: the model cannot be sampled")
-    x, rows = noise, []
+    x, rows, levels = noise, [], levels_of(structure)
     made: list[Tensor] = []
     for number, row in enumerate(structure.rows):
         if not row.full:
             row = with_forecast(row, model, x, labels, structure.guidance, null_class)
         made.insert(0, evaluated(model, x, row, labels, structure.guidance, null_class, structure.updates > 0))
         del made[max(OUTPUTS, len(row.outputs)) :]
-        level = structure.rows[number + 1].tau if number + 1 < structure.steps else 0.0
-        row = with_move(row, x, noise, made, reference.at(level))
+        row = with_move(row, x, noise, made, reference.at(levels[number + 1]))
         x = moved(row, x, noise, made)
         rows.append(row)
         on_step(number)
