@@ -47,6 +47,35 @@ def onnx_table(result: dict[str, Any], markdown: Callable[..., str]) -> str:
     return markdown(headers, lines) + f"\nMeasured on a GPU: {facts['gpu']}; random weights.\n"
 
 
+def chunk_table(result: dict[str, Any], markdown: Callable[..., str]) -> str:
+    """One line per model, size and batch: mode chunk at 4x in both packings, beside what operations allow."""
+    headers = [
+        "bf16, CUDA graphs",
+        "original, ms",
+        "operations ratio",
+        "4x by chunks, times faster",
+        "varlen attention",
+    ]
+    rows = [row for row in result["rows"] if row["part"] == "latency" and "skipped" not in row and captured(row)]
+    lines = []
+    for row in [row for row in rows if row["form"] == "chunk" and row["ratio"] == 4]:
+        place = {name: row[name] for name in ("model", "pixels", "batch", "ratio")}
+        varlen = next((other for other in rows if {**place, "form": "chunk, varlen"}.items() <= other.items()), None)
+        lines.append(
+            [
+                f"{row['model']}, {row['pixels']} px, batch {row['batch']}",
+                f"{row['original_ms']['median']:.2f}",
+                f"{row['flop_ratio']:.2f}",
+                f"{row['speedup']:.2f}",
+                f"{varlen['speedup']:.2f}" if varlen else "",
+            ]
+        )
+    facts = result["machine"]
+    skipped = sum("skipped" in row for row in result["rows"])
+    note = f"torch {facts['torch']}, random weights; {skipped} cases were skipped because time ran out."
+    return markdown(headers, lines) + f"\nMeasured on a GPU: {facts['gpu']}; {note}\n"
+
+
 def captured(row: Row) -> bool:
     return CAPTURED.items() <= row.items()
 

@@ -14,6 +14,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from benchmarks.family_table import family_table
 from benchmarks.fitted_table import fitted_rows, note, peer_rows, short_rows
-from benchmarks.gpu_table import gpu_table, onnx_table
+from benchmarks.gpu_table import chunk_table, gpu_table, onnx_table
 from benchmarks.preset_table import sparsedit_table
 
 ROOT = Path(__file__).parent.parent
@@ -346,18 +347,12 @@ def peers() -> str:
     return markdown(headers, rows) + note + machine_note(result)
 
 
-def gpu(result: Path = RESULTS / "gpu.json") -> str:
-    """One line while there is no result."""
+def on_gpu(name: str, table: Callable[..., str], folder: Path = RESULTS) -> str:
+    """A table of a result that only a machine with a GPU can make; one line while there is none."""
+    result = folder / f"{name}.json"
     if not result.is_file():
-        return "On a GPU: not measured yet.\n"
-    return gpu_table(json.loads(result.read_text()), markdown)
-
-
-def gpu_onnxruntime(result: Path = RESULTS / "gpu_onnxruntime.json") -> str:
-    """One line while there is no result."""
-    if not result.is_file():
-        return "ONNX Runtime on a GPU: not measured yet.\n"
-    return onnx_table(json.loads(result.read_text()), markdown)
+        return f"{name}.json: not measured yet.\n"
+    return table(json.loads(result.read_text()), markdown)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -370,8 +365,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "choices": choices,
     "frontier": frontier,
     "carry_speed": carry_speed,
-    "gpu": gpu,
-    "gpu_onnxruntime": gpu_onnxruntime,
+    "gpu": partial(on_gpu, "gpu", gpu_table),
+    "gpu_chunk": partial(on_gpu, "gpu_chunk", chunk_table),
+    "gpu_onnxruntime": partial(on_gpu, "gpu_onnxruntime", onnx_table),
     "state_memory": state_memory,
     "carry_variants": carry_variants,
     "calibrated": calibrated,

@@ -235,16 +235,25 @@ def test_steps_of_all_or_nothing(result):
 
 
 def test_the_table_shows_a_result(tmp_path, result):
-    path = tmp_path / "gpu.json"
-    assert tables.gpu(path) == "On a GPU: not measured yet.\n"
+    assert tables.on_gpu("gpu", gpu_table.gpu_table, tmp_path) == "gpu.json: not measured yet.\n"
     shown = {**result, "machine": {**result["machine"], "gpu": "a GPU"}}
     shown["rows"] = [{**row, "runtime": "CUDA graph"} for row in result["rows"]]
-    path.write_text(json.dumps(shown))
+    (tmp_path / "gpu.json").write_text(json.dumps(shown))
+    table = tables.on_gpu("gpu", gpu_table.gpu_table, tmp_path)
     [steps], [carry] = rows(result, "steps"), [row for row in rows(result, "latency") if row["form"] == "carry"]
     [by_steps] = [run["speedup"] for run in steps["runs"] if run["ratio"] == 4]
-    assert "| DiT-S/2, 64 px, batch 2 | " in tables.gpu(path)
-    assert f"| {by_steps:.2f} | {carry['speedup']:.2f} |" in tables.gpu(path)
-    assert "Measured on a GPU: a GPU; torch" in tables.gpu(path)
+    assert "| DiT-S/2, 64 px, batch 2 | " in table
+    assert f"| {by_steps:.2f} | {carry['speedup']:.2f} |" in table
+    assert "Measured on a GPU: a GPU; torch" in table
+
+
+def test_the_table_of_chunks_has_both_forms_of_attention(result):
+    captured = [{**row, "runtime": "CUDA graph"} for row in result["rows"]]
+    machine = {**result["machine"], "gpu": "a GPU"}
+    table = gpu_table.chunk_table({"rows": captured, "machine": machine}, tables.markdown)
+    made = {row["form"]: row for row in rows(result, "latency")}
+    rows_of_attention, varlen = (f"{made[form]['speedup']:.2f}" for form in ("chunk", "chunk, varlen"))
+    assert f"| {made['chunk']['flop_ratio']:.2f} | {rows_of_attention} | {varlen} |" in table
 
 
 def test_the_bound_is_the_slower_of_operations_and_bytes():
