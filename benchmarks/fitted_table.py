@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dcconvert.sampling.default_tables import WORTH_SKIPPING
+
 COLUMNS = {
     "skipped after each, polished": "skipped steps, polished",
     "all steps computed, polished": "original, polished",
@@ -56,7 +58,7 @@ def short_rows(rows: Sequence[dict[str, Any]], steps: int) -> tuple[list[str], l
     for budget in sorted({row["budget"] for row in rows}):
         here = of_budget(rows, 1.0, budget)
         tuned = max((row for row in here.values() if not row["run"].startswith("original")), key=lambda r: r["psnr"])
-        plain = here["1 skipped after each"] if budget >= 12 else here["all steps computed"]
+        plain = here["1 skipped after each"] if budget >= WORTH_SKIPPING else here["all steps computed"]
         found.append(
             [
                 f"{budget / steps:.0%}",
@@ -69,15 +71,15 @@ def short_rows(rows: Sequence[dict[str, Any]], steps: int) -> tuple[list[str], l
 
 
 def peer_rows(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells of the table of peers: a row for each budget, a column for each kind of run."""
+    """Headers and cells of the table of peers: a row for each guidance and budget, a column for each kind of run."""
     names = list(dict.fromkeys(row["run"] for row in rows))
     found = []
-    for budget in sorted({row["budget"] for row in rows}):
-        here = {row["run"]: row for row in rows if row["budget"] == budget}
+    for guidance, budget in sorted({(row["guidance"], row["budget"]) for row in rows}):
+        here = {row["run"]: row for row in rows if (row["guidance"], row["budget"]) == (guidance, budget)}
         best = max(row["psnr"] for row in here.values())
         cells = [f"{cell(here[n], True, best)} ({here[n]['cost']:.1f})" if n in here else "" for n in names]
-        found.append([str(budget), *cells])
-    return ["computed steps", *names], found
+        found.append([f"{guidance:g}, {budget}", *cells])
+    return ["guidance, computed steps", *names], found
 
 
 def note(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
@@ -86,6 +88,6 @@ def note(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     return (
         f"\nPSNR in dB on {settings['fresh']} images that nothing was fitted to, ± standard error, relative to a run "
         f"of {settings['reference_steps']} Adams steps; half as many steps reach at least {converged:.0f} dB. The fits "
-        f"used {settings['images']} other images; tables with up to {settings['polish_up_to']:g} computed steps were "
-        f"also polished (rounds: {settings['polish']}).\n"
+        f"used {settings['images']} other images; at guidance 1, tables with up to {settings['polish_up_to']:g} "
+        f"computed steps were also polished (rounds: {settings['polish']}).\n"
     )

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class Bench:
         found = {f"original, {solver}": self.solver(budget, solver) for solver in ("euler", "unipc")}
         found |= {name: self.cached(budget, order) for name, order in TAYLOR.items()}
         tables: dict[str, RunTable | None] = {
-            "mode steps, default": default_table(self.prediction, budget, 1, self.tuner.guidance)
+            "mode steps, unfitted": replace(default_table(self.prediction, budget, 1), guidance=self.tuner.guidance)
         }
         if self.name == "shipped" and self.tuner.guidance == 1:
             tables["mode steps, tuned"] = shipped_table(file_sha256([shipped_model()]), budget)

@@ -42,8 +42,12 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def machine_note(result: dict[str, Any]) -> str:
-    facts = result["machine"]
-    return (
+    facts, settings = result["machine"], result["settings"]
+    images = settings.get("images_made_on", facts if settings.get("device") else None)
+    made = f"\nImages were made on a GPU: {images['gpu']}; torch {images['torch']}.\n" if images else ""
+    if images is facts:
+        return made
+    return made + (
         f"\nMeasured on a CPU: {facts['cpu']}, {facts['cores']} cores; torch {facts['torch']}, "
         f"ONNX Runtime {facts['onnxruntime']}.\n"
     )
@@ -322,8 +326,8 @@ def stress() -> str:
     return markdown(headers, rows) + note + machine_note(result)
 
 
-def fitted() -> str:
-    result = read("fitted")
+def fitted(name: str) -> str:
+    result = read(name)
     headers, rows = fitted_rows(result["rows"])
     return markdown(headers, rows) + note(result["settings"], result["rows"]) + machine_note(result)
 
@@ -335,8 +339,8 @@ def fitted_short() -> str:
     return markdown(headers, cells) + note(result["settings"], rows) + machine_note(result)
 
 
-def peers() -> str:
-    result = read("peers")
+def peers(name: str) -> str:
+    result = read(name)
     settings = result["settings"]
     headers, rows = peer_rows(result["rows"])
     note = (
@@ -356,9 +360,12 @@ def on_gpu(name: str, table: Callable[..., str], folder: Path = RESULTS) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "fitted": fitted,
+    "fitted": partial(fitted, "fitted"),
+    "fitted_cifar": partial(fitted, "fitted_cifar"),
+    "fitted_eps": partial(fitted, "fitted_eps"),
     "fitted_short": fitted_short,
-    "peers": peers,
+    "peers": partial(peers, "peers"),
+    "peers_cifar": partial(peers, "peers_cifar"),
     "speed": speed,
     "demo": demo,
     "scale": scale,

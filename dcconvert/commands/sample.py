@@ -41,7 +41,7 @@ def sample_bundle(
     """Sample a bundle, optionally also the original, and write a PNG grid."""
     bundle = read_bundle(folder)
     config = dit_config(bundle)
-    sampler, planner = bundle_run(bundle, steps, solver)
+    sampler, planner = bundle_run(bundle, steps, solver, guidance.scale)
     noise = initial_noise(seed, count, config.in_channels, config.image_size)
     classes = torch.tensor(labels).repeat(count)[:count] if labels else labels_for(count, config.num_classes)
     if int(classes.max()) >= config.num_classes or int(classes.min()) < 0:

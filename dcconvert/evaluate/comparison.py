@@ -72,7 +72,7 @@ class Candidate:
         """The bundle in its own run, or with other steps, another solver or at another ratio.
 
         Raises UsageError for a bundle without sampling facts, or for a ratio that it cannot reach."""
-        sampler, planner = bundle_run(bundle, steps, solver)
+        sampler, planner = bundle_run(bundle, steps, solver, guidance.scale)
         if isinstance(sampler, RunTable) and (guidance.ratio is not None or ratio is not None):
             raise UsageError(
                 f"{bundle.folder} is in mode steps, and its run table is for one ratio: leave out "

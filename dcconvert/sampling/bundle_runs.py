@@ -36,14 +36,16 @@ def dit_config(bundle: Bundle) -> DiTConfig:
         ) from error
 
 
-def run_of(model: DynamicModel, sampler: Sampler, ratio: float, sha256: str = "") -> Sampler | RunTable:
+def run_of(
+    model: DynamicModel, sampler: Sampler, ratio: float, sha256: str = "", guidance: float = 1.0
+) -> Sampler | RunTable:
     """How a model is sampled at a ratio: by the sampler itself, or by a table that stands for its run.
 
     `sha256`: of the checkpoint; a table that was fitted to it ships with some.
     """
     if model.method.remembers != "updates":
         return sampler
-    made = default_table(sampler.prediction, sampler.steps, ratio)
+    made = default_table(sampler.prediction, sampler.steps, ratio, guidance)
     return shipped_table(sha256, made.evaluations) or made
 
 
@@ -60,19 +62,22 @@ def stored_table(bundle: Bundle) -> RunTable | None:
 
 
 def bundle_run(
-    bundle: Bundle, steps: int | None = None, solver: str | None = None
+    bundle: Bundle, steps: int | None = None, solver: str | None = None, guidance: float = 1.0
 ) -> tuple[Sampler | RunTable, StepPlanner]:
     """The run of a bundle, and its planner; arguments and errors as in `run_planner`.
 
-    In mode steps it is the table in `run.json`; one made for other steps, if they are given; or diffusers' solver with
-    the bundle's own schedule, if that is given.
+    In mode steps it is the table in `run.json`, or diffusers' solver with the bundle's own schedule, if a solver is
+    given. It is the default table instead if other steps are given, or if `run.json` has the default table for another
+    guidance scale.
     """
     sampler, planner = run_planner(bundle, steps, solver)
     if bundle.model.method.remembers != "updates" or solver is not None:
         return sampler, planner
-    if steps is None and (table := stored_table(bundle)):
+    ratio = bundle.model.schedule.ratio
+    table = stored_table(bundle) if steps is None else None
+    if table and (table.guidance == guidance or table != run_of(bundle.model, sampler, ratio, "", table.guidance)):
         return table, planner
-    return run_of(bundle.model, sampler, bundle.model.schedule.ratio), planner
+    return run_of(bundle.model, sampler, ratio, "", guidance), planner
 
 
 def run_planner(bundle: Bundle, steps: int | None, solver: str | None = None) -> tuple[Sampler, StepPlanner]:

@@ -12,7 +12,9 @@ from dcconvert.sampling.run_table import Row, RunTable
 from dcconvert.sampling.samplers import Sampler
 from dcconvert.sampling.solver_rows import TRAIN_STEPS, adams_table, even_grid, graded_grid
 
-WORTH_SKIPPING = 12  # computed steps, from which on skipped ones between them gain (measured: benchmarks/fitted.py)
+# Computed steps from which skipped ones between them gain without a fit; with guidance, forecasts are worse (measured:
+# benchmarks/fitted.py).
+WORTH_SKIPPING, GUIDED_WORTH_SKIPPING = 12, 18
 LEAST = 2  # steps computed before the first forecast, which needs a line
 GRADED = "graded"  # Adams-Bashforth of order 2 on a graded grid
 ADAMS = "adams"  # the same on an even grid
@@ -22,8 +24,8 @@ LAST = 0.3  # of the last move, where one more step is computed: forecasts are w
 def default_table(prediction: str, steps: int, ratio: float, guidance: float = 1.0) -> RunTable:
     """A run that costs as much as steps / ratio steps of the original, each of them computed in full.
 
-    Its steps are fewer, unevenly spaced, and every second of them skips the trunk. UsageError for a ratio that leaves
-    less than two computed steps.
+    Its steps are fewer and unevenly spaced; if there are enough of them, every second one skips the trunk. Raises
+    UsageError for a ratio that leaves less than two computed steps.
     """
     evaluations = round(steps / ratio)
     if evaluations < LEAST:
@@ -31,7 +33,8 @@ def default_table(prediction: str, steps: int, ratio: float, guidance: float = 1
             f"{steps} steps at {ratio:g}x leave {evaluations} computed steps, and a forecast needs {LEAST}: ask for a "
             "lower ratio or more steps"
         )
-    full = pattern(evaluations) if evaluations >= WORTH_SKIPPING else [True] * evaluations
+    worth_skipping = WORTH_SKIPPING if guidance == 1 else GUIDED_WORTH_SKIPPING
+    full = pattern(evaluations) if evaluations >= worth_skipping else [True] * evaluations
     levels = default_levels(full)
     name = f"graded, {evaluations} of {len(full)} steps computed"
     return replace(on_levels(prediction, levels, full), guidance=guidance, name=name)

@@ -155,6 +155,9 @@ class OrtModel(Runtime):
             graph: make_session(folder / f"{graph}.onnx", provider, threads, None if graph == "prepare" else settings)
             for graph in planner.spec.graphs
         }
+        # ONNX Runtime makes these lists anew every time, which takes as long as a small copy.
+        self.names_in = {graph: [node.name for node in s.get_inputs()] for graph, s in self.sessions.items()}
+        self.names_out = {graph: [node.name for node in s.get_outputs()] for graph, s in self.sessions.items()}
 
     def with_shapes(self, bucket_set: Buckets | None) -> OrtModel:
         """The same sessions with other shapes for the steps."""
@@ -168,13 +171,13 @@ class OrtModel(Runtime):
         """Outputs by name: the model's own on the host, others left on the device for later calls."""
         session = self.sessions[graph]
         binding = session.io_binding()
-        for node in session.get_inputs():
-            value = feed[node.name]
+        for name in self.names_in[graph]:
+            value = feed[name]
             if isinstance(value, np.ndarray):
-                binding.bind_cpu_input(node.name, np.ascontiguousarray(value))
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
             else:
-                binding.bind_ortvalue_input(node.name, value)
-        names = [output.name for output in session.get_outputs()]
+                binding.bind_ortvalue_input(name, value)
+        names = self.names_out[graph]
         for name in names:
             if name in into:
                 binding.bind_ortvalue_output(name, into[name])

@@ -119,8 +119,7 @@ class StaticModel(OrtModel):
         """Outputs by name, in the buffers of this shape, which the next call in this shape writes to."""
         if graph == "prepare":  # once per run
             return super().call(graph, feed, bucket, into)
-        session = self.sessions[graph]
-        given = {node.name: feed[node.name] for node in session.get_inputs()}
+        given = {name: feed[name] for name in self.names_in[graph]}
         copied = [name for name in self.spec.constants if name in given]
         # States are never freed, so that the identity of a buffer says which one it is.
         buffers = (id(v) for n, v in given.items() if n not in copied and not isinstance(v, np.ndarray))
@@ -128,12 +127,13 @@ class StaticModel(OrtModel):
         key = (graph, shapes, *buffers, *map(id, into.values()))
         if key not in self.steps or not self.steps[key].reads(given):
             batch = batch_of(feed[self.spec.live[0] if graph == "denoise" else self.spec.image])
-            self.steps[key] = bound(session, given, batch, self.graphs, into, copied)
+            self.steps[key] = bound(self.sessions[graph], given, batch, self.graphs, into, copied)
         self.steps[key](given)
-        return {node.name: self.steps[key].outputs[node.name] for node in session.get_outputs()}
+        return {name: self.steps[key].outputs[name] for name in self.names_out[graph]}
 
     def array(self, value: Any) -> np.ndarray:
-        return super().array(value).copy()
+        array = super().array(value)
+        return array.copy() if value.device_name() == "cpu" else array
 
     def empty_state(self, batch: int) -> OrtState:
         """A borrowed state: when this run ends, another run reuses its buffers and the steps that are bound to them."""

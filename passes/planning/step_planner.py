@@ -104,8 +104,9 @@ class StepPlanner:
         outside its range, and CheckFailedError with the number of a sample whose timestep is not finite.
         """
         if self.spec.timestep is not None:
-            timesteps = torch.as_tensor(inputs[self.spec.timestep]).detach().double().cpu().numpy().reshape(-1)
-            levels = np.broadcast_to(timesteps / self.spec.timestep_scale, (batch,))
+            given = inputs[self.spec.timestep]
+            timesteps = given.detach().double().cpu().numpy() if isinstance(given, torch.Tensor) else np.double(given)
+            levels = np.broadcast_to(timesteps.reshape(-1) / self.spec.timestep_scale, (batch,))
             check_finite(levels[:, None])
             if (outside := np.abs(levels - 0.5) > 0.51).any():
                 raise UsageError(

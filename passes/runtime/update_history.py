@@ -69,9 +69,9 @@ class UpdateHistory:
 
     def by_slot(self, weights: Doubles) -> Doubles:
         """Weights [slots, B], newest first, in the order of the slots that hold the updates."""
-        found = np.zeros_like(self.levels)
-        for age in range(self.slots):
-            np.put_along_axis(found, ((self.newest - age) % self.slots)[None], weights[age][None], 0)
+        found = np.empty_like(weights)
+        slots = (self.newest - np.arange(self.slots)[:, None]) % self.slots
+        found[slots, np.arange(len(self.newest))] = weights
         return found
 
     def note(self, tau: Doubles, full: Mask) -> None:

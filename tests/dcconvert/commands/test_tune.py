@@ -58,9 +58,20 @@ def test_the_run_of_a_bundle(steps_job):
     other, _ = bundle_run(bundle, 100)
     assert isinstance(other, RunTable)
     assert other.evaluations == 25
+    guided, _ = bundle_run(bundle, guidance=4.0)
+    assert isinstance(guided, RunTable)
+    assert (guided.guidance, guided.evaluations, guided.updates) == (4.0, 12, 0)  # forecasts lose there
     solver, planner = bundle_run(bundle, 20, "unipc")
     assert (solver.steps, solver.solver) == (20, "unipc")
     assert 0 in planner.run_counts(solver.taus)
+
+
+def test_a_table_of_the_users_is_kept_for_another_guidance(folder):
+    before = table_of(folder)
+    own = replace(before, rows=(replace(before.rows[0], noise=0.25), *before.rows[1:]))
+    (folder / RUN).write_text(json.dumps(own.to_dict()))
+    run, _ = bundle_run(read_bundle(folder), guidance=4.0)
+    assert run == own
 
 
 def test_samples_are_drawn_by_the_table(folder, tmp_path):

@@ -11,6 +11,7 @@ from dcconvert.passes.ir.errors import UsageError
 from dcconvert.sampling.default_tables import (
     ADAMS,
     GRADED,
+    GUIDED_WORTH_SKIPPING,
     WORTH_SKIPPING,
     default_levels,
     default_table,
@@ -28,11 +29,12 @@ from dcconvert.sampling.samplers import SOLVERS, Sampler
 @pytest.mark.parametrize(
     ("steps", "ratio"), [(50, 4), (50, 2), (50, 1), (50, 12), (20, 1.5), (250, 4), (4, 2), (3, 1.5)]
 )
-def test_a_table_costs_what_was_asked_for(prediction, steps, ratio):
-    table = default_table(prediction, steps, ratio, guidance=2.0)
+@pytest.mark.parametrize(("guidance", "least"), [(1.0, WORTH_SKIPPING), (2.0, GUIDED_WORTH_SKIPPING)])
+def test_a_table_costs_what_was_asked_for(prediction, steps, ratio, guidance, least):
+    table = default_table(prediction, steps, ratio, guidance)
     assert table.evaluations == round(steps / ratio)
-    assert (table.updates > 0) == (table.evaluations >= WORTH_SKIPPING)
-    assert (table.prediction, table.guidance) == (prediction, 2.0)
+    assert (table.updates > 0) == (table.evaluations >= least)
+    assert (table.prediction, table.guidance) == (prediction, guidance)
     assert table.rows[0].full
     assert table.rows[-1].full
 
