@@ -155,7 +155,7 @@ def tune(bundle: Path, **values: Any) -> None:
 
     For bundles in mode steps. Fits the coefficients of the steps and of the forecasts to a converged run of the
     original, by least squares. Compares all candidates and the original's own solvers on other images, and stores the
-    best table.
+    best table. With --table it fits nothing: it checks the table of another bundle on this model, and takes it over.
     """
     from dcconvert.commands.tune import Settings, tune_bundle
 

@@ -20,7 +20,16 @@ from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.spec import UPDATE, update_name
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.step_run import StepRun
-from dcconvert.sampling.default_tables import ADAMS, GRADED, default_levels, on_levels, original_run, pattern
+from dcconvert.sampling.default_tables import (
+    ADAMS,
+    GRADED,
+    LEAST,
+    default_levels,
+    default_table,
+    on_levels,
+    original_run,
+    pattern,
+)
 from dcconvert.sampling.fit_table import Trajectory, fitted, trajectory
 from dcconvert.sampling.polish_table import polished
 from dcconvert.sampling.run_table import RunTable
@@ -29,6 +38,7 @@ from dcconvert.sampling.steps import ConvertedStep, OrtPair, arrays_of
 
 SKIPS = (1, 2)  # skipped steps for each computed one
 CONTROLS = ("euler", "unipc")  # solvers for the original, with nothing fitted
+GIVEN, DEFAULT = "the given table", "the unfitted default"  # names of trials
 StepTimes = dict[str, dict[str, float]]  # milliseconds (`spread`) of a step of the original, computed, skipped
 CONVERGED = 50.0  # dB between the reference and a run of half its steps, below which a warning is due
 
@@ -99,6 +109,24 @@ class Trial:
     def error(self) -> float:
         """The standard error of the mean."""
         return float(self.psnr.std() / len(self.psnr) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much better a run is than another, in dB, image by image: the mean and its standard error."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, trial: Trial, other: Trial) -> Gain:
+        found = trial.psnr - other.psnr
+        return cls(float(found.mean()), float(found.std() / len(found) ** 0.5))
+
+    @property
+    def enough(self) -> bool:
+        """Whether it is at least as good, as far as these images can tell; also if the other's are not finite."""
+        return not self.mean < -self.error
 
 
 def skip_cost(model: DynamicModel) -> float:
@@ -205,6 +233,22 @@ class Tuner:
         controls = {f"original, {solver}": Sampler(self.prediction, whole, solver) for solver in CONTROLS}
         found += [self.trial(name, sampler, fresh, tick) for name, sampler in controls.items()]
         return sorted(found, key=lambda trial: -trial.mean)
+
+    def beside(self, table: RunTable, fresh: Images, tick: Callable[[str], None]) -> tuple[Trial, Trial, list[Trial]]:
+        """A table that was not fitted here, the default with as many computed steps, and all trials, best first.
+
+        Those are these two and the original at the table's cost, on its graded grid and with UniPC. Raises UsageError
+        for a table of one computed step, which has no default beside it.
+        """
+        plain = default_table(self.prediction, table.evaluations, 1, self.guidance)
+        given, default = self.trial(GIVEN, table, fresh, tick), self.trial(DEFAULT, plain, fresh, tick)
+        whole = max(LEAST, int(given.cost + 1e-9))
+        controls: dict[str, RunTable | Sampler] = {
+            "original, graded grid": self.structure(GRADED, whole),
+            "original, unipc": Sampler(self.prediction, whole, "unipc"),
+        }
+        found = [given, default, *(self.trial(name, run, fresh, tick) for name, run in controls.items())]
+        return given, default, sorted(found, key=lambda trial: -trial.mean)
 
     def least_budget(
         self, psnr: float, most: int, seen: Images, fresh: Images, tick: Callable[[str], None]

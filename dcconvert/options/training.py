@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dcconvert.options.click_classes import OTHER, option, options, section
+from dcconvert.options.click_classes import OTHER, PATH, option, options, section
 from dcconvert.options.shared import (
     ANY,
     POSITIVE,
@@ -64,6 +64,14 @@ tune_options = options(
         option("--psnr", type=click.FloatRange(0, min_open=True), help="Image quality in dB, at the least cost."),
         option("--batch", default=1, type=POSITIVE, help="Number of images in a run, for --latency and the table."),
         option("--guidance", default=1.0, type=float, help="Classifier-free guidance scale to tune for."),
+    ),
+    section(
+        "Without a fit",
+        option(
+            "--table",
+            type=PATH,
+            help="Take the run table of another bundle, or a run.json, if it is as good here as the unfitted default.",
+        ),
     ),
     section(
         "Measuring",

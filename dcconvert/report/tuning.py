@@ -51,6 +51,9 @@ class Tuning(Record):
     converged_db: float | None = None
     polish: int = 0
     latency: float | None = None
+    given: str | None = None  # where the table comes from, if it was not fitted to this model
+    gain: float | None = None  # of a given table over the unfitted default, in dB
+    gain_error: float | None = None
     wanted_psnr: float | None = None
     confirmed_psnr: float | None = None
     batch: int = 1
@@ -64,12 +67,23 @@ class Tuning(Record):
         return Table.of(COLUMNS, self.rows)
 
     @property
+    def origin(self) -> str:
+        """Where the numbers of the chosen table come from."""
+        if self.given is None:
+            return f"The fits saw {self.images} other images."
+        gain = f"{shown(self.gain, '+.2f')} ± {shown(self.gain_error, '.2f')} dB"
+        return (
+            f"Nothing was fitted here: the table is that of {self.given}. Compared image by image with the unfitted "
+            f"default of as many computed steps, it gains {gain}."
+        )
+
+    @property
     def notes(self) -> list[str]:
         """What a reader has to know about the figures."""
         found = [
             f"PSNR of {self.fresh} images that nothing was fitted to, against the original with {self.reference_steps} "
-            f"steps (Adams-Bashforth); half as many steps are {shown(self.converged_db, '.1f')} dB from that. The fits "
-            f"saw {self.images} other images. Chosen: {self.chosen}."
+            f"steps (Adams-Bashforth); half as many steps are {shown(self.converged_db, '.1f')} dB from that. "
+            f"{self.origin} Chosen: {self.chosen}."
         ]
         if any(row.latency_ms is not None for row in self.rows):
             found.append(
@@ -84,7 +98,7 @@ class Tuning(Record):
         if not self.converged:
             found.append("The reference has not converged: give more --reference-steps.")
         best = next(row for row in self.rows if row.name == self.chosen)
-        if best.steps == best.computed:
+        if best.steps == best.computed and self.given is None:
             found.append(
                 "No run with skipped steps was better than the original's own graph with as many operations, so the "
                 "chosen run computes every step."

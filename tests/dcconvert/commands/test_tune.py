@@ -14,6 +14,7 @@ from dcconvert.commands.evaluate import guidance_notes
 from dcconvert.evaluate.comparison import Candidate
 from dcconvert.export.bundle import read_bundle
 from dcconvert.sampling.bundle_runs import RUN, bundle_run
+from dcconvert.sampling.default_tables import default_table
 from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Guidance
 from tests.dcconvert.harness import refusal, run_cli
@@ -222,3 +223,83 @@ def test_a_table_that_was_fitted_for_another_guidance_is_used_with_a_note(folder
     [note] = guidance_notes([candidate])
     assert f"'dcconvert tune {folder} --guidance 3'" in note
     assert not guidance_notes([Candidate.of(bundle)])
+
+
+def written(table: RunTable, folder: Path) -> Path:
+    """A folder with this run table."""
+    folder.mkdir()
+    (folder / RUN).write_text(json.dumps(table.to_dict()))
+    return folder
+
+
+def test_a_table_of_another_bundle_is_judged_and_taken_over(folder, tmp_path):
+    """The default for fewer steps, which is as good as itself."""
+    table = replace(default_table("flow", 6, 1), fitted=True, name="fitted elsewhere")
+    run = run_cli("tune", folder, "--table", written(table, tmp_path / "other"), *TINY)
+    assert run.code == 0, run.err
+    assert table_of(folder) == table
+    found = json.loads((folder / "report.json").read_text())["tuning"]
+    names = {row["name"] for row in found["rows"]}
+    assert names == {"the given table", "the unfitted default", "original, graded grid", "original, unipc"}
+    assert {row["computed"] for row in found["rows"]} == {6}
+    assert (found["chosen"], found["given"], found["budget"], found["images"]) == ("the given table", "other", 6, 0)
+    assert (found["gain"], found["gain_error"]) == (0, 0)
+    said = run.out.replace("\n", " ")
+    assert "the table is that of other" in said
+    assert "The fits saw" not in said
+    assert "No run with skipped steps was better" not in said
+    page = (folder / "report.html").read_text()
+    assert "the unfitted default" in page
+
+
+def test_a_table_that_is_worse_than_the_default_is_shown_and_changes_nothing(folder, tmp_path):
+    plain = default_table("flow", 6, 1)
+    worse = replace(plain, rows=tuple(replace(row, outputs=tuple(v / 2 for v in row.outputs)) for row in plain.rows))
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    run = run_cli("tune", folder, "--table", written(worse, tmp_path / "other") / RUN, *TINY)
+    assert run.code == 1
+    assert "dB worse than the unfitted default of as many computed steps; nothing was changed" in run.err
+    assert "the given table" in run.out
+    assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_table_that_was_not_fitted_serves_any_guidance(folder, tmp_path):
+    table = default_table("flow", 4, 1)
+    run = run_cli("tune", folder, "--guidance", 3, "--table", written(table, tmp_path / "other"), *TINY)
+    assert run.code == 0, run.err
+    assert table_of(folder) == replace(table, guidance=3.0)
+
+
+def changed_rows(table: RunTable, **changes: object) -> RunTable:
+    first, second, last = table.rows[0], table.rows[1], replace(table.rows[-1], **changes)  # type: ignore[arg-type]
+    return replace(table, rows=(first, second, last))
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (
+            replace(default_table("flow", 6, 1), prediction="eps"),
+            "a model that predicts eps, and this one predicts flow",
+        ),
+        (RunTable(default_table("flow", 2, 1).rows[:1]), "computes one step: it needs 2"),
+        (changed_rows(default_table("flow", 3, 1), weights=(1.0, 0.0, 0.0, 0.0)), "the last 4 updates, and this model"),
+        (replace(default_table("flow", 6, 1), fitted=True, guidance=4.0), "for guidance 4: tune with --guidance 4"),
+    ],
+)
+def test_a_table_that_a_bundle_cannot_run_is_one_line(table, said, folder, tmp_path):
+    assert said in refusal(2, "tune", folder, "--table", written(table, tmp_path / "other"), *TINY)
+
+
+def test_what_is_no_table_is_one_line(folder, main_job, tmp_path):
+    assert "is not there: give a bundle in mode steps" in refusal(2, "tune", folder, "--table", main_job.folder, *TINY)
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text("{")
+    assert str(damaged) in refusal(2, "tune", folder, "--table", damaged, *TINY)
+    damaged.write_text("[]")
+    assert "this is not a run table" in refusal(2, "tune", folder, "--table", damaged, *TINY)
+
+
+@pytest.mark.parametrize("goal", [("--ratio", "4x"), ("--latency", 20), ("--psnr", 30), ("--polish", 1)])
+def test_a_table_comes_with_its_own_steps(goal, folder):
+    assert "with its own steps: leave out" in refusal(2, "tune", folder, "--table", folder, *goal, *TINY)

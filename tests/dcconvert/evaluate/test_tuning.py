@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dcconvert.evaluate.tuning import Trial, Tuner, run_time
+from dcconvert.evaluate.tuning import Gain, Trial, Tuner, run_time
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.sampling.default_tables import original_run
 from dcconvert.sampling.run_table import RunTable
@@ -59,3 +59,16 @@ def test_a_pattern_is_as_long_as_its_cost_allows():
     assert len(dear) < len(cheap)
     for full, cost in ((cheap, 0.01), (dear, 0.5)):
         assert sum(full) + cost * (len(full) - sum(full)) <= 9
+
+
+@pytest.mark.parametrize(("better", "enough"), [((1, 1, 1), True), ((-3, 1, 1), True), ((-1.1, -1, -0.9), False)])
+def test_a_table_is_good_enough_unless_images_show_that_it_is_worse(better, enough):
+    """The gain is that of each image: how much images differ from each other does not matter."""
+    base = torch.tensor([20.0, 40.0, 60.0])
+    given, default = (Trial("", NOTHING, 0.0, psnr) for psnr in (base + torch.tensor(better), base))
+    assert Gain.of(given, default).enough is enough
+
+
+def test_a_table_is_good_enough_where_the_default_has_no_images():
+    given, default = (Trial("", NOTHING, 0.0, torch.full((3,), psnr)) for psnr in (30.0, float("nan")))
+    assert Gain.of(given, default).enough
