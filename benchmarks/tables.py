@@ -332,8 +332,8 @@ def fitted(name: str) -> str:
     return markdown(headers, rows) + note(result["settings"], result["rows"]) + machine_note(result)
 
 
-def fitted_short() -> str:
-    result = read("fitted")
+def fitted_short(name: str) -> str:
+    result = read(name)
     rows = [row for row in result["rows"] if row["guidance"] == 1]
     headers, cells = short_rows(rows, result["settings"]["steps"])
     return markdown(headers, cells) + note(result["settings"], rows) + machine_note(result)
@@ -363,7 +363,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "fitted": partial(fitted, "fitted"),
     "fitted_cifar": partial(fitted, "fitted_cifar"),
     "fitted_eps": partial(fitted, "fitted_eps"),
-    "fitted_short": fitted_short,
+    "fitted_guided": partial(fitted, "fitted_guided"),
+    "fitted_short": partial(fitted_short, "fitted"),
+    "fitted_short_cifar": partial(fitted_short, "fitted_cifar"),
     "peers": partial(peers, "peers"),
     "peers_cifar": partial(peers, "peers_cifar"),
     "speed": speed,

@@ -21,6 +21,10 @@ def known_tables() -> dict[str, list[dict[str, Any]]]:
 
 
 def shipped_table(sha256: str, evaluations: int) -> RunTable | None:
-    """The table with so many computed steps for a checkpoint; None for one that nothing was fitted to."""
+    """The table for a checkpoint and a budget of so many computed steps; None if nothing was fitted for them.
+
+    It computes that many, or one less: skipped steps cost something too.
+    """
     tables = [RunTable.from_dict(entry) for entry in known_tables().get(sha256, [])]
-    return next((table for table in tables if table.evaluations == evaluations), None)
+    near = [table for table in tables if evaluations - 1 <= table.evaluations <= evaluations]
+    return max(near, key=lambda table: table.evaluations, default=None)

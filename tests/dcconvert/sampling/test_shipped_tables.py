@@ -15,8 +15,16 @@ def test_they_were_fitted_to_the_shipped_model():
     assert table is not None
     assert table.evaluations == 12
     assert table.guidance == 1
-    assert table.name.endswith("fitted")
+    assert table.fitted
     assert table != default_table("flow", 50, 4)
+
+
+def test_half_the_steps_have_one_whose_skipped_steps_fit_the_budget_too():
+    [sha256] = known_tables()
+    table = shipped_table(sha256, 25)
+    assert table is not None
+    assert table.updates > 0
+    assert table.evaluations == 24
 
 
 def test_other_checkpoints_and_other_budgets_have_none():
