@@ -143,7 +143,7 @@ def test_a_damaged_table_is_one_line(text, folder, tmp_path):
     assert len(run.err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", ["calibrate", "upcycle", "stress"])
+@pytest.mark.parametrize("command", ["calibrate", "upcycle"])
 def test_commands_of_other_modes_say_so(command, folder):
     run = run_cli(command, folder)
     assert run.code == 2
