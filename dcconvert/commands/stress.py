@@ -96,8 +96,8 @@ def tested_in_tokens(bundle: Bundle, settings: Settings, stages: Stages) -> Test
     """A stress test of a mode that chooses tokens. Raises UsageError as `stress_bundle` does."""
     if not bundle.model.method.drops_tokens or bundle.model.schedule.data_dependent:
         raise UsageError(
-            f"{bundle.folder} was made with method {bundle.model.method.name}: stress is for mode steps, and for "
-            "bundles whose router and schedule say which tokens are dropped (methods carry, chunk and tome)"
+            f"{bundle.folder} was made with method {bundle.model.method.name}: stress is for bundles in mode steps, "
+            "and for those whose router and schedule say which tokens are dropped (methods carry, chunk and tome)"
         )
     sampler, planner = run_planner(bundle, None)
     planners, left_out = planners_of(planner, settings.ratios or RATIOS, sampler)

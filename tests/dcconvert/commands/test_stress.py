@@ -356,7 +356,7 @@ def test_files_and_page_of_mode_steps(skipping):
     assert "no figures for the choice of" in text
     assert "12 steps are computed and 8 are skipped" in text
     assert "“Attention to detail”" not in text
-    assert "12 and 13 at 4x steps" in text
+    assert "12 and 13 at 4x" in text
     columns = 6  # original, converted, fewer steps, both errors, and in full
     assert Image.open(folder / "failures.png").width == columns * (TILE + GAP) - GAP
 
