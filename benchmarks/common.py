@@ -59,11 +59,20 @@ def in_steps(model: str, folder: Path) -> tuple[LoadedDiT, Converted]:
     return dit, dcconvert.convert(dit, 4, options=method_of("steps"))
 
 
-def write_result(name: str, settings: dict[str, Any], rows: list[dict[str, Any]], path: Path | None = None) -> Path:
-    """Write `results/NAME.json`, or `path`, with machine, versions and settings: whole, or not at all."""
+def write_result(
+    name: str,
+    settings: dict[str, Any],
+    rows: list[dict[str, Any]],
+    path: Path | None = None,
+    made_on: dict[str, Any] | None = None,
+) -> Path:
+    """Write `results/NAME.json`, or `path`, with machine, versions and settings: whole, or not at all.
+
+    `made_on`: the machine of rows that are kept, if not this one.
+    """
     path = path or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"dcconvert": dcconvert.__version__, "machine": machine(), "settings": settings, "rows": rows}
+    facts = {"dcconvert": dcconvert.__version__, "machine": made_on or machine(), "settings": settings, "rows": rows}
     work = path.with_name(f".{path.name}.part")
     work.write_text(json.dumps(facts, indent=1) + "\n")
     work.replace(path)

@@ -212,7 +212,8 @@ def evaluate(bundles: tuple[Path, ...], **values: Any) -> None:
 def stress(bundle: Path, **values: Any) -> None:
     """Show what a bundle does to images full of fine detail.
 
-    Adds the results to the bundle's report, with the places where the router gives detail too few tokens.
+    Adds the results to the bundle's report, with the places where the router gives detail too few tokens. In mode
+    steps, which has no router, it compares skipped steps with the original in fewer steps.
     """
     from dcconvert.commands.stress import Settings, stress_bundle
 

@@ -56,6 +56,7 @@ def sample_bundle(
         raise UsageError(
             f"{folder} is in mode steps, where both halves of guidance use the same steps: leave out --lite-cfg"
         )
+    by_table = isinstance(sampler, RunTable)
     lite = None if guidance.ratio is None else planner.at_ratio(guidance.ratio, sampler.taus)
     name = f"{model.method.mode}, {model.schedule.ratio:g}x"
     if isinstance(sampler, RunTable) and (note := sampler.guidance_note(guidance.scale, folder)):
@@ -79,7 +80,7 @@ def sample_bundle(
                 on_step=lambda *_: tick("steps"),
             )
 
-    draw(name, sampler, lambda: ConvertedStep(model, backend, groups, lite))
+    draw(name, sampler, lambda: ConvertedStep(model, backend, groups, lite, by_table=by_table))
     if compare:
         draw("original", run_planner(bundle, steps, solver)[0], lambda: original)
     save_comparison(dict(reversed(images.items())), out, vae)

@@ -1,4 +1,7 @@
-"""`dcconvert stress`: what a conversion does to images full of detail, where its router starves it, and worst cases."""
+"""`dcconvert stress`: what a conversion does to images full of detail, where its router starves it, and worst cases.
+
+Mode steps, which has no router, is in `stress_steps`.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ from rich.markup import escape
 from torch import Tensor
 
 from dcconvert.commands.rewrite_bundle import FAILURES, old_figures, old_report, write_rescheduled
+from dcconvert.commands.stress_steps import tested_in_steps
 from dcconvert.environment import set_threads
-from dcconvert.evaluate.detail_kinds import choose, measured, on_tokens
+from dcconvert.evaluate.detail_kinds import choose, on_tokens
 from dcconvert.evaluate.measure_steps import Tick, compute_section
-from dcconvert.evaluate.stress_cases import BATCH, Cases, noised_run
-from dcconvert.evaluate.stress_metrics import CaseFigures, Look, Outcome, judged, summary, worst_of
+from dcconvert.evaluate.stress_cases import Cases, noised_run, original_step, own_samples, places_of
+from dcconvert.evaluate.stress_metrics import CaseFigures, Look, Outcome, Tested, judged, summary, worst_of
 from dcconvert.export.bundle import Bundle, read_bundle
 from dcconvert.export.files import new_folder, write_json
 from dcconvert.images.dataset import LabelledImages, read_images
@@ -28,18 +32,19 @@ from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.report.conversion import without_nan
 from dcconvert.report.stress import FAILURES_FIGURE, Stress, failure_figure
 from dcconvert.sampling.bundle_runs import dit_config, run_planner
-from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
+from dcconvert.sampling.run_table import RunTable
+from dcconvert.sampling.samplers import Sampler, Step, initial_noise
 from dcconvert.sampling.steps import ConvertedStep
 from dcconvert.terminal import Stages
 
 START, EARLY, LATE = 0.7, 0.6, 0.2  # noise levels: where a case starts, and where the router is examined
 SAMPLES = 256  # images that the original draws to choose from, if no data are given
-SAMPLE_STEPS, SAMPLE_SOLVER = 20, "unipc"
+RATIOS = (4.0, 16.0)  # if none are given
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a stress test: the options of the command line."""
+    """The settings of a stress test: the options of the command line; no ratios stand for `RATIOS`."""
 
     folder: Path
     data: Path | None
@@ -58,44 +63,72 @@ def stress_bundle(settings: Settings, console: Console) -> None:
     """
     set_threads(settings.threads)
     bundle = read_bundle(settings.folder)
-    if not bundle.model.method.drops_tokens or bundle.model.schedule.data_dependent:
-        raise UsageError(
-            f"{bundle.folder} was made with method {bundle.model.method.name}: stress is for bundles whose router "
-            "and schedule say which tokens are dropped (methods carry, chunk and tome)"
-        )
-    sampler, planner = run_planner(bundle, None)
     stages = Stages(Console(stderr=True))
-    planners, left_out = planners_of(planner, settings.ratios, sampler)
     with torch.inference_mode():
-        cases, lost = make_cases(bundle, sampler, settings, stages)
-        where = looked_at(cases.part, list(planners.values()))
-        outcomes = []
-        for ratio, made in planners.items():
-            with stages.stage(f"run the cases at {ratio:g}x") as tick:
-                outcomes.append(run_at(bundle, made, cases, where, tick))
+        if bundle.model.method.remembers == "updates":
+            check_steps(settings)
+            tested = tested_in_steps(bundle, settings.count, settings.samples, settings.seed, stages)
+        else:
+            tested = tested_in_tokens(bundle, settings, stages)
+    cases, outcomes = tested.cases, tested.outcomes
     class_names = bundle.manifest.get("sampler", {}).get("class_names") or []
     figures = [case for outcome in outcomes for case in judged(cases, outcome, class_names)]
-    worst = worst_of(figures)
-    early, late = outcomes[0].looks
-    found = Stress(
-        command=settings.command,
-        source=str(settings.data) if settings.data else f"{settings.samples} samples of the original",
-        seed=settings.seed,
-        start=float(cases.part.taus[0]),
-        early=early.tau,
-        late=late.tau,
-        steps=cases.part.steps,
-        run_steps=sampler.steps,
-        solver=sampler.solver,
-        cases=len(cases),
-        left_out=(*left_out, *lost),
-        rows=tuple(summary(figures)),
-    )
+    worst, found = worst_of(figures), described(settings, tested, figures)
     store(bundle, found, worst, failure_figure(worst, cases, outcomes))
     console.print(found.for_terminal())
     places = (f"Cases: {settings.folder / FAILURES}", f"Report: {settings.folder / 'report.html'}")
     for line in (*found.left_out, *places):
         console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def check_steps(settings: Settings) -> None:
+    """UsageError for options that mode steps has no use for."""
+    if settings.data:
+        raise UsageError(
+            f"{settings.folder} is in mode steps, and its run table begins at noise alone, not at an image: leave out "
+            "--data, and the cases will be images that the original draws"
+        )
+    if settings.ratios:
+        raise UsageError(f"{settings.folder} is in mode steps, and its run table is for one ratio: leave out --ratio")
+
+
+def tested_in_tokens(bundle: Bundle, settings: Settings, stages: Stages) -> Tested:
+    """A stress test of a mode that chooses tokens. Raises UsageError as `stress_bundle` does."""
+    if not bundle.model.method.drops_tokens or bundle.model.schedule.data_dependent:
+        raise UsageError(
+            f"{bundle.folder} was made with method {bundle.model.method.name}: stress is for bundles in mode steps, "
+            "and for those whose router and schedule say which tokens are dropped (methods carry, chunk and tome)"
+        )
+    sampler, planner = run_planner(bundle, None)
+    planners, left_out = planners_of(planner, settings.ratios or RATIOS, sampler)
+    cases, lost = make_cases(bundle, sampler, settings, stages)
+    where = looked_at(cases.part, list(planners.values()))
+    outcomes = []
+    for ratio, made in planners.items():
+        with stages.stage(f"run the cases at {ratio:g}x") as tick:
+            outcomes.append(run_at(bundle, made, cases, where, tick))
+    return Tested(sampler, cases, outcomes, [*left_out, *lost])
+
+
+def described(settings: Settings, tested: Tested, figures: Sequence[CaseFigures]) -> Stress:
+    """What was found, for the report."""
+    part, levels = tested.cases.part, [look.tau for look in tested.outcomes[0].looks]
+    early, late = levels or (None, None)
+    return Stress(
+        command=settings.command,
+        source=str(settings.data) if settings.data else f"{settings.samples} samples of the original",
+        seed=settings.seed,
+        start=float(part.taus[0]),
+        early=early,
+        late=late,
+        steps=part.steps,
+        run_steps=tested.run.steps,
+        solver=tested.run.solver,
+        cases=len(tested.cases),
+        left_out=tuple(tested.left_out),
+        rows=tuple(summary(figures, total=tested.skipping is not None)),
+        skipping=tested.skipping,
+    )
 
 
 def planners_of(
@@ -117,43 +150,22 @@ def planners_of(
 
 
 def make_cases(bundle: Bundle, sampler: Sampler, settings: Settings, stages: Stages) -> tuple[Cases, list[str]]:
-    """Choose the images and run them through the original.
+    """Choose the images and run them through the original; messages as in `Cases.with_detail`.
 
-    If the original's own image shows nothing of a case's kind of detail, there is no detail to lose: the case is left
-    out, and the second result says so. Raises UsageError if the data do not fit the model or hold no detail.
+    Raises UsageError if the data do not fit the model or hold no detail.
     """
     config = dit_config(bundle)
     source = source_images(bundle, sampler, settings, stages)
     with stages.stage("choose the images"):
-        chosen = choose(source.images, settings.count)
-    kinds = [kind for kind, places in chosen.items() for _ in places]
-    sources = [place for places in chosen.values() for place in places]
-    if not sources:
-        raise UsageError("none of the images has any detail: give others with --data")
+        kinds, sources = places_of(choose(source.images, settings.count))
     seeds = [settings.seed + place for place in sources]
     noise = torch.cat([initial_noise(seed, 1, config.in_channels, config.image_size) for seed in seeds])
     clean, labels = source.images[sources], source.labels[sources]
     part = sampler.tail(int(np.abs(sampler.taus - START).argmin()))
     with stages.stage("run the cases through the original") as tick:
         wanted = noised_run(part, lambda: original_step(bundle), (clean, noise, labels), tick)
-    scores, responses = zip(*(measured(wanted[i : i + 1], kind) for i, kind in enumerate(kinds)), strict=True)
-    detail = on_tokens(torch.cat(responses), bundle.model.spec.grid)
-    there = [i for i in range(len(kinds)) if float(scores[i]) > 0 and float(detail[i].sum()) > 0]
-    if not there:
-        raise UsageError("the original draws none of the detail of these images: give others with --data")
-    lost = len(kinds) - len(there)
-    cases = Cases(
-        part,
-        clean[there],
-        labels[there],
-        noise[there],
-        [seeds[i] for i in there],
-        [sources[i] for i in there],
-        [kinds[i] for i in there],
-        wanted[there],
-        detail[there],
-    )
-    return cases, [f"{lost} of {len(kinds)} cases were left out: the original draws none of their detail"] * (lost > 0)
+    cases = Cases(part, clean, labels, noise, seeds, sources, kinds, wanted, torch.zeros(0))
+    return cases.with_detail(bundle.model.spec.grid)
 
 
 def source_images(bundle: Bundle, sampler: Sampler, settings: Settings, stages: Stages) -> LabelledImages:
@@ -161,23 +173,7 @@ def source_images(bundle: Bundle, sampler: Sampler, settings: Settings, stages: 
     if settings.data:
         return read_images(settings.data, dit_config(bundle))
     with stages.stage("draw images from the original") as tick:
-        return own_samples(bundle, sampler, settings.samples, settings.seed, tick)
-
-
-def own_samples(bundle: Bundle, sampler: Sampler, count: int, seed: int, tick: Tick) -> LabelledImages:
-    """Samples of the original to choose from; sample i starts from the noise of seed + i."""
-    config = dit_config(bundle)
-    noise = initial_noise(seed, count, config.in_channels, config.image_size)
-    labels = labels_for(count, config.num_classes)
-    many = Sampler(sampler.prediction, SAMPLE_STEPS, SAMPLE_SOLVER)
-    images = many.run_batches(
-        lambda: original_step(bundle), noise, labels, BATCH, on_step=lambda _: tick(f"batches of {BATCH}")
-    )
-    return LabelledImages(images, labels)
-
-
-def original_step(bundle: Bundle) -> Step:
-    return lambda x, t, y: bundle.model.original_graph(x, t, y)[0]
+        return own_samples(bundle, sampler.prediction, settings.samples, settings.seed, tick)
 
 
 def run_at(bundle: Bundle, planner: StepPlanner, cases: Cases, where: tuple[int, int], tick: Tick) -> Outcome:
@@ -186,6 +182,7 @@ def run_at(bundle: Bundle, planner: StepPlanner, cases: Cases, where: tuple[int,
     `where`: the steps that are examined.
     """
     part = cases.part
+    assert isinstance(part, Sampler)
     watcher = Watcher(bundle, planner, where)
     images = cases.run(part, watcher.new_step, tick)
     compute = compute_section(bundle.model, planner.run_counts(part.taus), part.taus)
@@ -195,7 +192,7 @@ def run_at(bundle: Bundle, planner: StepPlanner, cases: Cases, where: tuple[int,
     return Outcome(planner.schedule.ratio, cost, images, controls, watcher.looks(part))
 
 
-def looked_at(part: Sampler, planners: Sequence[StepPlanner]) -> tuple[int, int]:
+def looked_at(part: Sampler | RunTable, planners: Sequence[StepPlanner]) -> tuple[int, int]:
     """The steps to examine: those nearest to an early and a late noise level at which tokens are dropped.
 
     Only steps at which every planner drops tokens are considered; planners that never drop any do not count.

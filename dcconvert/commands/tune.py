@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from dcconvert.commands.rewrite_bundle import old_figures, old_report
+from dcconvert.commands.rewrite_bundle import FAILURES, old_figures, old_report
 from dcconvert.environment import machine, set_threads
 from dcconvert.evaluate.tuning import (
     CONVERGED,
@@ -32,6 +32,7 @@ from dcconvert.export.files import read_json, write_whole
 from dcconvert.export.runtimes.ort import OrtModel
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.report.conversion import page, report_json, without_nan
+from dcconvert.report.stress import FAILURES_FIGURE
 from dcconvert.report.tuning import Tuning, TuningRow
 from dcconvert.sampling.bundle_runs import RUN, dit_config, run_planner
 from dcconvert.sampling.default_tables import LEAST
@@ -294,9 +295,14 @@ def finite(value: float) -> float | None:
 
 
 def store(bundle: Bundle, best: Trial, found: Tuning) -> None:
-    """Write the table and the report, each whole or not at all."""
+    """Write the table and the report, each whole or not at all. A stress test was another table's and is removed."""
     assert isinstance(best.table, RunTable)
     report = {**old_report(bundle.folder), "tuning": found.to_json()}
+    report.pop("stress", None)
+    figures = old_figures(bundle.folder)
+    figures.pop(FAILURES_FIGURE, None)
     write_whole(bundle.folder / RUN, report_json(best.table.to_dict()).encode())
     write_whole(bundle.folder / "report.json", report_json(report).encode())
-    write_whole(bundle.folder / "report.html", page(without_nan(report), old_figures(bundle.folder)).encode())
+    write_whole(bundle.folder / "report.html", page(without_nan(report), figures).encode())
+    for name in (FAILURES, f"{FAILURES_FIGURE}.png"):
+        (bundle.folder / name).unlink(missing_ok=True)

@@ -112,7 +112,8 @@ class Candidate:
 
     def new_step(self, runtime: Runtime) -> ConvertedStep:
         """The step function of one run of one batch."""
-        return ConvertedStep(self.bundle.model, runtime, self.guidance.halves, self.unconditional)
+        by_table = isinstance(self.sampler, RunTable)
+        return ConvertedStep(self.bundle.model, runtime, self.guidance.halves, self.unconditional, by_table=by_table)
 
     def cost_of(self, counts: np.ndarray) -> float:
         """GMACs of steps of one sample each, by how many tokens they keep."""

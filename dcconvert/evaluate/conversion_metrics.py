@@ -147,7 +147,7 @@ def image_fidelity(
     converted = Contestant(
         f"{subject.model.method.mode} {subject.planner.schedule.ratio:g}x, {sampler.steps} steps",
         sampler,
-        lambda: ConvertedStep(subject.model, runtime.converted),
+        lambda: ConvertedStep(subject.model, runtime.converted, by_table=isinstance(sampler, RunTable)),
         compute["run_gmacs"]["converted"],
         row["converted_ms"]["median"] / row["batch"] * sampler.steps,
         subject.model.method.mode,

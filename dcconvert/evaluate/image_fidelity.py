@@ -83,7 +83,7 @@ def compare_images(
     along the original's own trajectory (same input, relative L2).
     """
     result = Fidelity(reference.name, original.name, converted.name)
-    probe, recorder = Probe(model, runtime, original), Recorder(model, runtime, result)
+    probe, recorder = Probe(model, runtime, original), Recorder(model, runtime, result, converted)
     watched: dict[str, Callable[[], Step]] = {original.name: probe.new_step, converted.name: recorder.new_step}
     for contestant in (reference, original, *others, converted):
         name = contestant.name
@@ -132,11 +132,12 @@ class Probe:
 class Recorder:
     """Runs the converted model and records what it saw and which tokens it kept, for the first batch only."""
 
-    def __init__(self, model: DynamicModel, runtime: Runtime, result: Fidelity) -> None:
+    def __init__(self, model: DynamicModel, runtime: Runtime, result: Fidelity, contestant: Contestant) -> None:
         self.model, self.runtime, self.result = model, runtime, result
+        self.by_table = isinstance(contestant.sampler, RunTable)
 
     def new_step(self) -> Step:
-        converted = ConvertedStep(self.model, self.runtime)
+        converted = ConvertedStep(self.model, self.runtime, by_table=self.by_table)
         if self.result.keep:
             return converted
 

@@ -17,9 +17,12 @@ from dcconvert.records import Record, stated
 
 if TYPE_CHECKING:
     from dcconvert.evaluate.stress_cases import Cases
+    from dcconvert.sampling.run_table import RunTable
+    from dcconvert.sampling.samplers import Sampler
 
+ALL = "all"  # the kind of a row over all cases
 WORST = 6  # cases of each ratio in failures.json
-MEANS = ("psnr", "detail_psnr", "control_psnr", "control_detail_psnr")
+MEANS = ("psnr", "detail_psnr", "control_psnr", "control_detail_psnr", "full_psnr", "full_detail_psnr")
 LOOKED = (
     "attention_to_detail",
     "one_step_error",
@@ -52,7 +55,8 @@ class Outcome:
     """All cases at one ratio: final images [n, C, H, W], looks at an early and a late step, and the control.
 
     `cost`: what the run of one case costs, in steps of the original. `controls`: images of the original by its number
-    of steps, for the whole numbers next to `cost`.
+    of steps, for the whole numbers next to `cost`. In mode steps there are no looks, because no step chooses tokens,
+    and `in_full` are the images of the original's own run.
     """
 
     ratio: float
@@ -60,6 +64,7 @@ class Outcome:
     images: Tensor
     controls: dict[int, Tensor]
     looks: list[Look]
+    in_full: Tensor | None = None
 
     @property
     def control_shares(self) -> dict[int, float]:
@@ -96,7 +101,10 @@ class CaseLook(Record):
 
 @dataclass(frozen=True)
 class CaseFigures(Record):
-    """One case at one ratio, as failures.json lists it. `source_index` is its place among the images to choose from."""
+    """One case at one ratio, as failures.json lists it. `source_index` is its place among the images to choose from.
+
+    Mode steps has no looks, but the figures of the original in full.
+    """
 
     kind: str
     seed: int
@@ -111,13 +119,25 @@ class CaseFigures(Record):
     control_detail_psnr: float
     control_steps: tuple[int, ...]
     looks: tuple[CaseLook, ...]
+    full_psnr: float | None = None
+    full_detail_psnr: float | None = None
+
+    @property
+    def gain(self) -> float:
+        """How much better than the control, in dB."""
+        return self.psnr - self.control_psnr
+
+    @property
+    def detail_gain(self) -> float:
+        return self.detail_psnr - self.control_detail_psnr
 
 
 @dataclass(frozen=True, kw_only=True)
 class StressRow(Record):
     """Means over the cases of one kind of detail at one ratio; None where there is no such figure.
 
-    Fields with a default are those that old reports may lack.
+    Fields with a default are those that old reports may lack. `gain` and `detail_gain`: how much better than the
+    control, paired over the cases, with standard errors.
     """
 
     ratio: float
@@ -143,6 +163,41 @@ class StressRow(Record):
     error_with_dropped_late: float | None = stated()
     mean_age_late: float | None = stated()
     detail_age_late: float | None = stated()
+    full_psnr: float | None = None
+    full_detail_psnr: float | None = None
+    gain: float | None = None
+    gain_error: float | None = None
+    detail_gain: float | None = None
+    detail_gain_error: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipping(Record):
+    """Mode steps: the run that was tested, and what its images were compared with.
+
+    `full_steps`, `full_solver`: the original's own run. `reference_steps`: of the original, with Adams, that is taken
+    as converged; `converged`: PSNR in the detail, in dB, between it and a run of half as many steps.
+    """
+
+    computed: int
+    skipped: int
+    fitted: bool
+    guidance: float
+    full_steps: int
+    full_solver: str
+    reference_steps: int
+    converged: float | None
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What a stress test ran: the bundle's run, the cases, an outcome for each ratio, and what was left out."""
+
+    run: Sampler | RunTable
+    cases: Cases
+    outcomes: list[Outcome]
+    left_out: list[str]
+    skipping: Skipping | None = None
 
 
 def detail_psnr(found: Tensor, wanted: Tensor, detail: Tensor) -> Tensor:
@@ -166,6 +221,8 @@ def judged(cases: Cases, outcome: Outcome, class_names: Sequence[str]) -> list[C
         "control_psnr": control({n: psnr(images, wanted) for n, images in outcome.controls.items()}),
         "control_detail_psnr": control({n: detail_psnr(i, wanted, detail) for n, i in outcome.controls.items()}),
     }
+    if (full := outcome.in_full) is not None:
+        columns |= {"full_psnr": psnr(full, wanted), "full_detail_psnr": detail_psnr(full, wanted, detail)}
     return [
         CaseFigures(
             kind=cases.kinds[i],
@@ -224,18 +281,36 @@ def worst_of(cases: Sequence[CaseFigures]) -> list[CaseFigures]:
     return found
 
 
-def summary(cases: Sequence[CaseFigures]) -> list[StressRow]:
-    """A row for each ratio and kind, with means over its cases."""
-    rows = []
-    for ratio, kind in dict.fromkeys((case.ratio, case.kind) for case in cases):
-        some = [case for case in cases if (case.ratio, case.kind) == (ratio, kind)]
-        means: dict[str, Any] = {name: mean(some, name) for name in MEANS}
-        for number, when in enumerate(("early", "late")):
-            looks = [case.looks[number] for case in some]
-            means |= {f"{name}_{when}": mean(looks, name) for name in LOOKED}
-        cost, steps = some[0].cost, some[0].control_steps  # the same for all of a ratio
-        rows.append(StressRow(ratio=ratio, kind=kind, cases=len(some), cost=cost, control_steps=steps, **means))
-    return rows
+def summary(cases: Sequence[CaseFigures], *, total: bool = False) -> list[StressRow]:
+    """A row for each ratio and kind, with means over its cases; `total`: and one over all cases of each ratio."""
+    groups: dict[tuple[float, str], list[CaseFigures]] = {}
+    for case in cases:
+        groups.setdefault((case.ratio, case.kind), []).append(case)
+    for case in cases if total else ():
+        groups.setdefault((case.ratio, ALL), []).append(case)
+    return [row_of(some, kind) for (_, kind), some in groups.items()]
+
+
+def row_of(cases: Sequence[CaseFigures], kind: str) -> StressRow:
+    """A row of means over cases of one ratio."""
+    means: dict[str, Any] = {name: mean(cases, name) for name in MEANS}
+    for name in ("gain", "detail_gain"):
+        means |= {name: mean(cases, name), f"{name}_error": standard_error(cases, name)}
+    for number, when in enumerate(("early", "late")):
+        looks = [case.looks[number] for case in cases if case.looks]
+        means |= {f"{name}_{when}": mean(looks, name) for name in LOOKED}
+    first = cases[0]  # cost and steps are the same for all of a ratio
+    return StressRow(
+        ratio=first.ratio, kind=kind, cases=len(cases), cost=first.cost, control_steps=first.control_steps, **means
+    )
+
+
+def standard_error(cases: Sequence[CaseFigures], name: str) -> float | None:
+    """Of the mean of one figure; None for a single case, or where it is not finite."""
+    values = np.array([getattr(case, name) for case in cases])
+    if len(values) < 2 or not np.isfinite(values).all():
+        return None
+    return float(values.std(ddof=1) / len(values) ** 0.5)
 
 
 def mean(records: Sequence[Record], name: str) -> float | None:

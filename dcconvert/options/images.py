@@ -112,7 +112,7 @@ stress_options = options(
             "--data",
             type=PATH,
             show_default="samples of the original",
-            help="Images to choose from: a folder, .npy or .npz.",
+            help="Images to choose from: a folder, .npy or .npz. Not in mode steps.",
         ),
         option(
             "--cases",
@@ -124,6 +124,9 @@ stress_options = options(
         ),
         seed("Seed of the noise."),
     ),
-    section("How much to compute", ratios("Ratio to run the bundle at", default=("4x", "16x"))),
+    section(
+        "How much to compute",
+        ratios("Ratio to run the bundle at", show_default="4x, 16x; in mode steps the bundle's own"),
+    ),
     section(OTHER, THREADS),
 )

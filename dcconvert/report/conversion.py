@@ -28,7 +28,7 @@ from dcconvert.report.sections import (
     Source,
     Upcycling,
 )
-from dcconvert.report.stress import BRIGHTEST, FAILURES_FIGURE, Stress
+from dcconvert.report.stress import FAILURES_FIGURE, Stress
 from dcconvert.report.tables import shown
 from dcconvert.report.tuning import Tuning
 
@@ -123,7 +123,7 @@ def without_nan(value: Any) -> Any:
 
 def page(report: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
     """One self-contained HTML page."""
-    return render("conversion.html.j2", report=ConversionReport.from_json(report, figures), brightest=BRIGHTEST)
+    return render("conversion.html.j2", report=ConversionReport.from_json(report, figures))
 
 
 def terminal_table(data: Mapping[str, Any]) -> TerminalTable:

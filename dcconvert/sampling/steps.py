@@ -63,15 +63,23 @@ class OrtPair:
 class ConvertedStep:
     """The step function of one sampling run of a converted model, on any runtime; made new for every run.
 
-    `groups` as in `Run`. With `unconditional` the second half of the batch keeps what that planner says.
+    `groups` as in `Run`. With `unconditional` the second half of the batch keeps what that planner says. `by_table`: a
+    run table makes the run, so a step without weights is computed, whatever the schedule says.
     """
 
     def __init__(
-        self, model: DynamicModel, runtime: Runtime, groups: int = 1, unconditional: StepPlanner | None = None
+        self,
+        model: DynamicModel,
+        runtime: Runtime,
+        groups: int = 1,
+        unconditional: StepPlanner | None = None,
+        *,
+        by_table: bool = False,
     ) -> None:
         self.model = model
         self.groups = groups
         self.unconditional = unconditional
+        self.by_table = by_table
         self.runtime = runtime
         self.run: Run | None = None
         self.kept: list[np.ndarray] = []  # tokens of each sample at every step so far
@@ -85,6 +93,8 @@ class ConvertedStep:
         """`weights`: what a run table says of a step (see `run_table.Model`); None: the schedule decides."""
         if self.run is None:
             self.run = self.runtime.start(len(x), self.groups)
+        if weights is None and self.by_table:
+            weights = ()
         in_torch = isinstance(self.runtime, DynamicModel)
         values = dict(zip(self.model.spec.inputs, (x, t, y), strict=True))
         inputs = values if in_torch else arrays_of(self.model, x, t, y)

@@ -30,7 +30,7 @@ def test_a_section_is_written_as_it_was(name):
 
 @pytest.mark.parametrize(
     ("name", "kind", "more"),
-    [("stress", StressRow, ("bundle", "early", "late")),
+    [("stress", StressRow, ("bundle", "early", "late", "computed", "skipped")),
      ("calibrated", CalibrationRow, ("asked", "budget", "candidates"))],
 )  # fmt: skip
 def test_the_rows_of_results_are_those_of_the_sections(name, kind, more):
