@@ -157,7 +157,8 @@ def make_cases(bundle: Bundle, sampler: Sampler, settings: Settings, stages: Sta
     config = dit_config(bundle)
     source = source_images(bundle, sampler, settings, stages)
     with stages.stage("choose the images"):
-        kinds, sources = places_of(choose(source.images, settings.count))
+        chosen = choose(source.images, settings.count)
+    kinds, sources = places_of(chosen)
     seeds = [settings.seed + place for place in sources]
     noise = torch.cat([initial_noise(seed, 1, config.in_channels, config.image_size) for seed in seeds])
     clean, labels = source.images[sources], source.labels[sources]

@@ -78,7 +78,8 @@ def noise_cases(
     with stages.stage("draw images from the original") as tick:
         source = own_samples(bundle, table.prediction, samples, seed, tick, **guidance)
     with stages.stage("choose the images"):
-        kinds, places = places_of(choose(source.images, count))
+        chosen = choose(source.images, count)
+    kinds, places = places_of(chosen)
     seeds, labels = [seed + place for place in places], source.labels[places]
     noise = torch.cat([initial_noise(each, 1, config.in_channels, config.image_size) for each in seeds])
     with stages.stage("run the cases through the original") as tick:
