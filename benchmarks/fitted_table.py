@@ -19,6 +19,7 @@ COLUMNS = {
     "original, unipc": "original, UniPC",
     "original, euler": "original, Euler",
 }
+LEAST_SHOWN = 8  # computed steps, in the short table: images of fewer are poor
 SHORT = ("original, tuned", "all steps computed", "original, unipc", "original, euler")
 
 
@@ -55,7 +56,7 @@ def short_rows(rows: Sequence[dict[str, Any]], steps: int) -> tuple[list[str], l
     """Headers and cells of the short table, guidance 1: with `tune`, without it, and the original."""
     headers = ["compute", "speed-up", "after `tune`", "without", *(COLUMNS.get(name, name) for name in SHORT)]
     found = []
-    for budget in sorted({row["budget"] for row in rows}):
+    for budget in sorted({row["budget"] for row in rows if row["budget"] >= LEAST_SHOWN}):
         here = of_budget(rows, 1.0, budget)
         tuned = max((row for row in here.values() if not row["run"].startswith("original")), key=lambda r: r["psnr"])
         plain = here["1 skipped after each"] if budget >= WORTH_SKIPPING else here["all steps computed"]
@@ -85,9 +86,10 @@ def peer_rows(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
 def note(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """The note below a table, which says what the figures are."""
     converged = min(row["reference_converged_db"] for row in rows)
+    polished = any("polished" in row["run"] for row in rows)
+    rounds = f"up to {settings['polish_up_to']:g} computed steps were also polished (rounds: {settings['polish']})"
     return (
         f"\nPSNR in dB on {settings['fresh']} images that nothing was fitted to, ± standard error, relative to a run "
         f"of {settings['reference_steps']} Adams steps; half as many steps reach at least {converged:.0f} dB. The fits "
-        f"used {settings['images']} other images; at guidance 1, tables with up to {settings['polish_up_to']:g} "
-        f"computed steps were also polished (rounds: {settings['polish']}).\n"
+        f"used {settings['images']} other images{f'; at guidance 1, tables with {rounds}' if polished else ''}.\n"
     )

@@ -42,8 +42,8 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def machine_note(result: dict[str, Any]) -> str:
-    facts, settings = result["machine"], result["settings"]
-    images = settings.get("images_made_on", facts if settings.get("device") else None)
+    facts, settings = result["machine"], result.get("settings", {})
+    images = settings.get("images_made_on", facts) if settings.get("device") else None
     made = f"\nImages were made on a GPU: {images['gpu']}; torch {images['torch']}.\n" if images else ""
     if images is facts:
         return made
