@@ -4,12 +4,13 @@
     python -m benchmarks.fitted --budgets 12.5   # one budget
     python -m benchmarks.fitted --model cifar --device cuda    # on a GPU -> fitted_cifar.json
     python -m benchmarks.fitted --model cifar --times          # add the times, on the machine they are for
+    python -m benchmarks.fitted --ship                         # store the shipped model's best tables with the package
 
 For every budget, in steps of the original: PSNR of the final images to a converged run from the same seeds (Adams of
 second order; how far half its steps are from it stands beside). Tables are fitted to 16 images, those of small budgets
-are polished on them too, and every row is judged on others. Time is that of whole runs on ONNX Runtime: original,
-computed and skipped steps take turns in one process. With `--device`, torch makes the images there, and no time is
-measured.
+are polished on them too, and every row is judged on others. Times of whole runs are computed from those of original,
+computed and skipped steps, which take turns in one process on ONNX Runtime. With `--device`, torch makes the images
+there, and no time is measured.
 """
 
 from __future__ import annotations
@@ -62,17 +63,22 @@ def main() -> None:
     parser.add_argument(
         "--times", action="store_true", help="measure times only, and put them into the result there is"
     )
+    parser.add_argument("--ship", action="store_true", help="only store the best tables of the result with the package")
     parser.add_argument("--out", type=Path, help="result file")
     args = parser.parse_args()
     args.out = args.out or RESULTS / ("fitted.json" if args.model == "shipped" else f"fitted_{args.model}.json")
-    (measure_times if args.times else measure)(args)
+    if args.ship:
+        ship(json.loads(args.out.read_text())["rows"])
+        print(f"Shipped tables: {ASSET}")
+    else:
+        (measure_times if args.times else measure)(args)
 
 
 def measure(args: argparse.Namespace) -> None:
     """Fit, judge, and write the result after each guidance; times too, unless a device makes the images."""
     settings = {**vars(args), "runtime": "onnxruntime CPU, fp32", "steps": STEPS, "times_ms": None}
     settings["runtime"] = f"torch {args.device}, fp32" if args.device else "onnxruntime CPU, fp32"
-    del settings["times"], settings["out"]
+    del settings["times"], settings["ship"], settings["out"]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as tmp, torch.inference_mode(), Progress() as progress:
         bench = Bench(Path(tmp), args, progress)
@@ -82,9 +88,6 @@ def measure(args: argparse.Namespace) -> None:
                 rows += [row(tried, trial, times) for trial in tried.trials]
                 write_result(NAME, {**settings, "times_ms": times}, rows, args.out)
     print(f"Results: {args.out}")
-    if args.model == "shipped" and args.out.parent == RESULTS:
-        ship(rows)
-        print(f"Shipped tables: {ASSET}")
 
 
 def measure_times(args: argparse.Namespace) -> None:
@@ -95,7 +98,7 @@ def measure_times(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as tmp, torch.inference_mode(), Progress() as progress:
         times = step_times(Bench(Path(tmp), args, progress).pair, settings["latency_batch"], settings["runs"])
     for one in rows:
-        one["speedup"] = speedup(one["steps"], one["computed"], times)
+        one["speedup"] = speedup(one["run"], one["steps"], one["computed"], times)
     settings = {"images_made_on": result["machine"], **settings, "times_ms": times}
     print(f"Results: {write_result(NAME, settings, rows, args.out)}")
 
@@ -165,9 +168,10 @@ class Bench:
             self.progress.advance(task)
 
 
-def speedup(steps: int, computed: int, times: StepTimes) -> float:
-    """Of a whole run, over STEPS steps of the original."""
-    return round(run_time(STEPS, STEPS, times) / run_time(steps, computed, times), 3)
+def speedup(name: str, steps: int, computed: int, times: StepTimes) -> float:
+    """Of a whole run, over STEPS steps of the original; the known solvers run the original, too."""
+    whole = run_time(STEPS, STEPS, times, original=True)
+    return round(whole / run_time(steps, computed, times, original=name.startswith("original")), 3)
 
 
 def row(tried: Tried, trial: Trial, times: StepTimes | None) -> dict[str, Any]:
@@ -181,7 +185,7 @@ def row(tried: Tried, trial: Trial, times: StepTimes | None) -> dict[str, Any]:
         "steps": trial.table.steps,
         "computed": trial.table.evaluations,
         "cost": round(trial.cost, 4),
-        "speedup": speedup(trial.table.steps, trial.table.evaluations, times) if times else None,
+        "speedup": speedup(trial.name, trial.table.steps, trial.table.evaluations, times) if times else None,
         "psnr": round(trial.mean, 3),
         "psnr_error": round(trial.error, 3),
         "behind_best": round(float(behind.mean()), 3),

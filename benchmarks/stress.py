@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=COUNT, help="cases of each kind, in mode steps")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="of the original to choose from, in mode steps")
     args = parser.parse_args()
+    if not args.work and not args.steps:
+        parser.error("say what to run: --work FOLDER, --steps, or both")
     before = json.loads((RESULTS / "stress.json").read_text())
     if args.work:
         settings, rows = in_tokens(args.work)

@@ -363,9 +363,12 @@ def fitted(name: str) -> str:
 
 def fitted_short(name: str) -> str:
     result = read(name)
-    rows = [row for row in result["rows"] if row["guidance"] == 1]
-    headers, cells = short_rows(rows, result["settings"]["steps"])
-    return markdown(headers, cells) + note(result["settings"], rows) + machine_note(result)
+    rows, settings = (
+        [row for row in result["rows"] if row["guidance"] == 1],
+        {**result["settings"], "guided_budgets": []},
+    )
+    headers, cells = short_rows(rows, settings["steps"])
+    return markdown(headers, cells) + note(settings, rows) + machine_note(result)
 
 
 def peers(name: str) -> str:

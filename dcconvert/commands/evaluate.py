@@ -32,6 +32,7 @@ from dcconvert.report.conversion import report_json
 from dcconvert.report.evaluation import Distances, EvaluationReport, Execution, Images, Row, evaluation_page
 from dcconvert.report.figures import comparison
 from dcconvert.report.sections import Spread
+from dcconvert.sampling.bundle_runs import replaced_note
 from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Guidance
 from dcconvert.terminal import Stages
@@ -106,9 +107,10 @@ def evaluate_bundles(settings: Settings, console: Console) -> EvaluationReport:
 
 
 def guidance_notes(candidates: Sequence[Candidate]) -> list[str]:
-    """One for each run table that was fitted for another guidance scale."""
+    """One for each run table that was made for another guidance scale, or that is not used."""
     tables = [(one.sampler, one) for one in candidates if isinstance(one.sampler, RunTable)]
     notes = [table.guidance_note(one.guidance.scale, one.bundle.folder) for table, one in tables]
+    notes += [replaced_note(one.bundle, one.sampler) for one in candidates]
     return [note for note in notes if note]
 
 

@@ -15,7 +15,7 @@ from dcconvert.export.bundle import read_bundle
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.report.figures import save_comparison
 from dcconvert.report.notes import state_note
-from dcconvert.sampling.bundle_runs import bundle_run, dit_config, opened, run_planner
+from dcconvert.sampling.bundle_runs import bundle_run, dit_config, opened, replaced_note, run_planner
 from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Guidance, Sampler, Step, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep
@@ -60,6 +60,8 @@ def sample_bundle(
     lite = None if guidance.ratio is None else planner.at_ratio(guidance.ratio, sampler.taus)
     name = f"{model.method.mode}, {model.schedule.ratio:g}x"
     if isinstance(sampler, RunTable) and (note := sampler.guidance_note(guidance.scale, folder)):
+        stages.note(note)
+    if note := replaced_note(bundle, sampler):
         stages.note(note)
     if model.method.stateful:
         console.print(state_note(model.spec.state_bytes, (count * guidance.halves,)), highlight=False)

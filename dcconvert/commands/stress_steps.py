@@ -18,7 +18,7 @@ from dcconvert.evaluate.stress_cases import Cases, original_step, own_samples, p
 from dcconvert.evaluate.stress_metrics import Outcome, Skipping, Tested, detail_psnr
 from dcconvert.evaluate.tuning import skip_cost
 from dcconvert.export.bundle import Bundle
-from dcconvert.sampling.bundle_runs import bundle_run, dit_config, run_planner
+from dcconvert.sampling.bundle_runs import bundle_run, dit_config, run_planner, stored_table
 from dcconvert.sampling.default_tables import ADAMS, GRADED, original_run
 from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Guidance, Sampler, initial_noise
@@ -33,7 +33,7 @@ def tested_in_steps(bundle: Bundle, count: int, samples: int, seed: int, stages:
 
     Raises UsageError if no image has any detail, or if the bundle does not say how to sample it.
     """
-    table, sampler = bundle_run(bundle)[0], run_planner(bundle, None)[0]
+    table, sampler = stored_table(bundle) or bundle_run(bundle)[0], run_planner(bundle, None)[0]
     assert isinstance(table, RunTable)
     cases, lost = noise_cases(bundle, table, count, samples, seed, stages)
     with stages.stage("run the cases in half the reference's steps") as tick:

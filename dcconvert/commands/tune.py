@@ -16,12 +16,14 @@ from dcconvert.commands.rewrite_bundle import FAILURES, old_figures, old_report
 from dcconvert.environment import machine, set_threads
 from dcconvert.evaluate.tuning import (
     CONVERGED,
+    PRESENT,
     FittedStep,
     Gain,
     Images,
     StepTimes,
     Trial,
     Tuner,
+    best_first,
     run_time,
     skip_cost,
     step_times,
@@ -34,7 +36,7 @@ from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.report.conversion import page, report_json, without_nan
 from dcconvert.report.stress import FAILURES_FIGURE
 from dcconvert.report.tuning import Tuning, TuningRow
-from dcconvert.sampling.bundle_runs import RUN, dit_config, run_planner
+from dcconvert.sampling.bundle_runs import RUN, dit_config, run_planner, stored_table
 from dcconvert.sampling.default_tables import LEAST
 from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Guidance, Sampler
@@ -210,6 +212,7 @@ def best_fit(work: Work) -> tuple[Trial, Tuning]:
             budget, trials = tuner.least_budget(settings.psnr, work.sampler.steps, seen, fresh, tick)
         else:
             trials = tuner.trials(budget, seen, fresh, tick)
+        trials = with_present(work, trials, budget, fresh, tick)
     best = next((trial for trial in trials if isinstance(trial.table, RunTable)), None)
     if best is None or not best.psnr.isfinite().all():
         raise CheckFailedError("the images of every candidate are not finite: the model cannot be sampled")
@@ -222,19 +225,31 @@ def best_fit(work: Work) -> tuple[Trial, Tuning]:
     return best, replace(found, confirmed_psnr=confirmed)
 
 
-def judged(work: Work, table: RunTable, console: Console) -> tuple[Trial, Tuning]:
-    """A table from elsewhere beside the unfitted default and the original, on images that no fit saw.
+def with_present(
+    work: Work, trials: list[Trial], cost: float, fresh: Images, tick: Callable[[str], None]
+) -> list[Trial]:
+    """The trials, best first, and that of the bundle's present table if it costs as much: what is good stays."""
+    present = stored_table(work.bundle)
+    if present is None or not work.tuner.comparable(present, cost):
+        return trials
+    return best_first([*trials, work.tuner.trial(PRESENT, present, fresh, tick)])
 
-    If it is not as good as the default, this is shown, and CheckFailedError raised.
+
+def judged(work: Work, table: RunTable, console: Console) -> tuple[Trial, Tuning]:
+    """A table from elsewhere beside the unfitted default, the bundle's own and the original, on images that no fit saw.
+
+    If it is not as good as the first two, this is shown, and CheckFailedError raised.
     """
     with work.stages.stage("draw the reference") as tick:
         fresh = work.drawn(GIVEN_SEED, work.settings.fresh, tick)
         converged = work.converged(fresh, tick)
     with work.stages.stage("compare") as tick:
         given, default, trials = work.tuner.beside(table, fresh, tick)
+        trials = with_present(work, trials, given.cost, fresh, tick)
     if not given.psnr.isfinite().all():
         raise CheckFailedError("the images of the given table are not finite: it is of no use for this model")
-    gain = Gain.of(given, default)
+    rival = max((trial for trial in trials if trial is default or trial.name == PRESENT), key=lambda trial: trial.mean)
+    gain = Gain.of(given, rival)
     assert work.settings.table is not None
     found = replace(
         described(work, given.cost, trials, given, converged),
@@ -245,9 +260,10 @@ def judged(work: Work, table: RunTable, console: Console) -> tuple[Trial, Tuning
     )
     if not gain.enough:
         console.print(found.for_terminal())
+        against = "the unfitted default of as many computed steps" if rival is default else PRESENT
         raise CheckFailedError(
-            f"the given table is {-gain.mean:.2f} ± {gain.error:.2f} dB worse than the unfitted default of as many "
-            f"computed steps; nothing was changed: 'dcconvert tune {work.bundle.folder}' fits one to this model"
+            f"the given table is {-gain.mean:.2f} ± {gain.error:.2f} dB worse than {against}; nothing was changed: "
+            f"'dcconvert tune {work.bundle.folder}' fits one to this model"
         )
     return given, found
 
@@ -265,7 +281,9 @@ def described(work: Work, budget: float, trials: list[Trial], best: Trial, conve
             psnr=finite(trial.mean),
             psnr_error=finite(trial.error),
             fitted=trial.fitted,
-            latency_ms=run_time(trial.table.steps, trial.table.evaluations, work.times),
+            latency_ms=run_time(
+                trial.table.steps, trial.table.evaluations, work.times, isinstance(trial.table, Sampler)
+            ),
         )
         for trial in trials
     ]

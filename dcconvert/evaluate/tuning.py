@@ -40,6 +40,8 @@ SKIPS = (1, 2)  # skipped steps for each computed one
 CONTROLS = ("euler", "unipc")  # solvers for the original, with nothing fitted
 GIVEN, DEFAULT = "the given table", "the unfitted default"  # names of trials
 StepTimes = dict[str, dict[str, float]]  # milliseconds (`spread`) of a step of the original, computed, skipped
+CLOSE = 1.01  # of a budget: what a run may cost, so that cheap skipped steps do not take the place of a computed one
+PRESENT = "the bundle's present table"
 CONVERGED = 50.0  # dB between the reference and a run of half its steps, below which a warning is due
 
 
@@ -129,6 +131,10 @@ class Gain:
         return not self.mean < -self.error
 
 
+def best_first(trials: Sequence[Trial]) -> list[Trial]:
+    return sorted(trials, key=lambda trial: -trial.mean)
+
+
 def skip_cost(model: DynamicModel) -> float:
     """Operations of a skipped step, in steps of the original."""
     inputs = model.spec.example(2)
@@ -151,9 +157,9 @@ def step_times(pair: OrtPair, batch: int, runs: int, tick: Callable[[], None] = 
     return {name: spread(values) for name, values in interleaved(calls, runs, 3, tick).items()}
 
 
-def run_time(steps: int, computed: int, times: StepTimes) -> float:
-    """Milliseconds of a whole run of so many steps; one that skips none runs the original's graph."""
-    kind = "computed" if steps > computed else "original"
+def run_time(steps: int, computed: int, times: StepTimes, original: bool = False) -> float:
+    """Milliseconds of a whole run of so many steps, of the converted model or of the original."""
+    kind = "original" if original else "computed"
     return times[kind]["median"] * computed + times["skipped"]["median"] * (steps - computed)
 
 
@@ -203,10 +209,10 @@ class Tuner:
                 yield f"{skips} skipped after each", replace(table, guidance=self.guidance)
 
     def affordable(self, budget: float, skips: int) -> list[bool] | None:
-        """The longest pattern within the budget; None if there is none with a skipped step."""
+        """The longest pattern that costs about the budget; None if there is none with a skipped step."""
         for evaluations in range(int(budget), 1, -1):
             full = pattern(evaluations, skips)
-            if not all(full) and self.cost(full) <= budget + 1e-9:
+            if not all(full) and self.cost(full) <= budget * CLOSE:
                 return full
         return None
 
@@ -232,7 +238,13 @@ class Tuner:
         whole = int(budget + 1e-9)
         controls = {f"original, {solver}": Sampler(self.prediction, whole, solver) for solver in CONTROLS}
         found += [self.trial(name, sampler, fresh, tick) for name, sampler in controls.items()]
-        return sorted(found, key=lambda trial: -trial.mean)
+        return best_first(found)
+
+    def comparable(self, table: RunTable, cost: float) -> bool:
+        """Whether a table is for this kind of model and this guidance, and costs about that much or less."""
+        if (table.prediction, table.guidance) != (self.prediction, self.guidance):
+            return False
+        return self.cost([row.full for row in table.rows]) <= cost * CLOSE
 
     def beside(self, table: RunTable, fresh: Images, tick: Callable[[str], None]) -> tuple[Trial, Trial, list[Trial]]:
         """A table that was not fitted here, the default with as many computed steps, and all trials, best first.
@@ -248,7 +260,7 @@ class Tuner:
             "original, unipc": Sampler(self.prediction, whole, "unipc"),
         }
         found = [given, default, *(self.trial(name, run, fresh, tick) for name, run in controls.items())]
-        return given, default, sorted(found, key=lambda trial: -trial.mean)
+        return given, default, best_first(found)
 
     def least_budget(
         self, psnr: float, most: int, seen: Images, fresh: Images, tick: Callable[[str], None]

@@ -52,7 +52,7 @@ class Tuning(Record):
     polish: int = 0
     latency: float | None = None
     given: str | None = None  # where the table comes from, if it was not fitted to this model
-    gain: float | None = None  # of a given table over the unfitted default, in dB
+    gain: float | None = None  # of a given table over the default or the present one, in dB
     gain_error: float | None = None
     wanted_psnr: float | None = None
     confirmed_psnr: float | None = None
@@ -74,7 +74,7 @@ class Tuning(Record):
         gain = f"{shown(self.gain, '+.2f')} ± {shown(self.gain_error, '.2f')} dB"
         return (
             f"Nothing was fitted here: the table is that of {self.given}. Compared image by image with the unfitted "
-            f"default of as many computed steps, it gains {gain}."
+            f"default of as many computed steps, or with the bundle's present table if that is better, it gains {gain}."
         )
 
     @property

@@ -68,16 +68,27 @@ def bundle_run(
 
     In mode steps it is the table in `run.json`, or diffusers' solver with the bundle's own schedule, if a solver is
     given. It is the default table instead if other steps are given, or if `run.json` has the default table for another
-    guidance scale.
+    guidance scale (`replaced_note`).
     """
     sampler, planner = run_planner(bundle, steps, solver)
     if bundle.model.method.remembers != "updates" or solver is not None:
         return sampler, planner
     ratio = bundle.model.schedule.ratio
-    table = stored_table(bundle) if steps is None else None
+    table = stored_table(bundle) if steps in (None, bundle.manifest["sampler"]["steps"]) else None
     if table and (table.guidance == guidance or table != run_of(bundle.model, sampler, ratio, "", table.guidance)):
         return table, planner
     return run_of(bundle.model, sampler, ratio, "", guidance), planner
+
+
+def replaced_note(bundle: Bundle, run: Sampler | RunTable) -> str:
+    """What to tell a user whose run is not that of `run.json`, because of its guidance or steps; else nothing."""
+    stored = stored_table(bundle)
+    if stored is None or run == stored:
+        return ""
+    made = f"{run.solver}, by the bundle's schedule"
+    if isinstance(run, RunTable):
+        made = f"the default table for guidance {run.guidance:g}: {run.evaluations} of {run.steps} steps are computed"
+    return f"{bundle.folder / RUN} is not used; the run is {made}"
 
 
 def run_planner(bundle: Bundle, steps: int | None, solver: str | None = None) -> tuple[Sampler, StepPlanner]:

@@ -133,11 +133,12 @@ class RunTable(Batched):
         return self.name or "run table"
 
     def guidance_note(self, guidance: float, folder: object) -> str:
-        """What to tell a user who samples with another guidance scale than the table was fitted for; else nothing."""
-        if not self.fitted or guidance == self.guidance:
+        """What to tell a user who samples with another guidance scale than the table was made for; else nothing."""
+        if guidance == self.guidance:
             return ""
+        made = "fitted" if self.fitted else "made"
         return (
-            f"The run table was fitted for guidance {self.guidance:g} and is used with {guidance:g}, where it may be "
+            f"The run table was {made} for guidance {self.guidance:g} and is used with {guidance:g}, where it may be "
             f"worse: 'dcconvert tune {folder} --guidance {guidance:g}' fits one for that."
         )
 

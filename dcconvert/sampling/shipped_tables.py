@@ -23,8 +23,8 @@ def known_tables() -> dict[str, list[dict[str, Any]]]:
 def shipped_table(sha256: str, evaluations: int) -> RunTable | None:
     """The table for a checkpoint and a budget of so many computed steps; None if nothing was fitted for them.
 
-    It computes that many, or one less: skipped steps cost something too.
+    It computes that many; or one less, if it skips steps, since these cost something too.
     """
     tables = [RunTable.from_dict(entry) for entry in known_tables().get(sha256, [])]
-    near = [table for table in tables if evaluations - 1 <= table.evaluations <= evaluations]
+    near = [table for table in tables if evaluations in (table.evaluations, table.evaluations + (table.updates > 0))]
     return max(near, key=lambda table: table.evaluations, default=None)

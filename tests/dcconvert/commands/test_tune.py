@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import dcconvert
 from dcconvert.commands import sample
 from dcconvert.commands.evaluate import guidance_notes
 from dcconvert.evaluate.comparison import Candidate
+from dcconvert.evaluate.tuning import PRESENT, Images, Trial, Tuner
 from dcconvert.export.bundle import read_bundle
 from dcconvert.sampling.bundle_runs import RUN, bundle_run
 from dcconvert.sampling.default_tables import default_table
@@ -69,6 +71,16 @@ def test_the_run_of_a_bundle(steps_job):
     assert 0 in planner.run_counts(solver.taus)
 
 
+def test_sample_says_when_guidance_changes_the_run(folder, tmp_path):
+    run = run_cli("sample", folder, "-n", 1, "--guidance", 4, "-o", tmp_path / "out.png")
+    assert run.code == 0, run.err
+    assert "is not used; the run is the default table for guidance 4: 12 of 12 steps are computed" in run.err
+    run = run_cli("sample", folder, "-n", 1, "--steps", 50, "-o", tmp_path / "out.png")
+    assert "is not used" not in run.err  # these are its steps
+    run = run_cli("sample", folder, "-n", 1, "--steps", 20, "-o", tmp_path / "out.png")
+    assert "is not used" in run.err
+
+
 def test_a_table_of_the_users_is_kept_for_another_guidance(folder):
     before = table_of(folder)
     own = replace(before, rows=(replace(before.rows[0], noise=0.25), *before.rows[1:]))
@@ -122,6 +134,27 @@ def test_tune_stores_what_was_best_on_images_it_did_not_see(folder):
     assert fit["psnr"] > plain["psnr"]
     assert "Chosen:" in run.out
     assert "Tuning" in (folder / "report.html").read_text()
+
+
+def test_tune_keeps_the_present_table_if_nothing_is_better(folder, monkeypatch):
+    before = (folder / RUN).read_bytes()
+
+    def only_worse(self: Tuner, budget: float, seen: Images, fresh: Images, tick: Any) -> list[Trial]:
+        return [self.trial("worse", default_table("flow", 2, 1), fresh, tick)]
+
+    monkeypatch.setattr(Tuner, "trials", only_worse)
+    run = run_cli("tune", folder, "--images", 2, "--fresh", 2, "--reference-steps", 24)
+    assert run.code == 0, run.err
+    assert RunTable.from_dict(json.loads(before)) == table_of(folder)
+    assert json.loads((folder / "report.json").read_text())["tuning"]["chosen"] == PRESENT
+
+
+def test_a_table_is_comparable_at_its_guidance_and_cost():
+    tuner, table = Tuner(lambda: pytest.fail("not needed"), "flow", 0.001), default_table("flow", 12, 1)
+    assert tuner.comparable(table, 12)
+    assert not tuner.comparable(table, 11)
+    assert not tuner.comparable(replace(table, guidance=4.0), 12)
+    assert not tuner.comparable(replace(table, prediction="eps"), 12)
 
 
 def test_tune_for_another_budget_and_guidance(folder):

@@ -30,4 +30,5 @@ def test_half_the_steps_have_one_whose_skipped_steps_fit_the_budget_too():
 def test_other_checkpoints_and_other_budgets_have_none():
     [sha256] = known_tables()
     assert shipped_table("0" * 64, 12) is None
+    assert shipped_table(sha256, 9) is None  # the one of 8 steps skips none
     assert shipped_table(sha256, 999) is None
