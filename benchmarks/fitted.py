@@ -96,10 +96,11 @@ def measure_times(args: argparse.Namespace) -> None:
     settings, rows = result["settings"], result["rows"]
     args.device = None
     with tempfile.TemporaryDirectory() as tmp, torch.inference_mode(), Progress() as progress:
-        times = step_times(Bench(Path(tmp), args, progress).pair, settings["latency_batch"], settings["runs"])
+        times = step_times(Bench(Path(tmp), args, progress).pair, args.latency_batch, args.runs)
     for one in rows:
         one["speedup"] = speedup(one["run"], one["steps"], one["computed"], times)
     settings = {"images_made_on": result["machine"], **settings, "times_ms": times}
+    settings |= {"latency_batch": args.latency_batch, "runs": args.runs}
     print(f"Results: {write_result(NAME, settings, rows, args.out)}")
 
 
