@@ -6,7 +6,7 @@ import contextlib
 import copy
 import io
 from collections.abc import Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,7 +61,6 @@ def make_session(path: Path, provider: str = CPU, threads: int = 0, settings: Ma
     return session
 
 
-@cache
 def load_libraries() -> str:
     """Load CUDA and cuDNN from the NVIDIA packages or wherever else they are; what could not be loaded, and why.
 
