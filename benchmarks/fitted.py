@@ -29,7 +29,7 @@ from rich.progress import Progress
 from benchmarks.common import MODELS, RESULTS, in_steps, write_result
 from benchmarks.torch_device import TorchDevice
 from dcconvert.commands.tune import SEED
-from dcconvert.evaluate.tuning import FittedStep, Images, StepTimes, Trial, Tuner, run_time, skip_cost, step_times
+from dcconvert.evaluate.tuning import FittedStep, Gain, Images, StepTimes, Trial, Tuner, run_time, skip_cost, step_times
 from dcconvert.export.files import file_sha256
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.models.load import shipped_model
@@ -76,8 +76,8 @@ def main() -> None:
 
 def measure(args: argparse.Namespace) -> None:
     """Fit, judge, and write the result after each guidance; times too, unless a device makes the images."""
-    settings = {**vars(args), "runtime": "onnxruntime CPU, fp32", "steps": STEPS, "times_ms": None}
-    settings["runtime"] = f"torch {args.device}, fp32" if args.device else "onnxruntime CPU, fp32"
+    runtime = f"torch {args.device}, fp32" if args.device else "onnxruntime CPU, fp32"
+    settings = {**vars(args), "runtime": runtime, "steps": STEPS}
     del settings["times"], settings["ship"], settings["out"]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as tmp, torch.inference_mode(), Progress() as progress:
@@ -177,7 +177,7 @@ def speedup(name: str, steps: int, computed: int, times: StepTimes) -> float:
 
 def row(tried: Tried, trial: Trial, times: StepTimes | None) -> dict[str, Any]:
     """A run in figures. "behind_best": how much better the best run of its budget is, image by image."""
-    behind = tried.trials[0].psnr - trial.psnr
+    behind = Gain.of(tried.trials[0], trial)
     return {
         "guidance": tried.guidance,
         "budget": tried.budget,
@@ -189,8 +189,8 @@ def row(tried: Tried, trial: Trial, times: StepTimes | None) -> dict[str, Any]:
         "speedup": speedup(trial.name, trial.table.steps, trial.table.evaluations, times) if times else None,
         "psnr": round(trial.mean, 3),
         "psnr_error": round(trial.error, 3),
-        "behind_best": round(float(behind.mean()), 3),
-        "behind_best_error": round(float(behind.std() / len(behind) ** 0.5), 3),
+        "behind_best": round(behind.mean, 3),
+        "behind_best_error": round(behind.error, 3),
         "reference_converged_db": round(tried.converged, 1),
         "table": trial.table.to_dict() if isinstance(trial.table, RunTable) and trial.fitted else None,
     }

@@ -17,7 +17,7 @@ import torch
 import dcconvert
 from benchmarks.common import random_dit
 from benchmarks.gpu_cases import FORMS, TOLERANCES, kept_tokens, synchronised, telling_std
-from benchmarks.gpu_steps import run_speed
+from benchmarks.gpu_steps import figures_of_steps
 from dcconvert.api import Converted
 from dcconvert.commands.build import find_device
 from dcconvert.export.buckets import choose_buckets
@@ -206,18 +206,10 @@ def step_times(
     model: Converted, calls: dict[str, Callable[[], Any]], ratios: Sequence[float], runs: int
 ) -> dict[str, Any]:
     """Times of STEPS in turns, and what runs of such steps gain at `ratios` of operations."""
-    times = interleaved(calls, runs, warm_up=3)
-    seconds = {name: float(np.median(found)) for name, found in times.items()}
     inputs, tokens = model.spec.example(2), model.spec.tokens
-    gmacs = {name: converted_gmacs(model, inputs, kept) for name, kept in (("full", tokens), ("skip", 0))}
-    gmacs["original"] = original_gmacs(model, inputs)
-    return {
-        "tokens": tokens,
-        **{f"{name}_ms": spread(found) for name, found in times.items()},
-        "gmacs": {name: round(gmacs[name], 3) for name in STEPS},
-        "full_speed": round(seconds["original"] / seconds["full"], 3),
-        "runs": [run_speed(ratio, seconds, gmacs) for ratio in ratios],
-    }
+    gmacs = {"original": original_gmacs(model, inputs)}
+    gmacs |= {name: converted_gmacs(model, inputs, kept) for name, kept in (("full", tokens), ("skip", 0))}
+    return {"tokens": tokens, **figures_of_steps(interleaved(calls, runs, warm_up=3), gmacs, ratios)}
 
 
 def relative_error(found: Array, wanted: Array) -> float:

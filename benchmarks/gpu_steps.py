@@ -91,15 +91,22 @@ def step_latency(
         times = interleaved({name: synchronised(call, device) for name, call in calls.items()}, runs, warm_up=3)
     gmacs = {name: count_macs(steps.graphs[name], tuple(args)) / batch / GIGA for name, args in given.items()}
     traffic = {name: count_bytes(steps.graphs[name], tuple(args)) for name, args in given.items()}
-    seconds = {name: float(np.median(found)) for name, found in times.items()}
     return {
         "tokens": tokens,
+        **figures_of_steps(times, gmacs, ratios),
+        "bytes": {name: asdict(value) for name, value in traffic.items()},
+        "state_mb": round(UPDATES * tokens * width * batch * DTYPES[dtype].itemsize / MEGABYTE, 1),
+    }
+
+
+def figures_of_steps(times: dict[str, list[float]], gmacs: dict[str, float], ratios: Sequence[float]) -> dict[str, Any]:
+    """Times and operations of the original, a full and a skip step, and what runs of such steps gain at `ratios`."""
+    seconds = {name: float(np.median(found)) for name, found in times.items()}
+    return {
         **{f"{name}_ms": spread(found) for name, found in times.items()},
         "gmacs": {name: round(value, 3) for name, value in gmacs.items()},
-        "bytes": {name: asdict(value) for name, value in traffic.items()},
         "full_speed": round(seconds["original"] / seconds["full"], 3),
         "runs": [run_speed(ratio, seconds, gmacs) for ratio in ratios],
-        "state_mb": round(UPDATES * tokens * width * batch * DTYPES[dtype].itemsize / MEGABYTE, 1),
     }
 
 

@@ -46,7 +46,7 @@ def sample_bundle(
     classes = torch.tensor(labels).repeat(count)[:count] if labels else labels_for(count, config.num_classes)
     if int(classes.max()) >= config.num_classes or int(classes.min()) < 0:
         raise UsageError(f"--label must be from 0 to {config.num_classes - 1}")
-    null_class = config.num_classes if config.null_class else None
+    null_class = config.unconditional_class
     stages = Stages(Console(stderr=True))
     images: dict[str, Tensor] = {}
 

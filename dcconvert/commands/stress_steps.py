@@ -71,10 +71,7 @@ def noise_cases(
 ) -> tuple[Cases, list[str]]:
     """Choose the noise by what the original draws from it, and run it to convergence."""
     config = dit_config(bundle)
-    guidance: dict[str, Any] = {
-        "guidance": table.guidance,
-        "null_class": config.num_classes if config.null_class else None,
-    }
+    guidance: dict[str, Any] = {"guidance": table.guidance, "null_class": config.unconditional_class}
     with stages.stage("draw images from the original") as tick:
         source = own_samples(bundle, table.prediction, samples, seed, tick, **guidance)
     with stages.stage("choose the images"):
@@ -98,7 +95,7 @@ def run_both(
     """
     halves = Guidance(table.guidance).halves
     images = cases.run(table, lambda: ConvertedStep(bundle.model, bundle.model, halves, by_table=True), tick)
-    cost = table.evaluations + skip_cost(bundle.model) * (table.steps - table.evaluations)
+    cost = table.cost(skip_cost(bundle.model))
     controls = {
         steps: cases.run(original_run(table.prediction, steps, GRADED), lambda: original_step(bundle), tick)
         for steps in sorted({math.floor(cost), math.ceil(cost)})

@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -93,16 +94,21 @@ class Work:
             times = step_times(pair, settings.batch * halves, TIMED, lambda: tick("taking turns"))
         return cls(settings, bundle, stages, sampler, pair.converted, times)
 
-    @property
+    @cached_property
+    def skip_cost(self) -> float:
+        """Operations of a skipped step, in steps of the original."""
+        return skip_cost(self.bundle.model)
+
+    @cached_property
     def tuner(self) -> Tuner:
         settings, config = self.settings, dit_config(self.bundle)
         skipped, computed = self.times["skipped"]["median"], self.times["computed"]["median"]
         return Tuner(
             lambda: FittedStep(self.bundle.model, self.session, Guidance(settings.guidance).halves),
             self.sampler.prediction,
-            skip_cost(self.bundle.model) if settings.latency is None else skipped / computed,
+            self.skip_cost if settings.latency is None else skipped / computed,
             settings.guidance,
-            config.num_classes if config.null_class else None,
+            config.unconditional_class,
             settings.polish,
         )
 
@@ -271,7 +277,7 @@ def judged(work: Work, table: RunTable, console: Console) -> tuple[Trial, Tuning
 def described(work: Work, budget: float, trials: list[Trial], best: Trial, converged: float) -> Tuning:
     """What was found, for the report."""
     settings, model = work.settings, work.bundle.model
-    per_step, skipped = original_gmacs(model, model.spec.example(2)), skip_cost(model)
+    per_step, skipped = original_gmacs(model, model.spec.example(2)), work.skip_cost
     rows = [
         TuningRow(
             name=trial.name,

@@ -128,7 +128,7 @@ class Judge:
         self.limits: list[str] = []
         self.noise = initial_noise(settings.seed, settings.images, config.in_channels, config.image_size)
         self.labels = labels_for(settings.images, config.num_classes)
-        self.null_class = config.num_classes if config.null_class else None
+        self.null_class = config.unconditional_class
         self.images: dict[str, Tensor] = {}
         self.extractor = self.opened(threads, stages)
         self.real: Real | None = None

@@ -19,6 +19,7 @@ from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.spec import UPDATE, update_name
 from dcconvert.passes.runtime.model import DynamicModel
+from dcconvert.passes.runtime.run import Runtime
 from dcconvert.passes.runtime.step_run import StepRun
 from dcconvert.sampling.default_tables import (
     ADAMS,
@@ -46,10 +47,10 @@ CONVERGED = 50.0  # dB between the reference and a run of half its steps, below 
 
 
 class FittedStep(ConvertedStep):
-    """One run of a bundle in mode steps that shows its trunk's updates. A step without weights is computed."""
+    """One run of a bundle in mode steps that exposes its trunk's updates; without weights, a step is computed."""
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor, weights: tuple[float, ...] | None = ()) -> Tensor:
-        return super().__call__(x, t, y, weights)
+    def __init__(self, model: DynamicModel, runtime: Runtime, groups: int = 1) -> None:
+        super().__init__(model, runtime, groups, by_table=True)
 
     @property
     def updates(self) -> list[Tensor]:
@@ -244,7 +245,7 @@ class Tuner:
         """Whether a table is for this kind of model and this guidance, and costs about that much or less."""
         if (table.prediction, table.guidance) != (self.prediction, self.guidance):
             return False
-        return self.cost([row.full for row in table.rows]) <= cost * CLOSE
+        return table.cost(self.skip_cost) <= cost * CLOSE
 
     def beside(self, table: RunTable, fresh: Images, tick: Callable[[str], None]) -> tuple[Trial, Trial, list[Trial]]:
         """A table that was not fitted here, the default with as many computed steps, and all trials, best first.
@@ -320,7 +321,7 @@ class Tuner:
         return replace(found, name=name)
 
     def trial(self, name: str, table: RunTable | Sampler, fresh: Images, tick: Callable[[str], None]) -> Trial:
-        cost = self.cost([row.full for row in table.rows]) if isinstance(table, RunTable) else float(table.steps)
+        cost = table.cost(self.skip_cost) if isinstance(table, RunTable) else float(table.steps)
         return Trial(name, table, cost, self.judged(table, fresh, lambda: tick(name)))
 
     def judged(self, table: RunTable | Sampler, images: Images, tick: Callable[[], None]) -> Tensor:

@@ -34,6 +34,11 @@ class DiTConfig:
     mlp_width: int = 0  # 0: four times the width
 
     @property
+    def unconditional_class(self) -> int | None:
+        """The label of classifier-free guidance's unconditional half; None for a model that has none."""
+        return self.num_classes if self.null_class else None
+
+    @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
 

@@ -108,6 +108,10 @@ class RunTable(Batched):
         """Steps that are computed in full."""
         return sum(row.full for row in self.rows)
 
+    def cost(self, skipped: float) -> float:
+        """What a run costs in computed steps, if a skipped one costs so much of one."""
+        return self.evaluations + skipped * (self.steps - self.evaluations)
+
     @property
     def updates(self) -> int:
         """How many of the trunk's last updates its steps read; 0 for a table that the original graph can run."""

@@ -119,7 +119,7 @@ class Task:
 
     @property
     def null_class(self) -> int | None:
-        return self.config.num_classes if self.config.null_class else None
+        return self.config.unconditional_class
 
     def fingerprint(self, data: LabelledImages | None) -> str:
         """What must be the same when a run goes on: options, training data, and the bundle it started from."""
