@@ -16,6 +16,7 @@ from rich.markup import escape
 from dcconvert.commands.rewrite_bundle import FAILURES, old_figures, old_report
 from dcconvert.environment import machine, set_threads
 from dcconvert.evaluate.tuning import (
+    CLOSE,
     CONVERGED,
     PRESENT,
     FittedStep,
@@ -110,6 +111,7 @@ class Work:
             settings.guidance,
             config.unconditional_class,
             settings.polish,
+            CLOSE if settings.latency is None else 1.0,  # a time that was asked for is a limit
         )
 
     @property

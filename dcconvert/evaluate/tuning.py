@@ -172,6 +172,7 @@ class Tuner:
     like the budget.
     `polish`: rounds of Gauss-Newton on the final images, for the fitted table without skipped steps and the best with
     them.
+    `tolerance`: how many times the budget a run may cost.
     """
 
     new_step: Callable[[], FittedStep]
@@ -180,6 +181,7 @@ class Tuner:
     guidance: float = 1.0
     null_class: int | None = None
     polish: int = 0
+    tolerance: float = CLOSE
 
     def images(self, config: DiTConfig, seed: int, count: int, steps: int, tick: Callable[[], None]) -> Images:
         """Images of so many seeds from `seed` on, with their reference, an Adams run of so many steps."""
@@ -213,7 +215,7 @@ class Tuner:
         """The longest pattern that costs about the budget; None if there is none with a skipped step."""
         for evaluations in range(int(budget), 1, -1):
             full = pattern(evaluations, skips)
-            if not all(full) and self.cost(full) <= budget * CLOSE:
+            if not all(full) and self.cost(full) <= budget * self.tolerance:
                 return full
         return None
 
@@ -245,7 +247,7 @@ class Tuner:
         """Whether a table is for this kind of model and this guidance, and costs about that much or less."""
         if (table.prediction, table.guidance) != (self.prediction, self.guidance):
             return False
-        return table.cost(self.skip_cost) <= cost * CLOSE
+        return table.cost(self.skip_cost) <= cost * self.tolerance
 
     def beside(self, table: RunTable, fresh: Images, tick: Callable[[str], None]) -> tuple[Trial, Trial, list[Trial]]:
         """A table that was not fitted here, the default with as many computed steps, and all trials, best first.

@@ -63,6 +63,13 @@ def test_a_pattern_is_as_long_as_its_cost_allows():
     assert sum(cheap) == 9  # as many as without skipped steps, which cost next to nothing here
 
 
+def test_a_limit_is_not_exceeded_by_cheap_skipped_steps():
+    full = Tuner(NOTHING, "flow", 0.01, tolerance=1.0).affordable(9, 1)
+    assert full is not None
+    assert sum(full) == 8
+    assert sum(full) + 0.01 * (len(full) - sum(full)) <= 9
+
+
 @pytest.mark.parametrize(("better", "enough"), [((1, 1, 1), True), ((-3, 1, 1), True), ((-1.1, -1, -0.9), False)])
 def test_a_table_is_good_enough_unless_images_show_that_it_is_worse(better, enough):
     """The gain is that of each image: how much images differ from each other does not matter."""
