@@ -58,10 +58,12 @@ $(VENV)/.test-installed: $(VENV)/.torch-installed pyproject.toml
 	$(PIP) -c $(CONSTRAINTS) -e '.[test]'
 	touch $@
 
-# For the example in JavaScript. Its test is skipped, and says so, where there is no npm or it cannot reach a registry.
+# For the examples in JavaScript, that of the browser only where there is one. Their tests are skipped, and say so, where
+# there is no npm or it cannot reach a registry.
+NODE_PACKAGES := onnxruntime-node@1.30.0 $(if $(shell command -v chromium),onnxruntime-web@1.30.0 puppeteer-core@24)
 node:
 	@test -d examples/node_modules/onnxruntime-node || ! command -v npm >/dev/null || \
-		(cd examples && npm install --silent --no-save --ignore-scripts onnxruntime-node@1.30.0) || true
+		(cd examples && npm install --silent --no-save --ignore-scripts $(NODE_PACKAGES)) || true
 
 clean:
 	rm -rf $(VENV) examples/node_modules build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -24,10 +24,11 @@ from benchmarks.family_table import family_table
 from benchmarks.fitted_table import fitted_rows, note, peer_rows, short_rows
 from benchmarks.gpu_table import chunk_table, gpu_table, onnx_table
 from benchmarks.preset_table import sparsedit_table
+from benchmarks.runtimes_table import runtimes_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-DOCS = ("steps", "results", "models", "choices", "carry", "stress", "upcycle", "packing", "presets")
+DOCS = ("steps", "results", "deploy", "models", "choices", "carry", "stress", "upcycle", "packing", "presets")
 PAGES = ("README.md", *(f"docs/{page}.md" for page in DOCS))
 MARKER = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -409,6 +410,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu": partial(on_gpu, "gpu", gpu_table),
     "gpu_chunk": partial(on_gpu, "gpu_chunk", chunk_table),
     "gpu_onnxruntime": partial(on_gpu, "gpu_onnxruntime", onnx_table),
+    "runtimes": lambda: runtimes_table(read("runtimes"), markdown) + machine_note(read("runtimes")),
     "state_memory": state_memory,
     "carry_variants": carry_variants,
     "calibrated": calibrated,

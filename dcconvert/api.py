@@ -286,7 +286,7 @@ def load(folder: str | Path) -> Converted:
 
 def manifest(model: DynamicModel, bucket_set: BucketSet, **more: Any) -> dict[str, Any]:
     """The manifest of a bundle; `more` is added at the top level."""
-    from dcconvert.export.onnx.lowerings import OPSET  # needs onnxscript
+    from dcconvert.export.onnx.lowerings import PORTABLE  # needs onnxscript
 
     return {
         "format_version": FORMAT_VERSION,
@@ -301,7 +301,7 @@ def manifest(model: DynamicModel, bucket_set: BucketSet, **more: Any) -> dict[st
         "grid": list(model.spec.grid),
         "tokens": model.spec.tokens,
         "buckets": bucket_set.to_dict(),
-        "opset": OPSET,
+        "opset": PORTABLE.opset,
         "machine": machine(),
         **more,
     }

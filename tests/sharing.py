@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def described(
     args: Sequence[Any],
     axes: Sequence[tuple[str, ...]],
     outputs: Sequence[str],
-    lowerings: Mapping[Any, Any],
+    lowerings: Lowerings,
     most_inside: int,
 ) -> str:
     """Everything that an export depends on but the weights; tensors among the arguments by shape and type.
@@ -93,8 +93,10 @@ def described(
         for n in graph_module.graph.nodes
     ]
     given = [(a.dtype, a.shape, a.stride()) if isinstance(a, Tensor) else a for a in args]
-    written = {str(op): f"{function.__module__}.{function.__qualname__}" for op, function in lowerings.items()}
-    settings = (type(graph_module).__name__, given, axes, outputs, written, most_inside)
+    written = {
+        str(op): f"{function.__module__}.{function.__qualname__}" for op, function in lowerings.functions.items()
+    }
+    settings = (type(graph_module).__name__, given, axes, outputs, lowerings.opset, written, most_inside)
     return "\n".join([*lines, *map(repr, settings)])
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -69,8 +70,9 @@ def test_another_graph_is_another_export(shared: SharedExports, tmp_path: Path) 
     shared(scaled(), path, (x,), ((),), ("y",))
     shared(scaled(), path, (x,), AXES, ("z",))
     shared(scaled(), path, (x,), AXES, ("y",), TENSORRT)
+    shared(scaled(), path, (x,), AXES, ("y",), replace(TENSORRT, opset=20))
     shared(scaled(), path, (x,), AXES, ("y",), most_inside=0)
-    assert (shared.made, shared.copied) == (9, 0)
+    assert (shared.made, shared.copied) == (10, 0)
 
 
 def test_an_exporter_of_a_test_is_asked_every_time(

@@ -40,7 +40,7 @@ sample_options = options(
         option(
             "--runtime",
             default="ort",
-            type=click.Choice(["ort", "torch", "ort-cuda", "trt"]),
+            type=click.Choice(["ort", "torch", "openvino", "ort-cuda", "trt"]),
             help='Runtime; "dcconvert build" makes what ort-cuda and trt need.',
         ),
         *run_options("the bundle's"),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dcconvert.export.bundle import Bundle
 from dcconvert.export.files import read_json, write_json
+from dcconvert.export.runtimes.openvino import OpenVinoModel
 from dcconvert.export.runtimes.ort import OrtModel
 from dcconvert.export.runtimes.ort_static import StaticModel
 from dcconvert.export.runtimes.trt import open_engines
@@ -141,6 +142,8 @@ def opened(
                 f"{bundle.folder} has no graphs for {runtime}: 'dcconvert build --runtime {runtime}' makes them"
             )
         return StaticModel(graphs, planner, bundle.bucket_set), in_torch, most
+    if runtime == "openvino":
+        return OpenVinoModel(bundle.onnx, planner), in_torch, None
     # No bucket set: guidance doubles the batch, each step has its own shape.
     if scratch is None:
         return OrtModel(bundle.onnx, planner), in_torch, None

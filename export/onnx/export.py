@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from dcconvert.export.onnx.lowerings import OPSET, PORTABLE, Lowerings
+from dcconvert.export.onnx.example_inputs import write_example_inputs
+from dcconvert.export.onnx.lowerings import PORTABLE, Lowerings
 from dcconvert.export.onnx.trt_attention_op import add_function
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.ir.graph_tools import placeholders
@@ -86,8 +87,7 @@ def export_denoise(
     for name, plain in zip(feed, batch_axes(model, list(feed)), strict=True):
         named = ("", "batch") if name in state.values else symbolic_axes(name) if name in PLAN_INPUTS else plain
         axes.append(tuple("batch" if axis == "rows" and one_row else axis for axis in named))
-    outputs = model.spec.outputs_of("denoise", count_outputs(model.denoise_graph))
-    export_graph(model.denoise_graph, path, list(feed.values()), axes, outputs, lowerings)
+    write_graph(model, "denoise", path, feed, axes, lowerings)
 
 
 def export_skip(model: DynamicModel, path: Path, inputs: dict[str, Any], lowerings: Lowerings = PORTABLE) -> None:
@@ -97,8 +97,7 @@ def export_skip(model: DynamicModel, path: Path, inputs: dict[str, Any], lowerin
         ("", "batch") if name == WEIGHTS else axis
         for name, axis in zip(feed, batch_axes(model, list(feed)), strict=True)
     ]
-    outputs = model.spec.outputs_of("skip", count_outputs(model.skip_graph))
-    export_graph(model.skip_graph, path, list(feed.values()), axes, outputs, lowerings)
+    write_graph(model, "skip", path, feed, axes, lowerings)
 
 
 def export_original(model: DynamicModel, path: Path, inputs: dict[str, Any]) -> None:
@@ -110,10 +109,23 @@ def export_plain(
     model: DynamicModel, graph: str, path: Path, inputs: dict[str, Any], lowerings: Lowerings = PORTABLE
 ) -> None:
     """A graph that takes only the model's own inputs."""
-    names, module = model.spec.inputs_of(graph), model.graph(graph)
-    args = tuple(inputs[name] for name in names)
+    feed = {name: inputs[name] for name in model.spec.inputs_of(graph)}
+    write_graph(model, graph, path, feed, batch_axes(model, list(feed)), lowerings)
+
+
+def write_graph(
+    model: DynamicModel,
+    graph: str,
+    path: Path,
+    feed: dict[str, Any],
+    axes: Sequence[tuple[str, ...]],
+    lowerings: Lowerings,
+) -> None:
+    """A graph of the model, and the inputs that it was exported with."""
+    module = model.graph(graph)
     outputs = model.spec.outputs_of(graph, count_outputs(module))
-    export_graph(module, path, args, batch_axes(model, names), outputs, lowerings)
+    export_graph(module, path, list(feed.values()), axes, outputs, lowerings)
+    write_example_inputs(path, feed)
 
 
 def batch_axes(model: DynamicModel, names: Sequence[str]) -> list[tuple[str, ...]]:
@@ -131,7 +143,7 @@ def export_graph(
     lowerings: Lowerings = PORTABLE,
     most_inside: int = EXTERNAL_DATA_BYTES,
 ) -> None:
-    """Export one graph at opset 24 with named symbolic axes (leading axes of each input, in order).
+    """Export one graph with named symbolic axes (leading axes of each input, in order).
 
     Weights of more than `most_inside` bytes go to a file of their own beside the graph.
     """
@@ -148,9 +160,9 @@ def export_graph(
             dynamic_shapes=shapes,
             input_names=names,
             output_names=list(outputs),
-            opset_version=OPSET,
+            opset_version=lowerings.opset,
             dynamo=True,
-            custom_translation_table=dict(lowerings),
+            custom_translation_table=dict(lowerings.functions),
             verbose=False,
         )
         if exported is None:

@@ -1,23 +1,31 @@
-"""How each dcconvert op is written in ONNX (opset 24).
+"""How each dcconvert op is written in ONNX.
 
-The exporter calls these functions with symbolic ONNX values. Packed attention becomes the standard `Attention` op: with
-one sample per row, its `nonpad_kv_seqlen` input says how many keys count; with several samples per row, a boolean mask
-keeps them apart. For TensorRT, it becomes a mask in both cases, or TensorRT's layer for packed attention.
+The exporter calls these functions with symbolic ONNX values. What differs between runtimes is attention:
+
+- PORTABLE, opset 20: matrix products and a softmax, with masks. Every runtime knows these ops, and none can leave a
+  mask out unnoticed, as three runtimes did with `nonpad_kv_seqlen`.
+- FUSED, opset 24: the `Attention` op, which ONNX Runtime's CUDA provider has Flash kernels for. With one sample per
+  row, its `nonpad_kv_seqlen` input says how many keys count; with several, a boolean mask keeps them apart.
+- TENSORRT, opset 24: the `Attention` op with a mask in both cases, or TensorRT's layer for packed attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import onnx_ir
 import torch
 from onnxscript import values
 
 from dcconvert.export.onnx.trt_attention_op import ATTRIBUTES, DOMAIN, register_schema
 from dcconvert.passes.ir import ops  # noqa: F401  (registers torch.ops.dcconvert)
+from dcconvert.passes.ir.errors import UsageError
 
-OPSET = 24
-op: Any = values.Opset("", OPSET)
+MASKED = -1e30  # added to the score of a key that does not count; minus infinity makes NaN where no key does
+op: Any = values.Opset("", 18)  # of most ops, the version that later opsets still have
+op24: Any = values.Opset("", 24)
 trt: Any = values.Opset(DOMAIN, 1)
 
 
@@ -56,21 +64,72 @@ def weighted_gather(rows: Any, index: Any, weight: Any) -> Any:
     return total
 
 
+def key_mask(k: Any, row_lengths: Any) -> Any:
+    """[G, H, L, d], [G] -> [G, 1, 1, L]: which keys count."""
+    slots = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(k, start=2, end=3)), op.Constant(value_int=1))
+    used = op.Less(op.Unsqueeze(slots, row(0)), op.Unsqueeze(row_lengths, row(1)))
+    return op.Unsqueeze(used, op.Constant(value_ints=[1, 2]))
+
+
+def segment_mask(segment_ids: Any) -> Any:
+    """[G, L] -> [G, 1, L, L]: which keys are of the query's segment."""
+    mask = op.Equal(op.Unsqueeze(segment_ids, row(2)), op.Unsqueeze(segment_ids, row(1)))
+    return op.Unsqueeze(mask, row(1))
+
+
 def padded_attention(q: Any, k: Any, v: Any, row_lengths: Any, scale: float) -> Any:
-    output, *_ = op.Attention(q, k, v, None, None, None, row_lengths, scale=scale)
+    return plain_attention(q, k, v, bias(key_mask(k, row_lengths)), scale)
+
+
+def segment_attention(q: Any, k: Any, v: Any, segment_ids: Any, scale: float) -> Any:
+    return plain_attention(q, k, v, bias(segment_mask(segment_ids)), scale)
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """q [B, H, S, d], k and v [B, H, N, d]; a query for which a boolean mask leaves no key gets zeros, as in torch."""
+    if is_causal or enable_gqa:
+        raise UsageError("attention that is causal or shares keys between heads is not supported in ONNX")
+    scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
+    if attn_mask is None or attn_mask.dtype != onnx_ir.DataType.BOOL:
+        return plain_attention(q, k, v, attn_mask, scale)
+    any_key = op.ReduceMax(op.CastLike(attn_mask, q), row(-1))
+    return op.Mul(plain_attention(q, k, v, bias(attn_mask), scale), any_key)
+
+
+def bias(mask: Any) -> Any:
+    """What a boolean mask adds to the scores: nothing for the keys that count."""
+    return op.Where(mask, op.Constant(value_float=0.0), op.Constant(value_float=MASKED))
+
+
+def plain_attention(q: Any, k: Any, v: Any, added: Any, scale: float) -> Any:
+    """softmax(q k^T * scale + added) v, in the types of q, k and v."""
+    scores = op.MatMul(op.Mul(q, op.CastLike(op.Constant(value_float=scale), q)), op.Transpose(k, perm=[0, 1, 3, 2]))
+    if added is not None:
+        scores = op.Add(scores, op.CastLike(added, scores))
+    return op.MatMul(op.Softmax(scores, axis=-1), v)
+
+
+def fused_padded_attention(q: Any, k: Any, v: Any, row_lengths: Any, scale: float) -> Any:
+    output, *_ = op24.Attention(q, k, v, None, None, None, row_lengths, scale=scale)
     return output
 
 
 def masked_padded_attention(q: Any, k: Any, v: Any, row_lengths: Any, scale: float) -> Any:
     """Row attention with a mask: TensorRT-RTX 1.7 accepts `nonpad_kv_seqlen` but silently ignores it."""
-    slots = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(k, start=2, end=3)), op.Constant(value_int=1))
-    used = op.Less(op.Unsqueeze(slots, row(0)), op.Unsqueeze(row_lengths, row(1)))
-    return attention(q, k, v, op.Unsqueeze(used, op.Constant(value_ints=[1, 2])), scale=scale)
+    return fused_attention(q, k, v, key_mask(k, row_lengths), scale=scale)
 
 
-def segment_attention(q: Any, k: Any, v: Any, segment_ids: Any, scale: float) -> Any:
-    mask = op.Equal(op.Unsqueeze(segment_ids, row(2)), op.Unsqueeze(segment_ids, row(1)))
-    output, *_ = op.Attention(q, k, v, op.Unsqueeze(mask, row(1)), scale=scale)
+def fused_segment_attention(q: Any, k: Any, v: Any, segment_ids: Any, scale: float) -> Any:
+    output, *_ = op24.Attention(q, k, v, segment_mask(segment_ids), scale=scale)
     return output
 
 
@@ -83,7 +142,7 @@ def packed_attention(q: Any, k: Any, v: Any, query_lengths: Any, key_lengths: An
     return op.Reshape(found, op.Shape(q))
 
 
-def attention(
+def fused_attention(
     q: Any,
     k: Any,
     v: Any,
@@ -98,7 +157,7 @@ def attention(
         queries = op.Concat(row(1), row(1), op.Shape(q, start=2, end=3), row(1), axis=0)
         attn_mask = op.Expand(attn_mask, queries)
     attributes = {"scale": scale} if scale is not None else {}
-    output, *_ = op.Attention(q, k, v, attn_mask, is_causal=int(is_causal), **attributes)
+    output, *_ = op24.Attention(q, k, v, attn_mask, is_causal=int(is_causal), **attributes)
     return output
 
 
@@ -125,22 +184,47 @@ def cache_read(state: Any, weight: Any) -> Any:
     return total
 
 
-Lowerings = Mapping[Callable[..., Any], Callable[..., Any]]  # op -> the function that writes it in ONNX
+Functions = Mapping[Callable[..., Any], Callable[..., Any]]  # op -> the function that writes it in ONNX
 
-PORTABLE: Lowerings = {
-    torch.ops.dcconvert.chunk.default: chunk,
-    torch.ops.dcconvert.dechunk.default: dechunk,
-    torch.ops.dcconvert.gather_tokens.default: gather_tokens,
-    torch.ops.dcconvert.padded_attention.default: padded_attention,
-    torch.ops.dcconvert.segment_attention.default: segment_attention,
-    torch.ops.aten.scaled_dot_product_attention.default: attention,
-    torch.ops.dcconvert.cache_index.default: cache_index,
-    torch.ops.dcconvert.cache_write.default: cache_write,
-    torch.ops.dcconvert.cache_read.default: cache_read,
-}
 
-TENSORRT: Lowerings = {
-    **PORTABLE,
-    torch.ops.dcconvert.padded_attention.default: masked_padded_attention,
-    torch.ops.dcconvert.packed_attention.default: packed_attention,
-}
+@dataclass(frozen=True)
+class Lowerings:
+    """The opset of a file, and how ops are written in it."""
+
+    opset: int
+    functions: Functions
+
+
+PORTABLE = Lowerings(
+    20,
+    {
+        torch.ops.dcconvert.chunk.default: chunk,
+        torch.ops.dcconvert.dechunk.default: dechunk,
+        torch.ops.dcconvert.gather_tokens.default: gather_tokens,
+        torch.ops.dcconvert.padded_attention.default: padded_attention,
+        torch.ops.dcconvert.segment_attention.default: segment_attention,
+        torch.ops.aten.scaled_dot_product_attention.default: attention,
+        torch.ops.dcconvert.cache_index.default: cache_index,
+        torch.ops.dcconvert.cache_write.default: cache_write,
+        torch.ops.dcconvert.cache_read.default: cache_read,
+    },
+)
+
+FUSED = Lowerings(
+    24,
+    {
+        **PORTABLE.functions,
+        torch.ops.dcconvert.padded_attention.default: fused_padded_attention,
+        torch.ops.dcconvert.segment_attention.default: fused_segment_attention,
+        torch.ops.aten.scaled_dot_product_attention.default: fused_attention,
+    },
+)
+
+TENSORRT = Lowerings(
+    24,
+    {
+        **FUSED.functions,
+        torch.ops.dcconvert.padded_attention.default: masked_padded_attention,
+        torch.ops.dcconvert.packed_attention.default: packed_attention,
+    },
+)

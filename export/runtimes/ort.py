@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from dcconvert.export.onnx.lowerings import PORTABLE
+from dcconvert.export.onnx.opset import opset_of
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.ir.spec import UPDATE, state_output
 from dcconvert.passes.planning.layout import Bucket
@@ -21,7 +23,8 @@ from dcconvert.passes.runtime.state import State
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
-OLDEST = (1, 25)  # ONNX Runtime: older versions reject opset 24, or do not ignore padding that they should
+OLDEST = (1, 20)  # ONNX Runtime: the oldest that was tried
+FUSED_OLDEST = (1, 25)  # the oldest for opset 24: others reject it, or attend to padding that they should leave out
 
 
 def make_session(path: Path, provider: str = CPU, threads: int = 0, settings: Mapping[str, str] | None = None) -> Any:
@@ -39,7 +42,7 @@ def make_session(path: Path, provider: str = CPU, threads: int = 0, settings: Ma
         import onnxruntime as ort
     except ImportError as error:
         raise UsageError("onnxruntime is not installed: pip install 'dcconvert[cpu]' or 'dcconvert[gpu]'") from error
-    check_version(ort.__version__)
+    check_version(ort.__version__, path)
     if provider not in ort.get_available_providers():
         there = ", ".join(ort.get_available_providers())
         raise UsageError(f"this onnxruntime has no {provider} (it has {there}): install one that has, or use the CPU")
@@ -78,13 +81,16 @@ def device_of(session: Any) -> str:
     return "cpu" if session.get_providers()[0] == CPU else "cuda"
 
 
-def check_version(version: str) -> None:
-    """Raises UsageError for an ONNX Runtime that would reject the graphs or give wrong results without an error."""
+def check_version(version: str, path: Path) -> None:
+    """Raises UsageError for an ONNX Runtime that would reject a graph or give wrong results without an error."""
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if numbers < OLDEST:
-        least = ".".join(map(str, OLDEST))
+    if numbers >= FUSED_OLDEST:
+        return
+    needed = OLDEST if opset_of(path) <= PORTABLE.opset else FUSED_OLDEST
+    if numbers < needed:
+        least = ".".join(map(str, needed))
         raise UsageError(
-            f"onnxruntime {version} is too old: versions before {least} refuse these graphs or give wrong results; "
+            f"onnxruntime {version} is too old for {path}: versions before {least} refuse it or give wrong results; "
             f"install one with pip install 'onnxruntime>={least}'"
         )
 

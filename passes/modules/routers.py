@@ -60,8 +60,10 @@ class FixedRouter(nn.Module):
         self.register_buffer("priorities", priorities.argsort().argsort())
 
     def forward(self, h: Tensor) -> Tensor:
-        """h [B, N, D] -> p [B, N]; zero times h is added, so that a non-finite token shows in its score."""
-        return (0 * h).sum(-1).float() + (self.priorities.float() + 0.5) / len(self.priorities)
+        """h [B, N, D] -> p [B, N]; NaN for a token that is not finite."""
+        spoiled = (0 * h).sum(-1).float()
+        # Not a sum: OpenVINO's CPU plugin adds a constant [N] to a reduced value along the wrong axis.
+        return torch.where(spoiled == 0, (self.priorities.float() + 0.5) / len(self.priorities), spoiled)
 
 
 class MergeRouter(nn.Module):

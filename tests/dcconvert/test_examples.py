@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -52,13 +55,18 @@ def drawn(folder: Path, guidance: float) -> tuple[np.ndarray, np.ndarray, np.nda
     return noise.numpy(), labels.numpy(), images.numpy()
 
 
-@pytest.mark.parametrize("guidance", GUIDANCE)
-def test_python_without_dcconvert(folder, guidance):
-    found = importlib.util.spec_from_file_location("steps_onnxruntime", PYTHON)
+def imported(path: Path) -> ModuleType:
+    found = importlib.util.spec_from_file_location(path.stem, path)
     assert found is not None
     assert found.loader is not None
-    example = importlib.util.module_from_spec(found)
-    found.loader.exec_module(example)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE)
+def test_python_without_dcconvert(folder, guidance):
+    example = imported(PYTHON)
     noise, labels, wanted = drawn(folder, guidance)
     np.testing.assert_allclose(example.sample(folder, noise, labels, guidance), wanted, rtol=1e-4, atol=1e-4)
 
@@ -88,3 +96,41 @@ def test_javascript(folder, guidance, tmp_path):
     assert run.returncode == 0, run.stderr
     images = np.fromfile(tmp_path / "images.f32", np.float32).reshape(wanted.shape)
     np.testing.assert_allclose(images, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_page_in_a_browser(folder, tmp_path):
+    """It draws from noise of its own what Python makes of the same noise."""
+    if not all((EXAMPLES / "node_modules" / name).is_dir() for name in ("onnxruntime-web", "puppeteer-core")):
+        pytest.skip("needs npm and chromium, and onnxruntime-web and puppeteer-core in examples/: make node")
+    serve, example = (imported(EXAMPLES / name) for name in ("web/serve.py", "steps_onnxruntime.py"))
+    server = serve.server(folder, 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        command = ["node", "web/screenshot.mjs", f"http://localhost:{server.server_port}", tmp_path / "page.png"]
+        subprocess.run([*command, tmp_path / "result.json"], check=True, cwd=EXAMPLES, timeout=300)
+    finally:
+        server.shutdown()
+        server.server_close()
+    found = json.loads((tmp_path / "result.json").read_text())
+    size = dit_config(read_bundle(folder)).image_size
+    noise = np.array(found["noise"], np.float32).reshape(-1, 1, size, size)
+    wanted = example.sample(folder, noise, np.array(found["labels"], np.int64), 1.0)
+    images = np.array(found["converted"]["images"], np.float32).reshape(wanted.shape)
+    np.testing.assert_allclose(images, wanted, rtol=1e-3, atol=1e-3)
+    assert np.array(found["original"]["images"]).shape == (wanted.size,)
+    assert (tmp_path / "page.png").stat().st_size > 1000
+
+
+def test_the_server_hands_out_nothing_else(folder):
+    serve = imported(EXAMPLES / "web" / "serve.py")
+    server = serve.server(folder, 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        for path, code in (("/", 200), ("/bundle/run.json", 200), ("/bundle/../../../etc/passwd", 404)):
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
+            connection.request("GET", path)
+            assert connection.getresponse().status == code
+            connection.close()
+    finally:
+        server.shutdown()
+        server.server_close()

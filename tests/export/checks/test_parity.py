@@ -35,7 +35,7 @@ from dcconvert.export.checks.parity import (
     require,
 )
 from dcconvert.export.onnx.export import export_onnx
-from dcconvert.export.onnx.lowerings import PORTABLE, op, padded_attention
+from dcconvert.export.onnx.lowerings import PORTABLE, Lowerings, op, padded_attention
 from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.ir.spec import output_names
 from dcconvert.passes.planning.chunk_plan import Plan
@@ -114,7 +114,8 @@ def blind(q: Any, k: Any, v: Any, row_lengths: Any, scale: float) -> Any:
 
 
 def test_a_runtime_that_attends_to_padding_is_found(rows_model, tmp_path):
-    export_onnx(rows_model, tmp_path, {**PORTABLE, torch.ops.dcconvert.padded_attention.default: blind})
+    blinded: Any = {**PORTABLE.functions, torch.ops.dcconvert.padded_attention.default: blind}
+    export_onnx(rows_model, tmp_path, Lowerings(PORTABLE.opset, blinded))
     failed = [check.name for check in check_runtime(rows_model, tmp_path, inputs, BUCKETS) if not check.passed]
     assert failed == LABELS[2:]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from dcconvert.export.onnx import export as onnx_export
-from dcconvert.export.onnx.lowerings import OPSET, PORTABLE
+from dcconvert.export.onnx.lowerings import FUSED, PORTABLE, Lowerings
 
 ops = torch.ops.dcconvert
 TOKENS, WIDTH, HEADS, HEAD_WIDTH = 12, 5, 2, 4
@@ -112,6 +112,14 @@ def masked_inputs(batch: int, queries: int) -> tuple[Tensor, ...]:
     return torch.randn(batch, HEADS, queries, HEAD_WIDTH), k, v, torch.randn(batch, 1, 1, TOKENS)
 
 
+def no_keys_inputs(batch: int, queries: int) -> tuple[Tensor, ...]:
+    """A boolean mask that leaves no key to the last sample, as for an empty prompt."""
+    *given, mask = masked_inputs(batch, queries)
+    mask = mask > 0
+    mask[:, ..., 0], mask[-1] = True, False
+    return *given, mask
+
+
 TILED = ("tiles", "tile_tokens")
 ROWS = ("rows", "heads", "row_tokens")
 CHUNK_SIZES = ((3, 4, 6), (1, 1, 1), (5, 2, 9), (2, 8, 3))
@@ -155,6 +163,12 @@ CASES: dict[str, Case] = {
         (("batch", "", "row_tokens"), ("batch",), ("batch",), ("batch",)),
         ((3, 8), (1, 1), (2, 17)),
     ),
+    "attention with no keys": Case(
+        torch.ops.aten.scaled_dot_product_attention.default,
+        no_keys_inputs,
+        (("batch", "", "row_tokens"), ("batch",), ("batch",), ("batch",)),
+        ((3, 8), (2, 17)),
+    ),
     "cache_index": Case(
         ops.cache_index.default, cache_index_inputs, (TILED,), ((4, 6), (1, 1), (3, 9)), constants=(HEADS,)
     ),
@@ -168,8 +182,14 @@ CASES: dict[str, Case] = {
 }
 
 
+@pytest.fixture(scope="module", params=[PORTABLE, FUSED], ids=["portable", "fused"])
+def form(request: pytest.FixtureRequest) -> Lowerings:
+    assert isinstance(request.param, Lowerings)
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def together() -> onnx.ModelProto:
+def together(form: Lowerings) -> onnx.ModelProto:
     """All cases side by side in one graph, exported once: the exporter takes seconds to start."""
     torch.manual_seed(0)
     graph, results = Graph(), []
@@ -185,7 +205,7 @@ def together() -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ops.onnx"
         outputs = [output_name(at) for at in range(len(CASES))]
-        onnx_export.export_graph(GraphModule(torch.nn.Module(), graph), path, args, axes, outputs)
+        onnx_export.export_graph(GraphModule(torch.nn.Module(), graph), path, args, axes, outputs, form)
         return onnx.load(path)
 
 
@@ -206,7 +226,7 @@ def exported(request: pytest.FixtureRequest, together: onnx.ModelProto) -> tuple
 
 
 def test_every_lowering_has_a_case():
-    assert {case.op for case in CASES.values()} == set(PORTABLE)
+    assert {case.op for case in CASES.values()} == set(PORTABLE.functions) == set(FUSED.functions)
 
 
 def test_other_sizes_than_the_example(exported):
@@ -220,14 +240,16 @@ def test_other_sizes_than_the_example(exported):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5, err_msg=f"sizes {sizes}")
 
 
-def test_the_graph_is_plain_onnx(exported):
+def test_the_graph_is_plain_onnx(exported, form):
     case, model = exported
     onnx.checker.check_model(model, full_check=True)
-    assert {entry.domain: entry.version for entry in model.opset_import}[""] == OPSET
+    assert {entry.domain: entry.version for entry in model.opset_import}[""] == form.opset
     assert not model.functions
     types = [node.op_type for node in model.graph.node]
     assert all(node.domain == "" for node in model.graph.node)
-    assert types.count("Attention") == (1 if "attention" in str(case.op) else 0)
+    attentions = 1 if "attention" in str(case.op) else 0
+    assert types.count("Attention" if form is FUSED else "Softmax") == attentions
+    assert types.count("Softmax" if form is FUSED else "Attention") == 0
     assert not DATA_DEPENDENT.intersection(types)
 
 
