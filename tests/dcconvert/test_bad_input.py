@@ -61,7 +61,11 @@ class Code:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"hello", "is not a checkpoint"), (b"", "is empty"), (pickle.dumps(Code()), "which dcconvert does not run")],
+    [
+        (b"hello", "is not a checkpoint"),
+        (b"", "is empty"),
+        (pickle.dumps(Code()), "subprocess.check_call, which dcconvert does not run"),
+    ],
     ids=["text", "empty", "pickle with code"],
 )
 def test_files_that_are_no_checkpoint(
