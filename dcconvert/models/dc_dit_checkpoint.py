@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dcconvert.models.dc_dit import NARROW, RefinedConfig, RefinedDiT
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
+from dcconvert.passes.planning.planners import SmoothedPlanner
 
 BLOCKS = "hnet.main_network.main_network.layers."
 INNER = "hnet.main_network.main_network.main_network."  # of a model of more than one stage
@@ -74,6 +75,16 @@ def refined_config(
         adapter="hnet.condition.weight" in tensors,
         narrow_width=0 if narrow == width // NARROW else narrow,
     )
+
+
+def check_sigma(path: Path, stated: float | None, config: RefinedConfig) -> None:
+    """UsageError if the training's options say another width of the dechunk's Gaussian than the one that is used."""
+    used = SmoothedPlanner((config.image_size, config.image_size), members=1, neighbours=1).sigma
+    if stated is not None and not math.isclose(stated, used):
+        side = config.image_size
+        raise UsageError(
+            f"{path}: its dechunk_kernel_sigma is {stated:g}, but at {side}x{side} tokens only {used:g} is supported."
+        )
 
 
 def check_refined(path: Path, tensors: Mapping[str, Tensor], config: RefinedConfig) -> None:

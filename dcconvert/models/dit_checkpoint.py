@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dcconvert.export.files import file_sha256
 from dcconvert.models.dc_dit import RefinedConfig, RefinedDiT
-from dcconvert.models.dc_dit_checkpoint import check_refined, is_refined, refined_config
+from dcconvert.models.dc_dit_checkpoint import check_refined, check_sigma, is_refined, refined_config
 from dcconvert.models.dit import DiT, DiTConfig, sincos_positions
 from dcconvert.models.files.chosen_weights import Weights, read_weights
 from dcconvert.models.files.tensor_files import PREDICTIONS, plain, some
@@ -140,6 +140,7 @@ def read_checkpoint(
             bool(known.get("null_class", True)),
         )
         check_refined(path, tensors, refined)
+        check_sigma(path, weights.stated.get("dechunk_kernel_sigma"), refined)
         config = refined.dit()
     else:
         _check_keys(path, tensors)
@@ -170,7 +171,8 @@ def read_checkpoint(
 def stated(weights: Weights) -> dict[str, int]:
     """What the options beside the weights tell of a model's configuration."""
     found: dict[str, int] = {}
-    shape = getattr(weights.tensors.get("y_embedder.embedding_table.weight"), "shape", ())
+    table = weights.tensors.get("y_embedder.embedding_table.weight")
+    shape = [] if table is None else list(table.shape)
     if len(shape) != 2:
         return {}
     rows, width = shape

@@ -19,7 +19,6 @@ from dcconvert.models.example_inputs import FLUX, dit_call, dit_inputs, flux_cal
 from dcconvert.models.files.chosen_weights import Weights, read_weights
 from dcconvert.models.files.diffusers_folder import folder_model, read_folder
 from dcconvert.models.files.tensor_files import PREDICTIONS
-from dcconvert.models.files.unquantised import unquantised
 from dcconvert.models.key_conversion import layout_of, original_model
 from dcconvert.models.key_tables import Layout, Size
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
@@ -95,7 +94,6 @@ def open_source(
     if path.is_dir():
         return diffusers_source(path, image_size, prediction)
     weights = read_weights(path)
-    weights.tensors = unquantised(path, weights.tensors)
     if layout := layout_of(weights.tensors):
         return original_source(layout, path, weights, heads, image_size, prediction)
     if isinstance(image_size, tuple):

@@ -20,6 +20,7 @@ from dcconvert.models.files.flattened import Entry, Walk, kind_of, printable
 from dcconvert.models.files.inert_pickle import Inert
 from dcconvert.models.files.tensor_files import Facts, read_file, some
 from dcconvert.models.files.torch_file import SAVE_PLAINLY
+from dcconvert.models.files.unquantised import unquantised
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 
 # A tensor of each known model whose name tells where the model's keys begin, and what its keys begin with.
@@ -68,7 +69,7 @@ class Weights:
     passed_over: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     count: int = 0  # of the tensors, where they were taken away
-    stated: dict[str, float] = field(default_factory=dict)  # numbers of STATED that the training's options say
+    stated: dict[str, int | float] = field(default_factory=dict)  # numbers of STATED that the training's options say
 
     def as_dict(self) -> dict[str, Any]:
         """For manifests and reports."""
@@ -94,13 +95,14 @@ class Weights:
 
 
 def read_weights(path: Path) -> Weights:
-    """The weights of a checkpoint file; UsageError for a file without any."""
+    """The weights of a checkpoint file; UsageError for one without any, UnsupportedModelError for quantised ones."""
     content, facts = read_file(path)
     try:
         walk = Walk(content)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     weights = chosen(path, walk.entries, content, facts)
+    weights.tensors = unquantised(path, weights.tensors)
     found = {name: walk.scalars.get(name, set()) for name in STATED}
     weights.stated = {name: next(iter(values)) for name, values in found.items() if len(values) == 1}
     return weights

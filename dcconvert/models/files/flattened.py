@@ -12,7 +12,7 @@ from dcconvert.models.files.inert_pickle import PARAMETERS, SUBCLASS, Inert, Nam
 from dcconvert.passes.ir.errors import UsageError
 
 MAX_DEPTH = 64
-MAX_VISITS = 1_000_000  # dicts may share parts, so that a small file can be walked through without end
+MAX_VISITS = 200_000  # dicts may share parts, so that a small file can be walked through without end
 MAX_NAME = 200  # characters
 OF_MODULES = ("_modules", "_parameters", "_buffers")  # attributes of a pickled nn.Module; its state dict skips them
 UNSAVED = "_non_persistent_buffers_set"
@@ -37,11 +37,12 @@ class Walk:
     def __init__(self, content: Any) -> None:
         self.scalars: dict[str, set[int | float]] = {}
         self.visits = 0
-        self.entries = list(self.visit(content, "", 0, 0))
+        self.entries: list[Entry] = []
+        self.visit(content, "", 0, 0)
 
-    def visit(self, value: Any, path: str, group: int, depth: int) -> Iterator[Entry]:
+    def visit(self, value: Any, path: str, group: int, depth: int) -> None:
         if isinstance(value, Tensor) or is_odd_tensor(value):
-            yield Entry(path, value, group)
+            self.entries.append(Entry(path, value, group))
             return
         if depth > MAX_DEPTH:
             return
@@ -56,7 +57,7 @@ class Walk:
                 named = path.rpartition(".")[2] if isinstance(value, list | tuple) else name
                 self.scalars.setdefault(named, set()).add(inner)
             elif isinstance(inner, Tensor | Inert | Mapping | list | tuple):
-                yield from self.visit(inner, below, group, depth + 1)
+                self.visit(inner, below, group, depth + 1)
 
 
 def parts(value: Any) -> Iterator[tuple[Any, Any]]:

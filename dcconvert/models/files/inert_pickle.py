@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-MAX_OPCODES = 5_000_000  # a state dict of 1000 tensors has about 40,000
+MAX_OPCODES = 3_000_000  # a state dict of 1000 tensors has about 40,000
 MAX_DIMENSIONS = 64
 SCALARS = (str, bytes, int, float, bool, type(None))  # keys of dicts; to hash a tuple of shared tuples takes forever
 DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
@@ -32,6 +32,11 @@ STORAGES = {
     "torch.CharStorage": torch.int8,
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
+    "torch.QInt8Storage": torch.int8,  # the bytes of quantised tensors, which are not built
+    "torch.QUInt8Storage": torch.uint8,
+    "torch.QInt32Storage": torch.int32,
+    "torch.QUInt4x2Storage": torch.uint8,
+    "torch.QUInt2x4Storage": torch.uint8,
     "torch.ComplexFloatStorage": torch.complex64,
     "torch.ComplexDoubleStorage": torch.complex128,
     "torch.storage.UntypedStorage": torch.uint8,

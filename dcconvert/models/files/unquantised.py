@@ -32,7 +32,7 @@ def unquantised(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise UnsupportedModelError(f"{path}: its weights are quantised ({kind}: {found}): {USE_FLOATS}.")
     integers = [name for name, value in tensors.items() if not value.is_floating_point() and value.ndim > 1]
     if integers:
-        dtype = str(tensors[integers[0]].dtype).removeprefix("torch.")
+        dtype = tensors[integers[0]].dtype
         raise UnsupportedModelError(
             f"{path}: {integers[0]} is not a plain float tensor ({dtype}, as of quantised weights): {USE_FLOATS}."
         )
