@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -48,7 +49,7 @@ def built(name: str, config: Mapping[str, Any]) -> nn.Module:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """diffusers logs errors only, and as before afterwards."""
+    """diffusers logs errors only and warns of nothing, and does as before afterwards."""
     import diffusers
 
     logging = diffusers.utils.logging
@@ -56,6 +57,8 @@ def quiet() -> Iterator[None]:
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(before)
