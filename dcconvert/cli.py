@@ -269,6 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def fail(message: str, code: int) -> None:
+    """Print a message as one line, whatever is in it (a path need not be UTF-8), and exit."""
+    message = " ".join(message.split("\n")).encode("utf-8", "backslashreplace").decode()
     Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
     sys.exit(code)
 

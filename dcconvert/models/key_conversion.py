@@ -80,6 +80,11 @@ def renamed(layout: Layout, path: Path, tensors: Tensors, width: int) -> dict[st
         if "modulation" in module and len(value) == 2 * width:
             value = value.roll(width, 0)  # shift and scale
         rest = len(value) - width * (len(names) - 1)
+        if rest < 0:
+            raise UsageError(
+                f"{path}: wrong shapes: {name} is {list(value.shape)}, too few rows for {len(names)} parts of {width}; "
+                f"its tensors do not make one {layout.title}."
+            )
         made |= zip(names, value.split([width] * (len(names) - 1) + [rest]) if len(names) > 1 else [value], strict=True)
     if unknown:
         raise UnsupportedModelError(

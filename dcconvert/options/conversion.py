@@ -81,7 +81,7 @@ convert_options = options(
             "--batch",
             "batches",
             multiple=True,
-            type=POSITIVE,
+            type=click.IntRange(1, 4096),
             show_default="1, 8",
             help="Batch size to export for; may be repeated.",
         ),
