@@ -33,6 +33,8 @@ FAMILIES = (
     (r"(^|\.)joint_blocks\.", "an MMDiT (Stable Diffusion 3)"),
     (r"(^|\.)cross_attn\.", "a transformer with cross-attention (PixArt or similar)"),
     (r"(^|\.)(in_blocks|out_blocks)\.", "a U-ViT"),
+    (r"^x_embedder\.proj[12]\.|^in_context_", "JiT"),
+    (r"^blocks\.\d+\.mlp\.w12\.", "LightningDiT or another DiT with gated MLPs"),
     (r"(^|\.)(encoder|decoder)\.", "an autoencoder"),
     (r"(^|\.)self_attn\.", "a language model"),
 )
@@ -309,7 +311,8 @@ def _check_keys(path: Path, names: Collection[str]) -> None:
     if extra := [name for name in names if _kind(name) not in known]:
         raise UnsupportedModelError(
             f"{path}: looks like {_family(extra) or 'a variant of DiT'}: a DiT/SiT does not have "
-            f"{len(extra)} of its tensors ({some(extra)}); pass such a model as an nn.Module to dcconvert.convert()."
+            f"{len(extra)} of its tensors ({some(extra)}); pass such a model as an nn.Module to dcconvert.convert() "
+            "(docs/models.md)."
         )
     indices = _block_indices(names)
     if gap := [i for i, index in enumerate(indices) if i != index]:

@@ -92,15 +92,22 @@ def open_source(
     if prediction not in (None, *PREDICTIONS):
         raise UsageError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}.")
     if path.is_dir():
+        only_for_dits(path, null_class)
         return diffusers_source(path, image_size, prediction)
     weights = read_weights(path)
     if layout := layout_of(weights.tensors):
+        only_for_dits(path, null_class)
         return original_source(layout, path, weights, heads, image_size, prediction)
     if isinstance(image_size, tuple):
         if image_size[0] != image_size[1]:
             raise UsageError(f"{path}: a DiT checkpoint has square images: pass --image-size with one number.")
         image_size = image_size[0]
     return dit_source(load_dit(path, heads, image_size, prediction, null_class, weights))
+
+
+def only_for_dits(path: Path, null_class: bool | None) -> None:
+    if null_class is not None:
+        raise UsageError(f"{path}: --no-null-class (null_class) is for DiT checkpoints: leave it out.")
 
 
 def dit_source(dit: LoadedDiT | LoadedRefined) -> Source:
@@ -137,7 +144,12 @@ def original_source(
     where = f" ({weights.source})" if weights.source else ""
     kind = f"{layout.title} checkpoint{where}, as {layout.cls}"
     made = called(module, layout.cls, kind, file_sha256([path]), image_size, prediction)
-    return replace(made, notes=tuple(weights.lines()), weights=weights.as_dict())
+    config: Any = module.config
+    facts = dict(made.facts)
+    if "interpolation_scale" in config and "pos_embed" not in weights.tensors:
+        scale = f"interpolation scale {config.interpolation_scale:g}"
+        facts["positions"] = f"not stored; computed for {config.sample_size} latent pixels, {scale} (assumed)"
+    return replace(made, facts=facts, notes=tuple(weights.lines()), weights=weights.as_dict())
 
 
 def diffusers_source(path: Path, image_size: Size | None = None, prediction: str | None = None) -> Source:

@@ -52,7 +52,7 @@ class Walk:
         group = self.visits
         for key, inner in parts(value):
             name = as_name(key)
-            below = path if isinstance(value, Inert) and name in OF_MODULES else f"{path}.{name}".lstrip(".")
+            below = path if name in OF_MODULES and is_module(value) else f"{path}.{name}".lstrip(".")
             if isinstance(inner, int | float) and not isinstance(inner, bool):
                 named = path.rpartition(".")[2] if isinstance(value, list | tuple) else name
                 self.scalars.setdefault(named, set()).add(inner)
@@ -68,11 +68,18 @@ def parts(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from enumerate(value)
     elif isinstance(value, Inert):
         states = value.state if isinstance(value.state, tuple) else (value.state,)  # of a class with slots: two dicts
-        for state in states:
+        args = value.args if isinstance(value.args, tuple) else ()
+        for state in (*states, *args):
             if isinstance(state, Mapping):
                 yield from saved(state).items()
         yield from value.entries.items()
         yield from enumerate(value.members)
+
+
+def is_module(value: Any) -> bool:
+    """Whether these are the attributes of a pickled nn.Module, or a placeholder that has them."""
+    state = value.state if isinstance(value, Inert) else value
+    return isinstance(state, Mapping) and all(name in state for name in OF_MODULES)
 
 
 def saved(state: Mapping[Any, Any]) -> Mapping[Any, Any]:

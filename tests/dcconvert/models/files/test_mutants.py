@@ -70,7 +70,8 @@ def wrapped(state: State, chance: random.Random) -> State:
 
 def nested(value: Any, chance: random.Random) -> Any:
     for _ in range(chance.randrange(3)):
-        around = {chance.choice(WORDS): value, **{f"k{n}": chance.choice(ODDITIES) for n in range(chance.randrange(3))}}
+        around: dict[Any, Any] = {f"k{n}": chance.choice(ODDITIES) for n in range(chance.randrange(3))}
+        around[chance.choice(WORDS)] = value
         value = dict(chance.sample(list(around.items()), len(around)))
     return value
 
@@ -181,7 +182,23 @@ def test_other_bytes(form, states, tmp_path):
         read(path)
 
 
-NUMBERS = (0, -1, 1, 2**31, 2**31 - 1, 10**300, 1.5, float("nan"), None, "x", [], {}, [2**31], True, 997)
+NUMBERS: tuple[Any, ...] = (
+    0,
+    -1,
+    1,
+    2**31,
+    2**31 - 1,
+    10**300,
+    1.5,
+    float("nan"),
+    None,
+    "x",
+    [],
+    {},
+    [2**31],
+    True,
+    997,
+)
 
 
 @pytest.mark.parametrize("name", ["pixart", "sd3"])
