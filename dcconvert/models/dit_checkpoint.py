@@ -130,7 +130,7 @@ def read_checkpoint(
         raise UsageError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}.")
     weights = weights or read_weights(path)
     tensors, facts = weights.tensors, weights.facts
-    known = {**stated(weights), **facts.config}
+    known = {**stated(path, weights, heads), **facts.config}
     if null_class is not None:
         known["null_class"] = null_class
     refined = None
@@ -170,8 +170,12 @@ def read_checkpoint(
     )
 
 
-def stated(weights: Weights) -> dict[str, int]:
-    """What the options beside the weights tell of a model's configuration."""
+def stated(path: Path, weights: Weights, option: int | None) -> dict[str, int]:
+    """What the options beside the weights tell of a model's configuration.
+
+    UsageError for heads that published models of this width do not have, unless the caller says how many there are
+    (`option`): the number may be that of another model in the same file.
+    """
     found: dict[str, int] = {}
     table = weights.tensors.get("y_embedder.embedding_table.weight")
     shape = [] if table is None else list(table.shape)
@@ -183,6 +187,12 @@ def stated(weights: Weights) -> dict[str, int]:
         found["null_class"] = int(classes != rows)
     if isinstance(heads, int) and heads > 0 and width % heads == 0:
         found["heads"] = heads
+        usual = HEADS_OF_WIDTH.get(width, heads)
+        if option is None and usual != heads:
+            raise UsageError(
+                f"{path}: its options say num_heads is {heads}, but a DiT of width {width} usually has {usual}: "
+                "pass --heads."
+            )
     return found
 
 

@@ -116,6 +116,8 @@ def dit_source(dit: LoadedDiT | LoadedRefined) -> Source:
     facts = {**info.config.as_dict(), "predicts": info.prediction, "weights from": info.source or "the top level"}
     if info.null_class_assumed:
         facts["null_class"] = "True (assumed: the last class; change it with --no-null-class)"
+    if info.weights and info.weights.stated.get("num_heads") == info.config.heads:
+        facts["heads"] = f"{info.config.heads} (as the training's options say)"
     assumed = " (assumed; change it with --prediction)" if info.prediction_assumed else ""
     return Source(
         dit,

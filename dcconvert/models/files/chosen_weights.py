@@ -39,8 +39,8 @@ WRAPPERS = frozenset(
     )
 )
 AVERAGED = {"ema", "emas", "swa", "avg", "averaged", "average", "shadow", "polyak", "emamodel", "modelema", "netema"}
-RAW = {"online", "raw", "student", "current", "collected", "backup", "nonema", "noema"}
-OTHER = {"discriminator", "disc", "critic", "fake"}  # a network of the same kind that makes no images
+RAW = {"online", "raw", "current", "collected", "backup", "nonema", "noema"}
+OTHER = {"discriminator", "disc", "critic", "fake", "teacher"}  # networks of the same kind that were not to be trained
 NO_WEIGHTS = {"opt", "optim", "optimizer", "optimizers", "expavg", "grad", "grads", "gradients"}
 UNUSED_HEADS = re.compile(
     r"((repa_?)?projectors?|(repa_?)?proj(ection)?_?heads?|align(ment)?_\w+|repa\w*|logvar\w*|loss\w*|lpips\w*)\."

@@ -13,7 +13,7 @@ from dcconvert.passes.ir.errors import UsageError
 
 MAX_DEPTH = 64
 MAX_VISITS = 200_000  # dicts may share parts, so that a small file can be walked through without end
-MAX_NAME = 200  # characters
+MAX_NAME, MAX_PATH = 200, 500  # characters of a key, and of all keys down to a tensor
 OF_MODULES = ("_modules", "_parameters", "_buffers")  # attributes of a pickled nn.Module; its state dict skips them
 UNSAVED = "_non_persistent_buffers_set"
 
@@ -53,6 +53,8 @@ class Walk:
         for key, inner in parts(value):
             name = as_name(key)
             below = path if name in OF_MODULES and is_module(value) else f"{path}.{name}".lstrip(".")
+            if len(below) > MAX_PATH:
+                continue
             if isinstance(inner, int | float) and not isinstance(inner, bool):
                 named = path.rpartition(".")[2] if isinstance(value, list | tuple) else name
                 self.scalars.setdefault(named, set()).add(inner)

@@ -21,6 +21,7 @@ from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 
 PREDICTIONS = ("eps", "flow")
 METADATA_KEY = "dcconvert"  # safetensors metadata entry that holds what shapes cannot tell, as JSON
+MAX_SHOWN = 150  # characters of a name in a message
 MAX_HEADER = 100_000_000  # bytes; the safetensors format allows no longer JSON header
 
 
@@ -123,4 +124,4 @@ def plain(path: Path, name: str, tensor: Tensor) -> Tensor:
 def some(names: Collection[str]) -> str:
     """The first three names, and how many more there are."""
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(list(names)[:3]) + rest
+    return ", ".join(name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..." for name in list(names)[:3]) + rest

@@ -40,7 +40,11 @@ def unquantised(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in tensors.items():
         layer, suffix = next(((name.removesuffix(end), end) for end in SCALES if name.endswith(end)), ("", ""))
         weight = made.get(f"{layer}.weight")
-        if suffix and weight is not None and weight.dtype in FP8:
+        if suffix and weight is not None and weight.dtype not in FP8:
+            raise UnsupportedModelError(
+                f"{path}: {name} is a scale, but the weight is not fp8 ({weight.dtype}): {USE_FLOATS}."
+            )
+        if suffix and weight is not None:
             made[f"{layer}.weight"] = multiplied(path, name, weight, value)
     return made
 

@@ -202,6 +202,8 @@ def test_the_main_job_on_a_release_checkpoint(module, tmp_path):
     bundle = read_bundle(tmp_path / "out")
     assert bundle.model.schedule.kind == NATURAL
     assert bundle.manifest["config"]["patch"] == 1
+    taken = bundle.manifest["source"]["weights"]
+    assert (taken["key"], taken["averaged"], taken["passed_over"]) == ("ema", True, ["model (101 tensors)"])
     names = {check["name"] for check in json.loads((tmp_path / "out" / "report.json").read_text())["checks"]}
     assert IDENTITY in names
 

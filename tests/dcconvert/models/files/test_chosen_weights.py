@@ -209,6 +209,7 @@ def test_words_for_averages(path, averaged):
 def test_raw_weights_that_say_so_come_last(tmp_path):
     assert same(taken({"raw": RAW, "smooth": AVERAGE}, tmp_path).tensors, AVERAGE)
     assert same(taken({"fake_unet": RAW, "generator": AVERAGE}, tmp_path).tensors, AVERAGE)
+    assert same(taken({"teacher": RAW, "student": AVERAGE}, tmp_path).tensors, AVERAGE)
 
 
 def test_a_part_of_an_average_is_not_mixed_in(tmp_path):
@@ -245,13 +246,24 @@ def test_a_checkpoint_is_the_model_that_was_saved(tmp_path):
     model.load_state_dict(AVERAGE)
     options = argparse.Namespace(num_classes=5, num_heads=2)
     torch.save({"model": RAW, "model_ema": under("module.", AVERAGE), "args": options}, tmp_path / "x.pt")
+    before = torch.get_rng_state()
     found = load_checkpoint(tmp_path / "x.pt")  # with no option: the training's own tell the heads
+    assert torch.equal(torch.get_rng_state(), before)
     inputs = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 900.0]), torch.tensor([0, 5])
     assert torch.equal(found(*inputs), model(*inputs))
     assert not found.checkpoint_info.null_class_assumed
     weights = found.checkpoint_info.weights
     assert weights is not None
     assert weights.averaged
+
+
+def test_heads_of_another_model_in_the_options(tmp_path):
+    """Width 384 is that of DiT-S, which has 6 heads; 8 may be those of an autoencoder."""
+    small = DiT(DiTConfig(depth=1, width=384, heads=6, patch=2, image_size=4)).state_dict()
+    torch.save({"model": small, "args": {"num_heads": 8}}, tmp_path / "x.pt")
+    with pytest.raises(UsageError, match="num_heads is 8, but a DiT of width 384 usually has 6"):
+        read_checkpoint(tmp_path / "x.pt")
+    assert read_checkpoint(tmp_path / "x.pt", heads=8).config.heads == 8
 
 
 @pytest.mark.parametrize(
@@ -361,6 +373,11 @@ def test_nested_tensors(tmp_path):
 )
 def test_quantised_weights_are_named(extra, kind, tmp_path):
     assert kind in refusal({**RAW, extra: torch.zeros(2)}, tmp_path, UnsupportedModelError)
+
+
+def test_a_scale_of_something_else(tmp_path):
+    more = {"blocks.0.attn.qkv.weight_scale": torch.tensor(0.5)}
+    assert "the weight is not fp8" in refusal({**RAW, **more}, tmp_path, UnsupportedModelError)
 
 
 @pytest.mark.parametrize(("suffix", "scale"), [("scale_weight", 0.5), ("weight_scale", 0.25), ("", 1.0)])
