@@ -68,6 +68,7 @@ class Settings:
     image_size: Size | None = None
     prediction: str | None = None
     null_class: bool | None = None
+    weights: str | None = None
     threads: int = 0
     refine_grid: bool = False
     measure: bool = True
@@ -83,7 +84,7 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
     with new_folder(settings.out, settings.force) as work:
         with stages.stage("read checkpoint"):
             facts_given = (settings.heads, settings.image_size, settings.prediction, settings.null_class)
-            source = open_source(settings.checkpoint, *facts_given)
+            source = open_source(settings.checkpoint, *facts_given, settings.weights)
         for note in source.notes:
             stages.note(escape(note))
         method = settings.method.with_prediction(source.prediction)

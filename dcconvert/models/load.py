@@ -71,9 +71,10 @@ def load_model(
     image_size: Size | None = None,
     prediction: str | None = None,
     null_class: bool | None = None,
+    weights: str | None = None,
 ) -> nn.Module:
     """The model of a checkpoint file or a diffusers folder, in fp32 and in eval mode; errors as in `open_source`."""
-    return open_source(Path(path), heads, image_size, prediction, null_class).module
+    return open_source(Path(path), heads, image_size, prediction, null_class, weights).module
 
 
 def open_source(
@@ -82,27 +83,31 @@ def open_source(
     image_size: Size | None = None,
     prediction: str | None = None,
     null_class: bool | None = None,
+    weights: str | None = None,
 ) -> Source:
     """The model at `path`, in eval mode, and what to call it with.
 
     `heads`, `image_size`, `prediction` ("eps" or "flow") and `null_class` (whether a DiT's last class is the "no class"
-    of guidance) give facts that the file does not have. Raises UsageError for a file that is unreadable or incomplete,
+    of guidance) give facts that the file does not have. `weights`: the key under which the file has them, as in "model"
+    [averaged ones, if there are any]. Raises UsageError for a file that is unreadable or incomplete,
     and UnsupportedModelError for another architecture.
     """
     if prediction not in (None, *PREDICTIONS):
         raise UsageError(f"Unknown prediction {prediction!r}: use one of {', '.join(PREDICTIONS)}.")
     if path.is_dir():
         only_for_dits(path, null_class)
+        if weights is not None:
+            raise UsageError(f"{path}: --weights is for checkpoint files: pass the folder that holds the weights.")
         return diffusers_source(path, image_size, prediction)
-    weights = read_weights(path)
-    if layout := layout_of(weights.tensors):
+    found = read_weights(path, weights)
+    if layout := layout_of(found.tensors):
         only_for_dits(path, null_class)
-        return original_source(layout, path, weights, heads, image_size, prediction)
+        return original_source(layout, path, found, heads, image_size, prediction)
     if isinstance(image_size, tuple):
         if image_size[0] != image_size[1]:
             raise UsageError(f"{path}: a DiT checkpoint has square images: pass --image-size with one number.")
         image_size = image_size[0]
-    return dit_source(load_dit(path, heads, image_size, prediction, null_class, weights))
+    return dit_source(load_dit(path, heads, image_size, prediction, null_class, found))
 
 
 def only_for_dits(path: Path, null_class: bool | None) -> None:

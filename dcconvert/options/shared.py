@@ -150,6 +150,12 @@ checkpoint_options = section(
         help="Size in latent pixels: one number, or height and width such as 96x64.",
     ),
     option(
+        "--weights",
+        metavar="KEY",
+        show_default="averaged weights, if the file has them",
+        help="Key of the weights to take from a training file, such as model or ema.",
+    ),
+    option(
         "--no-null-class",
         is_flag=True,
         help="The last class of a DiT is a class like the others, and not the empty one of guidance: it was trained "

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dcconvert.models.files.flattened import Entry, Walk, kind_of, printable
+from dcconvert.models.files.flattened import MAX_NAME, Entry, Walk, kind_of, printable
 from dcconvert.models.files.inert_pickle import Inert
 from dcconvert.models.files.tensor_files import Facts, read_file, some
 from dcconvert.models.files.torch_file import SAVE_PLAINLY
@@ -40,7 +40,9 @@ WRAPPERS = frozenset(
 )
 AVERAGED = {"ema", "emas", "swa", "avg", "averaged", "average", "shadow", "polyak", "emamodel", "modelema", "netema"}
 RAW = {"online", "raw", "current", "collected", "backup", "nonema", "noema"}
-OTHER = {"discriminator", "disc", "critic", "fake", "teacher"}  # networks of the same kind that were not to be trained
+OTHER = {"discriminator", "disc", "critic", "fake"}  # a network of the same kind that makes no images
+TEACHER = {"teacher"}  # of a distillation; where it is an average, it is the better of both
+DECAY = re.compile(r"0?\.9\d*")  # of an average, in its key
 NO_WEIGHTS = {"opt", "optim", "optimizer", "optimizers", "expavg", "grad", "grads", "gradients"}
 UNUSED_HEADS = re.compile(
     r"((repa_?)?projectors?|(repa_?)?proj(ection)?_?heads?|align(ment)?_\w+|repa\w*|logvar\w*|loss\w*|lpips\w*)\."
@@ -94,14 +96,17 @@ class Weights:
         return found
 
 
-def read_weights(path: Path) -> Weights:
-    """The weights of a checkpoint file; UsageError for one without any, UnsupportedModelError for quantised ones."""
+def read_weights(path: Path, key: str | None = None) -> Weights:
+    """The weights of a checkpoint file: those under `key`, or the best.
+
+    UsageError for a file without any, or without this key, UnsupportedModelError for quantised ones.
+    """
     content, facts = read_file(path)
     try:
         walk = Walk(content)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    weights = chosen(path, walk.entries, content, facts)
+    weights = chosen(path, walk.entries, content, facts, key)
     weights.tensors = unquantised(path, weights.tensors)
     found = {name: walk.scalars.get(name, set()) for name in STATED}
     weights.stated = {name: next(iter(values)) for name, values in found.items() if len(values) == 1}
@@ -150,11 +155,13 @@ class Candidate:
     def known(self) -> int:
         return sum(name.partition(".")[0] in TOPS for name in self.names)
 
-    def rank(self, most: int) -> tuple[bool, bool, bool, bool, int]:
-        """Less is better: whole, the network that makes the images, averaged, not called raw, first in the file."""
+    def rank(self, most: int) -> tuple[bool, bool, bool, bool, float, int]:
+        """Less is better: whole, the network that makes the images, averaged, not called raw, averaged for longest, and
+        first in the file."""
         whole = self.known >= WHOLE * most
-        other, raw = mentions(self.prefix, OTHER), mentions(self.prefix, RAW)
-        return (not whole, other, not self.averaged, raw, self.order)
+        other, raw = mentions(self.prefix, OTHER), mentions(self.prefix, RAW | TEACHER)
+        decay = max(map(float, DECAY.findall(self.prefix)), default=0.0)
+        return (not whole, other, not self.averaged, raw, -decay, self.order)
 
     def said(self) -> str:
         kind = "averaged, " if self.averaged else ""
@@ -269,8 +276,8 @@ def shape_of(entry: Entry) -> tuple[int, ...] | None:
 # --- the choice ----------------------------------------------------------------------------------------
 
 
-def chosen(path: Path, entries: Sequence[Entry], content: Any, facts: Facts) -> Weights:
-    """The best candidate; where there is none, the largest dict of tensors, for the messages of those who read it."""
+def chosen(path: Path, entries: Sequence[Entry], content: Any, facts: Facts, key: str | None = None) -> Weights:
+    """The best candidate, or that of a key; where there is none, the largest dict of tensors, for messages about it."""
     found = candidates(entries)
     most = max((candidate.known for candidate in found), default=0)
     if not most:
@@ -278,7 +285,11 @@ def chosen(path: Path, entries: Sequence[Entry], content: Any, facts: Facts) -> 
     raws = [candidate for candidate in found if not candidate.averaged]
     if len(raws) == len(found):
         found += nameless(entries, raws[0])
-    best = min(found, key=lambda candidate: candidate.rank(most))
+    wanted = [candidate for candidate in found if candidate.names and candidate.prefix == key]
+    if key is not None and not wanted:
+        there = some([candidate.prefix or '""' for candidate in found if candidate.names])
+        raise UsageError(f"{path}: no weights lie under {printable(key[:MAX_NAME])!r}: choose one of {there}.")
+    best = min(wanted or found, key=lambda candidate: candidate.rank(most))
     others = [candidate for candidate in found if candidate is not best]
     used = {id(entry) for candidate in found for entry in candidate.entries}
     rest = [entry for entry in entries if id(entry) not in used and not entry.name.endswith(N_AVERAGED)]

@@ -210,6 +210,15 @@ def test_raw_weights_that_say_so_come_last(tmp_path):
     assert same(taken({"raw": RAW, "smooth": AVERAGE}, tmp_path).tensors, AVERAGE)
     assert same(taken({"fake_unet": RAW, "generator": AVERAGE}, tmp_path).tensors, AVERAGE)
     assert same(taken({"teacher": RAW, "student": AVERAGE}, tmp_path).tensors, AVERAGE)
+    assert same(taken({"student": RAW, "teacher_ema": AVERAGE}, tmp_path).tensors, AVERAGE)
+    assert same(taken({"emas": {"0.99": RAW, "0.9999": AVERAGE}}, tmp_path).tensors, AVERAGE)
+
+
+def test_a_key_can_be_chosen(tmp_path):
+    torch.save({"model": RAW, "ema": AVERAGE}, tmp_path / "x.pt")
+    assert same(read_weights(tmp_path / "x.pt", "model").tensors, RAW)
+    with pytest.raises(UsageError, match="no weights lie under 'net': choose one of model, ema"):
+        read_weights(tmp_path / "x.pt", "net")
 
 
 def test_a_part_of_an_average_is_not_mixed_in(tmp_path):
@@ -406,8 +415,9 @@ def test_inspect_says_what_was_taken(tmp_path, monkeypatch):
     assert "True (assumed: the last class; change it with --no-null-class)" in run.out
 
 
-def test_no_null_class_is_an_option(tmp_path):
-    torch.save(RAW, tmp_path / "x.pt")
-    run = run_cli("inspect", tmp_path / "x.pt", "--heads", 2, "--no-null-class")
+def test_options_for_what_the_file_does_not_say(tmp_path):
+    torch.save({"model": RAW, "ema": AVERAGE}, tmp_path / "x.pt")
+    run = run_cli("inspect", tmp_path / "x.pt", "--heads", 2, "--no-null-class", "--weights", "model")
     assert run.code == 0, run.err
+    assert "Weights: model, 32 tensors." in run.out
     assert "assumed: the last class" not in run.out
