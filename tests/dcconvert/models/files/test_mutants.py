@@ -93,7 +93,7 @@ def test_the_same_weights_in_other_places(name, states, tmp_path):
     torch.save(states[name], path)
     wanted = read(path)
     assert wanted is not None
-    for number in range(60):
+    for number in range(30):
         torch.save(rewritten(states[name], chance), path, _use_new_zipfile_serialization=number % 4 > 0)
         found = read(path)
         assert found is not None, number
@@ -157,11 +157,11 @@ def changed(state: State, chance: random.Random) -> dict[Any, Any]:
 def test_other_tensors_and_names(name, states, tmp_path):
     chance, path = random.Random(name), tmp_path / "x.pt"
     refused = 0
-    for _ in range(80):
+    for _ in range(50):
         state = changed(states[name], chance)
         torch.save(chance.choice((state, {"ema": state}, {"model": states[name], "ema": state})), path)
         refused += read(path) is None
-    assert refused > 30
+    assert refused > 20
 
 
 @pytest.mark.parametrize("form", ["zip", "sequence", "safetensors"])
@@ -173,7 +173,7 @@ def test_other_bytes(form, states, tmp_path):
         content = {"ema": states["dit"], "args": {"lr": 1.0}}
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     whole = path.read_bytes()
-    for _ in range(100):
+    for _ in range(60):
         data = bytearray(whole)
         first = chance.random() < 0.7  # where the structure is
         for _ in range(chance.choice((1, 1, 4, 30))):
@@ -207,7 +207,7 @@ def test_other_configurations(name, tmp_path):
     made(FAMILIES[name])[0].save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    for _ in range(60):
+    for _ in range(40):
         other = copy.deepcopy(config)
         for key in chance.sample(list(config), chance.choice((1, 2))):
             other[key] = chance.choice(NUMBERS)
