@@ -12,6 +12,7 @@ from dcconvert.options.shared import (
     RATIO,
     RATIO_HELP,
     STATE,
+    STEPS,
     THREADS,
     checkpoint_options,
     force,
@@ -64,7 +65,7 @@ convert_options = options(
     ),
     section(
         "Sampling run",
-        option("--steps", default=50, type=POSITIVE, help="Sampling steps per run."),
+        option("--steps", default=50, type=STEPS, help="Sampling steps per run."),
         option(
             "--solver",
             default="euler",

@@ -39,6 +39,7 @@ def mode_defaults(default: Callable[[type[Method]], Any]) -> str:
 RATIO, SIZE = Parsed("ratio", parse_ratio), Parsed("size", parse_size)
 MOST = 10_000_000  # of steps, samples, images and other counts
 ANY, POSITIVE, SEED_RANGE = click.IntRange(0, MOST), click.IntRange(1, MOST), click.IntRange(0, 2**40)
+STEPS = click.IntRange(1, 10_000)  # of a sampling run
 
 RATIO_HELP = "Total tokens divided by computed tokens, averaged over the run: 4x, 4 or 2.5x; 1 computes all."
 
@@ -75,7 +76,7 @@ def images(default: int, text: str, least: int = 1, **attrs: Any) -> Callable[[s
 
 def reference_steps() -> Callable[[str], Any]:
     text = "Sampling steps of the reference images, which the original draws."
-    return option("--reference-steps", default=200, type=POSITIVE, help=text)
+    return option("--reference-steps", default=200, type=STEPS, help=text)
 
 
 def ratios(text: str, **attrs: Any) -> Callable[[str], Any]:
@@ -86,7 +87,7 @@ def ratios(text: str, **attrs: Any) -> Callable[[str], Any]:
 def run_options(whose: str) -> Any:
     """The steps and the solver of a sampling run; the default is the bundle's."""
     return (
-        option("--steps", type=POSITIVE, show_default=f"{whose} steps", help="Sampling steps per run."),
+        option("--steps", type=STEPS, show_default=f"{whose} steps", help="Sampling steps per run."),
         option(
             "--solver", type=click.Choice(SOLVERS), show_default=f"{whose} solver", help="Solver of the sampling run."
         ),
