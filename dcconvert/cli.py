@@ -115,6 +115,7 @@ def convert(model: Path, out: Path | None, **values: Any) -> None:
     values["warm_up"] = AUTO if values["warm_up"] is None else values["warm_up"]
     values["batches"] = values["batches"] or (1, 8)
     values["measure"] = not values.pop("no_measure")
+    values["null_class"] = False if values.pop("no_null_class") else None
     settings = Settings(model, target, method=method, command=command_line(), **values)
     console = Console(stderr=True)
     report = run_job(settings, Stages(console))
@@ -132,6 +133,7 @@ def inspect(model: Path, **values: Any) -> None:
     """
     from dcconvert.commands.inspect import inspect_checkpoint
 
+    values["null_class"] = False if values.pop("no_null_class") else None
     inspect_checkpoint(model, pick_method(values, INSPECT_RATIO), Console(), **values)
 
 
@@ -267,6 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def fail(message: str, code: int) -> None:
+    """Print a message as one line, whatever is in it (a path need not be UTF-8), and exit."""
+    message = " ".join(message.split("\n")).encode("utf-8", "backslashreplace").decode()
     Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
     sys.exit(code)
 

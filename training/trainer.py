@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dcconvert.models.dit import DiT, DiTConfig
-from dcconvert.models.tensor_files import PREDICTIONS
+from dcconvert.models.files.tensor_files import PREDICTIONS
 from dcconvert.sampling.default_tables import vp_coefficients
 from dcconvert.sampling.solver_rows import TRAIN_STEPS
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from dcconvert.api import Converted, convert, manifest, sampling_facts
 from dcconvert.environment import machine
 from dcconvert.evaluate.conversion_metrics import LATENCY_RUNS, Effort, Subject, measure
@@ -19,7 +21,7 @@ from dcconvert.export.checks.parity import Check, require
 from dcconvert.export.checks.written import check_promises, check_written
 from dcconvert.export.files import MANIFEST, new_folder, write_json
 from dcconvert.export.onnx.export import export_onnx
-from dcconvert.models.example_inputs import Size
+from dcconvert.models.key_tables import Size
 from dcconvert.models.load import Source, open_source
 from dcconvert.passes.methods.method import Method
 from dcconvert.passes.planning.schedule import Policy
@@ -65,6 +67,8 @@ class Settings:
     heads: int | None = None
     image_size: Size | None = None
     prediction: str | None = None
+    null_class: bool | None = None
+    weights: str | None = None
     threads: int = 0
     refine_grid: bool = False
     measure: bool = True
@@ -79,7 +83,10 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
     """
     with new_folder(settings.out, settings.force) as work:
         with stages.stage("read checkpoint"):
-            source = open_source(settings.checkpoint, settings.heads, settings.image_size, settings.prediction)
+            facts_given = (settings.heads, settings.image_size, settings.prediction, settings.null_class)
+            source = open_source(settings.checkpoint, *facts_given, settings.weights)
+        for note in source.notes:
+            stages.note(escape(note))
         method = settings.method.with_prediction(source.prediction)
         with stages.stage("rewrite"):
             model = convert(
@@ -181,10 +188,11 @@ def describe(
 ) -> dict[str, Any]:
     """The parts of the report that need no measurement."""
     spec, method = model.spec, model.method
+    weights = {"weights": dict(source.weights)} if source.weights else {}
     return {
         "command": settings.command,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "source": {"path": settings.checkpoint.name, "sha256": source.sha256, "kind": source.kind},
+        "source": {"path": settings.checkpoint.name, "sha256": source.sha256, "kind": source.kind, **weights},
         "model": {
             "grid": list(spec.grid),
             "tokens": spec.tokens,

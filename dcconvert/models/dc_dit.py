@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dcconvert.models.dit import Block, DiT, DiTConfig, LabelEmbedder, TimestepEmbedder, modulate, sincos_positions
 from dcconvert.passes.trained.adapters import as_image, as_tokens
 
-NARROW = 4  # the convolutions work on the width divided by this
+NARROW = 4  # the convolutions work on the width divided by this, unless a model says otherwise
 CONVOLUTIONS = 2  # residual blocks of encoder and decoder each
 GROUPS = 32
 EPS = 1e-5  # of the RMS norms
@@ -26,7 +26,7 @@ UNSURE = -1.1  # the router's first bias: sigmoid 0.25
 @dataclass(frozen=True)
 class RefinedConfig:
     """The architecture of a DiT with one pixel per token. `adapter`: the layer norm on the conditioning of encoder and
-    decoder, which upcycled models have."""
+    decoder, which upcycled models have. `narrow_width`: of the convolutions; 0: a quarter of the width."""
 
     depth: int
     width: int
@@ -38,6 +38,7 @@ class RefinedConfig:
     null_class: bool = True
     mlp_width: int = 0
     adapter: bool = False
+    narrow_width: int = 0
 
     @property
     def out_channels(self) -> int:
@@ -45,11 +46,11 @@ class RefinedConfig:
 
     @property
     def narrow(self) -> int:
-        return self.width // NARROW
+        return self.narrow_width or self.width // NARROW
 
     def dit(self) -> DiTConfig:
         """The DiT with these blocks, on tokens of one pixel."""
-        fields = {name: value for name, value in asdict(self).items() if name != "adapter"}
+        fields = {name: value for name, value in asdict(self).items() if name not in ("adapter", "narrow_width")}
         return DiTConfig(patch=1, **fields)
 
 

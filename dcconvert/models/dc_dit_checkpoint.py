@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dcconvert.models.dc_dit import NARROW, RefinedConfig, RefinedDiT
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
+from dcconvert.passes.planning.planners import SmoothedPlanner
 
 BLOCKS = "hnet.main_network.main_network.layers."
 INNER = "hnet.main_network.main_network.main_network."  # of a model of more than one stage
@@ -28,10 +29,13 @@ def is_refined(names: Mapping[str, Tensor]) -> bool:
     return any(name.startswith("hnet.") for name in names)
 
 
-def refined_config(path: Path, tensors: Mapping[str, Tensor], choose_heads: Callable[[int], int]) -> RefinedConfig:
+def refined_config(
+    path: Path, tensors: Mapping[str, Tensor], choose_heads: Callable[[int], int], null_class: bool = True
+) -> RefinedConfig:
     """The architecture of a DC-DiT checkpoint; UsageError or UnsupportedModelError for one that is not whole or other.
 
-    `choose_heads` gives the attention heads for a width.
+    `choose_heads` gives the attention heads for a width. `null_class`: whether the last class is that of guidance; a
+    single class never is.
     """
     if any(name.startswith(INNER) for name in tensors):
         raise UnsupportedModelError(f"{path}: a DC-DiT with more than one stage; only one stage is supported.")
@@ -52,20 +56,35 @@ def refined_config(path: Path, tensors: Mapping[str, Tensor], choose_heads: Call
         raise UnsupportedModelError(
             f"{path}: pos_embed has {positions[1]} positions, but only square grids are supported."
         )
-    width = int(table[1])
-    if width < NARROW or width % NARROW:
-        raise UsageError(f"{path}: width {width} is not a multiple of {NARROW}, as a DC-DiT needs.")
+    width, narrow = int(table[1]), int(pixels[0])
+    if width < 4 or width % 4:  # positions are sines and cosines of two coordinates
+        raise UsageError(f"{path}: width {width} is not a multiple of 4, as a DC-DiT needs.")
+    if narrow > width:
+        raise UsageError(f"{path}: width {width} with convolutions of {narrow} is not that of a DC-DiT.")
+    null_class = null_class and int(table[0]) > 1
     return RefinedConfig(
         depth=len(blocks),
         width=width,
         heads=choose_heads(width),
         image_size=side,
         in_channels=int(pixels[1]),
-        num_classes=int(table[0]) - 1,
+        num_classes=int(table[0]) - null_class,
+        null_class=null_class,
         learn_sigma=int(output[0]) == 2 * int(pixels[1]),
         mlp_width=int(tensors[hidden].shape[0]),
         adapter="hnet.condition.weight" in tensors,
+        narrow_width=0 if narrow == width // NARROW else narrow,
     )
+
+
+def check_sigma(path: Path, stated: float | None, config: RefinedConfig) -> None:
+    """UsageError if the training's options say another width of the dechunk's Gaussian than the one that is used."""
+    used = SmoothedPlanner((config.image_size, config.image_size), members=1, neighbours=1).sigma
+    if stated is not None and not math.isclose(stated, used):
+        side = config.image_size
+        raise UsageError(
+            f"{path}: its dechunk_kernel_sigma is {stated:g}, but at {side}x{side} tokens only {used:g} is supported."
+        )
 
 
 def check_refined(path: Path, tensors: Mapping[str, Tensor], config: RefinedConfig) -> None:

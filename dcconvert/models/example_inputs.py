@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dcconvert.models.dc_dit import RefinedDiT
 from dcconvert.models.dit import DiT
+from dcconvert.models.key_tables import Size
 from dcconvert.passes.ir.spec import EXAMPLE_BATCH
 
 
@@ -82,6 +83,3 @@ def flux_call(config: Any, size: Size | None) -> dict[str, Any]:
         "txt_ids": torch.zeros(512, 3),
         **guidance,
     }
-
-
-Size = int | tuple[int, int]  # of an image in latent pixels: its side, or its height and width

@@ -4,51 +4,50 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from dcconvert.models.dit_checkpoint import choose_heads
-from dcconvert.models.key_tables import LAYOUTS, Layout, Tensors
-from dcconvert.models.tensor_files import plain, some
+from dcconvert.models.files.built import built
+from dcconvert.models.files.diffusers_folder import MOST_BLOCKS
+from dcconvert.models.files.tensor_files import plain, some
+from dcconvert.models.key_tables import LAYOUTS, Layout, Size, SizeNeededError, Tensors
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 
-PREFIX = "model.diffusion_model."  # in files that hold a VAE or text encoders too
 POSITIONS = "pos_embed.pos_embed"
 SAVE_WHOLE = "save the whole state dict"
 
 
-def transformer_tensors(tensors: Tensors) -> dict[str, Tensor]:
-    """Those of the transformer, where a file holds other models too."""
-    found = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
-    return found or dict(tensors)
-
-
 def layout_of(tensors: Tensors) -> Layout | None:
     """The layout that a file's tensors have, if it is one of these."""
-    return next((layout for layout in LAYOUTS if {layout.marker, PREFIX + layout.marker} & tensors.keys()), None)
+    return next((layout for layout in LAYOUTS if layout.marker in tensors), None)
 
 
-def original_model(layout: Layout, path: Path, tensors: Tensors, heads: int | None = None) -> nn.Module:
+def original_model(
+    layout: Layout, path: Path, tensors: Tensors, heads: int | None = None, image: Size | None = None
+) -> nn.Module:
     """The module of diffusers with a file's weights, in fp32 and in eval mode.
 
-    `heads`: for models whose tensors and width do not tell. UsageError for missing tensors and for shapes that do not
-    belong together, UnsupportedModelError for tensors that the class does not have.
+    `heads`, `image` (latent pixels): for models whose tensors do not tell. UsageError for missing tensors and for
+    shapes that do not belong together, UnsupportedModelError for tensors that the class does not have.
     """
-    import diffusers
-
-    tensors = transformer_tensors(tensors)
     try:
         width = len(tensors[layout.patches])
         size = layout.head_size(tensors)
         heads = heads or (width // size if size else None)
-        config = layout.config(tensors, width, choose_heads(path, width, heads))
-        diffusers.utils.logging.set_verbosity_error()
-        with torch.device("meta"):  # the file's tensors become the parameters: the weights are in memory once
-            module = getattr(diffusers, layout.cls)(**config)
+        config = layout.config(tensors, width, choose_heads(path, width, heads), image)
+        if (
+            max(value for name, value in config.items() if name.endswith("_layers") and type(value) is int)
+            > MOST_BLOCKS
+        ):
+            raise ValueError(f"more than {MOST_BLOCKS} blocks")
+        module: Any = built(layout.cls, config)
+    except SizeNeededError as error:
+        raise UsageError(f"{path}: {error}") from None
     except KeyError as error:
         raise UsageError(f"{path}: {error.args[0]} is missing: {SAVE_WHOLE}.") from None
-    except (IndexError, ValueError, ZeroDivisionError) as error:
+    except (IndexError, TypeError, ValueError, ZeroDivisionError, OverflowError, RuntimeError) as error:
         what = " ".join(str(error).split())[:120]
         raise UsageError(f"{path}: wrong shapes: its tensors do not make one {layout.title} ({what}).") from None
     found = renamed(layout, path, tensors, width)
@@ -57,7 +56,7 @@ def original_model(layout: Layout, path: Path, tensors: Tensors, heads: int | No
     if POSITIONS in found and POSITIONS not in module.state_dict():  # a buffer that diffusers does not save
         module.pos_embed.pos_embed = found.pop(POSITIONS)
     module.load_state_dict(found, assign=True)
-    return module.eval()
+    return cast(nn.Module, module.eval())
 
 
 def renamed(layout: Layout, path: Path, tensors: Tensors, width: int) -> dict[str, Tensor]:
@@ -67,6 +66,10 @@ def renamed(layout: Layout, path: Path, tensors: Tensors, width: int) -> dict[st
     unknown = []
     for name, value in tensors.items():
         module, kind = split_name(name)
+        if value.ndim == 0:
+            raise UsageError(
+                f"{path}: wrong shapes: {name} is a single number; its tensors do not make one {layout.title}."
+            )
         block = re.fullmatch(r"(\w*blocks)\.(\d+)\.(.+)", module)
         new = table.get(f"{block[1]}.#.{block[3]}" if block else module)
         if new is None:
@@ -77,6 +80,11 @@ def renamed(layout: Layout, path: Path, tensors: Tensors, width: int) -> dict[st
         if "modulation" in module and len(value) == 2 * width:
             value = value.roll(width, 0)  # shift and scale
         rest = len(value) - width * (len(names) - 1)
+        if rest < 0:
+            raise UsageError(
+                f"{path}: wrong shapes: {name} is {list(value.shape)}, too few rows for {len(names)} parts of {width}; "
+                f"its tensors do not make one {layout.title}."
+            )
         made |= zip(names, value.split([width] * (len(names) - 1) + [rest]) if len(names) > 1 else [value], strict=True)
     if unknown:
         raise UnsupportedModelError(

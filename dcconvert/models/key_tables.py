@@ -15,6 +15,12 @@ import torch
 from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
+Size = int | tuple[int, int]  # of an image in latent pixels: its side, or its height and width
+SIGMA_TEXTS = 300  # tokens of a text in PixArt-Sigma; PixArt-alpha has 120
+
+
+class SizeNeededError(Exception):
+    """Neither the tensors nor the caller tell the image size."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,8 @@ class Layout:
 
     `marker`: a tensor that no other layout has. `patches`: the projection with as many rows as the model is wide.
     `names`: a line for every module, here and in diffusers; # is the number of a block, a|b|c (inside it) share the
-    rows, as many as the model is wide but for the last. `config`: arguments of the class, of tensors, width and heads.
-    `head_size` says the width of a head, None where nothing tells. `ignored` is no part of the class.
+    rows, as many as the model is wide but for the last. `config`: arguments of the class, of tensors, width, heads and
+    the image size. `head_size` says the width of a head, None where nothing tells. `ignored` is no part of the class.
     """
 
     title: str
@@ -33,17 +39,20 @@ class Layout:
     marker: str
     patches: str
     names: str
-    config: Callable[[Tensors, int, int], dict[str, Any]]
+    config: Callable[[Tensors, int, int, Size | None], dict[str, Any]]
     head_size: Callable[[Tensors], int | None]
     ignored: tuple[str, ...] = ()
 
 
 def blocks_of(tensors: Tensors, stem: str) -> int:
-    """The number of blocks: one more than the highest."""
-    return 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith(f"{stem}.")), default=-1)
+    """The number of blocks. ValueError unless they are numbered without a gap, so that it is bounded by the tensors."""
+    found = {name.split(".")[1] for name in tensors if name.startswith(f"{stem}.")}
+    if odd := sorted(found - {str(number) for number in range(len(found))}):
+        raise ValueError(f"{stem}.{odd[0][:20]} is not one of {len(found)} blocks")
+    return len(found)
 
 
-def sd3_config(tensors: Tensors, width: int, heads: int) -> dict[str, Any]:
+def sd3_config(tensors: Tensors, width: int, heads: int, image: Size | None = None) -> dict[str, Any]:
     """As read off the shapes; 128 latent pixels a side (1024 pixels), what SD3 is for, or as far as positions reach."""
     _, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     places = math.isqrt(tensors["pos_embed"].shape[1])
@@ -67,13 +76,16 @@ def sd3_config(tensors: Tensors, width: int, heads: int) -> dict[str, Any]:
     }
 
 
-def flux_config(tensors: Tensors, width: int, heads: int) -> dict[str, Any]:
-    size = width // heads
+def flux_config(tensors: Tensors, width: int, heads: int, image: Size | None = None) -> dict[str, Any]:
+    """As read off the shapes. FLUX Fill, Canny and Depth read an image beside the noise, and give fewer channels."""
+    size, channels = width // heads, tensors["img_in.weight"].shape[1]
+    rows = len(tensors["final_layer.linear.weight"])
     axes = (size // 8, 7 * size // 16, 7 * size // 16)  # rotary: number of the image, row, column
     if sum(axes) != size or any(axis % 2 for axis in axes):
         raise ValueError(f"heads of {size} do not divide as those of FLUX")
     return {
-        "in_channels": tensors["img_in.weight"].shape[1],
+        "in_channels": channels,
+        "out_channels": None if rows == channels else rows,
         "num_layers": blocks_of(tensors, "double_blocks"),
         "num_single_layers": blocks_of(tensors, "single_blocks"),
         "num_attention_heads": heads,
@@ -85,15 +97,29 @@ def flux_config(tensors: Tensors, width: int, heads: int) -> dict[str, Any]:
     }
 
 
-def pixart_config(tensors: Tensors, width: int, heads: int) -> dict[str, Any]:
-    """As read off the shapes; how far apart positions are is read off the second of them."""
+def pixart_config(tensors: Tensors, width: int, heads: int, image: Size | None = None) -> dict[str, Any]:
+    """As read off the shapes; how far apart positions are is read off the second of them.
+
+    A file may have no positions, since they can be computed: then the model is for images of `image` latent pixels, and
+    they are as far apart as in the release with as many text tokens (PixArt-Sigma has 300). SizeNeededError without it.
+    """
     _, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
-    table = tensors["pos_embed"]
-    step = torch.atan2(
-        table[0, 1, 0], table[0, 1, width // 4]
-    )  # sine and cosine of the lowest frequency, one column on
+    if (table := tensors.get("pos_embed")) is None:
+        if image is None:
+            raise SizeNeededError("its positions are not stored, but computed: pass --image-size (latent pixels).")
+        height, width_ = image if isinstance(image, tuple) else (image, image)
+        side = round(math.sqrt(height * width_) / patch)
+        texts = tensors.get("y_embedder.y_embedding")
+        sigma = texts is not None and len(texts) >= SIGMA_TEXTS
+        scale = side * patch / 64 if sigma else max(side * patch // 64, 1)
+    else:
+        step = torch.atan2(
+            table[0, 1, 0], table[0, 1, width // 4]
+        )  # sine and cosine of the lowest frequency, one column on
+        side, scale = math.isqrt(table.shape[1]), round(1 / float(step), 3)
     return {
-        "sample_size": math.isqrt(table.shape[1]) * patch,
+        "sample_size": side * patch,
+        "interpolation_scale": scale,
         "patch_size": patch,
         "in_channels": channels,
         "out_channels": len(tensors["final_layer.linear.weight"]) // patch**2,
@@ -102,7 +128,6 @@ def pixart_config(tensors: Tensors, width: int, heads: int) -> dict[str, Any]:
         "attention_head_dim": width // heads,
         "cross_attention_dim": width,
         "caption_channels": tensors["y_embedder.y_proj.fc1.weight"].shape[1],
-        "interpolation_scale": round(1 / float(step), 3),
         "use_additional_conditions": "csize_embedder.mlp.0.weight" in tensors,
     }
 

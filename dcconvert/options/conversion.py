@@ -12,6 +12,7 @@ from dcconvert.options.shared import (
     RATIO,
     RATIO_HELP,
     STATE,
+    STEPS,
     THREADS,
     checkpoint_options,
     force,
@@ -64,7 +65,7 @@ convert_options = options(
     ),
     section(
         "Sampling run",
-        option("--steps", default=50, type=POSITIVE, help="Sampling steps per run."),
+        option("--steps", default=50, type=STEPS, help="Sampling steps per run."),
         option(
             "--solver",
             default="euler",
@@ -81,7 +82,7 @@ convert_options = options(
             "--batch",
             "batches",
             multiple=True,
-            type=POSITIVE,
+            type=click.IntRange(1, 4096),
             show_default="1, 8",
             help="Batch size to export for; may be repeated.",
         ),

@@ -37,11 +37,15 @@ def mode_defaults(default: Callable[[type[Method]], Any]) -> str:
 
 
 RATIO, SIZE = Parsed("ratio", parse_ratio), Parsed("size", parse_size)
-ANY, POSITIVE, SEED_RANGE = click.IntRange(0), click.IntRange(1), click.IntRange(0, 2**40)
+MOST = 10_000_000  # of steps, samples, images and other counts
+ANY, POSITIVE, SEED_RANGE = click.IntRange(0, MOST), click.IntRange(1, MOST), click.IntRange(0, 2**40)
+STEPS = click.IntRange(1, 10_000)  # of a sampling run
 
 RATIO_HELP = "Total tokens divided by computed tokens, averaged over the run: 4x, 4 or 2.5x; 1 computes all."
 
-THREADS = option("--threads", default=0, type=ANY, show_default="one per core", help="Number of CPU threads.")
+THREADS = option(
+    "--threads", default=0, type=click.IntRange(0, 1024), show_default="one per core", help="Number of CPU threads."
+)
 GUIDANCE = option("--guidance", default=1.0, help="Classifier-free guidance scale; 1 turns guidance off.")
 LITE_CFG = option(
     "--lite-cfg",
@@ -72,7 +76,7 @@ def images(default: int, text: str, least: int = 1, **attrs: Any) -> Callable[[s
 
 def reference_steps() -> Callable[[str], Any]:
     text = "Sampling steps of the reference images, which the original draws."
-    return option("--reference-steps", default=200, type=POSITIVE, help=text)
+    return option("--reference-steps", default=200, type=STEPS, help=text)
 
 
 def ratios(text: str, **attrs: Any) -> Callable[[str], Any]:
@@ -83,7 +87,7 @@ def ratios(text: str, **attrs: Any) -> Callable[[str], Any]:
 def run_options(whose: str) -> Any:
     """The steps and the solver of a sampling run; the default is the bundle's."""
     return (
-        option("--steps", type=POSITIVE, show_default=f"{whose} steps", help="Sampling steps per run."),
+        option("--steps", type=STEPS, show_default=f"{whose} steps", help="Sampling steps per run."),
         option(
             "--solver", type=click.Choice(SOLVERS), show_default=f"{whose} solver", help="Solver of the sampling run."
         ),
@@ -145,6 +149,18 @@ checkpoint_options = section(
         type=SIZE,
         show_default="the checkpoint's",
         help="Size in latent pixels: one number, or height and width such as 96x64.",
+    ),
+    option(
+        "--weights",
+        metavar="KEY",
+        show_default="averaged weights, if the file has them",
+        help="Key of the weights to take from a training file, such as model or ema.",
+    ),
+    option(
+        "--no-null-class",
+        is_flag=True,
+        help="The last class of a DiT is a class like the others, and not the empty one of guidance: it was trained "
+        "without class dropout.",
     ),
     option("--heads", type=int, help="Number of attention heads, if the width is not that of DiT-S, B, L or XL."),
 )

@@ -162,7 +162,8 @@ class StepPlanner:
 
         `adjust` may change the urgency [B, N] of the tokens before they are chosen.
         """
-        check_finite(scores)
+        half = any(dtype == "float16" for _, dtype in self.spec.state_shapes(1).values())
+        check_finite(scores, OVERFLOW if half else "")
         urgency = self.method.urgency(history, scores, counts, taus)
         return carry_plan(history, most_urgent(adjust(urgency) if adjust else urgency, counts), taus, bucket)
 
@@ -177,6 +178,12 @@ class StepPlanner:
         return self.of_mask(np.ones((batch, self.spec.tokens), bool), bucket)
 
 
+OVERFLOW = (
+    "; if the input is finite, the model's values are too large for the state, which keeps them in fp16 (up to 65504): "
+    "convert with --state fp32 (in Python: state_dtype='fp32')"
+)
+
+
 def most_urgent(urgency: np.ndarray, counts: np.ndarray) -> Mask:
     """Keep mask [B, N] of the counts[b] most urgent tokens of each sample, ties by lower index."""
     order = np.argsort(-urgency, axis=1, kind="stable")
@@ -185,10 +192,11 @@ def most_urgent(urgency: np.ndarray, counts: np.ndarray) -> Mask:
     return keep
 
 
-def check_finite(scores: np.ndarray) -> None:
+def check_finite(scores: np.ndarray, cause: str = "") -> None:
+    """CheckFailedError, naming the sample, for scores that are not finite; `cause` is added to the message."""
     bad = ~np.isfinite(scores.reshape(len(scores), -1)).all(axis=1)
     if bad.any():
         raise CheckFailedError(
             f"sample {int(bad.argmax())} of the batch has non-finite values before the trunk: check its input "
-            "(NaN would spread to other samples through padded attention)"
+            f"(NaN would spread to other samples through padded attention){cause}"
         )

@@ -103,7 +103,7 @@ def run_cli(*words: Any, interrupt_at: str = "") -> Run:
 def refusal(code: int, *words: Any, after: Sequence[str] = ()) -> str:
     """The one line with which a command stops with `code`; `after` names the stages that were done before."""
     run = run_cli(*words)
-    lines = run.err.splitlines()
+    lines = [line for line in run.err.splitlines() if not line.startswith("note ")]
     assert [line.split()[0] for line in lines[:-1]] == ["done"] * len(after), run.err
     assert all(name in line for name, line in zip(after, lines, strict=False))
     assert lines[-1].startswith("error: ")

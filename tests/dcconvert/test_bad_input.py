@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import tempfile
@@ -61,7 +62,11 @@ class Code:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"hello", "is not a checkpoint"), (b"", "is empty"), (pickle.dumps(Code()), "which dcconvert does not run")],
+    [
+        (b"hello", "is not a checkpoint"),
+        (b"", "is empty"),
+        (pickle.dumps(Code()), "subprocess.check_call, which dcconvert does not run"),
+    ],
     ids=["text", "empty", "pickle with code"],
 )
 def test_files_that_are_no_checkpoint(
@@ -150,6 +155,35 @@ def test_a_failed_check_is_exit_1(
         facts = file.metadata()
     save_file({name: torch.full_like(value, 1e30) for name, value in weights.items()}, checkpoint, metadata=facts)
     assert "not finite" in refused(capfd, tmp_path, 1, *convert(checkpoint, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--threads", "1000000000"),
+        ("--steps", "2147483648"),
+        ("--batch", "1000000"),
+        ("--image-size", "9" * 5000),
+        ("--image-size", "99999"),
+        ("--heads", "9" * 4000),
+    ],
+)
+def test_options_of_absurd_size(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, weights: dict[str, torch.Tensor], option: str, value: str
+) -> None:
+    del weights["pos_embed"]
+    torch.save(weights, tmp_path / "model.pt")
+    line = refused(capfd, tmp_path, 2, *convert(tmp_path / "model.pt", tmp_path, "--heads", 2, option, value))
+    assert len(line) < 500
+
+
+def test_what_is_no_file(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Reading a pipe would wait for somebody to write; a name need not be UTF-8."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        assert "is a pipe, device or socket" in refused(capfd, tmp_path, 2, *convert(path, tmp_path))
+    odd = os.fsdecode(bytes(tmp_path) + b"/x\xff\n.pt")
+    assert "does not exist" in refused(capfd, tmp_path, 2, *convert(Path(odd), tmp_path))
 
 
 def test_words_that_are_near_a_command(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -202,6 +202,8 @@ def test_the_main_job_on_a_release_checkpoint(module, tmp_path):
     bundle = read_bundle(tmp_path / "out")
     assert bundle.model.schedule.kind == NATURAL
     assert bundle.manifest["config"]["patch"] == 1
+    taken = bundle.manifest["source"]["weights"]
+    assert (taken["key"], taken["averaged"], taken["passed_over"]) == ("ema", True, ["model (101 tensors)"])
     names = {check["name"] for check in json.loads((tmp_path / "out" / "report.json").read_text())["checks"]}
     assert IDENTITY in names
 
@@ -271,3 +273,40 @@ def test_metadata_is_read_from_safetensors_too(module, tmp_path):
     path = tmp_path / "dc.safetensors"
     save_file(module.state_dict(), path)
     assert isinstance(dcconvert.load_model(path, heads=2), RefinedDiT)
+
+
+# Files as the release's training writes them
+
+
+class HNetSettings:
+    """A class of the training script, pickled beside the weights."""
+
+    def __init__(self) -> None:
+        self.num_heads, self.enc_dec_dim_factor = [4, 4], [2, None]
+
+
+@pytest.mark.parametrize("narrow", [32, 64, 20])
+def test_a_training_file_with_its_settings(narrow, tmp_path):
+    """The settings tell the heads; the tensors tell how wide the convolutions are (enc_dec_dim_factor 2, none, 3)."""
+    torch.manual_seed(0)
+    made = RefinedDiT(
+        RefinedConfig(depth=2, width=64, heads=4, image_size=4, num_classes=10, narrow_width=narrow)
+    ).eval()
+    randomise(made, std=0.15)
+    raw = {name: value + 1 for name, value in made.state_dict().items()}
+    content = {"model": raw, "ema": made.state_dict(), "opt": {"state": {}}, "config": HNetSettings()}
+    torch.save(content, tmp_path / "0050000.pt")
+    loaded = dcconvert.load_model(tmp_path / "0050000.pt")
+    assert isinstance(loaded, RefinedDiT)
+    assert (loaded.cfg.heads, loaded.cfg.narrow) == (4, narrow)
+    x, t, y = torch.randn(2, 4, 4, 4), torch.rand(2) * 1000, torch.arange(2)
+    with torch.no_grad():
+        assert torch.equal(loaded(x, t, y), made(x, t, y))
+
+
+def test_the_dechunk_of_other_settings_is_refused(tmp_path):
+    """The width of the dechunk's Gaussian is no tensor: a model that was trained with another one would be wrong."""
+    small = RefinedDiT(RefinedConfig(depth=1, width=64, heads=4, image_size=4)).state_dict()
+    torch.save({"ema": small, "config": {"dechunk_kernel_sigma": 2.0}}, tmp_path / "x.pt")
+    with pytest.raises(UsageError, match=r"dechunk_kernel_sigma is 2, but at 4x4 tokens only 1 is supported"):
+        dcconvert.load_model(tmp_path / "x.pt", heads=4)

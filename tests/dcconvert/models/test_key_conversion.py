@@ -201,6 +201,13 @@ def test_the_main_job_on_a_file(files, tmp_path):
         ),
         (lambda t: t.update({"x_embedder.proj.weight": torch.zeros(32)}), "its tensors do not make one Stable Diff", 2),
         (lambda t: t["pos_embed"].fill_(torch.nan), "NaN or infinite values", 2),
+        (
+            lambda t: t.update({"joint_blocks.99999999.x_block.mlp.fc2.bias": torch.zeros(5)}),
+            "99999999 is not one of 5 blocks",
+            2,
+        ),
+        (lambda t: t.update({"context_embedder.weight": torch.tensor(1.0)}), "do not make one Stable Diff", 2),
+        (lambda t: t.update({"joint_blocks.1.x_block.attn.qkv.bias": torch.zeros(5)}), "too few rows for 3 parts", 2),
     ],
 )
 def test_wrong_files_are_one_line(files, tmp_path, change, said, code):
@@ -210,6 +217,41 @@ def test_wrong_files_are_one_line(files, tmp_path, change, said, code):
     words = ("--ratio", "2x", "--heads", "2", "-o", tmp_path / "out")
     assert said in refusal(code, tmp_path / "wrong.safetensors", *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_more_input_than_output(tmp_path):
+    """FLUX Fill, Canny and Depth read an image beside the noise."""
+    torch.manual_seed(0)
+    config = dict(small_flux().config) | {"in_channels": 96, "out_channels": 16}
+    original: Any = diffusers.FluxTransformer2DModel.from_config(config).eval()
+    save_file(in_original_names(FLUX, original), tmp_path / "fill.safetensors")
+    source = open_source(tmp_path / "fill.safetensors", image_size=8)
+    assert source.example["hidden_states"].shape[-1] == 96
+    with torch.no_grad():
+        torch.testing.assert_close(source.module(**source.example)[0], original(**source.example)[0])
+
+
+@pytest.mark.parametrize(("texts", "scale"), [(120, 1.0), (300, 0.125)])
+def test_positions_that_are_computed(texts, scale, tmp_path):
+    """PixArt's release for 256 pixels has none. How far apart they are is told by the number of text tokens."""
+    config = dict(made(FAMILIES["pixart"])[0].config) | {"interpolation_scale": scale, "sample_size": 8}
+    del config["_use_default_values"]
+    original: Any = diffusers.PixArtTransformer2DModel.from_config(config)
+    tensors = in_original_names(PIXART, original)
+    wanted = tensors.pop("pos_embed")
+    torch.save({"state_dict": {**tensors, "y_embedder.y_embedding": torch.zeros(texts, 8)}}, tmp_path / "x.pth")
+    module: Any = dcconvert.load_model(tmp_path / "x.pth", heads=2, image_size=8)
+    torch.testing.assert_close(module.pos_embed.pos_embed, wanted)
+    with pytest.raises(dcconvert.UsageError, match="pass --image-size"):
+        dcconvert.load_model(tmp_path / "x.pth", heads=2)
+
+
+def test_quantised_files_are_named(files, tmp_path):
+    tensors = load_file(files["flux"])
+    packed = {name: value.to(torch.uint8).reshape(-1, 1) for name, value in tensors.items() if value.ndim == 2}
+    save_file({**tensors, **packed, "img_in.weight.absmax": torch.ones(4)}, tmp_path / "nf4.safetensors")
+    with pytest.raises(dcconvert.UnsupportedModelError, match=r"quantised \(bitsandbytes, 4 bits"):
+        dcconvert.load_model(tmp_path / "nf4.safetensors")
 
 
 def test_heads_of_flux_that_are_not_divided_as_its_own():

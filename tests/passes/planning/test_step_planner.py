@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
+from dcconvert.passes.ir.spec import StateSpec
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.modules.routers import CARRY_ROUTERS, PLAIN_ROUTERS
 from dcconvert.passes.planning.carry_plan import CarryPlan
@@ -214,6 +215,16 @@ def test_scores_that_are_not_finite_are_refused_before_anything_is_noted(bad):
     assert history.steps.tolist() == [1, 1, 1]
     with pytest.raises(CheckFailedError, match="sample 1 of the batch has non-finite values"):
         planner(mode="chunk").plan(scores, counts)
+
+
+@pytest.mark.parametrize(("dtype", "named"), [("float16", True), ("float32", False)])
+def test_a_state_in_half_precision_is_named_as_the_cause(dtype, named):
+    """Values beyond 65504 are infinite in it, and show in the input of the next step."""
+    given = planner()
+    given.spec = replace(given.spec, states=(StateSpec("keys", 1, 2, dtype),))
+    with pytest.raises(CheckFailedError) as caught:
+        given.carry(history_of((1.0, []), batch=1), SCORES * np.nan, np.array([2]), np.array([0.5]))
+    assert ("convert with --state fp32" in str(caught.value)) is named
 
 
 # How many
