@@ -16,13 +16,14 @@ from torch.export import ExportedProgram
 from dcconvert.environment import machine
 from dcconvert.export.buckets import BucketSet, choose_buckets
 from dcconvert.export.bundle import FORMAT_VERSION, ONNX, read_bundle, write_model
+from dcconvert.export.checks.flops import run_ratio
 from dcconvert.export.files import MANIFEST, new_folder, write_json
 from dcconvert.models.dc_dit import RefinedDiT
 from dcconvert.models.dit import DiT
 from dcconvert.models.dit_checkpoint import LoadedDiT, LoadedRefined
 from dcconvert.models.example_inputs import dit_inputs
 from dcconvert.models.own_architecture import as_rewritten
-from dcconvert.models.pipelines.drop_in import DropIn, is_diffusers
+from dcconvert.models.pipelines.drop_in import DropIn, is_diffusers, spent_line
 from dcconvert.passes.frontend.plain_module import unwrapped
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.spec import EXAMPLE_BATCH
@@ -31,6 +32,7 @@ from dcconvert.passes.methods.method import Method
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import AUTO, LEVELS, Policy, Timetable, noise_levels, parse_ratio
 from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.runtime.infer_runs import last_loop
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.sampling.bundle_runs import run_of, stored_table, write_table
 from dcconvert.sampling.fitting import fitted
@@ -89,6 +91,17 @@ class Converted(DynamicModel):
             if run := self.run_table or self.default_run():
                 write_table(run, work)
         return target
+
+    def summary(self) -> str:
+        """As `DynamicModel.summary`, with the operations of the whole model, for the schedule and for the last run."""
+        steps = int(self.facts.get("steps", DEFAULT_STEPS))
+        lines = [super().summary()]
+        if not self.schedule.data_dependent or self.schedule.seen:
+            whole = run_ratio(self, self.planner.run_counts(noise_levels(steps)).tolist())
+            lines.append(f"{whole:.3g}x fewer operations in the whole model, over {steps} steps")
+        if (loop := last_loop(self.runs)) is not None:
+            lines.append(spent_line(self, loop, steps))
+        return "\n".join(lines)
 
     def default_run(self) -> Sampler | RunTable | None:
         """How a bundle is sampled if nothing was fitted; None for a model that does not say how to sample it."""

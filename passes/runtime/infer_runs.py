@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.spec import InputSpec
 from dcconvert.passes.planning.nearest_kept import Mask
 from dcconvert.passes.planning.schedule import Timetable
@@ -77,6 +78,8 @@ class FollowedRuns:
         """
         specs = runtime.planner.spec.input_specs
         batch = next(len(inputs[spec.name]) for spec in specs if spec.batched)
+        if not batch:
+            raise UsageError("the call has a batch of 0 samples: give at least 1")
         self.used = time.monotonic()
         if not (runtime.planner.method.stateful or runtime.planner.watches):
             run = runtime.start(batch)
@@ -295,27 +298,30 @@ class Loop:
         """Noise levels at which the model was called."""
         return len(self.levels)
 
+    def kept(self, tokens: int) -> list[int]:
+        """How many of `tokens` each call computed."""
+        return [round(fraction * tokens) for fraction in self.computed]
+
     @property
     def ratio(self) -> float:
         """All tokens divided by the computed ones, over the loop."""
         return len(self.computed) / max(sum(self.computed), 1e-9)
 
 
-def spent(runs: PerThread[FollowedRuns], schedule: Timetable, steps: int | None = None) -> list[str]:
-    """A line on what the last sampling loop of plain calls computed; none if there was none.
-
-    `steps`: of the runs that the schedule was made for.
-    """
+def last_loop(runs: PerThread[FollowedRuns]) -> Loop | None:
+    """The last sampling loop of plain calls in any thread."""
     last = max(runs.all(), key=lambda found: found.used, default=None)
-    if last is None or not last.loop.computed:
-        return []
-    loop = last.loop
+    return last.loop if last is not None and last.loop.computed else None
+
+
+def spent(loop: Loop, schedule: Timetable, steps: int | None = None) -> str:
+    """A line on what a loop computed. `steps`: of the runs that the schedule was made for."""
     said = f"last run: {loop.steps} steps, {loop.ratio:.3g}x fewer tokens computed"
     if abs(loop.ratio / schedule.ratio - 1) > OFF:
         said += f" (asked for: {schedule.ratio:g}x" + (f" over {steps} steps)" if steps else ")")
     if loop.why:
         said += f"; {'some' if loop.continued else 'no'} calls continued the ones before, because {loop.why}"
-    return [said]
+    return said
 
 
 CROWDED = f"more than {TURNS} images take turns"

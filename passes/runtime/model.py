@@ -21,7 +21,7 @@ from dcconvert.passes.planning.schedule import LEVELS, Timetable, noise_levels
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.rewrite.retarget import retarget, retyped_spec
 from dcconvert.passes.runtime.infer_runs import FollowedRuns
-from dcconvert.passes.runtime.run import Runtime
+from dcconvert.passes.runtime.run import Runtime, check_shape
 from dcconvert.passes.runtime.state import TensorState, zeros
 from dcconvert.passes.runtime.threads import PerThread
 
@@ -122,11 +122,8 @@ class DynamicModel(nn.Module, Runtime):
                 was = f"a tensor of {spec.dtype}" if spec.dtype else repr(spec.value)
                 now = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
                 raise UsageError(f"input {spec.name} was {was} when the model was captured and is {now}: convert again")
-            if isinstance(leaf, Tensor) and spec.batched and tuple(leaf.shape[1:]) != spec.shape:
-                raise UsageError(
-                    f"input {spec.name} has shape {list(leaf.shape)}, but the model was captured for [batch, "
-                    f"{', '.join(map(str, spec.shape))}]: convert again for another size"
-                )
+            if isinstance(leaf, Tensor) and spec.batched:
+                check_shape(spec, leaf)
         return dict(zip(self.spec.inputs, leaves, strict=True))
 
     def graph(self, name: str) -> GraphModule:

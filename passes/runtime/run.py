@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.ir.spec import DISTANCE_NAME, SCORES_NAME, InputSpec, ModelSpec
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan
@@ -263,9 +263,22 @@ class Run(Guarded):
         try:
             with self._gradients():
                 return self._step(inputs, counts, planners)
-        except BaseException:
+        except BaseException as error:
+            lost = self._overflow() if isinstance(error, CheckFailedError) else ""
             self.restart()
+            if lost:
+                raise CheckFailedError(lost) from error
             raise
+
+    def _overflow(self) -> str:
+        """What to say if the state holds values that are too large for its type; else nothing."""
+        for spec in self.runtime.spec.states:
+            if spec.dtype == "float16" and not np.isfinite(self.runtime.array(self.state.values[spec.name])).all():
+                return (
+                    f"the remembered values {spec.name} are too large for float16, which ends at 65504: convert with "
+                    "the state in float32 (--state fp32, or state_dtype='fp32')"
+                )
+        return ""
 
     def _gradients(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.gradients else torch.no_grad()
@@ -347,13 +360,10 @@ def checked_inputs(spec: ModelSpec, inputs: Mapping[str, Any]) -> dict[str, Any]
     UsageError for one that is missing, unknown, or not what the model was captured for.
     """
     constants = {item.name: item.value for item in spec.input_specs if not item.dtype}
-    wrong = sorted({*inputs} ^ {*spec.inputs} - {*constants} - {*inputs}) if {*inputs} - {*spec.inputs} else []
-    missing = [name for name in spec.inputs if name not in inputs and name not in constants]
-    if wrong or missing:
-        said = f"no input {missing[0]}" if missing else f"an unknown input {wrong[0]}"
-        raise UsageError(
-            f"the step got {said}: the model takes {', '.join(n for n in spec.inputs if n not in constants)}"
-        )
+    needed = [name for name in spec.inputs if name not in constants]
+    for said, names in (("no", {*needed} - {*inputs}), ("an unknown", {*inputs} - {*spec.inputs})):
+        if names:
+            raise UsageError(f"the step got {said} input {min(names)}: the model takes {', '.join(needed)}")
     for item in spec.input_specs:
         if item.dtype:
             check_input(item, inputs[item.name])
@@ -363,6 +373,18 @@ def checked_inputs(spec: ModelSpec, inputs: Mapping[str, Any]) -> dict[str, Any]
 def check_input(spec: InputSpec, value: Any) -> None:
     """Raises UsageError for a tensor or array of another shape or type than the model was captured for, or for a label
     that is no row of its table."""
+    check_shape(spec, value)
+    if isinstance(value, np.ndarray) and value.dtype != spec.dtype:
+        raise UsageError(f"input {spec.name} is {value.dtype}, but the model needs {spec.dtype}: convert it")
+    if spec.rows and value.shape[0] and not 0 <= int(value.min()) <= int(value.max()) < spec.rows:
+        raise UsageError(
+            f"input {spec.name} has a value of {int(value.min())} to {int(value.max())}, but the model knows 0 to "
+            f"{spec.rows - 1}"
+        )
+
+
+def check_shape(spec: InputSpec, value: Any) -> None:
+    """Raises UsageError for anything but a tensor or array of the shape that the model was captured for."""
     if not isinstance(value, np.ndarray | torch.Tensor):
         raise UsageError(f"input {spec.name} is a {type(value).__name__}: give a tensor or an array")
     if tuple(value.shape[spec.batched :]) != spec.shape or value.ndim != len(spec.shape) + spec.batched:
@@ -370,13 +392,6 @@ def check_input(spec: InputSpec, value: Any) -> None:
         raise UsageError(
             f"input {spec.name} has shape {list(value.shape)}, but the model was captured for [{wanted}]: "
             "convert again for another size"
-        )
-    if isinstance(value, np.ndarray) and value.dtype != spec.dtype:
-        raise UsageError(f"input {spec.name} is {value.dtype}, but the model needs {spec.dtype}: convert it")
-    if spec.rows and value.shape[0] and not 0 <= int(value.min()) <= int(value.max()) < spec.rows:
-        raise UsageError(
-            f"input {spec.name} has a value of {int(value.min())} to {int(value.max())}, but the model knows 0 to "
-            f"{spec.rows - 1}"
         )
 
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dcconvert.export.checks.flops import run_ratio
 from dcconvert.models.pipelines.calls import Grid, batch_of, described, grid_of, scale_of, several
 from dcconvert.models.pipelines.fingerprint import fingerprint
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.schedule import Policy, noise_levels
-from dcconvert.passes.runtime.infer_runs import FollowedRuns, spent
+from dcconvert.passes.runtime.infer_runs import FollowedRuns, Loop, last_loop, spent
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.threads import PerThread
 
@@ -203,8 +204,9 @@ class DropIn(nn.Module):
             models = list(self._models.values())
         if not models:
             return f"{name}: will be converted when it is called"
-        said = spent(self._runs, models[-1].schedule, self._steps)
-        return "\n\n".join([*(f"{name}\n{model.summary()}" for model in models), *said])
+        loop = last_loop(self._runs)
+        last = [] if loop is None else [spent_line(models[-1], loop, self._steps)]
+        return "\n\n".join([*(f"{name}\n{model.summary()}" for model in models), *last])
 
     def save(self, folder: str | Path, **options: Any) -> Path:
         """Write the conversion as a bundle, as `Converted.save` does; UsageError if there is not exactly one."""
@@ -217,6 +219,12 @@ class DropIn(nn.Module):
         [model] = self._models.values()
         saved = getattr(model, "save")(folder, **options)  # noqa: B009  (convert gives a Converted)
         return Path(saved)
+
+
+def spent_line(model: DynamicModel, loop: Loop, steps: int | None) -> str:
+    """What a loop computed, of the tokens and of the whole model's operations."""
+    whole = run_ratio(model, loop.kept(model.spec.tokens))
+    return f"{spent(loop, model.schedule, steps)}; {whole:.3g}x fewer operations in the whole model"
 
 
 OWN = ("_models", "_runs", "_lock")  # of one object: not copied

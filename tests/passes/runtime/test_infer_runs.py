@@ -12,7 +12,7 @@ from torch import Tensor
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Policy
-from dcconvert.passes.runtime.infer_runs import LIMIT, TURNS, WARN_AFTER, moved, spent
+from dcconvert.passes.runtime.infer_runs import LIMIT, TURNS, WARN_AFTER, last_loop, moved, spent
 from dcconvert.passes.runtime.model import DynamicModel
 from tests.passes.carry_harness import carried, flat, tiny_call
 from tests.passes.harness import BATCH, Call, first_tensor, relative, tiny_inputs
@@ -400,15 +400,16 @@ def test_it_does_not_warn_of_new_images_from_noise(caplog):
 
 def test_what_the_last_loop_computed(caplog):
     model, _ = fresh()
-    assert spent(model.runs, HALF) == []
+    assert last_loop(model.runs) is None
     for number in range(4):
         called(model, image(0), 0.9 - 0.1 * number)
     called(model, image(1), 0.95)  # a loop that has just begun does not count
-    assert spent(model.runs, HALF, 9) == ["last run: 4 steps, 1.6x fewer tokens computed (asked for: 2x over 9 steps)"]
+    asked = "(asked for: 2x over 9 steps)"
+    assert spent(last_loop(model.runs), HALF, 9) == f"last run: 4 steps, 1.6x fewer tokens computed {asked}"
     for number in range(6):
         called(model, image(0), 0.96 - 0.1 * number, (number,) * 3)
     why = "no calls continued the ones before, because input y is not the same at every step"
-    assert spent(model.runs, HALF) == [f"last run: 6 steps, 1x fewer tokens computed (asked for: 2x); {why}"]
+    assert spent(last_loop(model.runs), HALF) == f"last run: 6 steps, 1x fewer tokens computed (asked for: 2x); {why}"
 
 
 def test_moved_is_relative_to_the_smaller_image():
