@@ -69,7 +69,8 @@ class FollowedRuns:
     @property
     def loop(self) -> Loop:
         """What the last sampling loop computed: the present one, unless it has just begun."""
-        return max(self.loops, key=lambda loop: len(loop.computed))
+        before, present = self.loops[0], self.loops[-1]
+        return before if before.computed and present.steps < 2 else present
 
     def step(self, runtime: Runtime, inputs: dict[str, Any], limit: float | None = None) -> list[Any]:
         """Flat outputs of one call.

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from dcconvert.passes.runtime.infer_runs import version_of
 
-# What every module has, and what hooks put there.
-ORDINARY = frozenset(vars(nn.Module())) | {"forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_internal_dict"}
+# What every module has, and what hooks and compilers put there.
+PUT_THERE = {"forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_is_torch_compile", "_internal_dict"}
+ORDINARY = frozenset(vars(nn.Module())) | PUT_THERE
 MOST = 64  # entries of a setting
 
 
