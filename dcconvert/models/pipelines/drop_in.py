@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 from dcconvert.export.checks.flops import run_ratio
 from dcconvert.models.pipelines.calls import Grid, batch_of, described, grid_of, scale_of, several
 from dcconvert.models.pipelines.fingerprint import fingerprint
-from dcconvert.passes.ir.errors import UsageError
+from dcconvert.models.pipelines.texts import Text, length_is_free, texts_of
+from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.planning.schedule import Policy, noise_levels
 from dcconvert.passes.runtime.infer_runs import FollowedRuns, Loop, last_loop, spent
 from dcconvert.passes.runtime.model import DynamicModel
@@ -41,9 +42,9 @@ class DropIn(nn.Module):
 
     It is converted at the first call, and again at the first call with a new size (resolution, text length), type or
     device, and when the original changed: other modules, weights, adapters or settings (`fingerprint`). The batch may
-    change. The last few conversions are kept and share the original's weights. `undo` returns the original, which was
-    not changed. Its class is the original's for all who ask, so that a pipeline saves the original, and manages its
-    adapters.
+    change. Texts of different lengths are filled up to the next of a few lengths, if the model masks them. The last few
+    conversions are kept and share the original's weights. `undo` returns the original, which was not changed. Its class
+    is the original's for all who ask, so that a pipeline saves the original, and manages its adapters.
 
     Calls that belong to the same image (modes steps and carry) are identified by `cache_context`, which pipelines set
     if they call the transformer twice per step, and otherwise as in `FollowedRuns`. Every thread has runs of its own.
@@ -71,6 +72,8 @@ class DropIn(nn.Module):
     def _start(self) -> None:
         self._models: dict[Any, DynamicModel] = {}
         self._runs: PerThread[FollowedRuns] = PerThread(FollowedRuns)
+        self._lengths: dict[Any, set[int]] = {}  # of texts, in calls that are the same otherwise
+        self._free: dict[Text, bool] = {}  # whether the model gives the same for a text that is filled up
         self._lock = threading.RLock()
 
     @property  # type: ignore[misc]
@@ -121,7 +124,8 @@ class DropIn(nn.Module):
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         given = self.named(args, kwargs)
         as_dict = given.pop("return_dict", True)
-        model = self.model_for(given)
+        with self._lock:
+            model, given = self.model_and_call(given)
         inputs = model.flat_inputs((), {**given, "return_dict": False} if self.takes("return_dict") else given)
         outputs = self._runs.own.step(model, inputs, LIMIT)
         found = pytree.tree_unflatten(outputs, pytree.treespec_loads(model.spec.out_spec))
@@ -144,17 +148,42 @@ class DropIn(nn.Module):
     def takes(self, name: str) -> bool:
         return name in inspect.signature(self.transformer.forward).parameters
 
+    def model_and_call(self, given: dict[str, Any]) -> tuple[DynamicModel, dict[str, Any]]:
+        """The conversion for a call, and the call as that takes it, with its texts filled up."""
+        evened = self.evened(given)
+        try:
+            return self.model_for(evened), evened
+        except UnsupportedModelError:
+            if evened is given:
+                raise
+        self._free = dict.fromkeys(self._free, False)  # it cannot be converted with a mask
+        return self.model_for(given), given
+
     def model_for(self, given: dict[str, Any]) -> DynamicModel:
         """The conversion for a call, made if it is the first of its kind."""
         batch = batch_of(given)
         call = tuple((name, described(value, batch)) for name, value in given.items())
-        with self._lock:
-            key = (fingerprint(self.transformer), call)
-            model = self._models.pop(key, None) or self.converted(given, batch)
-            while len(self._models) >= REMEMBERED:
-                self._drop(next(iter(self._models)))
-            self._models[key] = model  # the last one used is the last
-            return model
+        key = (fingerprint(self.transformer), call)
+        model = self._models.pop(key, None) or self.converted(given, batch)
+        while len(self._models) >= REMEMBERED:
+            self._drop(next(iter(self._models)))
+        self._models[key] = model  # the last one used is the last
+        return model
+
+    def evened(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The call with a text of a usual length, if calls differ in the length of their texts only."""
+        batch = batch_of(given)
+        for text in texts_of(self.transformer, given):
+            rest = text.without_length(given, batch)
+            lengths = self._lengths.setdefault(rest, set())
+            lengths.add(given[text.name].shape[1])
+            if len(lengths) == 1 or self._free.get(text) is False:
+                continue
+            if text not in self._free:
+                self._free[text] = length_is_free(self.transformer, given, text)
+            if self._free[text]:
+                given = text.filled(given)
+        return given
 
     def _drop(self, key: Any) -> None:
         model = self._models.pop(key)
@@ -227,7 +256,7 @@ def spent_line(model: DynamicModel, loop: Loop, steps: int | None) -> str:
     return f"{spent(loop, model.schedule, steps)}; {whole:.3g}x fewer operations in the whole model"
 
 
-OWN = ("_models", "_runs", "_lock")  # of one object: not copied
+OWN = ("_models", "_runs", "_lengths", "_free", "_lock")  # of one object: not copied
 
 
 def blank() -> DropIn:
