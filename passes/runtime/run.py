@@ -46,6 +46,7 @@ class Runtime(ABC):
 
     planner: StepPlanner
     bucket_set: Buckets | None
+    turn: AbstractContextManager[Any] = nullcontext()  # held during a step: a lock, if the steps of runs share buffers
 
     @abstractmethod
     def call(

@@ -104,19 +104,20 @@ HOW = "start a run in each thread"
 
 
 class Guarded:
-    """Something with steps that only one thread may make."""
+    """Something with steps that only one thread may make, on a runtime that it may share with others."""
 
     guard: OneThread
+    runtime: Any
 
 
 def by_one_thread(
     step: Callable[Concatenate[Owner, Given], Result],
 ) -> Callable[Concatenate[Owner, Given], Result]:
-    """A method that runs inside its object's `guard`."""
+    """A method that runs inside its object's `guard`, when it is its turn."""
 
     @functools.wraps(step)
     def guarded(self: Owner, /, *args: Given.args, **kwargs: Given.kwargs) -> Result:
-        with self.guard:
+        with self.guard, self.runtime.turn:
             return step(self, *args, **kwargs)
 
     return guarded

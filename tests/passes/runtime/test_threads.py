@@ -82,6 +82,17 @@ def test_a_run_refuses_the_step_of_a_second_thread():
     assert torch.equal(elsewhere(lambda: run.step({"x": x, "t": t}))[0], first[0])
 
 
+@pytest.mark.parametrize("method", ["carry", "steps"])
+def test_steps_take_turns_in_a_runtime_whose_runs_share_buffers(method):
+    model = rewrite(*tiny_call(), method_of(method), HALF, timestep_scale=1.0)
+    model.turn, free = threading.Lock(), []
+    for graph in model.graphs.named().values():
+        graph.register_forward_pre_hook(lambda *_: free.append(model.turn.acquire(blocking=False)))
+    model.start(BATCH).step({"x": torch.randn(BATCH, 2, 4, 8), "t": torch.ones(BATCH)})
+    assert free
+    assert not any(free)
+
+
 @torch.no_grad()
 def image_of(model: Any, seed: int, barrier: threading.Barrier | None = None) -> torch.Tensor:
     """What a sampling loop of plain calls gets; with a barrier, threads call in turn."""
