@@ -57,10 +57,10 @@ def test_everything_is_put_back_after_an_error():
 
 
 def test_hooks_of_accelerate_do_nothing_in_a_capture():
-    hooks = pytest.importorskip("accelerate.hooks")
+    hooks: Any = pytest.importorskip("accelerate.hooks")
     module, x = Two(), torch.randn(3, 4)
 
-    class Refuse(hooks.ModelHook):
+    class Refuse(hooks.ModelHook):  # type: ignore[name-defined]
         pre_forward = refuse
 
     hooks.add_hook_to_module(module.first, Refuse())
@@ -71,13 +71,13 @@ def test_hooks_of_accelerate_do_nothing_in_a_capture():
 
 
 def test_hooks_of_diffusers_that_move_weights_do_nothing_in_a_capture():
-    hooks = pytest.importorskip("diffusers.hooks.hooks")
+    hooks: Any = pytest.importorskip("diffusers.hooks.hooks")
     module, x = Two(), torch.randn(3, 4)
 
-    class Refuse(hooks.ModelHook):
+    class Refuse(hooks.ModelHook):  # type: ignore[name-defined]
         pre_forward = refuse
 
-    class Doubles(hooks.ModelHook):
+    class Doubles(hooks.ModelHook):  # type: ignore[name-defined]
         def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
             return output * 2
 

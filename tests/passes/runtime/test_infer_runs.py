@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Policy
-from dcconvert.passes.runtime.infer_runs import LIMIT, TURNS, WARN_AFTER, last_loop, moved, spent
+from dcconvert.passes.runtime.infer_runs import LIMIT, TURNS, WARN_AFTER, Loop, last_loop, moved, spent
 from dcconvert.passes.runtime.model import DynamicModel
 from tests.passes.carry_harness import carried, flat, tiny_call
 from tests.passes.harness import BATCH, Call, first_tensor, relative, tiny_inputs
@@ -405,11 +405,14 @@ def test_what_the_last_loop_computed(caplog):
         called(model, image(0), 0.9 - 0.1 * number)
     called(model, image(1), 0.95)  # a loop that has just begun does not count
     asked = "(asked for: 2x over 9 steps)"
-    assert spent(last_loop(model.runs), HALF, 9) == f"last run: 4 steps, 1.6x fewer tokens computed {asked}"
+    assert spent(cast(Loop, last_loop(model.runs)), HALF, 9) == f"last run: 4 steps, 1.6x fewer tokens computed {asked}"
     for number in range(6):
         called(model, image(0), 0.96 - 0.1 * number, (number,) * 3)
     why = "no calls continued the ones before, because input y is not the same at every step"
-    assert spent(last_loop(model.runs), HALF) == f"last run: 6 steps, 1x fewer tokens computed (asked for: 2x); {why}"
+    assert (
+        spent(cast(Loop, last_loop(model.runs)), HALF)
+        == f"last run: 6 steps, 1x fewer tokens computed (asked for: 2x); {why}"
+    )
 
 
 def test_moved_is_relative_to_the_smaller_image():

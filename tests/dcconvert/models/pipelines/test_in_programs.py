@@ -56,7 +56,7 @@ def fresh(transformer: Any, **options: Any) -> Any:
     return dcconvert.convert(transformer, **{"ratio": 2, "steps": STEPS, **options})
 
 
-def stub(module: Any, shared: Any) -> tuple[DropIn, list[Any]]:
+def stub(module: Any, shared: Any) -> tuple[Any, list[Any]]:
     """A drop-in for a copy of the original that takes the shared conversion for its own; and what it converted."""
     [model], converted = shared._models.values(), []
 
@@ -91,7 +91,7 @@ def test_a_pipeline_saves_the_original(transformer, shared, tmp_path):
 
     parts = ("vae", *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")))
     scheduler = FlowMatchEulerDiscreteScheduler()
-    pipe = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **dict.fromkeys(parts))
+    pipe: Any = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **dict.fromkeys(parts))
     pipe.transformer = shared
     pipe.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["transformer"][1] == type(transformer).__name__
@@ -149,10 +149,10 @@ def test_compiled_modules(transformer, shared):
 
 
 def test_weights_that_are_brought_to_the_device_for_a_call(transformer, shared):
-    hooks = pytest.importorskip("accelerate.hooks")
+    hooks: Any = pytest.importorskip("accelerate.hooks")
     model, moved = copy.deepcopy(transformer), []
 
-    class Notes(hooks.ModelHook):
+    class Notes(hooks.ModelHook):  # type: ignore[name-defined]
         def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             moved.append(module)
             return args, kwargs
