@@ -34,6 +34,9 @@ OFF = 0.02  # relative deviation of a ratio from what was asked for that is wort
 WARN_AFTER = 2  # calls in a row that continued nothing, although the noise fell, before a warning is logged
 
 
+WARNED: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+
 class FollowedRuns:
     """The runs of one thread, inferred from the calls themselves.
 
@@ -59,7 +62,6 @@ class FollowedRuns:
         self._beside = 0  # calls at that level
         self._crowded = False
         self._stopped = 0  # calls in a row that continued nothing, although the noise fell
-        self._warned = False
 
     @property
     def run(self) -> Run | None:
@@ -102,7 +104,7 @@ class FollowedRuns:
         fell = self._crowded or any((fit.fell & ~fit.goes_on).any() for fit in fits)
         whole = chosen is not None and bool(chosen.goes_on.all())
         self.loops[-1].continued += whole
-        self._note(fell and not whole, why or (chosen.why if chosen else ""))
+        self._note(runtime, fell and not whole, why or (chosen.why if chosen else ""))
         track = self._started(runtime, batch, context, limit) if chosen is None else chosen.track
         outputs = track.step(inputs, taus, chosen)
         self.tracks = [other for other in self.tracks if other is not track]
@@ -129,13 +131,13 @@ class FollowedRuns:
             self.tracks = [track for track in self.tracks if not track.of(runtime, context)]
         return Track(runtime, batch, context, limit)
 
-    def _note(self, stopped: bool, why: str) -> None:
-        """Count calls that continue nothing although the noise falls, and say so once."""
+    def _note(self, runtime: Runtime, stopped: bool, why: str) -> None:
+        """Count calls that continue nothing although the noise falls, and say so once for each model."""
         self._stopped = self._stopped + 1 if stopped else 0
         if stopped:
             self.loops[-1].why = why
-        if self._stopped >= WARN_AFTER and not self._warned and not self.loops[-1].continued:
-            self._warned = True
+        if self._stopped >= WARN_AFTER and runtime not in WARNED and not self.loops[-1].continued:
+            WARNED.add(runtime)
             log.warning(
                 "%d calls in a row did not continue the previous one, although the noise fell: every token is computed "
                 "and nothing is saved, because %s. If this is one image, step through model.start(batch) instead",

@@ -60,7 +60,7 @@ def test_hooks_of_accelerate_do_nothing_in_a_capture():
     hooks: Any = pytest.importorskip("accelerate.hooks")
     module, x = Two(), torch.randn(3, 4)
 
-    class Refuse(hooks.ModelHook):  # type: ignore[name-defined]
+    class Refuse(hooks.ModelHook):
         pre_forward = refuse
 
     hooks.add_hook_to_module(module.first, Refuse())
@@ -74,10 +74,10 @@ def test_hooks_of_diffusers_that_move_weights_do_nothing_in_a_capture():
     hooks: Any = pytest.importorskip("diffusers.hooks.hooks")
     module, x = Two(), torch.randn(3, 4)
 
-    class Refuse(hooks.ModelHook):  # type: ignore[name-defined]
+    class Refuse(hooks.ModelHook):
         pre_forward = refuse
 
-    class Doubles(hooks.ModelHook):  # type: ignore[name-defined]
+    class Doubles(hooks.ModelHook):
         def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
             return output * 2
 

@@ -152,7 +152,7 @@ def test_weights_that_are_brought_to_the_device_for_a_call(transformer, shared):
     hooks: Any = pytest.importorskip("accelerate.hooks")
     model, moved = copy.deepcopy(transformer), []
 
-    class Notes(hooks.ModelHook):  # type: ignore[name-defined]
+    class Notes(hooks.ModelHook):
         def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             moved.append(module)
             return args, kwargs
