@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import dcconvert
 from benchmarks.families import FAMILIES, POOLED, TEXT, TEXT_WIDTH, made
 from dcconvert import Converted, UnsupportedModelError, UsageError, load
-from dcconvert.models.pipelines.calls import grid_of, scale_of
 from dcconvert.models.pipelines.drop_in import DropIn
 from tests.passes.harness import relative
 
@@ -241,12 +240,3 @@ def test_a_model_that_is_not_supported_says_so_when_it_is_called():
     drop = dcconvert.convert(transformer, ratio=2, options=dcconvert.Options("carry"))
     with pytest.raises(UnsupportedModelError, match="no packing rule"):
         drop(*args, **kwargs)
-
-
-def test_what_the_first_call_shows():
-    assert [scale_of(torch.tensor([t])) for t in (1.0, 0.3, 999.0)] == [1.0, 1.0, 1000.0]
-    assert scale_of(torch.tensor([1])) == 1000.0
-    places = torch.tensor([[0, y, x] for y in range(2) for x in range(3)])
-    assert grid_of({"img_ids": places}) == (2, 3)
-    assert grid_of({"img_ids": places[:5]}) is None
-    assert grid_of({}) is None
