@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan
 from dcconvert.passes.planning.nearest_kept import Ints
 
@@ -21,7 +22,8 @@ class PackedSeqParams:
     - max_seqlen_q, max_seqlen_kv: the longest sample. total_tokens: T, pads at the end included.
     - seq_idx int32 [1, T]: the sample of each place; places after the last sample count as one more.
 
-    Attention is within a sample, so queries and keys have the same.
+    Attention is within a sample. In a plan that drops tokens, queries and keys are the same tokens. In a plan of mode
+    carry, the keys are all N tokens of each sample, without pads.
     """
 
     cu_seqlens_q: NDArray[np.int32]
@@ -35,13 +37,17 @@ class PackedSeqParams:
     qkv_format: str = "thd"
 
 
-def packed_seq_params(plan: Plan) -> PackedSeqParams:
+def packed_seq_params(plan: Plan | CarryPlan) -> PackedSeqParams:
     """The flat form of a plan's packed axis."""
     total, tile = plan.packed_index.size, plan.packed_index.shape[1]
     lengths, padded = cumulated(plan.counts), cumulated(-(-plan.counts // tile) * tile)
     seq_idx = np.searchsorted(padded[1:], np.arange(total), side="right").astype(np.int32)
     longest = int(plan.counts.max())
-    return PackedSeqParams(lengths, lengths, padded, padded, longest, longest, total, seq_idx[None])
+    if not isinstance(plan, CarryPlan):
+        return PackedSeqParams(lengths, lengths, padded, padded, longest, longest, total, seq_idx[None])
+    samples, tokens = plan.keep.shape
+    keys = cumulated(np.full(samples, tokens))
+    return PackedSeqParams(lengths, keys, padded, keys, longest, tokens, total, seq_idx[None])
 
 
 def cumulated(lengths: Ints) -> NDArray[np.int32]:

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 # A clone without symbolic links has text files where passes and export should be links: look one folder up.
 if (Path(__file__).parent / "passes").is_file():
     __path__.append(str(Path(__file__).resolve().parent.parent))
+
+# ONNX Runtime reads this when it is imported. Whoever wants its telemetry sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 

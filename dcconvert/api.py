@@ -16,13 +16,15 @@ from torch.export import ExportedProgram
 from dcconvert.environment import machine
 from dcconvert.export.buckets import BucketSet, choose_buckets
 from dcconvert.export.bundle import FORMAT_VERSION, ONNX, read_bundle, write_model
+from dcconvert.export.checks.flops import run_ratio
 from dcconvert.export.files import MANIFEST, new_folder, write_json
 from dcconvert.models.dc_dit import RefinedDiT
-from dcconvert.models.diffusers_wrapper import DropIn, is_diffusers
 from dcconvert.models.dit import DiT
 from dcconvert.models.dit_checkpoint import LoadedDiT, LoadedRefined
 from dcconvert.models.example_inputs import dit_inputs
 from dcconvert.models.own_architecture import as_rewritten
+from dcconvert.models.pipelines.drop_in import DropIn, is_diffusers, spent_line
+from dcconvert.passes.frontend.plain_module import unwrapped
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.spec import EXAMPLE_BATCH
 from dcconvert.passes.methods import method_of
@@ -30,6 +32,7 @@ from dcconvert.passes.methods.method import Method
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import AUTO, LEVELS, Policy, Timetable, noise_levels, parse_ratio
 from dcconvert.passes.planning.step_planner import StepPlanner
+from dcconvert.passes.runtime.infer_runs import last_loop
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.sampling.bundle_runs import run_of, stored_table, write_table
 from dcconvert.sampling.fitting import fitted
@@ -59,6 +62,11 @@ class Converted(DynamicModel):
     def with_schedule(self, schedule: Timetable) -> Converted:
         return self.of(super().with_schedule(schedule), self.facts)
 
+    def with_steps(self, steps: int) -> Converted:
+        """The same weights and graphs for runs of another number of steps; UsageError if they cannot reach the
+        ratio."""
+        return self.of(super().with_steps(steps), {**self.facts, "steps": steps})
+
     def choose_buckets(self, batches: Sequence[int] = DEFAULT_BATCHES) -> BucketSet:
         """Buckets for batch sizes and a sampling run at evenly spaced noise levels, with the model's steps."""
         steps = int(self.facts.get("steps", DEFAULT_STEPS))
@@ -83,6 +91,17 @@ class Converted(DynamicModel):
             if run := self.run_table or self.default_run():
                 write_table(run, work)
         return target
+
+    def summary(self) -> str:
+        """As `DynamicModel.summary`, with the operations of the whole model, for the schedule and for the last run."""
+        steps = int(self.facts.get("steps", DEFAULT_STEPS))
+        lines = [super().summary()]
+        if not self.schedule.data_dependent or self.schedule.seen:
+            whole = run_ratio(self, self.planner.run_counts(noise_levels(steps)).tolist())
+            lines.append(f"{whole:.3g}x fewer operations in the whole model, over {steps} steps")
+        if (loop := last_loop(self.runs)) is not None:
+            lines.append(spent_line(self, loop, steps))
+        return "\n".join(lines)
 
     def default_run(self) -> Sampler | RunTable | None:
         """How a bundle is sampled if nothing was fitted; None for a model that does not say how to sample it."""
@@ -132,14 +151,20 @@ def convert(
         UsageError: bad ratio, options or example inputs.
         UnsupportedModelError: the model holds something no pass or rule supports; the message names it.
     """
+    if isinstance(module, DropIn):
+        module = module.undo()
+    if isinstance(module, nn.Module):
+        module = unwrapped(module)
     if isinstance(module, ExportedProgram):
         args, kwargs = module.example_inputs or ((), {})
         example_inputs = kwargs or args
     elif example_inputs is None and is_diffusers(module):
         inspect.signature(convert_call).bind(module, ratio, example_inputs=(), **options)
-        asked, _ = chosen(ratio, **options)  # errors now, and not when a pipeline calls it
+        asked, spending = chosen(ratio, **options)  # errors now, and not when a pipeline calls it
         as_rewritten(module, asked, bool(options.get("refine_grid")))
-        return DropIn(module, partial(convert_call, ratio=ratio, **options), timestep_scale)
+        steps, grid = options.pop("steps", DEFAULT_STEPS), options.pop("grid", None)
+        policy = spending.policy if asked.stateful else None
+        return DropIn(module, partial(convert_call, ratio=ratio, **options), steps, policy, timestep_scale, grid)
     if example_inputs is None:
         if not isinstance(module, DiT | RefinedDiT):
             raise UsageError(f"capturing a {type(module).__name__} needs example_inputs: pass the inputs of one call")

@@ -23,8 +23,10 @@ from dcconvert.passes.numeric_gate import NumericGate
 from dcconvert.passes.planning.schedule import Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel, Graphs
+from dcconvert.passes.runtime.threads import one_at_a_time
 
 
+@one_at_a_time
 def captured(
     module: nn.Module | ExportedProgram,
     args: Sequence[Any],
@@ -40,6 +42,7 @@ def captured(
     return program
 
 
+@one_at_a_time
 def rewrite(
     module: nn.Module | ExportedProgram,
     args: Sequence[Any],
@@ -60,14 +63,14 @@ def rewrite(
     its value at pure noise. `grid`: (H, W) of the tokens, if it cannot be inferred. `router`: the model's own router.
     `original`: another model with the same call signature, with which the result is compared instead of `module`.
     `dump`: folder for the graph after each pass. Raises the errors of `capture` and of the passes. The module is put in
-    eval mode and is otherwise unchanged.
+    eval mode and is otherwise unchanged. Other threads wait until it is done, and must not call the module meanwhile.
     """
     program = captured(module, args, kwargs, method, timestep, grid)
     program.router, program.timestep_scale = router, timestep_scale
     beside = copy_graph(program if original is None else captured(original, args, kwargs, method, timestep))
     run_passes(replace(program, graph_module=beside), (Normalise(), RealNumbers()))
     records = run_passes(program, method.pipeline(), dump, NumericGate(program))
-    spec = ModelSpec.of(program)
+    spec = ModelSpec.of(program).with_rows(beside)
     schedule.policy.check(spec.tokens)
     graphs = Graphs(beside, **program.parts)
     return DynamicModel(graphs, StepPlanner(spec, method, schedule), records)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -250,6 +251,16 @@ def test_importing_the_package_makes_one_copy_of_each_module():
     loaded = set(done.stdout.split())
     assert {"dcconvert.passes", "dcconvert.export"} <= loaded
     assert not {"passes", "export"} & {name.split(".")[0] for name in loaded}
+
+
+def test_importing_the_package_turns_telemetry_off_unless_it_is_wanted():
+    code = "import os, dcconvert; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    for given, wanted in ({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0"):
+        env = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"} | given
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == wanted
 
 
 @pytest.mark.parametrize("floor", ["passes", "export", "dcconvert"])

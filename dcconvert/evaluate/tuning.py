@@ -64,8 +64,9 @@ class FittedStep(ConvertedStep):
     def update(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The trunk's update at a step that is not part of the run."""
         inputs = arrays_of(self.model, x, t, y)
-        made = self.runtime.call("full", self.runtime.feed("full", inputs), self.runtime.full_bucket(inputs), {})
-        return self._tensor(made[UPDATE])
+        with self.runtime.turn:
+            made = self.runtime.call("full", self.runtime.feed("full", inputs), self.runtime.full_bucket(inputs), {})
+            return self._tensor(made[UPDATE])
 
     def copies(self, times: int) -> FittedStep:
         """The step function of a separate run that continues from here with every sample repeated so many times.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -143,6 +144,14 @@ def converted_gmacs(model: DynamicModel, inputs: dict[str, Any], kept: int) -> f
     """GMACs per sample of one step, route and denoise together, when every sample keeps `kept` tokens."""
     macs = sum(count_macs(graph, args) for graph, args in step_calls(model, inputs, kept))
     return macs / batch_size(inputs) / GIGA
+
+
+def run_ratio(model: DynamicModel, kept: Sequence[int]) -> float:
+    """Operations of the original in as many steps, divided by those of steps that keep so many tokens each."""
+    inputs = model.spec.example(1)
+    steps = Counter(kept)
+    spent = sum(count * converted_gmacs(model, inputs, tokens) for tokens, count in steps.items())
+    return original_gmacs(model, inputs) * len(kept) / spent
 
 
 def converted_bytes(model: DynamicModel, inputs: dict[str, Any], kept: int) -> Traffic:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -110,6 +111,7 @@ class StaticModel(OrtModel):
         self.graphs = provider != CPU
         settings = {"enable_cuda_graph": "1"} if self.graphs else None
         super().__init__(folder, planner, bucket_set, provider, threads, settings)
+        self.turn = threading.RLock()
         self.steps: dict[Any, BoundStep] = {}
         self._free: dict[int, list[dict[str, Any]]] = {}
 

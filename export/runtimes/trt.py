@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,7 @@ class TrtModel(Runtime):
         index = read_index(folder)
         self.trt = trt or backend_module(index.device, folder)
         self.planner, self.device, self.ranges = planner, device, index.ranges
+        self.turn = threading.RLock()
         runtime = self.trt.Runtime(self.trt.Logger(self.trt.Logger.ERROR))
         self.places: dict[tuple[str, Bucket], Place] = {}
         for entry in index.engines:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from dcconvert.passes.frontend.plain_module import plain
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.ir.graph_tools import placeholders
 from dcconvert.passes.ir.program import Program
@@ -33,7 +34,9 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
 
     The ops are those of torch's training IR, in which linear, layer_norm and attention are single ops.
     """
-    return program_of(export(module, args, kwargs), (tuple(args), dict(kwargs or {})), method)
+    with plain(module) as inside:
+        exported = export(inside, args, kwargs)
+    return program_of(exported, (tuple(args), dict(kwargs or {})), method)
 
 
 def export(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> ExportedProgram:

@@ -174,12 +174,12 @@ def _(index: Tensor, channels: int) -> Tensor:
 def cache_write(state: Tensor, values: Tensor, index: Tensor) -> Tensor:
     """Write the values of packed tokens to the state.
 
-    state [P, B, C, N, E]; values [G, C, L, E]; index int64 [G, C, L, 4] of (slot, sample, c, token). Returns the new
-    state. A pad writes the same value to the same place as the token that it copies, so the order of writes does not
-    matter.
+    state [P, B, C, N, E]; values [G, C, L, E], which under autocast may be of another precision; index int64
+    [G, C, L, 4] of (slot, sample, c, token). Returns the new state, in its own precision. A pad writes the same value
+    to the same place as the token that it copies, so the order of writes does not matter.
     """
     written = state.clone(memory_format=torch.contiguous_format)
-    written[index.unbind(-1)] = values
+    written[index.unbind(-1)] = values.to(state.dtype)
     return written
 
 
@@ -191,7 +191,7 @@ def _(state: Tensor, values: Tensor, index: Tensor) -> Tensor:
 @torch.library.custom_op(f"{NAMESPACE}::cache_write_", mutates_args=("state",))
 def cache_write_(state: Tensor, values: Tensor, index: Tensor) -> None:
     """`cache_write` without a copy: it writes to the given state. For inference only; see `WriteInPlace`."""
-    state[index.unbind(-1)] = values
+    state[index.unbind(-1)] = values.to(state.dtype)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::cache_read", mutates_args=())

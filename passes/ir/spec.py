@@ -12,8 +12,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.passes.ir.graph_tools import placeholders
+from dcconvert.passes.ir.graph_tools import placeholders, tensor_at
 from dcconvert.passes.ir.program import Program
+
+aten = torch.ops.aten
+RETYPES = {aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.clone.default}
 
 SLOTS = 2  # the last two computed values of a token: enough for a straight line in time
 STATE_DTYPES = {"model": None, "fp16": torch.float16, "fp32": torch.float32}  # for the state of mode carry
@@ -31,13 +34,17 @@ EXAMPLE_BATCH = 3  # above one and unlike any other size, so that export cannot 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One flat input of the original: a tensor (`shape` without the batch axis, if `batched`), or a constant."""
+    """One flat input of the original: a tensor (`shape` without the batch axis, if `batched`), or a constant.
+
+    `rows`: of the table that an integer input is an index of, such as a class label; 0 for all others.
+    """
 
     name: str
     batched: bool = False
     shape: tuple[int, ...] = ()
     dtype: str = ""
     value: bool | int | float | str | None = None  # of an input that is not a tensor
+    rows: int = 0
 
     @classmethod
     def of(cls, node: Node) -> InputSpec:
@@ -113,6 +120,17 @@ class ModelSpec:
     @property
     def inputs(self) -> tuple[str, ...]:
         return tuple(spec.name for spec in self.input_specs)
+
+    def varies(self, item: InputSpec) -> bool:
+        """Whether an input may be another at every step of a run: image, timestep, and values that have the width of
+        the token stream and are given for every token, such as what a ControlNet adds to it."""
+        return item.name in (self.image, self.timestep) or (item.batched and item.shape == (self.tokens, self.width))
+
+    def with_rows(self, original: GraphModule) -> ModelSpec:
+        """The same spec with the tables that the original's integer inputs are indices of."""
+        nodes = {node.name: node for node in placeholders(original.graph)}
+        specs = (replace(item, rows=table_rows(original, nodes.get(item.name))) for item in self.input_specs)
+        return replace(self, input_specs=tuple(specs))
 
     def inputs_of(self, graph: str) -> tuple[str, ...]:
         """Names of a graph's inputs, in order."""
@@ -224,6 +242,18 @@ class ModelSpec:
             prepare_inputs=tuple(n.name for n in given.get("prepare", ())),
             states=tuple(StateSpec.of(node) for node in program.state.values()),
         )
+
+
+def table_rows(graph_module: GraphModule, index: Node | None) -> int:
+    """Rows of the smallest table that an input is an index of, as it is or in another type; 0 if there is none."""
+    found, ahead = [], list(index.users) if index is not None else []
+    while ahead:
+        node = ahead.pop()
+        if node.target in RETYPES:
+            ahead += node.users
+        elif node.target is aten.embedding.default and node.args[1] in (index, *node.all_input_nodes[1:]):
+            found.append(len(tensor_at(graph_module, str(cast(Node, node.args[0]).target))))
+    return min(found, default=0)
 
 
 def find_inputs(program: Program, timestep: str | None) -> None:

@@ -100,12 +100,17 @@ class StepPlanner:
     def taus(self, inputs: dict[str, Any], batch: int) -> Doubles:
         """Noise levels [B] of a step's inputs; 0.5 if the schedule does not depend on them.
 
+        Where the tokens or frames of a sample have timesteps of their own, the sample has the highest noise level.
+
         Raises UsageError if the schedule needs the timestep but the timestep input is unknown, or if a timestep is
         outside its range, and CheckFailedError with the number of a sample whose timestep is not finite.
         """
         if self.spec.timestep is not None:
             given = inputs[self.spec.timestep]
-            timesteps = given.detach().double().cpu().numpy() if isinstance(given, torch.Tensor) else np.double(given)
+            array = given.detach().double().cpu().numpy() if isinstance(given, torch.Tensor) else given
+            timesteps = np.asarray(array, np.float64)
+            if timesteps.ndim > 1:
+                timesteps = timesteps.reshape(len(timesteps), -1).max(1)
             levels = np.broadcast_to(timesteps.reshape(-1) / self.spec.timestep_scale, (batch,))
             check_finite(levels[:, None])
             if (outside := np.abs(levels - 0.5) > 0.51).any():

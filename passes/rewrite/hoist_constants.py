@@ -11,6 +11,7 @@ from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.ir.graph_tools import placeholders, remove_dead_code
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
 from dcconvert.passes.ir.program import Program
+from dcconvert.passes.ir.spec import InputSpec
 from dcconvert.passes.rewrite.split_route import ancestors, finish, is_batched
 
 aten = torch.ops.aten
@@ -58,7 +59,7 @@ class HoistConstants(Pass):
 
 def constant_nodes(program: Program, graph: Graph) -> set[Node]:
     """Nodes that depend on model inputs, but only on those that stay the same during a run."""
-    still = set(program.inputs) - {program.image, program.timestep}
+    still = set(program.inputs) - {program.image, program.timestep} - per_token_inputs(program)
     found: set[Node] = set()
     moving = {node for node in placeholders(graph) if node.name not in still}
     for node in graph.nodes:
@@ -72,6 +73,13 @@ def constant_nodes(program: Program, graph: Graph) -> set[Node]:
         elif any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def per_token_inputs(program: Program) -> set[str]:
+    """Inputs that are added to the token stream and may be others at every step, as in `ModelSpec.varies`."""
+    stream = program.found_stream()
+    given = (InputSpec.of(node) for node in placeholders(program.graph) if node.name in program.inputs)
+    return {spec.name for spec in given if spec.batched and spec.shape == (stream.tokens, stream.width)}
 
 
 def is_batch_size(program: Program, node: Node) -> bool:

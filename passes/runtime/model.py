@@ -17,12 +17,13 @@ from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.pass_runner import PassRecord
 from dcconvert.passes.ir.spec import WEIGHTS, ModelSpec, update_name
 from dcconvert.passes.planning.layout import Bucket
-from dcconvert.passes.planning.schedule import Timetable
+from dcconvert.passes.planning.schedule import LEVELS, Timetable, noise_levels
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.rewrite.retarget import retarget, retyped_spec
-from dcconvert.passes.runtime.infer_runs import FollowedRun
-from dcconvert.passes.runtime.run import Runtime
+from dcconvert.passes.runtime.infer_runs import FollowedRuns
+from dcconvert.passes.runtime.run import Runtime, check_shape
 from dcconvert.passes.runtime.state import TensorState, zeros
+from dcconvert.passes.runtime.threads import PerThread
 
 if TYPE_CHECKING:
     from dcconvert.passes.methods.method import Method
@@ -69,11 +70,16 @@ class DynamicModel(nn.Module, Runtime):
         self.planner, self.bucket_set = planner, None
         self.records = list(records)
         self.target = place_of(self)
-        self.followed = FollowedRun(self)
+        self.runs: PerThread[FollowedRuns] = PerThread(FollowedRuns)
 
     @property
     def graphs(self) -> Graphs:
         return Graphs(**{item.name: getattr(self, f"{item.name}_graph", None) for item in fields(Graphs)})  # type: ignore[arg-type]
+
+    @property
+    def followed(self) -> FollowedRuns:
+        """The runs of this thread's plain calls."""
+        return self.runs.own
 
     @property
     def method(self) -> Method:
@@ -86,6 +92,13 @@ class DynamicModel(nn.Module, Runtime):
     def with_schedule(self, schedule: Timetable) -> DynamicModel:
         """The same weights and graphs with another schedule."""
         return DynamicModel(self.graphs, StepPlanner(self.spec, self.method, schedule), self.records)
+
+    def with_steps(self, steps: int) -> DynamicModel:
+        """The same weights and graphs for runs of another number of steps; UsageError if they cannot reach the
+        ratio."""
+        taus = noise_levels(steps)
+        planner = StepPlanner(self.spec, self.method, self.schedule.fitted(taus))
+        return self.with_schedule(planner.levelled(taus, max(len(self.schedule.levels), LEVELS)))
 
     def with_graphs(self, spec: ModelSpec | None = None, /, **graphs: GraphModule) -> DynamicModel:
         """The same model with some graphs replaced, and another spec if their interfaces changed."""
@@ -109,11 +122,8 @@ class DynamicModel(nn.Module, Runtime):
                 was = f"a tensor of {spec.dtype}" if spec.dtype else repr(spec.value)
                 now = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
                 raise UsageError(f"input {spec.name} was {was} when the model was captured and is {now}: convert again")
-            if isinstance(leaf, Tensor) and spec.batched and tuple(leaf.shape[1:]) != spec.shape:
-                raise UsageError(
-                    f"input {spec.name} has shape {list(leaf.shape)}, but the model was captured for [batch, "
-                    f"{', '.join(map(str, spec.shape))}]: convert again for another size"
-                )
+            if isinstance(leaf, Tensor) and spec.batched:
+                check_shape(spec, leaf)
         return dict(zip(self.spec.inputs, leaves, strict=True))
 
     def graph(self, name: str) -> GraphModule:
@@ -162,7 +172,7 @@ class DynamicModel(nn.Module, Runtime):
         if (new.device, new.dtype) != (old.device, old.dtype):
             self.retarget(old, new)
             self.target = new
-            self.followed = FollowedRun(self)
+            self.forget()
         return self
 
     def retarget(self, old: Tensor, new: Tensor) -> None:
@@ -191,14 +201,16 @@ class DynamicModel(nn.Module, Runtime):
         return zeros(self.spec, batch, place_of(self).device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's call. In mode carry, a call that continues the previous one shares its run (`FollowedRun`)."""
+        """The original's call. In modes with a state, a call may continue an earlier one of its thread
+        (`FollowedRuns`)."""
         inputs = self.flat_inputs(args, kwargs)
-        outputs = self.followed.step(inputs)
+        outputs = self.followed.step(self, inputs)
         return pytree.tree_unflatten(outputs, pytree.treespec_loads(self.spec.out_spec))
 
     def forget(self) -> None:
-        """Drop the state of plain calls (mode carry) and free its memory; the next call starts a new run."""
-        self.followed.forget()
+        """Drop the state of plain calls in all threads and free its memory; the next call starts a new run."""
+        for runs in self.runs.all():
+            runs.forget()
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The fixed-token original on the same weights."""

@@ -11,13 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.spec import DISTANCE_NAME, SCORES_NAME, ModelSpec
+from dcconvert.passes.ir.errors import CheckFailedError, UsageError
+from dcconvert.passes.ir.spec import DISTANCE_NAME, SCORES_NAME, InputSpec, ModelSpec
 from dcconvert.passes.planning.carry_plan import CarryPlan
 from dcconvert.passes.planning.chunk_plan import Plan
 from dcconvert.passes.planning.latent_difference import ThirdDifference
@@ -25,6 +26,7 @@ from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.planning.token_history import History
 from dcconvert.passes.runtime.state import State
+from dcconvert.passes.runtime.threads import Guarded, OneThread, by_one_thread
 from dcconvert.passes.runtime.update_history import UpdateHistory
 
 
@@ -44,6 +46,7 @@ class Runtime(ABC):
 
     planner: StepPlanner
     bucket_set: Buckets | None
+    turn: AbstractContextManager[Any] = nullcontext()  # held during a step: a lock, if the steps of runs share buffers
 
     @abstractmethod
     def call(
@@ -158,18 +161,22 @@ class StageTimes:
         return self.route + self.plan + self.denoise
 
 
-class Run:
+class Run(Guarded):
     """One batch of samples on their way from noise to image.
 
     Call `step` with the original's inputs by name, in the sampler's order. `restart` replaces some of the samples by
     new ones, which have no state at their next step. Samples may be at different timesteps and start at different
     times. With `groups`, the batch consists of that many equal parts, such as the conditional and unconditional halves
-    of guidance, and sample i of every part computes the same tokens (mode carry). Inputs other than image and timestep
-    must stay the same as at a sample's first step; values that depend only on them are computed then.
+    of guidance, and sample i of every part computes the same tokens (mode carry). Inputs other than image and timestep,
+    and values that are added to the tokens (`ModelSpec.varies`), must stay the same as at a sample's first step; what
+    depends only on them is computed then.
+
+    One thread makes all steps, until `restart` clears the whole run: UsageError for another thread's step. UsageError
+    also for a batch or groups below 1, and for groups that the batch cannot be split into.
     """
 
     def __init__(self, runtime: Runtime, batch: int, groups: int = 1, *, gradients: bool = False) -> None:
-        if batch % groups:
+        if min(batch, groups) < 1 or batch % groups:
             raise UsageError(
                 f"a batch of {batch} cannot be split into {groups} groups that share their choice of tokens"
             )
@@ -182,9 +189,20 @@ class Run:
         self.last_times: StageTimes | None = None
         planner = runtime.planner
         self.history = History(self.size, planner.spec.tokens) if planner.carries else None
-        self.state = runtime.empty_state(self.size)
         self.watch = ThirdDifference(self.size) if planner.watches else None
+        self.computed: list[float] = []  # the fraction of the tokens that each step computed
+        self.guard = OneThread()
         self._constants: dict[str, Any] | None = None
+
+    @cached_property
+    def state(self) -> State:
+        """What the samples carry from step to step; memory for it is taken at the first step."""
+        return self.runtime.empty_state(self.size)
+
+    @property
+    def ratio(self) -> float:
+        """All tokens divided by the computed ones, over the steps made so far; 1 before the first."""
+        return len(self.computed) / sum(self.computed) if sum(self.computed) else 1.0
 
     @property
     def kept(self) -> np.ndarray:
@@ -212,6 +230,9 @@ class Run:
         chosen = sorted({sample % part + group * part for sample in named for group in range(self.groups)})
         if self.batch - 1 in chosen:
             chosen += range(self.batch, self.size)  # the copies that fill up the batch
+        if len(chosen) == self.size:
+            self.computed = []
+            self.guard.release()
         self.forget(chosen)
 
     def forget(self, samples: Sequence[int]) -> None:
@@ -219,14 +240,16 @@ class Run:
         if self.history is not None:
             self._constants = None
             self.history.restart(samples)
-            self.state.clear(samples)
+            if "state" in vars(self):
+                self.state.clear(samples)
         if self.watch is not None:
             self.watch.restart(samples)
 
+    @by_one_thread
     def step(
         self, inputs: dict[str, Any], counts: np.ndarray | None = None, planners: Sequence[StepPlanner] = ()
     ) -> list[Any]:
-        """Flat outputs of one step; sample b keeps counts[b] tokens (None: as the schedule says).
+        """Flat outputs of one step; sample b keeps counts[b] tokens, 1 to N (None: as the schedule says).
 
         `planners`: one for each group, if the groups decide differently how many tokens to keep.
 
@@ -234,15 +257,29 @@ class Run:
         steps until the state is detached. If a step fails, the state is cleared and the run starts again.
         """
         inputs = self._filled(inputs)
+        counts = self._checked(counts, 1)
         if self.history is None:
             return self._step(inputs, counts, planners)
         self.history.check(self.runtime.planner.taus(inputs, self.size))
         try:
             with self._gradients():
                 return self._step(inputs, counts, planners)
-        except BaseException:
+        except BaseException as error:
+            lost = self._overflow() if isinstance(error, CheckFailedError) else ""
             self.restart()
+            if lost:
+                raise CheckFailedError(lost) from error
             raise
+
+    def _overflow(self) -> str:
+        """What to say if the state holds values that are too large for its type; else nothing."""
+        for spec in self.runtime.spec.states:
+            if spec.dtype == "float16" and not np.isfinite(self.runtime.array(self.state.values[spec.name])).all():
+                return (
+                    f"the remembered values {spec.name} are too large for float16, which ends at 65504: convert with "
+                    "the state in float32 (--state fp32, or state_dtype='fp32')"
+                )
+        return ""
 
     def _gradients(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.gradients else torch.no_grad()
@@ -277,6 +314,7 @@ class Run:
         if history is not None and self.state.distance is not None:
             history.distance = self.state.distance
         self.last_plan = plan
+        self.computed.append(float(self.kept.mean() / planner.spec.tokens))
         self.last_times = StageTimes(routed - start, planned - routed, time.perf_counter() - planned)
         return [output[: self.batch] for output in outputs] if self.size > self.batch else list(outputs)
 
@@ -294,17 +332,68 @@ class Run:
 
     def _filled(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of a batch as large as the run's, its last sample repeated."""
+        inputs = checked_inputs(self.runtime.spec, inputs)
         specs = {spec.name: spec for spec in self.runtime.planner.spec.input_specs}
         found = {len(value) for name, value in inputs.items() if specs[name].batched}
         if found != {self.batch}:
             raise UsageError(f"this run has {self.batch} samples, but the step got {sorted(found)}: start another run")
-        for name, value in inputs.items():
-            wanted = specs[name].dtype
-            if isinstance(value, np.ndarray) and wanted and value.dtype != wanted:
-                raise UsageError(f"input {name} is {value.dtype}, but the model needs {wanted}: convert it")
         if self.size == self.batch:
             return inputs
         return {n: fill_batch(value, self.size) if specs[n].batched else value for n, value in inputs.items()}
+
+    def _checked(self, counts: Any, least: int) -> np.ndarray | None:
+        """Tokens that samples [B] keep, as integers from `least` to N; UsageError for anything else."""
+        if counts is None:
+            return None
+        tokens, given = self.runtime.spec.tokens, np.asarray(counts)
+        whole = given.shape == (self.batch,) and np.issubdtype(given.dtype, np.number) and np.all(given % 1 == 0)
+        if not whole or given.min() < least or given.max() > tokens:
+            raise UsageError(
+                f"counts {np.array2string(given, threshold=8)}: give {self.batch} whole numbers from {least} to "
+                f"{tokens}, the tokens that each sample keeps"
+            )
+        return given.astype(np.int64)
+
+
+def checked_inputs(spec: ModelSpec, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a step, with the constants that the model was captured with.
+
+    UsageError for one that is missing, unknown, or not what the model was captured for.
+    """
+    constants = {item.name: item.value for item in spec.input_specs if not item.dtype}
+    needed = [name for name in spec.inputs if name not in constants]
+    for said, names in (("no", {*needed} - {*inputs}), ("an unknown", {*inputs} - {*spec.inputs})):
+        if names:
+            raise UsageError(f"the step got {said} input {min(names)}: the model takes {', '.join(needed)}")
+    for item in spec.input_specs:
+        if item.dtype:
+            check_input(item, inputs[item.name])
+    return {**constants, **inputs}
+
+
+def check_input(spec: InputSpec, value: Any) -> None:
+    """Raises UsageError for a tensor or array of another shape or type than the model was captured for, or for a label
+    that is no row of its table."""
+    check_shape(spec, value)
+    if isinstance(value, np.ndarray) and value.dtype != spec.dtype:
+        raise UsageError(f"input {spec.name} is {value.dtype}, but the model needs {spec.dtype}: convert it")
+    if spec.rows and value.shape[0] and not 0 <= int(value.min()) <= int(value.max()) < spec.rows:
+        raise UsageError(
+            f"input {spec.name} has a value of {int(value.min())} to {int(value.max())}, but the model knows 0 to "
+            f"{spec.rows - 1}"
+        )
+
+
+def check_shape(spec: InputSpec, value: Any) -> None:
+    """Raises UsageError for anything but a tensor or array of the shape that the model was captured for."""
+    if not isinstance(value, np.ndarray | torch.Tensor):
+        raise UsageError(f"input {spec.name} is a {type(value).__name__}: give a tensor or an array")
+    if tuple(value.shape[spec.batched :]) != spec.shape or value.ndim != len(spec.shape) + spec.batched:
+        wanted = ", ".join(["batch"] * spec.batched + [str(size) for size in spec.shape])
+        raise UsageError(
+            f"input {spec.name} has shape {list(value.shape)}, but the model was captured for [{wanted}]: "
+            "convert again for another size"
+        )
 
 
 def fill_batch(value: Any, batch: int) -> Any:

@@ -14,6 +14,7 @@ from dcconvert.passes.planning.nearest_kept import Ints, Mask
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.planning.token_history import Doubles
 from dcconvert.passes.runtime.run import Run, Runtime, StageTimes, joined, rows_of
+from dcconvert.passes.runtime.threads import by_one_thread
 from dcconvert.passes.runtime.update_history import UpdateHistory
 
 
@@ -55,6 +56,7 @@ class StepRun(Run):
     def forget(self, samples: Sequence[int]) -> None:
         self.updates.restart(samples)
 
+    @by_one_thread
     def step(
         self,
         inputs: dict[str, Any],
@@ -62,7 +64,7 @@ class StepRun(Run):
         planners: Sequence[StepPlanner] = (),
         weights: Sequence[float] = (),
     ) -> list[Any]:
-        """Flat outputs of one step; sample b is computed if counts[b] is not 0 (None: as the schedule says).
+        """Flat outputs of one step; sample b is computed if counts[b], 0 to N, is not 0 (None: as the schedule says).
 
         `weights`: weights of the last updates, newest first, for the skipped samples; linear extrapolation if empty.
         Raises UsageError for more weights than a skipped step reads updates, or for noise that rose.
@@ -71,7 +73,7 @@ class StepRun(Run):
             raise UsageError(
                 f"{len(weights)} weights: a skipped step needs one for each of the last {self.updates.slots} updates"
             )
-        inputs = self._filled(inputs)
+        inputs, counts = self._filled(inputs), self._checked(counts, 0)
         start = time.perf_counter()
         taus = self.runtime.planner.taus(inputs, self.size)
         self.updates.check(taus)
@@ -85,6 +87,7 @@ class StepRun(Run):
             raise
         self.updates.note(taus, full)
         self.full = full
+        self.computed.append(float(full[: self.batch].mean()))
         self.last_times = StageTimes(0.0, planned - start, time.perf_counter() - planned)
         return [output[: self.batch] for output in outputs] if self.size > self.batch else outputs
 

@@ -97,11 +97,12 @@ def model_from_dict(data: Any, tensors: Mapping[str, Tensor]) -> DynamicModel:
     Raises UsageError for data that is damaged, of another version, or asks for anything outside the lists above.
     """
     with damage_is_a_usage_error():
-        planner = StepPlanner(*read_facts(data))
+        spec, method, schedule = read_facts(data)
         records = [plainly(PassRecord(**{**r, "notes": tuple(map(str, r["notes"]))})) for r in data["passes"]]
         pool = dict(tensors)
-        names = (*planner.spec.graphs, ORIGINAL)
-        model = DynamicModel(Graphs(**{n: read_graph(data["graphs"][n], pool) for n in names}), planner, records)
+        graphs = Graphs(**{n: read_graph(data["graphs"][n], pool) for n in (*spec.graphs, ORIGINAL)})
+        planner = StepPlanner(spec.with_rows(graphs.original), method, schedule)
+        model = DynamicModel(graphs, planner, records)
         check_seams(model, model.graphs.named())
         return model
 

@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.megatron_thd import packed_seq_params
+from dcconvert.passes.planning.carry_plan import carry_plan
 from dcconvert.passes.planning.chunk_plan import Planner
 from dcconvert.passes.planning.layout import Bucket
+from dcconvert.passes.planning.token_history import History
 
 
 def test_by_hand():
@@ -20,6 +22,16 @@ def test_by_hand():
     assert (found.max_seqlen_q, found.max_seqlen_kv, found.total_tokens) == (5, 5, 24)
     assert found.seq_idx.tolist() == [[0] * 8 + [1] * 4 + [2] * 4 + [3] * 8]
     assert {a.dtype for a in (found.cu_seqlens_q, found.cu_seqlens_q_padded, found.seq_idx)} == {np.dtype(np.int32)}
+
+
+def test_keys_of_a_carry_plan_are_all_tokens():
+    keep = np.arange(8) < np.array([[8], [3], [1]])
+    history = History(3, 8)
+    carry_plan(history, np.ones((3, 8), bool), np.full(3, 0.9))
+    found = packed_seq_params(carry_plan(history, keep, np.full(3, 0.8)))
+    assert found.cu_seqlens_q.tolist() == [0, 8, 11, 12]
+    assert found.cu_seqlens_kv.tolist() == found.cu_seqlens_kv_padded.tolist() == [0, 8, 16, 24]
+    assert (found.max_seqlen_q, found.max_seqlen_kv) == (8, 8)
 
 
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=5))

@@ -232,3 +232,13 @@ def test_runs_that_were_stopped_end_with_the_same_weights(carried):
     runs_of(carried, 2, start=second)
     for name, value in through.averaged().items():
         torch.testing.assert_close(second.averaged()[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["chunk", "carry"])
+def test_training_under_autocast(mode, model, carried):
+    """As `upcycle --bf16` does."""
+    with torch.autocast("cpu", torch.bfloat16):
+        made, losses = runs_of(carried, 1) if mode == "carry" else trained(model, RECIPE, 1)
+    assert made.step > 0
+    assert np.isfinite(losses).all()
+    assert {weight.dtype for weight in made.averaged().values()} == {torch.float32}

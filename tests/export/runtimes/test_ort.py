@@ -160,7 +160,7 @@ def test_a_batch_above_the_buckets(runtime):
 
 @pytest.mark.parametrize("counts", [[0, 4], [17, 4]])
 def test_counts_that_no_sample_has(counts, runtime):
-    with pytest.raises(UsageError, match="each from 1 to 16"):
+    with pytest.raises(UsageError, match="whole numbers from 1 to 16"):
         runtime.step(arrays(2), np.array(counts))
 
 

@@ -234,6 +234,8 @@ def test_noise_levels_are_timesteps_by_their_scale():
     given = planner()
     np.testing.assert_allclose(given.taus({"t": torch.tensor([0.25, 1.0])}, 2), [0.25, 1])
     assert given.taus({"t": torch.tensor(0.5)}, 3).tolist() == [0.5] * 3
+    of_tokens = torch.tensor([[0.0, 0.9, 0.9], [0.5, 0.0, 0.2]])
+    assert given.taus({"t": of_tokens}, 2).tolist() == pytest.approx([0.9, 0.5])  # the highest of a sample's tokens
     assert given.taus({"t": torch.tensor([-1e-6, 1 + 1e-6])}, 2).tolist() == [0, 1]  # rounding is forgiven
     given.spec = replace(given.spec, timestep_scale=1000.0)
     assert given.taus({"t": torch.tensor([250])}, 2).tolist() == [0.25, 0.25]

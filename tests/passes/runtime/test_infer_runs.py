@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Policy
-from dcconvert.passes.runtime.infer_runs import LIMIT, WARN_AFTER, moved
+from dcconvert.passes.runtime.infer_runs import LIMIT, TURNS, WARN_AFTER, Loop, last_loop, moved, spent
 from dcconvert.passes.runtime.model import DynamicModel
 from tests.passes.carry_harness import carried, flat, tiny_call
 from tests.passes.harness import BATCH, Call, first_tensor, relative, tiny_inputs
@@ -88,6 +88,74 @@ def test_two_looks_at_one_noise_level_are_one_run():
     assert steps(model) == [5] * BATCH
 
 
+def test_a_third_look_at_one_noise_level_is_another_image():
+    model, _ = fresh()
+    for tau, wanted in ((1.0, 1), (0.9, 2), (0.9, 3), (0.9, 1)):
+        called(model, image(0), tau)
+        assert steps(model) == [wanted] * BATCH
+
+
+def test_images_of_one_step_are_computed_in_full():
+    """One-step models, and the frames of a stream, which are close to each other."""
+    model, _ = fresh()
+    for number in range(TURNS + 2):
+        x = drifted(image(0), 0.01 * number)
+        assert torch.equal(called(model, x, 0.9), called(fresh()[0], x, 0.9))
+    assert model.followed.tracks == []  # more than take turns: nothing is kept
+
+
+@pytest.mark.parametrize("count", [2, TURNS, TURNS + 2])
+def test_images_that_take_turns(count):
+    """Each is what it is alone, or is computed in full where there are too many."""
+    model, _ = fresh()
+    images, alone = [image(seed) for seed in range(count)], []
+    for x in images:
+        beside, _ = fresh()
+        alone.append([called(beside, drifted(x, 0.05 * n), 1 - 0.1 * n) for n in range(4)])
+    for number in range(4):
+        for x, wanted in zip(images, alone, strict=True):
+            now = drifted(x, 0.05 * number)
+            found = called(model, now, 1 - 0.1 * number)
+            assert torch.equal(found, wanted[number] if count <= TURNS else called(fresh()[0], now, 1 - 0.1 * number))
+
+
+def test_calls_with_two_labels_that_take_turns_are_two_runs(caplog):
+    model, _ = fresh()
+    for number in range(4):
+        for label in (1, 2):
+            called(model, drifted(image(0), 0.02 * number), 0.9 - 0.1 * number, (label,) * 3)
+            assert steps(model) == [number + 1] * BATCH
+    assert not caplog.records
+
+
+def test_a_call_that_fits_two_runs_starts_a_third():
+    model, _ = fresh()
+    near = [image(0), drifted(image(0), 0.1)]
+    for x in near:
+        called(model, x, 0.9)
+    called(model, (near[0] + near[1]) / 2, 0.8)
+    assert steps(model) == [1] * BATCH
+
+
+def test_equal_labels_in_another_tensor_are_of_another_loop():
+    """As after a loop that was given up: the next one makes its own labels."""
+    model, _ = fresh()
+    labels, t = torch.tensor([0, 1, 2]), torch.full((BATCH,), 500.0)
+    for number in range(3):
+        model(image(0), t - 10 * number, labels)
+    assert steps(model) == [3] * BATCH
+    model(image(0), t - 40, labels.clone())
+    assert steps(model) == [1] * BATCH
+
+
+def test_runs_of_an_earlier_image_are_dropped():
+    model, _ = fresh()
+    for seed in range(5):
+        for tau in (0.9, 0.5):
+            called(model, image(seed), tau)
+        assert len(model.followed.tracks) == 1
+
+
 @pytest.mark.parametrize("tau", [0.9, 0.8, 0.7, 0.6])
 @pytest.mark.parametrize("after", [1, 3])
 def test_another_image_starts_a_run_at_any_noise_level(tau, after):
@@ -114,7 +182,7 @@ def test_another_image_starts_a_run_at_far_lower_noise(tau):
 def test_a_risen_timestep_starts_a_run():
     model, _ = fresh()
     called(model, image(0), 0.5)
-    called(model, image(0), [0.5, 0.6, 0.4])
+    called(model, image(0), [0.45, 0.6, 0.4])
     assert restarted(model) == [1]
 
 
@@ -245,7 +313,7 @@ def test_an_image_of_another_type_starts_a_run_with_another_state():
     model, _ = fresh()
     called(model, image(0), 0.5)
     before = model.followed.run
-    model.followed.last["x"] = image(0).half()
+    model.followed.tracks[-1].last["x"] = image(0).half()
     called(model, image(0), 0.45)
     assert model.followed.run is not before
     assert steps(model) == [1] * BATCH
@@ -303,7 +371,8 @@ def test_it_warns_once_when_calls_never_go_on(caplog):
     for number in range(WARN_AFTER + 5):
         called(model, image(0), 0.9 - 0.01 * number, (number % 2,) * 3)
         assert len(caplog.records) == (number >= WARN_AFTER)
-    assert "5 calls in a row did not continue the previous one" in caplog.text
+    assert f"{WARN_AFTER} calls in a row did not continue the previous one" in caplog.text
+    assert "because input y is not the same at every step" in caplog.text
     assert "model.start(batch)" in caplog.text
 
 
@@ -327,6 +396,23 @@ def test_it_does_not_warn_of_new_images_from_noise(caplog):
     for number in range(10):
         called(model, image(number), 0.5 + 0.01 * number)
     assert not caplog.records
+
+
+def test_what_the_last_loop_computed(caplog):
+    model, _ = fresh()
+    assert last_loop(model.runs) is None
+    for number in range(4):
+        called(model, image(0), 0.9 - 0.1 * number)
+    called(model, image(1), 0.95)  # a loop that has just begun does not count
+    asked = "(asked for: 2x over 9 steps)"
+    assert spent(cast(Loop, last_loop(model.runs)), HALF, 9) == f"last run: 4 steps, 1.6x fewer tokens computed {asked}"
+    for number in range(6):
+        called(model, image(0), 0.96 - 0.1 * number, (number,) * 3)
+    why = "no calls continued the ones before, because input y is not the same at every step"
+    assert (
+        spent(cast(Loop, last_loop(model.runs)), HALF)
+        == f"last run: 6 steps, 1x fewer tokens computed (asked for: 2x); {why}"
+    )
 
 
 def test_moved_is_relative_to_the_smaller_image():
