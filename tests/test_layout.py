@@ -74,6 +74,7 @@ LATE = {
         "dcconvert.commands",  # each command imports what only it needs
         "dcconvert.environment",
         "dcconvert.evaluate.image_quality",
+        "dcconvert.export.bundle",  # needs torch
         "dcconvert.export.onnx",  # needs onnxscript
         "dcconvert.models.load",
         "dcconvert.options",  # those of a command name methods and solvers, which need torch
