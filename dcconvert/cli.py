@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from dcconvert import __version__
+from dcconvert.export.disk.interrupts import Signals
 from dcconvert.options.click_classes import PATH, Commands
-from dcconvert.passes.ir.errors import DcconvertError, UsageError
+from dcconvert.passes.ir.errors import CheckFailedError, DcconvertError, StoppedError, UsageError
+from dcconvert.terminal import Stages, plain, prepare_streams, terminal
 
 if TYPE_CHECKING:
     from dcconvert.passes.methods.method import Method
@@ -98,7 +99,6 @@ def convert(model: Path, out: Path | None, **values: Any) -> None:
     from dcconvert.passes.methods import PRESETS
     from dcconvert.passes.planning.schedule import AUTO
     from dcconvert.report.conversion import terminal_table
-    from dcconvert.terminal import Stages
 
     set_threads(values["threads"])
     head, tail = values["head_blocks"], values["tail_blocks"]
@@ -117,10 +117,10 @@ def convert(model: Path, out: Path | None, **values: Any) -> None:
     values["measure"] = not values.pop("no_measure")
     values["null_class"] = False if values.pop("no_null_class") else None
     settings = Settings(model, target, method=method, command=command_line(), **values)
-    console = Console(stderr=True)
-    report = run_job(settings, Stages(console))
-    Console().print(terminal_table(report))
-    Console().print(escape(f"Bundle: {target}\nReport: {target / 'report.html'}"), highlight=False, soft_wrap=True)
+    report = run_job(settings, Stages(terminal(stderr=True)))
+    console = terminal()
+    console.print(terminal_table(report))
+    console.print(f"Bundle: {target}\nReport: {target / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 @commands.command(late=options_of("inspect"))
@@ -134,7 +134,7 @@ def inspect(model: Path, **values: Any) -> None:
     from dcconvert.commands.inspect import inspect_checkpoint
 
     values["null_class"] = False if values.pop("no_null_class") else None
-    inspect_checkpoint(model, pick_method(values, INSPECT_RATIO), Console(), **values)
+    inspect_checkpoint(model, pick_method(values, INSPECT_RATIO), terminal(), **values)
 
 
 @commands.command(late=options_of("calibrate"))
@@ -147,7 +147,7 @@ def calibrate(bundle: Path, **values: Any) -> None:
     """
     from dcconvert.commands.calibrate import Settings, calibrate_bundle
 
-    calibrate_bundle(Settings(bundle, command=command_line(), **values), Console())
+    calibrate_bundle(Settings(bundle, command=command_line(), **values), terminal())
 
 
 @commands.command(late=options_of("tune"))
@@ -161,7 +161,7 @@ def tune(bundle: Path, **values: Any) -> None:
     """
     from dcconvert.commands.tune import Settings, tune_bundle
 
-    tune_bundle(Settings(bundle, command=command_line(), **values), Console())
+    tune_bundle(Settings(bundle, command=command_line(), **values), terminal())
 
 
 @commands.command(late=options_of("upcycle"))
@@ -178,7 +178,7 @@ def upcycle(bundle: Path, out: Path | None, **values: Any) -> None:
     names = ("train", "samples", "batch", "rank", "ratios", "feature_weight", "ratio_weight", "unroll", "ema", "seed")
     recipe = Recipe(lr=values.pop("lr") or 0.0, **{name: values.pop(name) for name in names})
     settings = Settings(bundle, out or bundle, recipe=recipe, command=command_line(), **values)
-    upcycle_bundle(settings, Console())
+    upcycle_bundle(settings, terminal())
 
 
 @commands.command(late=options_of("sample"))
@@ -189,7 +189,7 @@ def sample(bundle: Path, **values: Any) -> None:
     from dcconvert.sampling.samplers import Guidance
 
     guidance = Guidance(values.pop("guidance"), values.pop("lite_cfg"))
-    sample_bundle(bundle, Console(), guidance=guidance, **values)
+    sample_bundle(bundle, terminal(), guidance=guidance, **values)
 
 
 @commands.command(late=options_of("evaluate"))
@@ -206,7 +206,7 @@ def evaluate(bundles: tuple[Path, ...], **values: Any) -> None:
     guidance = Guidance(values.pop("guidance"), values.pop("lite_cfg"))
     names = ("images", "seed", "reference_steps", "real", "real_images", "features", "vae")
     wanted = Wanted(**{name: values.pop(name) for name in names})
-    evaluate_bundles(Settings(bundles, command_line(), wanted, guidance, **values), Console())
+    evaluate_bundles(Settings(bundles, command_line(), wanted, guidance, **values), terminal())
 
 
 @commands.command(late=options_of("stress"))
@@ -219,7 +219,7 @@ def stress(bundle: Path, **values: Any) -> None:
     """
     from dcconvert.commands.stress import Settings, stress_bundle
 
-    stress_bundle(Settings(bundle, command=command_line(), **values), Console())
+    stress_bundle(Settings(bundle, command=command_line(), **values), terminal())
 
 
 @commands.command(late=options_of("build"))
@@ -231,7 +231,7 @@ def build(bundle: Path, **values: Any) -> None:
     """
     from dcconvert.commands.build import Settings, build_bundle
 
-    build_bundle(Settings(bundle, **values), Console())
+    build_bundle(Settings(bundle, **values), terminal())
 
 
 @commands.command("export-triton", late=options_of("export-triton"))
@@ -240,7 +240,28 @@ def triton(bundle: Path, out: Path, **values: Any) -> None:
     """Write a model repository for Triton Inference Server."""
     from dcconvert.commands.triton_repository import triton_repository
 
-    triton_repository(bundle, out, Console(), **values)
+    triton_repository(bundle, out, terminal(), **values)
+
+
+@commands.command()
+@click.argument("bundle", type=PATH)
+def verify(bundle: Path) -> None:
+    """Check that a bundle's files are those that were written.
+
+    Compares every file with the hashes in the manifest, and checks the graphs as every command does before it runs
+    them. A changed file is named; the exit code is then 1.
+    """
+    from dcconvert.export.bundle import verify as verify_bundle
+
+    found, console = verify_bundle(bundle), terminal()
+    if found.wrong:
+        raise CheckFailedError("; ".join(found.wrong))
+    if not found.listed:
+        text = f"{bundle} was written before manifests listed hashes: its graphs were checked, its files cannot be."
+    else:
+        text = f"{found.same} files are as they were written."
+        text += f"\nNot listed: {', '.join(found.others)}" if found.others else ""
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 @commands.command(late=options_of("demo"))
@@ -255,23 +276,38 @@ def demo(ctx: click.Context, ratio: float, out: Path, force: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Prints an error as one line and exits with its code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    given = shlex.join(["dcconvert", *words])
-    try:
-        commands.main(args=words or ["--help"], prog_name="dcconvert", standalone_mode=False, obj=given)
-    except DcconvertError as error:
-        fail(str(error), error.exit_code)
-    except click.ClickException as error:
-        fail(error.format_message(), error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        fail("interrupted; nothing was left behind", 130)
-    except OSError as error:
-        fail(f"{error.filename or 'the system'}: {error.strerror or error}", UsageError.exit_code)
+    given = plain(shlex.join(["dcconvert", *words]))
+    prepare_streams()
+    with Signals() as signals:
+        try:
+            commands.main(args=words or ["--help"], prog_name="dcconvert", standalone_mode=False, obj=given)
+        except StoppedError as error:
+            fail(str(error), signals.exit_code if signals.last else error.exit_code)
+        except DcconvertError as error:
+            fail(str(error), error.exit_code)
+        except click.ClickException as error:
+            fail(error.format_message(), error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            fail("interrupted; nothing was left behind", signals.exit_code)
+        except BrokenPipeError:  # whoever read the help has read enough
+            sys.stdout = sys.stderr
+        except OSError as error:
+            fail(f"{error.filename or 'the system'}: {error.strerror or error}", UsageError.exit_code)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            fail("there is not enough memory: use a smaller --batch or a machine with more", UsageError.exit_code)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Python's, torch's and ONNX Runtime's ways of saying that memory ran out."""
+    signs = ("not enough memory", "out of memory", "bad_alloc", "failed to allocate memory")
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
 
 
 def fail(message: str, code: int) -> None:
-    """Print a message as one line, whatever is in it (a path need not be UTF-8), and exit."""
-    message = " ".join(message.split("\n")).encode("utf-8", "backslashreplace").decode()
-    Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
+    line = plain(" ".join(message.splitlines()))
+    terminal(stderr=True).print(Text.assemble(("error:", "bold red"), f" {line}"), soft_wrap=True)
     sys.exit(code)
 
 

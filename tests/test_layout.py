@@ -33,7 +33,9 @@ ORDER = (
     "passes.serialise",
     "passes.numeric_gate",
     "passes.pipeline",
+    "export.disk",
     "export.files",
+    "export.schemas",
     "export.buckets",
     "export.bundle",
     "export.engines",
@@ -73,6 +75,7 @@ LATE = {
         "dcconvert.commands",  # each command imports what only it needs
         "dcconvert.environment",
         "dcconvert.evaluate.image_quality",
+        "dcconvert.export.bundle",  # needs torch
         "dcconvert.export.onnx",  # needs onnxscript
         "dcconvert.models.load",
         "dcconvert.options",  # those of a command name methods and solvers, which need torch
@@ -80,7 +83,6 @@ LATE = {
         "dcconvert.passes.planning.schedule",
         "dcconvert.report.conversion",
         "dcconvert.sampling.samplers",
-        "dcconvert.terminal",
         "dcconvert.train.distillation",
         "dcconvert.train.loop",
     },

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -15,10 +13,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from dcconvert.export.bundle import Bundle, read_bundle
+from dcconvert.export.bundle import Bundle, adding_to, read_bundle
+from dcconvert.export.disk.onnx_files import onnx_parts
+from dcconvert.export.disk.targets import remove
 from dcconvert.export.engines.build import (
     ENGINES,
     MODULES,
@@ -26,7 +25,6 @@ from dcconvert.export.engines.build import (
     Shapes,
     build_engine,
     io_bytes,
-    onnx_parts,
     plan_engines,
     words,
 )
@@ -38,13 +36,12 @@ from dcconvert.export.variants import VARIANTS, Variant, write_variant
 from dcconvert.passes.ir.errors import CheckFailedError, StoppedError, UsageError
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.runtime.model import DynamicModel
-from dcconvert.terminal import Stages
+from dcconvert.terminal import Stages, terminal
 
 TENSORRT = "tensorrt"
 BACKENDS = (TENSORRT, RTX)
 EXTRAS = {TENSORRT: "gpu", RTX: "rtx"}
 MEGABYTE = 1e6
-DAY_SECONDS = 86_400
 
 
 @dataclass(frozen=True)
@@ -68,12 +65,13 @@ def build_bundle(settings: Settings, console: Console) -> Path:
     Every engine is written completely or not at all and recorded at once, so a stopped build can be resumed. Raises
     UsageError without a backend, or for a graph that it rejects, and CheckFailedError if an exported graph is wrong.
     """
-    stages = Stages(Console(stderr=True))
+    stages = Stages(terminal(stderr=True))
     bundle = read_bundle(settings.bundle)
     if settings.target != "trt":
         refuse_others(settings)
-        graphs = exported(bundle, VARIANTS[settings.target], stages, bundle.onnx)
-        console.print(escape(f"Graphs: {graphs}"), highlight=False, soft_wrap=True)
+        with adding_to(bundle.folder):
+            graphs = exported(bundle, VARIANTS[settings.target], stages, bundle.onnx)
+        console.print(f"Graphs: {graphs}", highlight=False, soft_wrap=True)
         return graphs
     device = find_device(settings.backend, settings.compute_capability)
     variant = choose_variant(bundle.model, settings, device, stages)
@@ -82,16 +80,17 @@ def build_bundle(settings: Settings, console: Console) -> Path:
             wanted = engines_for(bundle, variant, device, settings, stages, Path(work))
             console.print(plan_table(wanted, device, bundle))
         return bundle.folder / ENGINES / device.folder
-    try:
-        entries = build_engines(bundle, variant, device, settings, stages)
-    except (UsageError, CheckFailedError) as error:
-        if not variant.packed or settings.attention == "packed":
-            raise
-        stages.note(escape(f"attention with masks, because {error}"))
-        entries = build_engines(bundle, variant_of(settings, "trt"), device, settings, stages)
+    with adding_to(bundle.folder):
+        try:
+            entries = build_engines(bundle, variant, device, settings, stages)
+        except (UsageError, CheckFailedError) as error:
+            if not variant.packed or settings.attention == "packed":
+                raise
+            stages.note(f"attention with masks, because {error}")
+            entries = build_engines(bundle, variant_of(settings, "trt"), device, settings, stages)
     console.print(engine_table(entries, device))
     folder = bundle.folder / ENGINES / device.folder
-    console.print(escape(f"Engines: {folder}"), highlight=False, soft_wrap=True)
+    console.print(f"Engines: {folder}", highlight=False, soft_wrap=True)
     return folder
 
 
@@ -150,7 +149,7 @@ def choose_variant(model: DynamicModel, settings: Settings, device: Device, stag
     if reason and settings.attention == "packed":
         raise UsageError(reason)
     if reason:
-        stages.note(escape(f"attention with masks, because {reason.split('.  ')[0]}"))
+        stages.note(f"attention with masks, because {reason.split('.  ')[0]}")
     return masks if reason else packed
 
 
@@ -234,10 +233,9 @@ def exported(bundle: Bundle, variant: Variant, stages: Stages, place: Path) -> P
 
 
 def remove_old(folder: Path, pattern: str) -> None:
-    """Remove leftovers of killed builds that are more than a day old."""
+    """Remove leftovers of killed builds. No other build is running: the bundle is locked."""
     for path in folder.glob(pattern):
-        if time.time() - path.stat().st_mtime > DAY_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+        remove(path)
 
 
 def build_missing(

@@ -12,16 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.markup import escape
 from torch import Tensor
 
-from dcconvert.commands.rewrite_bundle import Rescheduled, old_figures, old_report, write_rescheduled
+from dcconvert.commands.rewrite_bundle import Rescheduled, Rewrite, old_figures, old_report, rewritten
 from dcconvert.environment import set_threads
 from dcconvert.evaluate.measure_steps import Tick
 from dcconvert.evaluate.schedule_search import KNOTS, Search, Trial, step_counts
 from dcconvert.export.bundle import Bundle, read_bundle
 from dcconvert.export.checks.flops import converted_gmacs, original_gmacs
-from dcconvert.export.files import new_folder
 from dcconvert.images.pixels import psnr
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
@@ -31,7 +29,7 @@ from dcconvert.report.calibration import Calibration, CalibrationRow, KeptStep, 
 from dcconvert.sampling.bundle_runs import dit_config, run_planner
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep, OrtPair, silent
-from dcconvert.terminal import Stages
+from dcconvert.terminal import Stages, terminal
 
 SHOWN = 5  # candidates in the table
 FINALISTS = 10  # candidates that are compared on all images
@@ -201,20 +199,20 @@ def calibrate_bundle(settings: Settings, console: Console) -> None:
     torch disagree in the buckets of the new schedule.
     """
     task = Task.read(settings)
-    stages = Stages(Console(stderr=True))
+    stages = Stages(terminal(stderr=True))
     set_threads(settings.threads)
-    with new_folder(settings.folder, force=True) as work, tempfile.TemporaryDirectory(dir=work) as scratch:
+    with rewritten(settings.folder) as made, tempfile.TemporaryDirectory(dir=made.work) as scratch:
         with stages.stage("export original"):
             bench = Bench(task, Path(scratch))
         best, found = calibrate(task, bench, stages)
-        store(task, best, found, work, Path(scratch), stages)
+        store(task, best, found, made, Path(scratch), stages)
     console.print(found.for_terminal())
     if best is None:
         console.print(
             "No candidate beat the present schedule on the search images: it was not changed.", highlight=False
         )
     places = f"Bundle: {settings.folder}\nReport: {settings.folder / 'report.html'}"
-    console.print(escape(places), highlight=False, soft_wrap=True)
+    console.print(places, highlight=False, soft_wrap=True)
 
 
 def calibrate(task: Task, bench: Bench, stages: Stages) -> tuple[Finalist | None, Calibration]:
@@ -329,8 +327,8 @@ def tried(trial: Trial, tokens: int) -> TriedSchedule:
     )
 
 
-def store(task: Task, best: Finalist | None, found: Calibration, work: Path, scratch: Path, stages: Stages) -> None:
-    """Fill `work` with the calibrated bundle. If the present schedule stays, only the record is new.
+def store(task: Task, best: Finalist | None, found: Calibration, into: Rewrite, scratch: Path, stages: Stages) -> None:
+    """Write the calibrated bundle. If the present schedule stays, only the record is new.
 
     If the report has measurements of latency, memory and images, they are repeated, on fresh images.
     """
@@ -338,7 +336,7 @@ def store(task: Task, best: Finalist | None, found: Calibration, work: Path, scr
     report, figures = old_report(bundle.folder), old_figures(bundle.folder)
     section = {"calibration": found.to_json()}
     if best is None:
-        write_rescheduled(bundle, bundle.model, bundle.manifest | section, report | section, figures, work)
+        into.write_rescheduled(bundle.model, bundle.manifest | section, report | section, figures)
         return
     made = Rescheduled.of(bundle, best.trial.schedule, best.sampler, stages)
     report = made.report(report)
@@ -354,4 +352,4 @@ def store(task: Task, best: Finalist | None, found: Calibration, work: Path, scr
     )
     figures = figures if again is None else again
     manifest = made.manifest(bundle.manifest) | section
-    write_rescheduled(bundle, made.model, manifest, report | section, figures, work)
+    into.write_rescheduled(made.model, manifest, report | section, figures)

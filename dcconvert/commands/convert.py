@@ -19,7 +19,7 @@ from dcconvert.export.buckets import BucketSet, choose_buckets
 from dcconvert.export.bundle import ONNX, write_model
 from dcconvert.export.checks.parity import Check, require
 from dcconvert.export.checks.written import check_promises, check_written
-from dcconvert.export.files import MANIFEST, new_folder, write_json
+from dcconvert.export.files import MANIFEST, new_folder, usable_folder, write_json
 from dcconvert.export.onnx.export import export_onnx
 from dcconvert.models.key_tables import Size
 from dcconvert.models.load import Source, open_source
@@ -81,7 +81,9 @@ def run_job(settings: Settings, stages: Stages) -> dict[str, Any]:
 
     Raises CheckFailedError when a check fails, UsageError and UnsupportedModelError for bad input.
     """
-    with new_folder(settings.out, settings.force) as work:
+    if settings.dump_graphs:
+        usable_folder(settings.dump_graphs)
+    with new_folder(settings.out, settings.force, inputs=[settings.checkpoint]) as work:
         with stages.stage("read checkpoint"):
             facts_given = (settings.heads, settings.image_size, settings.prediction, settings.null_class)
             source = open_source(settings.checkpoint, *facts_given, settings.weights)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from dcconvert.environment import machine, set_threads
 from dcconvert.evaluate.comparison import (
@@ -24,7 +23,7 @@ from dcconvert.evaluate.comparison import Row as Measured
 from dcconvert.evaluate.image_quality import Described, Drawn, Judge, Judgement, Wanted
 from dcconvert.export.bundle import read_bundle
 from dcconvert.export.checks.latency import spread
-from dcconvert.export.files import writable, write_whole
+from dcconvert.export.files import HTML, JSON, usable_folder, writable, write_whole
 from dcconvert.images.pixels import png_bytes
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
@@ -35,7 +34,7 @@ from dcconvert.report.sections import Spread
 from dcconvert.sampling.bundle_runs import replaced_note
 from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Guidance
-from dcconvert.terminal import Stages
+from dcconvert.terminal import Stages, terminal
 
 SHOWN = 16  # images of each row on the page
 
@@ -66,13 +65,13 @@ def evaluate_bundles(settings: Settings, console: Console) -> EvaluationReport:
     written: before anything is measured.
     """
     set_threads(settings.threads)
-    for path in (settings.json_path, settings.html):
+    for path, form in ((settings.json_path, JSON), (settings.html, HTML)):
         if path:
-            writable(path)
-    if settings.npz and settings.npz.exists() and not settings.npz.is_dir():
-        raise UsageError(f"--npz {settings.npz} is a file: give a folder")
+            writable(path, form)
+    if settings.npz:
+        usable_folder(settings.npz)
     candidates, config = open_candidates(settings)
-    stages = Stages(Console(stderr=True))
+    stages = Stages(terminal(stderr=True))
     parts = (settings.wanted, config, settings.guidance, settings.threads, stages)
     judge = Judge(*parts) if settings.wanted.images else None
     batch = settings.batch or max(candidates[0].bundle.bucket_set.batches)
@@ -189,17 +188,17 @@ def write_results(settings: Settings, report: EvaluationReport, judge: Judge | N
     """The files that were asked for, and where they are."""
     made = []
     if settings.json_path:
-        write_whole(settings.json_path, report_json(report.to_json()).encode())
+        write_whole(settings.json_path, report_json(report.to_json()).encode(), JSON)
         made.append(f"Figures: {settings.json_path}")
     if settings.html:
         figures = {}
         if judge is not None:
             some = {name: images[:SHOWN] for name, images in judge.images.items()}
             figures["samples"] = png_bytes(comparison(some, settings.wanted.vae))
-        write_whole(settings.html, evaluation_page(report.with_pictures(figures)).encode())
+        write_whole(settings.html, evaluation_page(report.with_pictures(figures)).encode(), HTML)
         made.append(f"Page: {settings.html}")
     if settings.npz and judge is not None:
         judge.write_npz(settings.npz)
         made.append(f"Images for the ADM suite: {settings.npz}")
     for line in made:
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)

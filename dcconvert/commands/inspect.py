@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from dcconvert.export.files import usable_folder
 from dcconvert.models.load import open_source
 from dcconvert.models.own_architecture import as_rewritten
 from dcconvert.passes.frontend.canonicalise import Normalise
@@ -21,10 +22,13 @@ from dcconvert.passes.ir.spec import StateSpec
 from dcconvert.passes.methods.method import Method
 from dcconvert.passes.pipeline import captured
 from dcconvert.report.notes import state_note
+from dcconvert.terminal import plain
 
 
 def inspect_checkpoint(path: Path, method: Method, console: Console, *, dump_graphs: Path | None, **read: Any) -> None:
     """Print what was detected, the cut points and what the passes would do, or why they would fail."""
+    if dump_graphs:
+        usable_folder(dump_graphs)
     source = open_source(path, **read)
     table = Table(title=escape(f"{path.name}: {source.kind}"), show_header=False, title_justify="left")
     for name, value in source.facts.items():
@@ -44,7 +48,7 @@ def inspect_checkpoint(path: Path, method: Method, console: Console, *, dump_gra
         program.router, program.timestep_scale = router, source.timestep_scale
         records = run_passes(program, method.pipeline(), dump_graphs)
     except DcconvertError as error:
-        console.print(f"[bold red]would not convert:[/bold red] {escape(str(error))}", highlight=False)
+        console.print(Text.assemble(("would not convert:", "bold red"), " ", plain(str(error))))
         raise
     steps = Table(title="passes", title_justify="left")
     for column in ("pass", "matches", "nodes", "notes"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,15 @@ from dcconvert.evaluate.measure_steps import compute_section
 from dcconvert.export.buckets import BucketSet, choose_buckets
 from dcconvert.export.bundle import GRAPH, Bundle
 from dcconvert.export.checks.parity import Check, check_runtime, require
-from dcconvert.export.files import MANIFEST, read_json, write_json
+from dcconvert.export.disk.json_text import part_of_folder, plain_file
+from dcconvert.export.files import MANIFEST, PNG, new_folder, read_json, write_json
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.schedule import LEVELS, Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.serialise.graph_json import model_to_dict
-from dcconvert.report.conversion import FIGURES, without_nan, write_report
+from dcconvert.report.conversion import FIGURES, page, without_nan, write_report
 from dcconvert.report.figures import sample_figure, token_map_figure
 from dcconvert.report.stress import FAILURES_FIGURE
 from dcconvert.sampling.samplers import Sampler
@@ -29,6 +30,7 @@ from dcconvert.terminal import Stages
 
 REPORT = "report.json"
 FAILURES = "failures.json"  # the worst cases of a stress test
+MOST_FIGURE = 256 << 20  # bytes
 RUNTIME_CHECKS = ("route,", "denoise,")  # names of checks that depend on the buckets begin like this
 
 
@@ -149,42 +151,67 @@ def of_runtime(check: str) -> bool:
 
 def old_report(folder: Path) -> dict[str, Any]:
     """The report of a bundle; empty for a bundle that was written from Python without a report."""
-    return dict(read_json(folder / REPORT)) if (folder / REPORT).is_file() else {}
+    if not (folder / REPORT).exists():
+        return {}
+    found = read_json(part_of_folder(folder, REPORT))
+    if not isinstance(found, dict):
+        raise UsageError(f"cannot read {folder / REPORT}: it is not a JSON object; remove it, or convert again")
+    return found
+
+
+def check_report(folder: Path) -> None:
+    """UsageError for a bundle whose report cannot be shown: what is in it would go into the next one."""
+    try:
+        page(old_report(folder), {})
+    except UsageError:
+        raise
+    except Exception as error:  # values of any type in places of any kind
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise UsageError(f"{folder / REPORT} cannot be shown ({reason}): remove it, or convert again") from error
 
 
 def old_figures(folder: Path) -> dict[str, bytes]:
-    """The figures of a bundle's report, PNG data by name."""
-    return {name: (folder / f"{name}.png").read_bytes() for name in FIGURES if (folder / f"{name}.png").is_file()}
+    """The figures of a bundle's report, PNG data by name. UsageError for one that is no PNG file of the bundle."""
+    found = {}
+    for name in FIGURES:
+        if not (folder / f"{name}.png").exists():
+            continue
+        path = part_of_folder(folder, f"{name}.png")
+        if plain_file(path) > MOST_FIGURE or not (data := path.read_bytes()).startswith(PNG.heads):
+            raise UsageError(f"{path} is not a figure of a report: remove it")
+        found[name] = data
+    return found
 
 
-def write_rescheduled(
-    bundle: Bundle,
-    model: DynamicModel,
-    manifest: dict[str, Any],
-    report: dict[str, Any],
-    figures: dict[str, bytes],
-    work: Path,
-) -> None:
-    """Fill the folder that will replace the bundle; unchanged files (weights, ONNX) are hard-linked.
+class Rewrite:
+    """A bundle that is being replaced by a changed copy of itself: what is not written anew or dropped stays."""
 
-    If the report has no stress test, its picture and its list of cases are left out.
+    def __init__(self, work: Path, dropped: set[str]) -> None:
+        self.work, self.dropped = work, dropped
+
+    def write_report(self, report: dict[str, Any], figures: dict[str, bytes]) -> None:
+        """Write the report; without a stress test in it, the picture and the list of its cases are dropped."""
+        if "stress" not in report:
+            self.dropped |= {FAILURES, f"{FAILURES_FIGURE}.png"}
+            figures = {name: data for name, data in figures.items() if name != FAILURES_FIGURE}
+        self.dropped |= {f"{name}.png" for name in FIGURES}
+        write_report(self.work, report, figures)
+
+    def write_rescheduled(
+        self, model: DynamicModel, manifest: dict[str, Any], report: dict[str, Any], figures: dict[str, bytes]
+    ) -> None:
+        """Write all that a schedule changes: graph, manifest and report."""
+        write_json(model_to_dict(model), self.work / GRAPH)
+        write_json(without_nan(manifest), self.work / MANIFEST)
+        self.write_report(report, figures)
+
+
+@contextmanager
+def rewritten(folder: Path) -> Iterator[Rewrite]:
+    """Change a bundle in place, completely or not at all. Open it before the work: it says at once if the bundle cannot
+    be written, or is being written by another run.
     """
-    stale = () if "stress" in report else (FAILURES,)
-    if stale:
-        figures = {name: data for name, data in figures.items() if name != FAILURES_FIGURE}
-    shutil.copytree(bundle.folder, work, symlinks=True, copy_function=link_or_copy, dirs_exist_ok=True)
-    # A link must be cut before it is written to: the old bundle would change with the new one.
-    pictures = {f"{name}.png" for name in (*FIGURES, *figures)}
-    for name in (GRAPH, MANIFEST, REPORT, "report.html", *stale, *pictures):
-        (work / name).unlink(missing_ok=True)
-    write_json(model_to_dict(model), work / GRAPH)
-    write_json(without_nan(manifest), work / MANIFEST)
-    write_report(work, report, figures)
-
-
-def link_or_copy(source: str, target: str) -> None:
-    """A hard link to a file, or a copy if the disk does not support links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    dropped: set[str] = set()
+    check_report(folder)
+    with new_folder(folder, force=True, update=True, without=dropped) as work:
+        yield Rewrite(work, dropped)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from torch import Tensor
 
 from dcconvert.export.bundle import read_bundle
+from dcconvert.export.files import PNG, writable
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.report.figures import save_comparison
 from dcconvert.report.notes import state_note
@@ -19,7 +19,7 @@ from dcconvert.sampling.bundle_runs import bundle_run, dit_config, opened, repla
 from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Guidance, Sampler, Step, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep
-from dcconvert.terminal import Stages
+from dcconvert.terminal import Stages, terminal
 
 
 def sample_bundle(
@@ -39,6 +39,7 @@ def sample_bundle(
     out: Path,
 ) -> None:
     """Sample a bundle, optionally also the original, and write a PNG grid."""
+    writable(out, PNG)
     bundle = read_bundle(folder)
     config = dit_config(bundle)
     sampler, planner = bundle_run(bundle, steps, solver, guidance.scale)
@@ -47,7 +48,7 @@ def sample_bundle(
     if int(classes.max()) >= config.num_classes or int(classes.min()) < 0:
         raise UsageError(f"--label must be from 0 to {config.num_classes - 1}")
     null_class = config.unconditional_class
-    stages = Stages(Console(stderr=True))
+    stages = Stages(terminal(stderr=True))
     images: dict[str, Tensor] = {}
 
     model = bundle.model
@@ -86,4 +87,4 @@ def sample_bundle(
     if compare:
         draw("original", run_planner(bundle, steps, solver)[0], lambda: original)
     save_comparison(dict(reversed(images.items())), out, vae)
-    console.print(escape(f"Images: {out}"), highlight=False, soft_wrap=True)
+    console.print(f"Images: {out}", highlight=False, soft_wrap=True)

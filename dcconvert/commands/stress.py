@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.markup import escape
 from torch import Tensor
 
-from dcconvert.commands.rewrite_bundle import FAILURES, old_figures, old_report, write_rescheduled
+from dcconvert.commands.rewrite_bundle import FAILURES, Rewrite, old_figures, old_report, rewritten
 from dcconvert.commands.stress_steps import tested_in_steps
 from dcconvert.environment import set_threads
 from dcconvert.evaluate.detail_kinds import choose, on_tokens
@@ -24,7 +23,7 @@ from dcconvert.evaluate.measure_steps import Tick, compute_section
 from dcconvert.evaluate.stress_cases import Cases, noised_run, original_step, own_samples, places_of
 from dcconvert.evaluate.stress_metrics import CaseFigures, Look, Outcome, Tested, judged, summary, worst_of
 from dcconvert.export.bundle import Bundle, read_bundle
-from dcconvert.export.files import new_folder, write_json
+from dcconvert.export.files import write_json
 from dcconvert.images.dataset import LabelledImages, read_images
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.step_planner import StepPlanner
@@ -35,7 +34,7 @@ from dcconvert.sampling.bundle_runs import dit_config, run_planner
 from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Sampler, Step, initial_noise
 from dcconvert.sampling.steps import ConvertedStep
-from dcconvert.terminal import Stages
+from dcconvert.terminal import Stages, terminal
 
 START, EARLY, LATE = 0.7, 0.6, 0.2  # noise levels: where a case starts, and where the router is examined
 SAMPLES = 256  # images that the original draws to choose from, if no data are given
@@ -63,22 +62,23 @@ def stress_bundle(settings: Settings, console: Console) -> None:
     """
     set_threads(settings.threads)
     bundle = read_bundle(settings.folder)
-    stages = Stages(Console(stderr=True))
-    with torch.inference_mode():
-        if bundle.model.method.remembers == "updates":
-            check_steps(settings)
-            tested = tested_in_steps(bundle, settings.count, settings.samples, settings.seed, stages)
-        else:
-            tested = tested_in_tokens(bundle, settings, stages)
-    cases, outcomes = tested.cases, tested.outcomes
-    class_names = bundle.manifest.get("sampler", {}).get("class_names") or []
-    figures = [case for outcome in outcomes for case in judged(cases, outcome, class_names)]
-    worst, found = worst_of(figures), described(settings, tested, figures)
-    store(bundle, found, worst, failure_figure(worst, cases, outcomes))
+    stages = Stages(terminal(stderr=True))
+    with rewritten(settings.folder) as made:
+        with torch.inference_mode():
+            if bundle.model.method.remembers == "updates":
+                check_steps(settings)
+                tested = tested_in_steps(bundle, settings.count, settings.samples, settings.seed, stages)
+            else:
+                tested = tested_in_tokens(bundle, settings, stages)
+        cases, outcomes = tested.cases, tested.outcomes
+        class_names = bundle.manifest.get("sampler", {}).get("class_names") or []
+        figures = [case for outcome in outcomes for case in judged(cases, outcome, class_names)]
+        worst, found = worst_of(figures), described(settings, tested, figures)
+        store(bundle, found, worst, failure_figure(worst, cases, outcomes), made)
     console.print(found.for_terminal())
     places = (f"Cases: {settings.folder / FAILURES}", f"Report: {settings.folder / 'report.html'}")
     for line in (*found.left_out, *places):
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def check_steps(settings: Settings) -> None:
@@ -261,11 +261,8 @@ def look_of(model: DynamicModel, step: ConvertedStep, output: Tensor, wanted: Te
     return Look(t / model.spec.timestep_scale, t, keep, on_tokens(error / size[:, None, None], grid) / area, age)
 
 
-def store(bundle: Bundle, found: Stress, worst: Sequence[CaseFigures], picture: bytes) -> None:
-    """Put the section, the picture and failures.json into the bundle: either all of them or none."""
+def store(bundle: Bundle, found: Stress, worst: Sequence[CaseFigures], picture: bytes, made: Rewrite) -> None:
+    """Write the section, the picture and failures.json."""
     report = {**old_report(bundle.folder), "stress": found.to_json()}
-    figures = {**old_figures(bundle.folder), FAILURES_FIGURE: picture}
-    with new_folder(bundle.folder, force=True) as work:
-        write_rescheduled(bundle, bundle.model, bundle.manifest, report, figures, work)
-        (work / FAILURES).unlink(missing_ok=True)  # a link to the one in the bundle
-        write_json(without_nan([case.to_json() for case in worst]), work / FAILURES)
+    made.write_report(report, {**old_figures(bundle.folder), FAILURES_FIGURE: picture})
+    write_json(without_nan([case.to_json() for case in worst]), made.work / FAILURES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from dcconvert.export.bundle import read_bundle
 from dcconvert.export.triton.repository import export_triton
@@ -20,10 +19,8 @@ def triton_repository(
         raise UsageError(f"--name {name}: use only letters, digits, - and _, because it is used in folder names")
     source = export_triton(read_bundle(folder), out, name, device, force, max_runs)
     console.print(
-        escape(
-            f"Graphs: {source}\nThe server needs its onnxruntime and python backends, and dcconvert installed for the "
-            f"latter.\nStart it with: tritonserver --model-repository {out}"
-        ),
+        f"Graphs: {source}\nThe server needs its onnxruntime and python backends, and dcconvert installed for the "
+        f"latter.\nStart it with: tritonserver --model-repository {out}",
         highlight=False,
         soft_wrap=True,
     )

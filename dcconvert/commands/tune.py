@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
-from dcconvert.commands.rewrite_bundle import FAILURES, old_figures, old_report
+from dcconvert.commands.rewrite_bundle import Rewrite, old_figures, old_report, rewritten
 from dcconvert.environment import machine, set_threads
 from dcconvert.evaluate.tuning import (
     CLOSE,
@@ -32,18 +31,15 @@ from dcconvert.evaluate.tuning import (
 )
 from dcconvert.export.bundle import Bundle, read_bundle
 from dcconvert.export.checks.flops import original_gmacs
-from dcconvert.export.files import read_json, write_whole
 from dcconvert.export.runtimes.ort import OrtModel
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
-from dcconvert.report.conversion import page, report_json, without_nan
-from dcconvert.report.stress import FAILURES_FIGURE
 from dcconvert.report.tuning import Tuning, TuningRow
-from dcconvert.sampling.bundle_runs import RUN, dit_config, run_planner, stored_table
+from dcconvert.sampling.bundle_runs import RUN, dit_config, read_table, run_planner, stored_table, write_table
 from dcconvert.sampling.default_tables import LEAST
 from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Guidance, Sampler
 from dcconvert.sampling.steps import OrtPair
-from dcconvert.terminal import Stages
+from dcconvert.terminal import Stages, terminal
 
 TIMED = 15  # calls of each kind of step
 SEED = 4_000_000  # apart from the images that reports and evaluations are judged on
@@ -87,7 +83,7 @@ class Work:
 
     @classmethod
     def open(cls, settings: Settings, bundle: Bundle, scratch: Path) -> Work:
-        stages = Stages(Console(stderr=True))
+        stages = Stages(terminal(stderr=True))
         with stages.stage("measure steps") as tick:
             sampler, planner = run_planner(bundle, None)
             pair = OrtPair.open(bundle.model, planner, None, bundle.onnx, scratch, settings.threads)
@@ -150,15 +146,16 @@ def tune_bundle(settings: Settings, console: Console) -> None:
     check_bundle(bundle, settings.guidance)
     given = None if settings.table is None else given_table(settings.table, bundle, settings.guidance)
     set_threads(settings.threads)
-    with tempfile.TemporaryDirectory(prefix="dcconvert-") as scratch, torch.inference_mode():
-        work = Work.open(settings, bundle, Path(scratch))
-        best, found = best_fit(work) if given is None else judged(work, given, console)
-    store(bundle, best, found)
+    with rewritten(settings.folder) as made:
+        with tempfile.TemporaryDirectory(prefix="dcconvert-") as scratch, torch.inference_mode():
+            work = Work.open(settings, bundle, Path(scratch))
+            best, found = best_fit(work) if given is None else judged(work, given, console)
+        store(bundle, best, found, made)
     console.print(found.for_terminal())
     for note in found.notes:
         console.print(note, highlight=False)
     places = f"Run table: {bundle.folder / RUN}\nReport: {bundle.folder / 'report.html'}"
-    console.print(escape(places), highlight=False, soft_wrap=True)
+    console.print(places, highlight=False, soft_wrap=True)
 
 
 def check_goals(settings: Settings) -> None:
@@ -189,7 +186,7 @@ def given_table(path: Path, bundle: Bundle, guidance: float) -> RunTable:
     file = path / RUN if path.is_dir() else path
     if not file.is_file():
         raise UsageError(f"--table: {file} is not there: give a bundle in mode steps, or a {RUN}")
-    table = RunTable.from_dict(read_json(file))
+    table = read_table(file)
     prediction, updates = run_planner(bundle, None)[0].prediction, bundle.model.spec.updates
     if table.evaluations < LEAST:
         raise UsageError(f"{file} computes one step: it needs {LEAST} to be compared with the default table")
@@ -320,15 +317,10 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def store(bundle: Bundle, best: Trial, found: Tuning) -> None:
-    """Write the table and the report, each whole or not at all. A stress test was another table's and is removed."""
+def store(bundle: Bundle, best: Trial, found: Tuning, made: Rewrite) -> None:
+    """Write the table and the report. A stress test was another table's and is dropped."""
     assert isinstance(best.table, RunTable)
     report = {**old_report(bundle.folder), "tuning": found.to_json()}
     report.pop("stress", None)
-    figures = old_figures(bundle.folder)
-    figures.pop(FAILURES_FIGURE, None)
-    write_whole(bundle.folder / RUN, report_json(best.table.to_dict()).encode())
-    write_whole(bundle.folder / "report.json", report_json(report).encode())
-    write_whole(bundle.folder / "report.html", page(without_nan(report), figures).encode())
-    for name in (FAILURES, f"{FAILURES_FIGURE}.png"):
-        (bundle.folder / name).unlink(missing_ok=True)
+    write_table(best.table, made.work)
+    made.write_report(report, old_figures(bundle.folder))

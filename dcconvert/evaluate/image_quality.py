@@ -24,7 +24,7 @@ from dcconvert.evaluate.set_metrics import (
     kernel_distance,
     precision_recall,
 )
-from dcconvert.export.files import write_whole
+from dcconvert.export.files import NPZ, write_whole
 from dcconvert.images.dataset import read_images
 from dcconvert.images.pixels import decode_latents, is_latent, psnr, to_images
 from dcconvert.models.dit import DiTConfig
@@ -228,7 +228,7 @@ class Judge:
             buffer = io.BytesIO()
             np.savez(buffer, self.pictures(images), self.labels.numpy())
             stem = "".join(letter if letter.isalnum() or letter in ".-+" else "_" for letter in name)
-            write_whole(folder / f"{stem}.npz", buffer.getvalue())
+            write_whole(folder / f"{stem}.npz", buffer.getvalue(), NPZ)
 
 
 def found_of(row: Row, values: Tensor, kept: Sequence[Sequence[np.ndarray]], comparison: Comparison) -> Drawn:

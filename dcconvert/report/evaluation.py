@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table as TerminalTable
 
 from dcconvert.records import BESIDE, Record, stated
@@ -221,7 +220,7 @@ class EvaluationReport(Record):
         several = len(set(self.bundles.values())) > 1
         parts: list[TerminalTable | str] = []
         if several:
-            parts += [f"{name}: {escape(folder)}" for name, folder in self.bundles.items()]
+            parts += [f"{name}: {folder}" for name, folder in self.bundles.items()]
         parts.append(terminal(self.cost_table, self.cost_title))
         if self.quality_table:
             parts.append(terminal(self.quality_table, self.quality_title))

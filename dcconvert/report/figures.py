@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dcconvert.evaluate.image_fidelity import Fidelity
-from dcconvert.export.files import write_whole
+from dcconvert.export.files import PNG, write_whole
 from dcconvert.images.pixels import (
     captioned_rows,
     decode_latents,
@@ -44,7 +44,7 @@ def costs(row: Mapping[str, Any]) -> str:
 
 def save_comparison(images: Mapping[str, Tensor], path: Path, vae: Path | None) -> None:
     """Write the rows as a PNG file, whole or not at all."""
-    write_whole(path, png_bytes(comparison(images, vae)))
+    write_whole(path, png_bytes(comparison(images, vae)), PNG)
 
 
 def comparison(images: Mapping[str, Tensor], vae: Path | None) -> Image.Image:

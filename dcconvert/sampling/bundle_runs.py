@@ -5,16 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import Tensor
 
+from dcconvert.export import schemas
 from dcconvert.export.bundle import Bundle
-from dcconvert.export.files import read_json, write_json
+from dcconvert.export.disk.json_text import part_of_folder
+from dcconvert.export.files import MANIFEST, read_json, write_json
 from dcconvert.export.runtimes.openvino import OpenVinoModel
 from dcconvert.export.runtimes.ort import OrtModel
 from dcconvert.export.runtimes.ort_static import StaticModel
 from dcconvert.export.runtimes.trt import open_engines
+from dcconvert.export.schemas import fitting
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.ir.graph_tools import attributes
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.run import Runtime
@@ -29,12 +34,33 @@ RUN = "run.json"  # a run table, beside the manifest
 
 def dit_config(bundle: Bundle) -> DiTConfig:
     """The architecture a bundle was made from; UsageError for one made from another kind of module."""
-    try:
-        return DiTConfig(**bundle.manifest["config"])
-    except (KeyError, TypeError) as error:
+    if "config" not in bundle.manifest:
+        raise UsageError(f"{bundle.folder} was not made from a DiT checkpoint: use it from Python with dcconvert.load")
+    config, spec = DiTConfig(**bundle.manifest["config"]), bundle.model.spec
+    found = (config.in_channels, config.image_size, config.image_size)
+    wanted = next((item.shape for item in spec.input_specs if item.name == spec.image), ())
+    if found != tuple(wanted):
         raise UsageError(
-            f"{bundle.folder} was not made from a DiT checkpoint: use it from Python with dcconvert.load"
-        ) from error
+            f"{bundle.folder / MANIFEST}: the config is of images {list(found)}, but the graphs take {list(wanted)}; "
+            "convert the model again"
+        )
+    rows, needed = label_rows(bundle.model), config.num_classes + config.null_class
+    if rows is not None and needed > rows:
+        raise UsageError(
+            f"{bundle.folder / MANIFEST}: config.num_classes is {config.num_classes}, but the model has a table of "
+            f"{rows} labels; convert the model again"
+        )
+    return config
+
+
+def label_rows(model: DynamicModel) -> int | None:
+    """Rows of the table in which the original looks up an input; None for a model without such a table."""
+    graph = model.original_graph
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
+        table, index = node.args[:2]
+        if index.op == "placeholder" and table.op == "get_attr":
+            return int(attributes(graph)[table.target].shape[0])
+    return None
 
 
 def run_of(
@@ -59,7 +85,20 @@ def write_table(run: Sampler | RunTable, folder: Path) -> None:
 def stored_table(bundle: Bundle) -> RunTable | None:
     """The run table of a bundle, if it has one; UsageError for a damaged one."""
     path = bundle.folder / RUN
-    return RunTable.from_dict(read_json(path)) if path.is_file() else None
+    if not path.exists():
+        return None
+    table = read_table(part_of_folder(bundle.folder, RUN))  # people may write their own
+    if table.updates > bundle.model.spec.updates:
+        raise UsageError(
+            f"{path}: a row has {table.updates} weights, but the model keeps {bundle.model.spec.updates} updates; "
+            "make the table again with 'dcconvert tune'"
+        )
+    return table
+
+
+def read_table(path: Path) -> RunTable:
+    """The run table in a file; UsageError for a file that does not hold one."""
+    return RunTable.from_dict(fitting(read_json(path), schemas.RUN, path, "make it with 'dcconvert tune'"))
 
 
 def bundle_run(

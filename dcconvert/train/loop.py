@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dcconvert.export.bundle import GRAPH, WEIGHTS, Bundle, read_bundle
+from dcconvert.export.disk.interrupts import SHELL_BASE, Interrupted, handled_by, restore
+from dcconvert.export.files import whole_file
 from dcconvert.images.dataset import LabelledImages, read_images
 from dcconvert.images.pixels import psnr_mean
 from dcconvert.models.dit import DiTConfig
@@ -196,13 +198,11 @@ def draw_samples(task: Task, file: Path, about: dict[str, str], distributed: Dis
 
 def write_state(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file beside a bundle whole or not at all; UsageError if the disk does not take it."""
-    partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            write(partial)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
-        partial.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else "the disk is full or the file too large"
         raise UsageError(f"cannot write {path}: {reason}; run the same command to resume from the last save") from error
 
@@ -224,7 +224,7 @@ class Training:
         self.wanted: Tensor | None = None
         self.losses: list[dict[str, float]] = []
         self.saved = 0
-        self.stopping = False
+        self.stopping, self.signal = False, int(signal.SIGINT)
 
     @property
     def samples(self) -> int:
@@ -291,7 +291,8 @@ class Training:
             raise StoppedError(
                 f"stopped: run the same command to resume from step {self.saved} of "
                 f"{made.rounds * made.updates_a_round} "
-                f"(state in {self.task.settings.state})"
+                f"(state in {self.task.settings.state})",
+                SHELL_BASE + self.signal,
             )
 
     @contextmanager
@@ -300,16 +301,15 @@ class Training:
 
         def ask(number: int, frame: Any) -> None:
             if self.stopping:
-                raise KeyboardInterrupt
-            self.stopping = True
+                raise Interrupted(number)
+            self.stopping, self.signal = True, number
             progress.console.print("stopping after this round; press Ctrl-C again to stop at once, with the last save")
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = handled_by(ask)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            restore(before)
 
     @torch.no_grad()
     def validate(self, progress: Progress) -> None:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dcconvert.export.disk.onnx_files import checked_onnx, onnx_parts
 from dcconvert.export.engines.index import Built, Device
 from dcconvert.export.files import file_sha256
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
@@ -127,14 +128,8 @@ def lower_bound(bucket: Bucket, buckets: Sequence[Bucket]) -> Bucket:
 
 
 def read_graph(path: Path, again: str = "remove its folder and build again") -> Any:
-    """The graph in an ONNX file, without its weights; UsageError, with what to do, if it cannot be read."""
-    import onnx
-
-    try:
-        return onnx.load(str(path), load_external_data=False).graph
-    except Exception as error:  # errors of the parser and of the system
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise UsageError(f"cannot read {path}: {reason}; {again}") from error
+    """The graph in an ONNX file, without its weights; UsageError, with what to do, if it cannot be used."""
+    return checked_onnx(path, again).graph
 
 
 def input_shapes(path: Path) -> dict[str, list[int | str]]:
@@ -182,11 +177,6 @@ def axis_sizes(bucket: Bucket) -> dict[str, int]:
 def file_hash(path: Path) -> str:
     """sha256 of an ONNX file and of the external data beside it."""
     return file_sha256(onnx_parts(path))
-
-
-def onnx_parts(path: Path) -> list[Path]:
-    """An ONNX file, and its external data if it has any."""
-    return [part for part in (path, path.with_name(f"{path.name}.data")) if part.is_file()]
 
 
 def build_engine(engine: Engine, folder: Path, tick: Callable[[float], None] = lambda _: None) -> Built:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcconvert.export.files import file_sha256, write_whole
+from dcconvert.export.files import file_sha256, whole_file
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.layout import Bucket
 
@@ -88,7 +88,8 @@ def read_index(folder: Path) -> Index:
 
 
 def write_index(folder: Path, index: Index) -> None:
-    write_whole(folder / INDEX, (json.dumps(asdict(index), indent=1) + "\n").encode())
+    with whole_file(folder / INDEX) as partial:
+        partial.write_text(json.dumps(asdict(index), indent=1) + "\n")
 
 
 def built(entry: dict[str, Any]) -> Built:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from dcconvert.export.disk.onnx_files import checked_onnx
 from dcconvert.export.onnx.lowerings import PORTABLE
 from dcconvert.export.onnx.opset import opset_of
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
@@ -157,6 +158,8 @@ class OrtModel(Runtime):
         self.bucket_set = bucket_set
         self.provider = provider
         self.device = "cpu" if provider == CPU else "cuda"
+        for graph in planner.spec.graphs:
+            checked_onnx(folder / f"{graph}.onnx")
         self.sessions = {
             graph: make_session(folder / f"{graph}.onnx", provider, threads, None if graph == "prepare" else settings)
             for graph in planner.spec.graphs
@@ -164,6 +167,19 @@ class OrtModel(Runtime):
         # ONNX Runtime makes these lists anew every time, which takes as long as a small copy.
         self.names_in = {graph: [node.name for node in s.get_inputs()] for graph, s in self.sessions.items()}
         self.names_out = {graph: [node.name for node in s.get_outputs()] for graph, s in self.sessions.items()}
+
+        for graph in self.sessions:
+            self.check_names(graph, folder / f"{graph}.onnx")
+
+    def check_names(self, graph: str, path: Path) -> None:
+        """UsageError for a file with the inputs and outputs of another graph."""
+        found, takes = self.names_out[graph], self.planner.spec.inputs_of(graph)
+        try:
+            gives = self.planner.spec.outputs_of(graph, len(found))
+        except (ValueError, IndexError):
+            gives = ()
+        if not set(self.names_in[graph]) <= set(takes) or tuple(found) != tuple(gives):
+            raise UsageError(f"{path} is not the graph {graph} of this bundle: convert the model again")
 
     def with_shapes(self, bucket_set: Buckets | None) -> OrtModel:
         """The same sessions with other shapes for the steps."""

@@ -11,8 +11,10 @@ from typing import Any
 from onnx import TensorProto
 
 from dcconvert.export.bundle import GRAPH, Bundle
-from dcconvert.export.engines.build import axis_sizes, full_buckets, onnx_parts, read_graph
-from dcconvert.export.files import MANIFEST, new_folder, write_json
+from dcconvert.export.disk.json_text import part_of_folder
+from dcconvert.export.disk.onnx_files import onnx_parts
+from dcconvert.export.engines.build import axis_sizes, full_buckets, read_graph
+from dcconvert.export.files import MANIFEST, Kind, matches, new_folder, write_json
 from dcconvert.export.triton.backend import IDLE_SECONDS, OUTPUTS
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.spec import count_outputs
@@ -46,6 +48,25 @@ class TritonPythonModel:
 '''
 
 
+def in_repository(mark: Any, path: str) -> bool:
+    """Whether a relative path is that of a file that `export_triton` writes."""
+    files = (
+        "config.pbtxt",
+        "1/model.onnx",
+        "1/*.onnx.data",
+        "1/model.py",
+        f"1/{MANIFEST}",
+        f"1/{GRAPH}",
+        f"1/{OUTPUTS}",
+    )
+    return matches(path, [MARK, *(f"{name}/{file}" for name in map(str, mark["models"]) for file in files)])
+
+
+REPOSITORY = Kind(
+    "Triton model repository of dcconvert", MARK, lambda mark: isinstance(mark.get("models"), list), in_repository
+)
+
+
 class Word(str):
     """An enum value of a configuration, which is written without quotes."""
 
@@ -66,7 +87,7 @@ def export_triton(
         )
     source = bundle.onnx / "ort-cuda"
     source = source if device == "gpu" and source.is_dir() else bundle.onnx
-    with new_folder(target, force, "Triton model repository of dcconvert", MARK) as work:
+    with new_folder(target, force, REPOSITORY, inputs=[bundle.folder]) as work:
         graphs = bundle.model.spec.graphs
         for graph in graphs:
             buckets = bundle.bucket_set.buckets if graph == "denoise" else full_buckets(bundle.bucket_set.buckets)
@@ -124,7 +145,7 @@ def write_plan_model(folder: Path, bundle: Bundle, name: str, runs: int) -> None
     version = folder / "1"
     version.mkdir(parents=True)
     for part in (MANIFEST, GRAPH):
-        shutil.copy2(bundle.folder / part, version / part)
+        shutil.copy2(part_of_folder(bundle.folder, part), version / part)
     spec = bundle.model.spec
     outputs = count_outputs(bundle.model.original_graph)
     write_json(outputs, version / OUTPUTS)

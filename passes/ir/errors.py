@@ -22,9 +22,13 @@ class UsageError(DcconvertError):
 
 
 class StoppedError(DcconvertError):
-    """The user stopped long work that can be resumed (exit 130, as shells use for Ctrl-C)."""
+    """The user stopped long work that can be resumed (exit 130, as shells use for Ctrl-C; 128 + the signal)."""
 
     exit_code = 130
+
+    def __init__(self, message: str, exit_code: int = exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class UnsupportedModelError(DcconvertError):

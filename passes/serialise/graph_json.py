@@ -1,8 +1,9 @@
 """Graphs as JSON: a form of a converted model that loads without pickle and cannot name any code.
 
-A file may call only ATen ops and dcconvert's own, looked up by exact name, and the few Python functions that compute
-sizes. Three other risks are excluded: names end up in the Python source of a compiled graph, so only plain identifiers
-are allowed; some ATen ops open files; and torch imports modules that a tree spec names.
+A file may call only the ATen ops that `known_ops` and the packing rules know and dcconvert's own, looked up by exact
+name, and the few Python functions that compute sizes. Three other risks are excluded: names end up in the Python source
+of a compiled graph, so only plain identifiers are allowed; torch imports modules that a tree spec names; and a graph of
+a few nodes may need any amount of memory (`size_limits`).
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from dcconvert.passes.ir import ops  # noqa: F401  (registers torch.ops.dcconvert)
+from dcconvert.passes.ir import ops  # registers torch.ops.dcconvert
 from dcconvert.passes.ir.errors import CheckFailedError, DcconvertError, UnsupportedModelError, UsageError
 from dcconvert.passes.ir.graph_tools import attributes, owner_of
+from dcconvert.passes.ir.known_ops import is_known
 from dcconvert.passes.ir.pass_runner import PassRecord
 from dcconvert.passes.ir.spec import ModelSpec
 from dcconvert.passes.methods import method_from_dict
 from dcconvert.passes.methods.method import Method
+from dcconvert.passes.packing.rules.registry import RULES
 from dcconvert.passes.planning.schedule import Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel, Graphs
 from dcconvert.passes.serialise.interface_checks import check_seams, damaged
+from dcconvert.passes.serialise.size_limits import check_sizes, check_spec_sizes
 from dcconvert.passes.serialise.treespec import shown, treespec_fault
 
 VERSION = 4  # 3: a method and its options; before, one set of options for all methods. 4: ops under their new names
@@ -104,6 +108,7 @@ def model_from_dict(data: Any, tensors: Mapping[str, Tensor]) -> DynamicModel:
         planner = StepPlanner(spec.with_rows(graphs.original), method, schedule)
         model = DynamicModel(graphs, planner, records)
         check_seams(model, model.graphs.named())
+        check_sizes(model)
         return model
 
 
@@ -162,6 +167,7 @@ def read_spec(fields: dict[str, Any]) -> ModelSpec:
             raise damaged(f"gives the state {shown(state.name)} an invalid shape or dtype")
     if len(spec.grid) != 2 or not all(type(size) is int and size > 0 for size in spec.grid):
         raise damaged(f"gives {shown(spec.grid)} as token grid, not two positive integers")
+    check_spec_sizes(spec)
     return spec
 
 
@@ -271,16 +277,10 @@ def find_function(name: Any) -> Callable[..., Any]:
 
 
 def is_allowed(target: Any) -> bool:
-    """Whether a target is a tensor op that touches no files.
-
-    Ops without a dispatcher kernel are TorchScript's own (`aten.save` among them) and compute no tensors.
-    """
+    """Whether a target is an op of dcconvert, or an ATen op that our lists or a packing rule know."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace not in NAMESPACES:
         return False
-    schema = target._schema
-    name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
-    opens_file = any(argument.name == "filename" for argument in schema.arguments)
-    return torch._C._dispatch_has_kernel(name) and not opens_file
+    return target.namespace == ops.NAMESPACE or target in RULES or is_known(target)
 
 
 def attach(root: nn.Module, target: Any, pool: dict[str, Tensor], parameter: Any) -> None:

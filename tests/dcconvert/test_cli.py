@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 
 from dcconvert import __version__
 from dcconvert.cli import commands, main
+from dcconvert.export import bundle
 from dcconvert.options.click_classes import OTHER, Command, Commands, Option, option, options, section
 from tests.dcconvert.harness import refusal, run_cli
 
@@ -236,3 +238,35 @@ def test_the_page_names_every_command_and_every_old_name() -> None:
     page = (ROOT / "docs" / "command_line.md").read_text()
     assert not [name for name in NAMES if f"`{name}`" not in page]
     assert not [a for name in NAMES for param in own_options(name) for a in param.aliases if f"`{a}`" not in page]
+
+
+# Signals and memory
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_a_command_with_its_code(number, code, monkeypatch, tmp_path):
+    monkeypatch.setattr(bundle, "verify", lambda _: signal.raise_signal(number))
+    before = signal.getsignal(number)
+    run = run_cli("verify", tmp_path)
+    assert (run.code, run.err.strip()) == (code, "error: interrupted; nothing was left behind")
+    assert number == signal.SIGINT or signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to allocate 9"),
+    ],
+)
+def test_too_little_memory_is_one_line(error, monkeypatch, tmp_path):
+    def fail(_: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(bundle, "verify", fail)
+    assert "there is not enough memory" in refusal(2, "verify", tmp_path)
+
+
+def test_errors_are_one_line_whatever_a_name_holds(tmp_path):
+    assert "\\x1b[2J" in refusal(2, "verify", tmp_path / "x\x1b[2J")
+    assert refusal(2, "verify", tmp_path / "x[/bold]").count("[/bold]") == 1

@@ -15,13 +15,12 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from dcconvert.commands.rewrite_bundle import Rescheduled, old_figures, old_report, write_rescheduled
+from dcconvert.commands.rewrite_bundle import Rescheduled, old_figures, old_report, rewritten
 from dcconvert.commands.stress import Settings, looked_at, make_cases, run_at, stress_bundle
 from dcconvert.evaluate.detail_kinds import KINDS, choose, on_tokens
 from dcconvert.evaluate.stress_cases import BATCH, Cases, noised_run, original_step
 from dcconvert.evaluate.stress_metrics import CaseFigures, judged
 from dcconvert.export.bundle import read_bundle
-from dcconvert.export.files import new_folder
 from dcconvert.images.dataset import read_images
 from dcconvert.images.pixels import GAP, TILE, psnr
 from dcconvert.passes.ir.errors import UsageError
@@ -114,8 +113,12 @@ def test_the_report_shows_table_and_gallery(stressed):
 def test_the_bundle_is_otherwise_as_it_was(stressed):
     folder, _, job = stressed
     assert set(contents(folder)) == {*contents(job.folder), "failures.json", "failures.png"}
-    for name in ("graph.json", "manifest.json", "model.safetensors"):
+    for name in ("graph.json", "model.safetensors"):
         assert (folder / name).read_bytes() == (job.folder / name).read_bytes()
+    new, old = read(folder, "manifest.json"), read(job.folder, "manifest.json")
+    changed = {name for name in new["files"] if new["files"][name] != old["files"].get(name)}
+    assert changed == {"failures.json", "failures.png", "report.html", "report.json"}
+    assert {**new, "files": old["files"]} == old
     before, after = read(job.folder, "report.json"), read(folder, "report.json")
     assert {name: value for name, value in after.items() if name != "stress"} == before
     run = run_cli("sample", folder, "-n", 1, "-o", folder.parent / "one.png")
@@ -129,8 +132,8 @@ def test_another_schedule_makes_it_stale(stressed, tmp_path):
     made = Rescheduled.of(bundle, planner.at_ratio(2.0, sampler.taus).schedule, sampler, Stages(Console(quiet=True)))
     report = made.report(old_report(folder))
     assert "stress" not in report
-    with new_folder(folder, force=True) as work:
-        write_rescheduled(bundle, made.model, made.manifest(bundle.manifest), report, old_figures(folder), work)
+    with rewritten(folder) as into:
+        into.write_rescheduled(made.model, made.manifest(bundle.manifest), report, old_figures(folder))
     assert "failures.json" not in contents(folder)
     assert "failures.png" not in contents(folder)
     assert "Stress" not in (folder / "report.html").read_text()
@@ -140,9 +143,8 @@ def test_what_changes_no_schedule_keeps_it(stressed, tmp_path):
     """As a calibration that found nothing better; the list of cases stays beside the report."""
     folder = Path(shutil.copytree(stressed[0], tmp_path / "bundle"))
     bundle, failures = read_bundle(folder), read(folder, "failures.json")
-    with new_folder(folder, force=True) as work:
-        parts = (old_report(folder), old_figures(folder), work)
-        write_rescheduled(bundle, bundle.model, bundle.manifest, *parts)
+    with rewritten(folder) as into:
+        into.write_rescheduled(bundle.model, bundle.manifest, old_report(folder), old_figures(folder))
     assert read(folder, "failures.json") == failures
     assert contents(folder) == contents(stressed[0])
 

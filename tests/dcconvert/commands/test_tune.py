@@ -352,7 +352,7 @@ def test_what_is_no_table_is_one_line(folder, main_job, tmp_path):
     damaged.write_text("{")
     assert str(damaged) in refusal(2, "tune", folder, "--table", damaged, *TINY)
     damaged.write_text("[]")
-    assert "this is not a run table" in refusal(2, "tune", folder, "--table", damaged, *TINY)
+    assert "the whole is [], but must be an object" in refusal(2, "tune", folder, "--table", damaged, *TINY)
 
 
 @pytest.mark.parametrize("goal", [("--ratio", "4x"), ("--latency", 20), ("--psnr", 30), ("--polish", 1)])

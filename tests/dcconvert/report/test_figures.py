@@ -54,12 +54,12 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
         path.touch()
         raise OSError(28, "No space left on device")
 
-    (tmp_path / "s.png").write_text("old")
+    (tmp_path / "s.png").write_bytes(b"\x89PNG, old")
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UsageError, match=r"cannot write .*: No space left on device"):
         save_comparison({"one": torch.zeros(1, 1, 8, 8)}, tmp_path / "s.png", None)
     assert [path.name for path in tmp_path.iterdir()] == ["s.png"]
-    assert (tmp_path / "s.png").read_text() == "old"
+    assert (tmp_path / "s.png").read_bytes() == b"\x89PNG, old"
 
 
 @pytest.mark.parametrize(("steps", "samples"), [(50, 6), (3, 2), (1, 1)])

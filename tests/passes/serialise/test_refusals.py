@@ -12,16 +12,21 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from dcconvert.export.onnx.lowerings import PORTABLE
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.methods import method_of
+from dcconvert.passes.packing.rules.registry import RULES
 from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.serialise.graph_json import (
+    FUNCTIONS,
     RESERVED_NAMES,
     VERSION,
+    find_function,
     graph_from_dict,
     graph_to_dict,
+    is_allowed,
     model_from_dict,
     model_tensors,
     model_to_dict,
@@ -103,6 +108,63 @@ def test_other_calls_are_refused_by_name(target):
     data["nodes"][2]["target"] = target
     message = refused(data)
     assert f"calls {target!r}, which is not allowed" in message
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "aten._convert_indices_from_csr_to_coo.default", "aten.from_file.default", "aten._coalesced_.default",
+        "aten.as_strided.default", "aten.set_.source_Storage", "aten.resize_.default", "aten.add.out",
+        "aten._cslt_sparse_mm.default", "aten.index_put_.default", "aten.special_hermite_polynomial_h.default",
+        "aten.gelu_backward.default", "aten._local_scalar_dense.default", "aten.rand.default", "aten.nonzero.default",
+    ],
+)  # fmt: skip
+def test_ops_that_no_rule_knows_are_refused(target):
+    data = small()
+    data["nodes"][2]["target"] = target
+    assert "is not allowed" in refused(data)
+
+
+def test_packing_rules_and_elementwise_ops_are_known():
+    names = ("aten.add.Tensor", "aten.relu_.default", "aten.silu.default", "aten.where.self", "aten.conv2d.default")
+    for target in (*map(find_function, names), *RULES, *PORTABLE):
+        assert is_allowed(target) or target in FUNCTIONS.values()
+
+
+def bomb(data: Any, target: str, args: list[Any], times: int = 1) -> None:
+    """Put calls in front of the original's output, each of which takes the last one's result as its first argument."""
+    nodes = data["graphs"]["original"]["nodes"]
+    last = nodes[-1]["args"][0]["tuple"][0]["node"]
+    for number in range(times):
+        inserted = [{"node": last} if arg == "LAST" else arg for arg in args]
+        if target == "aten.cat.default":
+            inserted = [{"list": [{"node": last}, {"node": last}]}]
+        last = f"bomb_{number}"
+        nodes.insert(-1, {"name": last, "op": "call_function", "target": target, "args": inserted, "kwargs": {}})
+    nodes[-1]["args"][0]["tuple"][0]["node"] = last
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "times"),
+    [
+        ("aten.full.default", [{"list": [1 << 17, 1 << 17]}, 1.0], 1),
+        ("aten.arange.default", [1 << 36], 1),
+        ("aten.repeat.default", ["LAST", {"list": [1 << 20, 1, 1, 1, 1, 1, 1]}], 1),
+        ("aten.cat.default", [], 40),
+    ],
+)
+def test_a_graph_that_needs_absurd_memory_is_refused(target, args, times, data, tensors):
+    bomb(data, target, args, times)
+    with pytest.raises(UsageError, match=r"has a node bomb_\d+ in original of [\d.e+]+ GB .* is larger than"):
+        model_from_dict(data, tensors)
+
+
+def test_a_graph_that_cannot_be_run_is_refused(data, tensors, capfd):
+    bomb(data, "aten.reshape.default", ["LAST", {"list": [7, 11, 13]}])
+    with pytest.raises(UsageError, match="has a node bomb_0 in original that cannot be computed") as error:
+        model_from_dict(data, tensors)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
 
 
 BAD_NAMES = [
