@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -14,6 +15,8 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from dcconvert.export.onnx.lowerings import TENSORRT
+from dcconvert.passes.frontend import capture
+from tests.shared_captures import SharedCaptures
 from tests.sharing import REAL, SharedExports, made_once
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,7 +106,9 @@ def test_processes_wait_for_each_other(tmp_path: Path) -> None:
     code = """if True:
         import sys, time
         from pathlib import Path
-        from tests.sharing import made_once
+        from dcconvert.passes.frontend import capture
+from tests.shared_captures import SharedCaptures
+from tests.sharing import made_once
         def fill(folder):
             time.sleep(0.5)
             (folder / sys.argv[2]).touch()
@@ -116,3 +121,74 @@ def test_processes_wait_for_each_other(tmp_path: Path) -> None:
     ]
     said = {process.communicate()[0].strip() for process in asked}
     assert said in ({"a"}, {"b"})
+
+
+def captured(module: torch.nn.Module, x: torch.Tensor, *others: Any) -> torch.export.ExportedProgram:
+    return capture.export(module, (x, *others))
+
+
+def linear(weight: float = 1.0, size: int = 4) -> torch.nn.Linear:
+    module = torch.nn.Linear(4, size)
+    torch.nn.init.constant_(module.weight, weight)
+    torch.nn.init.zeros_(module.bias)
+    return module
+
+
+X = torch.ones(3, 4)
+
+
+def test_a_model_that_was_captured_before_gets_its_graph_over_its_own_weights(shared_captures: SharedCaptures) -> None:
+    modules = [linear(0.25), linear(0.25)]
+    before = shared_captures.made
+    first, second = (captured(module, X).module() for module in modules)
+    assert shared_captures.made == before + 1
+    assert str(first.graph) == str(second.graph)
+    assert second.weight is modules[1].weight
+    torch.nn.init.constant_(modules[1].weight, 3.0)
+    assert second(X).max() == 12
+    assert first(X).max() == 1
+    first.graph.erase_node(next(iter(reversed(first.graph.nodes))))  # a graph is its owner's
+    assert len(captured(linear(0.25), X).module().graph.nodes) == len(second.graph.nodes)
+
+
+@pytest.mark.parametrize("change", ["weight", "attribute", "call", "code", "precision", "frozen"])
+def test_another_model_or_call_is_captured(
+    change: str, shared_captures: SharedCaptures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured(linear(0.5), X)
+    module, x, before = linear(0.75 if change == "weight" else 0.5), X, shared_captures.made
+    if change == "attribute":
+        module.out_features = 5
+    elif change == "call":
+        x = torch.ones(3, 2, 4)
+    elif change == "code":
+        monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: 2 * x)
+    elif change == "precision":
+        module, x = module.double(), x.double()
+    elif change == "frozen":
+        module.weight.requires_grad_(False)
+    captured(module, x)
+    assert shared_captures.made == before + 1
+
+
+def test_what_a_pass_finds_out_about_sizes_stays_with_it(shared_captures: SharedCaptures) -> None:
+    """A batch that was taken for a constant would be one for all that come later."""
+    program = captured(linear(0.125), X)
+    value = next(node.meta["val"] for node in program.graph.nodes if node.name == "x" or node.name == "input")
+    assert isinstance(value.shape[0], torch.SymInt)
+    assert int(value.shape[0]) == 3
+    before = shared_captures.made
+    again = captured(linear(0.125), X)
+    assert shared_captures.made == before + 1
+    sizes = [node.meta["val"].shape[0] for node in again.graph.nodes if node.name == "input"]
+    assert all(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def test_a_model_that_cannot_be_described_is_captured_every_time(shared_captures: SharedCaptures) -> None:
+    class Local(torch.nn.Linear):
+        pass
+
+    before = shared_captures.made
+    for _ in range(2):
+        captured(Local(4, 4), X)
+    assert shared_captures.made == before + 2

@@ -18,6 +18,7 @@ from dcconvert.passes.ir import ops  # noqa: F401  (registers torch.ops.dcconver
 
 OPSET = 24
 op: Any = values.Opset("", OPSET)
+plain: Any = values.Opset("", 18)  # without the attributes of later opsets, which parsers of old ones refuse
 trt: Any = values.Opset(DOMAIN, 1)
 
 
@@ -125,6 +126,10 @@ def cache_read(state: Any, weight: Any) -> Any:
     return total
 
 
+def to_dtype(x: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
+    return plain.Cast(x, to=dtype)
+
+
 Lowerings = Mapping[Callable[..., Any], Callable[..., Any]]  # op -> the function that writes it in ONNX
 
 PORTABLE: Lowerings = {
@@ -134,6 +139,7 @@ PORTABLE: Lowerings = {
     torch.ops.dcconvert.padded_attention.default: padded_attention,
     torch.ops.dcconvert.segment_attention.default: segment_attention,
     torch.ops.aten.scaled_dot_product_attention.default: attention,
+    torch.ops.aten.to.dtype: to_dtype,
     torch.ops.dcconvert.cache_index.default: cache_index,
     torch.ops.dcconvert.cache_write.default: cache_write,
     torch.ops.dcconvert.cache_read.default: cache_read,
