@@ -110,6 +110,7 @@ def test_pixart_in_bins_is_refused():
         rewrite(*pixart_call(), method_of("chunk", packing="bins"), ALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pixels", "depth"), [(256, 12), (512, 4)])
 def test_the_real_size(pixels, depth):
     """DiT-S/2 on the latents of 256 pixel images, and some blocks of it on those of 512 pixels."""

@@ -29,6 +29,8 @@ from dcconvert.sampling.steps import silent
 from dcconvert.terminal import Stages
 from tests.dcconvert.harness import CONFIG, TOKENS, contents, refusal, run_cli
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:

@@ -27,6 +27,8 @@ from dcconvert.sampling.samplers import Sampler, initial_noise
 from dcconvert.sampling.steps import ConvertedStep
 from tests.dcconvert.harness import contents, refusal, run_cli
 
+pytestmark = pytest.mark.slow
+
 
 def read(folder, name):
     return json.loads((folder / name).read_text())

@@ -17,6 +17,8 @@ from dcconvert import Converted, UnsupportedModelError, UsageError, load
 from dcconvert.models.diffusers_wrapper import DropIn, grid_of, scale_of
 from tests.passes.harness import relative
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformers", reason="pipelines with text need transformers: pip install 'dcconvert[test]'")
 
 STEPS = 4
