@@ -15,7 +15,9 @@ import torch
 from hypothesis import settings
 
 from dcconvert.export.onnx import export
-from tests.sharing import SharedExports
+from dcconvert.passes.frontend import capture
+from tests.shared_captures import SharedCaptures
+from tests.sharing import SharedExports, read_translations_once
 
 # Times vary on shared machines; a failing example is printed, and found again because the search is seeded.
 settings.register_profile("dcconvert", deadline=None, derandomize=True, database=None)
@@ -37,6 +39,16 @@ def shared_exports(run_folder: Path) -> Iterator[SharedExports]:
     shared = SharedExports(run_folder / "onnx")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "export_graph", shared)
+        read_translations_once(patch)
+        yield shared
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_captures() -> Iterator[SharedCaptures]:
+    """Every model is captured once in a process; tests of capture itself import the real `export`."""
+    shared = SharedCaptures()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capture, "export", shared)
         yield shared
 
 

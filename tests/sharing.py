@@ -11,13 +11,16 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from filelock import FileLock
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.onnx._internal.exporter import _registration
 
 from dcconvert.export.onnx import export
 from dcconvert.export.onnx.lowerings import PORTABLE, Lowerings
@@ -74,6 +77,12 @@ class SharedExports:
         self.copied += self.made == before
         for file in kept.iterdir():
             shutil.copyfile(file, path.parent / file.name)
+
+
+def read_translations_once(patch: pytest.MonkeyPatch) -> None:
+    """The exporter reads the source text of all its translations anew for every graph: a third of a second each."""
+    translations = _registration.onnxscript_apis
+    patch.setattr(translations, "get_torchlib_ops", cache(translations.get_torchlib_ops))
 
 
 def described(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import multiprocessing
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -15,9 +15,11 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from dcconvert.export.onnx.lowerings import TENSORRT
+from dcconvert.passes.frontend import capture
+from tests import sharing
+from tests.shared_captures import SharedCaptures
 from tests.sharing import REAL, SharedExports, made_once
 
-ROOT = Path(__file__).resolve().parent.parent
 AXES = (("batch",),)
 
 
@@ -59,8 +61,10 @@ def test_weights_beside_the_graph_are_copied_too(shared: SharedExports, tmp_path
     assert len({tuple(sorted(p.name for p in (tmp_path / f).iterdir())) for f in ("made", "copied")}) == 1
 
 
-def test_another_graph_is_another_export(shared: SharedExports, tmp_path: Path) -> None:
-    x = torch.ones(3, 4)
+def test_another_graph_is_another_export(
+    shared: SharedExports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "REAL", lambda graph, path, *options: path.touch())  # which ones are made is enough
     path, other, x = tmp_path / "g.onnx", tmp_path / "other.onnx", torch.ones(3, 4)
     shared(scaled(), path, (x,), AXES, ("y",))
     shared(scaled(weight=1.5), path, (x,), AXES, ("y",))
@@ -102,19 +106,91 @@ def test_a_folder_is_filled_once_and_not_by_halves(tmp_path: Path) -> None:
 
 
 def test_processes_wait_for_each_other(tmp_path: Path) -> None:
-    code = """if True:
-        import sys, time
-        from pathlib import Path
-        from tests.sharing import made_once
-        def fill(folder):
+    def ask(name: str) -> None:
+        def fill(folder: Path) -> None:
             time.sleep(0.5)
-            (folder / sys.argv[2]).touch()
-        print(*(path.name for path in made_once(Path(sys.argv[1]), fill).iterdir()))
-    """
-    words = [sys.executable, "-c", code, str(tmp_path / "one")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    asked = [
-        subprocess.Popen([*words, name], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env) for name in ("a", "b")
-    ]
-    said = {process.communicate()[0].strip() for process in asked}
+            (folder / name).touch()
+
+        (tmp_path / f"{name}.said").write_text(
+            " ".join(path.name for path in made_once(tmp_path / "one", fill).iterdir())
+        )
+
+    forked = multiprocessing.get_context("fork")  # without importing everything again
+    asked = [forked.Process(target=ask, args=(name,)) for name in ("a", "b")]
+    for process in asked:
+        process.start()
+    for process in asked:
+        process.join()
+    said = {(tmp_path / f"{name}.said").read_text() for name in ("a", "b")}
     assert said in ({"a"}, {"b"})
+
+
+def captured(module: torch.nn.Module, x: torch.Tensor, *others: Any) -> torch.export.ExportedProgram:
+    return capture.export(module, (x, *others))
+
+
+def linear(weight: float = 1.0, size: int = 4) -> torch.nn.Linear:
+    module = torch.nn.Linear(4, size)
+    torch.nn.init.constant_(module.weight, weight)
+    torch.nn.init.zeros_(module.bias)
+    return module
+
+
+X = torch.ones(3, 4)
+
+
+def test_a_model_that_was_captured_before_gets_its_graph_over_its_own_weights(shared_captures: SharedCaptures) -> None:
+    modules = [linear(0.25), linear(0.25)]
+    before = shared_captures.made
+    first, second = (captured(module, X).module() for module in modules)
+    assert shared_captures.made == before + 1
+    assert str(first.graph) == str(second.graph)
+    assert second.weight is modules[1].weight
+    torch.nn.init.constant_(modules[1].weight, 3.0)
+    assert second(X).max() == 12
+    assert first(X).max() == 1
+    first.graph.erase_node(next(iter(reversed(first.graph.nodes))))  # a graph is its owner's
+    assert len(captured(linear(0.25), X).module().graph.nodes) == len(second.graph.nodes)
+
+
+@pytest.mark.parametrize("change", ["weight", "attribute", "call", "code", "precision", "frozen"])
+def test_another_model_or_call_is_captured(
+    change: str, shared_captures: SharedCaptures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured(linear(0.5), X)
+    module, x, before = linear(0.75 if change == "weight" else 0.5), X, shared_captures.made
+    if change == "attribute":
+        module.out_features = 5
+    elif change == "call":
+        x = torch.ones(3, 2, 4)
+    elif change == "code":
+        monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: 2 * x)
+    elif change == "precision":
+        module, x = module.double(), x.double()
+    elif change == "frozen":
+        module.weight.requires_grad_(False)
+    captured(module, x)
+    assert shared_captures.made == before + 1
+
+
+def test_what_a_pass_finds_out_about_sizes_stays_with_it(shared_captures: SharedCaptures) -> None:
+    """A batch that was taken for a constant would be one for all that come later."""
+    program = captured(linear(0.125), X)
+    value = next(node.meta["val"] for node in program.graph.nodes if node.name == "x" or node.name == "input")
+    assert isinstance(value.shape[0], torch.SymInt)
+    assert int(value.shape[0]) == 3
+    before = shared_captures.made
+    again = captured(linear(0.125), X)
+    assert shared_captures.made == before + 1
+    sizes = [node.meta["val"].shape[0] for node in again.graph.nodes if node.name == "input"]
+    assert all(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def test_a_model_that_cannot_be_described_is_captured_every_time(shared_captures: SharedCaptures) -> None:
+    class Local(torch.nn.Linear):
+        pass
+
+    before = shared_captures.made
+    for _ in range(2):
+        captured(Local(4, 4), X)
+    assert shared_captures.made == before + 2

@@ -30,14 +30,14 @@ def inspect_checkpoint(path: Path, method: Method, console: Console, *, dump_gra
     if dump_graphs:
         usable_folder(dump_graphs)
     source = open_source(path, **read)
-    table = Table(title=escape(f"{path.name}: {source.kind}"), show_header=False, title_justify="left")
+    table = Table(title=f"{path.name}: {source.kind}", show_header=False, title_justify="left")
     for name, value in source.facts.items():
-        table.add_row(name.replace("_", " "), escape(str(value)))
+        table.add_row(name.replace("_", " "), str(value))
     table.add_row("parameters", f"{sum(p.numel() for p in source.module.parameters()) / 1e6:.1f} M")
     table.add_row("sha256", source.sha256)
     console.print(table)
     for note in source.notes:
-        console.print(escape(note), highlight=False)
+        console.print(note, highlight=False)
     args, kwargs = ((), source.example) if isinstance(source.example, dict) else (source.example, None)
     program = captured(source.module, args, kwargs, method, grid=source.grid)
     run_passes(program, (Normalise(), FindTokenStream()))

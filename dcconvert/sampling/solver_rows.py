@@ -95,5 +95,5 @@ def line_weights(level: float, computed: Sequence[float]) -> tuple[float, ...]:
     """Weights of the last updates, newest first, on a straight line in the noise level."""
     if len(computed) == 1:
         return (1.0,)
-    ahead = (computed[0] - level) / (computed[1] - computed[0])
+    ahead = float((computed[0] - level) / (computed[1] - computed[0]))
     return (1 + ahead, -ahead)

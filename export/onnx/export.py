@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from dcconvert.export.onnx.example_inputs import write_example_inputs
 from dcconvert.export.onnx.lowerings import PORTABLE, Lowerings
+from dcconvert.export.onnx.single_trace import single_trace
 from dcconvert.export.onnx.trt_attention_op import add_function
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.ir.graph_tools import placeholders
@@ -153,7 +154,7 @@ def export_graph(
     inputs = zip(placeholders(graph_module.graph), args, strict=True)
     names = [node.name for node, value in inputs if isinstance(value, Tensor)]  # others become constants
     size = sum(t.numel() * t.element_size() for t in graph_module.state_dict().values())
-    with quiet_exporter(), torch.no_grad():
+    with quiet_exporter(), single_trace(), torch.no_grad():
         exported = torch.onnx.export(
             graph_module,
             tuple(args),

@@ -24,7 +24,7 @@ from dcconvert.passes.ir import ops  # noqa: F401  (registers torch.ops.dcconver
 from dcconvert.passes.ir.errors import UsageError
 
 MASKED = -1e30  # added to the score of a key that does not count; minus infinity makes NaN where no key does
-op: Any = values.Opset("", 18)  # of most ops, the version that later opsets still have
+op: Any = values.Opset("", 18)  # without the attributes of later opsets, which parsers of old ones refuse
 op24: Any = values.Opset("", 24)
 trt: Any = values.Opset(DOMAIN, 1)
 
@@ -184,6 +184,10 @@ def cache_read(state: Any, weight: Any) -> Any:
     return total
 
 
+def to_dtype(x: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
+    return op.Cast(x, to=dtype)
+
+
 Functions = Mapping[Callable[..., Any], Callable[..., Any]]  # op -> the function that writes it in ONNX
 
 
@@ -204,6 +208,7 @@ PORTABLE = Lowerings(
         torch.ops.dcconvert.padded_attention.default: padded_attention,
         torch.ops.dcconvert.segment_attention.default: segment_attention,
         torch.ops.aten.scaled_dot_product_attention.default: attention,
+        torch.ops.aten.to.dtype: to_dtype,
         torch.ops.dcconvert.cache_index.default: cache_index,
         torch.ops.dcconvert.cache_write.default: cache_write,
         torch.ops.dcconvert.cache_read.default: cache_read,

@@ -11,6 +11,8 @@ from benchmarks.families import BATCH, FAMILIES, STRUCTURAL, checks, converted, 
 from dcconvert.export.checks.parity import check_identity, check_isolation
 from dcconvert.passes.methods import MODES
 
+pytestmark = pytest.mark.slow
+
 REFUSED = {
     "latte": "torch.export cannot capture LatteTransformer3DModel",
     "hunyuan-dit": "no repeating transformer blocks found",

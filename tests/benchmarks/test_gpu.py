@@ -83,6 +83,7 @@ def test_what_is_missing_is_named(result):
         assert row["skipped"].startswith(("not installed: ", "RuntimeError: engines run on a GPU"))
 
 
+@pytest.mark.slow
 def test_onnx_runtime_gives_the_original_with_everything_kept(tmp_path):
     result = run(tmp_path / "gpu.json", "--parts", "onnxruntime")
     found = rows(result, "onnxruntime")

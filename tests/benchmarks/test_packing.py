@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks import packing
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("scipy", reason="scipy does the fit of NNLSHP")
 
 

@@ -16,6 +16,8 @@ from dcconvert.passes.planning.schedule import NATURAL
 from dcconvert.sampling import fitting
 from tests.dcconvert.harness import CONFIG, tiny_dit
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_module_from_python():
     model = dcconvert.convert(DiT(CONFIG), 4, preset="dc-dit")

@@ -12,6 +12,8 @@ from dcconvert.export.variants import VARIANTS, check_precision, write_variant
 from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.planning.layout import Bucket
 
+pytestmark = pytest.mark.slow
+
 WRITTEN = (
     ("chunk", "ort-cuda"),
     ("chunk", "trt"),

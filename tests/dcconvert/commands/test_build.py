@@ -26,6 +26,8 @@ from dcconvert.passes.ir.errors import UsageError
 from tests.dcconvert.fake_worker import FakeWorker
 from tests.dcconvert.harness import contents, refusal, run_cli
 
+pytestmark = pytest.mark.slow
+
 NO_KERNEL = "tensorrt-rtx cannot build packed attention: it has [no] kernel"
 
 

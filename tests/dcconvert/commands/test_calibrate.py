@@ -28,6 +28,8 @@ from dcconvert.sampling.samplers import Sampler, initial_noise, labels_for
 from dcconvert.sampling.steps import ConvertedStep
 from tests.dcconvert.harness import TOKENS, contents, refusal, run_cli
 
+pytestmark = pytest.mark.slow
+
 STEPS, RATIO = 12, 4  # of the main job
 BUDGET = STEPS / RATIO
 QUICK = ("--images", 2, "--reference-steps", 8, "--threads", 1)

@@ -21,6 +21,8 @@ from dcconvert.report.evaluation import EvaluationReport, evaluation_page
 from dcconvert.sampling.samplers import Guidance, initial_noise, labels_for
 from tests.dcconvert.harness import TOKENS, contents, refusal, run_cli, write_network
 
+pytestmark = pytest.mark.slow
+
 QUICK = ("--runs", 1, "--images", 5, "--batch", 2, "--reference-steps", 14, "--threads", 1)
 
 

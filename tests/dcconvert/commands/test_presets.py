@@ -28,6 +28,8 @@ from dcconvert.train.distillation import Recipe, StepDistillation
 from tests.dcconvert.harness import CONFIG, refusal, run_cli, tiny_dit
 from tests.sharing import made_once
 
+pytestmark = pytest.mark.slow
+
 DEEP = replace(CONFIG, depth=6)
 FEW_BLOCKS = ("--head-blocks", 1, "--tail-blocks", 1)  # for SparseDiT's groups
 WORDS = {"sparsedit": FEW_BLOCKS}

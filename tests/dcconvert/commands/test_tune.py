@@ -23,6 +23,8 @@ from dcconvert.sampling.run_table import RunTable
 from dcconvert.sampling.samplers import Guidance, initial_noise, labels_for
 from tests.dcconvert.harness import TOKENS, refusal, run_cli
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(steps_job, tmp_path) -> Path:

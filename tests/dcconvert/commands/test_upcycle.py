@@ -28,6 +28,8 @@ from dcconvert.train.loop import validation_rounds, without_some
 from tests.dcconvert.harness import Run, contents, run_cli, write_checkpoint
 from tests.sharing import made_once
 
+pytestmark = pytest.mark.slow
+
 WORDS = ("--samples", 48, "--batch", 8, "--teacher-samples", 12, "--images", 2, "--lr", "1e-3", "--save-every", 2)
 STEPS = 6
 

@@ -183,6 +183,7 @@ def test_a_dc_dit_is_no_dit(module, tmp_path):
     assert "needs preset dc-dit" in message
 
 
+@pytest.mark.slow
 def test_a_release_checkpoint_is_inspected_as_it_is_converted(module, tmp_path):
     path = write(module, tmp_path / "dc.pt")
     run = run_cli("inspect", path, "--preset", "dc-dit", "--heads", 2)
@@ -194,6 +195,7 @@ def test_a_release_checkpoint_is_inspected_as_it_is_converted(module, tmp_path):
     assert "needs preset dc-dit" in run.out
 
 
+@pytest.mark.slow
 def test_the_main_job_on_a_release_checkpoint(module, tmp_path):
     path = write(module, tmp_path / "dc.pt")
     words = ("--ratio", "5x", "--preset", "dc-dit", "--heads", 2, "--steps", 4, "--batch", 2, "--images", 2)
@@ -236,6 +238,7 @@ def test_positions_are_read_at_the_middle_of_pixels():
     assert relative(cells, sincos_positions(32, 4)[0]) < 0.05
 
 
+@pytest.mark.slow
 def test_refining_trains_everything_but_the_embedders(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "tiny.safetensors")
     words = ("--ratio", "4x", "--preset", "dc-dit", "--refine-grid", "--steps", 4, "--batch", 2, "--images", 2)

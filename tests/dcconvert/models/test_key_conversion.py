@@ -178,6 +178,7 @@ def test_other_models_in_the_file_are_left_alone(files, tmp_path):
     assert isinstance(module, diffusers.SD3Transformer2DModel)
 
 
+@pytest.mark.slow
 def test_the_main_job_on_a_file(files, tmp_path):
     out = tmp_path / "out"
     words = ("--ratio", "2x", "--batch", "2", "--steps", "8", "--image-size", "8", "--heads", "2", "--no-measure")

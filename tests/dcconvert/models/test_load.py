@@ -49,6 +49,7 @@ def test_a_folder_becomes_a_model_and_a_call(folders, name):
         torch.testing.assert_close(source.module(**source.example)[0], original(**source.example)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pixart", "sd3", "flux"])
 def test_images_that_are_not_square(folders, name):
     source = open_source(folders[name], image_size=(8, 4))
@@ -87,6 +88,7 @@ def test_sizes_that_a_model_cannot_have(folders, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), [("sd3", "carry"), ("diffusers-dit", "chunk")])
 def test_the_main_job_on_a_folder(folders, name, mode, tmp_path):
     out = tmp_path / "out"
@@ -109,6 +111,7 @@ def test_a_pipeline_folder_is_read_as_its_transformer(folders, tmp_path):
     assert diffusers_source(tmp_path).kind.startswith("SD3Transformer2DModel")
 
 
+@pytest.mark.slow
 def test_inspect_names_what_it_found(folders):
     run = run_cli("inspect", folders["flux"], "--image-size", "8")
     assert run.code == 0, run.err

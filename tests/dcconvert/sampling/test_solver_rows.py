@@ -16,7 +16,11 @@ NONE = torch.zeros(1)
 
 def end_of(table: RunTable, speed: np.polynomial.Polynomial) -> float:
     """Where a run ends whose velocity is a polynomial in the noise level."""
-    return table.run(lambda x, t, y: speed(t.double() / 1000)[:, None], torch.zeros(1, 1).double(), NONE).item()
+
+    def model(x, t, y):
+        return torch.tensor(speed(t.double().numpy() / 1000))[:, None]
+
+    return table.run(model, torch.zeros(1, 1).double(), NONE).item()
 
 
 @pytest.mark.parametrize(

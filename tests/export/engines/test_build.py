@@ -20,6 +20,8 @@ from dcconvert.export.variants import VARIANTS, write_variant
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.planning.layout import Bucket
 
+pytestmark = pytest.mark.slow
+
 BUCKETS = (Bucket(1, 6, 1, 6, 6), Bucket(1, 16, 1, 16, 16), Bucket(3, 18, 3, 6, 6), Bucket(3, 48, 3, 16, 16))
 DEVICE = Device(RTX, "1.2.3")
 GRAPHS = ("route", "denoise")

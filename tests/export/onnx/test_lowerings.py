@@ -33,7 +33,7 @@ class Case:
     inputs: Callable[..., tuple[Tensor, ...]]
     axes: tuple[tuple[str, ...], ...]
     sizes: tuple[tuple[int, ...], ...]
-    constants: tuple[float, ...] = ()
+    constants: tuple[float | torch.dtype, ...] = ()
 
 
 def rows_summing_to_one(*shape: int) -> Tensor:
@@ -120,12 +120,18 @@ def no_keys_inputs(batch: int, queries: int) -> tuple[Tensor, ...]:
     return *given, mask
 
 
+def rows_of_numbers(batch: int) -> tuple[Tensor, ...]:
+    return (100 * torch.randn(batch, WIDTH),)
+
+
 TILED = ("tiles", "tile_tokens")
 ROWS = ("rows", "heads", "row_tokens")
 CHUNK_SIZES = ((3, 4, 6), (1, 1, 1), (5, 2, 9), (2, 8, 3))
 GRID_SIZES = ((3, 8), (1, 1), (1, 5), (6, 2), (2, 17))
 
 CASES: dict[str, Case] = {
+    "to half": Case(torch.ops.aten.to.dtype, rows_of_numbers, (("batch",),), ((3,), (1,), (7,)), (torch.float16,)),
+    "to integers": Case(torch.ops.aten.to.dtype, rows_of_numbers, (("batch",),), ((3,), (5,)), (torch.int64,)),
     "chunk": Case(ops.chunk.default, chunk_inputs(3), (("batch",), TILED, TILED), CHUNK_SIZES),
     "chunk, one member": Case(ops.chunk.default, chunk_inputs(1), (("batch",), TILED, TILED), CHUNK_SIZES),
     "dechunk": Case(ops.dechunk.default, dechunk_inputs(4), (("batch",), TILED, ("batch",), ("batch",)), CHUNK_SIZES),

@@ -99,6 +99,7 @@ def test_buffers_go_to_the_next_run_when_one_is_over(carry_model, carry_onnx):
     assert static.steps == steps
 
 
+@pytest.mark.slow
 def test_text_of_the_next_run_is_copied_into_the_buffers_that_are_there(tmp_path):
     """Cross-attention's keys are computed once in a run; a new run takes over what is bound, with another text."""
     module, args, kwargs = made(FAMILIES["pixart"])

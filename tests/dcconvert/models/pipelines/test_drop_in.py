@@ -17,6 +17,8 @@ from dcconvert import Converted, UnsupportedModelError, UsageError, load
 from dcconvert.models.pipelines.drop_in import DropIn
 from tests.passes.harness import relative
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformers", reason="pipelines with text need transformers: pip install 'dcconvert[test]'")
 
 STEPS = 4
