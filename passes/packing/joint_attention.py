@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
-from dcconvert.passes.frontend.token_stream import same
+from dcconvert.passes.frontend.cuts import same
 from dcconvert.passes.ir.node_args import integer, integers, nodes
 
 if TYPE_CHECKING:
