@@ -13,7 +13,7 @@ from benchmarks.families import BATCH, HEADS, POOLED, SIDE, TEXT, TEXT_WIDTH, WI
 Kwargs = dict[str, Any]
 Made = tuple[Kwargs, Kwargs]  # the configuration of a class, and one call
 
-LAYERS, FRAMES = 4, 3
+LAYERS, FRAMES = 4, 5
 GRID = SIDE // 2  # tokens along a side
 TOKENS = GRID * GRID
 ROPE = (4, 6, 6)
@@ -226,6 +226,7 @@ def flux2() -> Made:
 @model("Flux3Transformer2DModel", 1.0)
 def flux3() -> Made:
     config = {**flux_like(), "axes_dims_rope": (4, 4, 4, 4), "timestep_channels": 16, "cond_in_channels": 16}
+    config["num_single_layers"] = 5  # the first and the last one differ from the others
     return config, flux_call(img_ids=places(4), txt_ids=torch.zeros(TEXT, 4))
 
 

@@ -95,8 +95,8 @@ def wan_animate() -> Made:
 @model("LTXVideoTransformer3DModel")
 def ltx() -> Made:
     config = size(num_layers=LAYERS, in_channels=16, out_channels=16, cross_attention_dim=WIDTH)
-    call = {"hidden_states": patches(16, 3 * 16), "encoder_hidden_states": text(), "timestep": steps()}
-    call |= {"encoder_attention_mask": text_mask().float(), "num_frames": 3, "height": GRID, "width": GRID}
+    call = {"hidden_states": patches(16, FRAMES * GRID * GRID), "encoder_hidden_states": text(), "timestep": steps()}
+    call |= {"encoder_attention_mask": text_mask().float(), "num_frames": FRAMES, "height": GRID, "width": GRID}
     return {**config, "caption_channels": TEXT_WIDTH}, call
 
 
@@ -105,8 +105,12 @@ def sana_wm_refiner() -> Made:
     config = size(num_layers=LAYERS, in_channels=16, out_channels=16, cross_attention_dim=WIDTH)
     config |= {"caption_channels": TEXT_WIDTH, "audio_in_channels": 4, "audio_out_channels": 4}
     config |= {"audio_num_attention_heads": 2, "audio_attention_head_dim": 8, "audio_cross_attention_dim": 16}
-    rotary = (torch.randn(BATCH, 48, WIDTH), torch.randn(BATCH, 48, WIDTH))
-    call = {"hidden_states": patches(16, 48), "encoder_hidden_states": text(), "timestep": steps().unsqueeze(1)}
+    rotary = (torch.randn(BATCH, FRAMES * GRID * GRID, WIDTH), torch.randn(BATCH, FRAMES * GRID * GRID, WIDTH))
+    call = {
+        "hidden_states": patches(16, FRAMES * GRID * GRID),
+        "encoder_hidden_states": text(),
+        "timestep": steps().unsqueeze(1),
+    }
     return config, {**call, "video_rotary_emb": rotary}
 
 
@@ -115,9 +119,13 @@ def ltx2() -> Made:
     config = size(num_layers=LAYERS, in_channels=16, out_channels=16, cross_attention_dim=WIDTH)
     config |= {"caption_channels": TEXT_WIDTH, "audio_in_channels": 4, "audio_out_channels": 4}
     config |= {"audio_num_attention_heads": 2, "audio_attention_head_dim": 8, "audio_cross_attention_dim": 16}
-    call = {"hidden_states": patches(16, 48), "audio_hidden_states": patches(4, 9), "timestep": steps()}
+    call = {
+        "hidden_states": patches(16, FRAMES * GRID * GRID),
+        "audio_hidden_states": patches(4, 9),
+        "timestep": steps(),
+    }
     call |= {"encoder_hidden_states": text(), "audio_encoder_hidden_states": text()}
-    return config, {**call, "num_frames": 3, "height": GRID, "width": GRID, "audio_num_frames": 9}
+    return config, {**call, "num_frames": FRAMES, "height": GRID, "width": GRID, "audio_num_frames": 9}
 
 
 @model("HunyuanVideoTransformer3DModel")
@@ -174,7 +182,7 @@ def mochi() -> Made:
 
 @model("CosmosTransformer3DModel")
 def cosmos() -> Made:
-    config = size(num_layers=LAYERS, **LATENTS, text_embed_dim=TEXT_WIDTH, adaln_lora_dim=8, max_size=(4, 16, 16))
+    config = size(num_layers=LAYERS, **LATENTS, text_embed_dim=TEXT_WIDTH, adaln_lora_dim=8, max_size=(8, 16, 16))
     return {**config, "concat_padding_mask": False}, wan_call(fps=30)  # a padding mask needs torchvision
 
 
@@ -192,7 +200,7 @@ def allegro() -> Made:
 
 def cogvideox_config(**more: Any) -> Kwargs:
     config = size(num_layers=LAYERS, **LATENTS, time_embed_dim=POOLED, text_embed_dim=TEXT_WIDTH, sample_width=SIDE)
-    config |= {"sample_height": SIDE, "sample_frames": 9, "max_text_seq_length": TEXT}
+    config |= {"sample_height": SIDE, "sample_frames": 4 * FRAMES - 3, "max_text_seq_length": TEXT}
     return {**config, **more}
 
 

@@ -76,8 +76,8 @@ def find_cuts(program: Program, stream: Sequence[Node], tokens: int, single: boo
     """Cut points of a stream by liveness, in graph order. If several have the same `node`, it is the last with the
     fewest other tokens.
 
-    A value that later blocks need is not live any longer because it is an output too. `single`: cuts inside single streams count
-    too.
+    A value that later blocks need is not live any longer because it is an output too. `single`: cuts inside single
+    streams count too.
     """
     position = {node: i for i, node in enumerate(stream)}
     last_use = {node: last_used(node, position) for node in stream}

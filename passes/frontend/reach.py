@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from dcconvert.passes.frontend.cuts import ATTENTION, dependents
+from dcconvert.passes.frontend.cuts import ATTENTION, dependents, main_stream
 from dcconvert.passes.ir.graph_tools import module_path
+from dcconvert.passes.ir.node_args import operand
 from dcconvert.passes.ir.program import Program, Reach
 
 aten = torch.ops.aten
@@ -34,8 +35,7 @@ def trunk_nodes(program: Program, start: Node, ends: Sequence[Node]) -> list[Nod
 def reach_of(program: Program, head: int, tail: int) -> Reach:
     """What the program's trunk holds, between `head` and `tail` blocks."""
     stream, (start, end) = program.found_stream(), program.found_trunk()
-    image = next(node for node in program.graph.nodes if node.name == program.image)
-    attentions = [node for node in dependents(program, [image]) if node.target is ATTENTION]
+    attentions = [node for node in main_stream(program, stream.patchify) if node.target is ATTENTION]
     trunk = trunk_nodes(program, start, (end, *stream.contexts.get(end, ())))
     blocks = stream.boundaries
     whole = trunk_nodes(program, blocks[0], (blocks[-1], *stream.contexts.get(blocks[-1], ())))
@@ -81,13 +81,13 @@ def work(node: Node) -> float:
         return 0.0
     count = elements(value)
     if node.target is ATTENTION:
-        query, key = (source.meta["val"] for source in node.args[:2])  # type: ignore[union-attr]
+        key = operand(node, 1).meta["val"]
         return 2.0 * count * int(key.shape[-2]) if not isinstance(key.shape[-2], torch.SymInt) else 0.0
     if node.target in CONVOLUTIONS:
-        weight = node.args[1].meta["val"]  # type: ignore[union-attr]
+        weight = operand(node, 1).meta["val"]
         return float(count * math.prod(map(int, weight.shape[1:])))
     if node.target in PRODUCTS:
-        return float(count * int(node.args[0].meta["val"].shape[-1]))  # type: ignore[union-attr]
+        return float(count * int(operand(node).meta["val"].shape[-1]))
     return 0.0
 
 

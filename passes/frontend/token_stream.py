@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -200,7 +201,7 @@ def without_taps(program: Program, found: Found) -> tuple[int, int]:
         ends |= {block, block + 1} if at is None else {at}
         blocked |= {block} if at is None else set()
     limits = sorted(ends)
-    runs = [(a, b) for a, b in zip(limits, limits[1:], strict=False) if not (b == a + 1 and a in blocked)]
+    runs = [(a, b) for a, b in pairwise(limits) if not (b == a + 1 and a in blocked)]
     return max(runs, key=lambda run: run[1] - run[0], default=(0, 0))
 
 

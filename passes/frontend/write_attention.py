@@ -13,6 +13,7 @@ from torch.fx import Node
 from dcconvert.passes.frontend.canonicalise import CASTS
 from dcconvert.passes.frontend.merged_batch import axes_of, order_of, split_batch
 from dcconvert.passes.ir.graph_tools import remove_dead_code
+from dcconvert.passes.ir.node_args import operand
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
 from dcconvert.passes.ir.program import Program
 
@@ -51,7 +52,8 @@ class WriteAttention(Pass):
        batch axes (samples, heads). Samples and heads that were merged into one axis are taken apart again.
     2. Scores may be multiplied with numbers and with tensors that are the same for all queries and keys, and masked by
        an added tensor or by large negative values.
-    3. The softmax may be in another precision. Weights that have other users are still computed for them.
+    3. Keys and values that several heads of queries share are repeated for each of them.
+    4. The softmax may be in another precision. Weights that have other users are still computed for them.
     """
 
     optional = True
@@ -72,9 +74,26 @@ class WriteAttention(Pass):
                 made.meta["stack_trace"] = node.meta.get("stack_trace")
                 node.replace_all_uses_with(made)
                 matches += 1
+        matches += sum(repeat_keys(program, node) for node in list(program.graph.nodes))
         if matches:
             remove_dead_code(program.graph)
-        return PassResult(matches, (f"{matches} attention ops were written by hand",) if matches else ())
+        return PassResult(matches, (f"{matches} attention ops written anew",) if matches else ())
+
+
+def repeat_keys(program: Program, node: Node) -> bool:
+    """Give every head of queries keys and values of its own, if several share them; False for any other op."""
+    if node.target is not aten.scaled_dot_product_attention.default or not node.kwargs.get("enable_gqa"):
+        return False
+    heads = int(operand(node).meta["val"].shape[1])
+    with program.graph.inserting_before(node):
+        for place in (1, 2):
+            value = operand(node, place)
+            _, own, *rest = value.meta["val"].shape
+            if int(own) != heads:
+                copies = program.emit(aten.stack.default, ([value] * (heads // int(own)), 2))
+                node.update_arg(place, program.emit(aten.reshape.default, (copies, [-1, heads, *map(int, rest)])))
+    node.kwargs = {name: value for name, value in node.kwargs.items() if name != "enable_gqa"}
+    return True
 
 
 def product_of(node: Any) -> Product | None:
@@ -105,14 +124,13 @@ def product_of(node: Any) -> Product | None:
 
 def weights_of(product: Product) -> tuple[Node | None, int]:
     """The softmax over the last axis that one operand of a product is, apart from its type, and which operand."""
-    for which, operand in enumerate(product.operands):
-        while operand.target in CASTS:
-            operand = operand.all_input_nodes[0]
-        if operand.target in SOFTMAX:
-            rank = operand.meta["val"].ndim
-            axis = operand.args[1]
+    for which, source in enumerate(product.operands):
+        while source.target in CASTS:
+            source = source.all_input_nodes[0]
+        if source.target in SOFTMAX:
+            rank, axis = source.meta["val"].ndim, source.args[1]
             if isinstance(axis, int) and axis % rank == rank - 1 and rank in (3, 4):
-                return operand, which
+                return source, which
     return None, 0
 
 
@@ -190,8 +208,8 @@ def written(program: Program, node: Node, product: Product, which: int, scores: 
         q = layout.heads(first.operands[of_query], first.letters[of_query], [query, *shared])
         k = layout.heads(first.operands[1 - of_query], first.letters[1 - of_query], [key, *shared])
         v = layout.heads(product.operands[1 - which], values, [key, *made])
-        for operand in scores.factors:
-            q = program.emit(aten.mul.Tensor, (q, layout.of_scores(operand, first.result, [query, key])))
+        for factor in scores.factors:
+            q = program.emit(aten.mul.Tensor, (q, layout.of_scores(factor, first.result, [query, key])))
         mask = layout.mask(scores, first.result, [query, key], q)
         like = product.operands[1 - which].meta["val"].dtype
         q, k = (x if x.meta["val"].dtype == like else program.emit(aten.to.dtype, (x, like)) for x in (q, k))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from dcconvert.passes.frontend.cuts import ancestors, dependents, is_token_tensor
+from dcconvert.passes.frontend.reach import trunk_nodes
 from dcconvert.passes.ir.errors import UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import remove_dead_code, run_nodes, where
 from dcconvert.passes.ir.node_args import integers, operand
