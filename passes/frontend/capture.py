@@ -53,23 +53,35 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
                 lambda given: export(module, *given, dynamic=False), plain_graph, example, batch_of(example)
             )
         except UnsupportedModelError as other:
+            if str(other) == str(error):
+                raise error from None
             raise UnsupportedModelError(f"{error}; with a fixed batch: {other}") from error
         return program_of(fixed, graph, example, method)
 
 
-def attributes_of(module: nn.Module) -> dict[nn.Module, dict[str, Any]]:
-    """What every part of a module holds, with copies of its lists and dictionaries."""
-    return {
-        part: {name: copy(value) if isinstance(value, list | dict) else value for name, value in part.__dict__.items()}
-        for part in module.modules()
-    }
+def attributes_of(module: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
+    """What the parts of a module, and plain objects in them, hold; with copies of their lists and dictionaries."""
+    parts = list(module.modules())
+    plain = [value for part in parts for value in part.__dict__.values() if is_plain_object(value)]
+    return [
+        (one, {name: copy(value) if isinstance(value, list | dict) else value for name, value in one.__dict__.items()})
+        for one in (*parts, *plain)
+    ]
 
 
-def give_attributes(known: Mapping[nn.Module, dict[str, Any]]) -> None:
+def is_plain_object(value: Any) -> bool:
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, type | nn.Module | Tensor)
+        and not callable(getattr(value, "__get__", None))
+    )
+
+
+def give_attributes(known: Sequence[tuple[Any, dict[str, Any]]]) -> None:
     """Undo what a failed capture has left in a module."""
-    for part, attributes in known.items():
-        part.__dict__.clear()
-        part.__dict__.update(attributes)
+    for one, attributes in known:
+        one.__dict__.clear()
+        one.__dict__.update(attributes)
 
 
 def run_once(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

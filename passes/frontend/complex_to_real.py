@@ -30,7 +30,7 @@ class RealNumbers(GraphPass):
     def call(self, module: GraphModule) -> PassResult:
         matches = 0
         for node in list(module.graph.nodes):
-            if node.target is aten.view_as_real.default:
+            if node.target is aten.view_as_real.default and node.all_input_nodes[0].op != "placeholder":
                 rewrite(module, node)
                 matches += 1
         remove_dead_code(module.graph)

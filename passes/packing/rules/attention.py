@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from dcconvert.passes.frontend.cuts import same
 from dcconvert.passes.ir.errors import UsageError
+from dcconvert.passes.ir.node_args import operand
 from dcconvert.passes.packing.joint_attention import Joint
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules.registry import rule
@@ -96,10 +97,18 @@ def checked_mask(packer: Packer, node: Node, mask: Node | None) -> Node | None:
     """A mask of keys [B, 1, 1, N], boolean or added to the scores; raises UnsupportedModelError for any other."""
     if mask is None:
         return None
+    mask = unexpanded(mask)
     shape = mask.meta["val"].shape
     if packer.in_trunk(mask) or tuple(shape[1:-1]) != (1, 1) or not same(shape[0], packer.program.batch):
         raise packer.refuse(node, f"only key masks [B, 1, 1, N] are supported, and its mask is {list(shape)}")
     return packer.outside(mask)
+
+
+def unexpanded(mask: Node) -> Node:
+    """A mask of keys that was expanded for all heads and queries, as it was before."""
+    while mask.target is aten.expand.default and tuple(operand(mask).meta["val"].shape[1:-1]) == (1, 1):
+        mask = operand(mask)
+    return mask
 
 
 def key_mask(packer: Packer, mask: Node, joint: Joint | None) -> Node:
@@ -196,6 +205,7 @@ def cross_attention(packer: Packer, node: Node, given: dict[str, Any], q: Packed
     if packer.packing == "bins":
         raise UsageError("this model has cross-attention, which needs one sample per row: use packing='rows'")
     mask = given.get("attn_mask")
+    mask = unexpanded(mask) if isinstance(mask, Node) else mask
     if isinstance(mask, Node) and mask.meta["val"].ndim > 1 and mask.meta["val"].shape[-2] != 1:
         raise packer.refuse(node, "its mask depends on the token's position")
     key, value = (packer.outside(given[name]) for name in ("key", "value"))

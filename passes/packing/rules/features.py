@@ -96,6 +96,17 @@ def along_an_axis(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     return x.at(packer.again(node, x.node, axis, *node.args[2:], **node.kwargs))
 
 
+@rule(aten.constant_pad_nd.default)
+def pad(packer: Packer, node: Node, layout: Layout) -> PackedValue:
+    """Constant values beside the features."""
+    x = packer.get(operand(node), layout)
+    widths, rank = integers(node, 1), node.meta["val"].ndim
+    padded = {rank - 1 - place // 2 for place, width in enumerate(widths) if width}
+    if padded & {x.batch, x.token}:
+        raise packer.refuse(node, "it pads samples or tokens")
+    return x.at(packer.again(node, x.node, *node.args[1:]))
+
+
 @rule(aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default)
 def same_shape(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     """A new value to be filled, in the shape of another."""

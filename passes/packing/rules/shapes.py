@@ -135,17 +135,6 @@ def repeat(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     return x.at(packer.again(node, x.node, times))
 
 
-@rule(aten.constant_pad_nd.default)
-def pad(packer: Packer, node: Node, layout: Layout) -> PackedValue:
-    """Constant values beside the features."""
-    x = packer.get(operand(node), layout)
-    widths, rank = integers(node, 1), node.meta["val"].ndim
-    padded = {rank - 1 - place // 2 for place, width in enumerate(widths) if width}
-    if padded & {x.batch, x.token}:
-        raise packer.refuse(node, "it pads samples or tokens")
-    return x.at(packer.again(node, x.node, *node.args[1:]))
-
-
 @rule(aten.flip.default, aten.roll.default, moves_only=True)
 def turn(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     """Another order along feature axes."""

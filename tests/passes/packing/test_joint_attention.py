@@ -166,6 +166,40 @@ def test_a_mask_of_keys(text_at):
     check_trunk(body, grid, torch.randn(BATCH, TEXT, WIDTH), other, token_axis=1)
 
 
+@pytest.mark.parametrize("at", ["start", "end"])
+def test_what_is_written_over_exactly_the_grid(at):
+    """Rotary embeddings of the image alone, in a value that holds the text too."""
+
+    def body(h: Tensor, text: Tensor) -> Tensor:
+        begin, end = (TEXT, TEXT + h.shape[1]) if at == "start" else (0, h.shape[1])
+
+        def turn(x: Tensor) -> Tensor:
+            return torch.slice_scatter(x, torch.sin(x[:, :, begin:end]), 2, begin, end)
+
+        both = torch.cat([text, h] if at == "start" else [h, text], 1)
+        return attend(both, turn)[:, begin:end]
+
+    check_trunk(body, torch.randn(BATCH, TEXT, WIDTH))
+
+
+def test_what_is_written_over_other_tokens_is_refused():
+    def body(h: Tensor, text: Tensor) -> Tensor:
+        both = torch.cat([text, h], 1)
+        return torch.slice_scatter(both, torch.sin(both[:, :TEXT]), 1, 0, TEXT)[:, TEXT:]
+
+    with pytest.raises(UnsupportedModelError, match=r"writes over tokens 0 to 5, which are not exactly the grid's"):
+        pack(body, H, torch.zeros(BATCH, TEXT, WIDTH))
+
+
+@pytest.mark.parametrize("text_last", [False, True])
+def test_queries_of_the_grid_alone(text_last):
+    def body(h: Tensor, text: Tensor) -> Tensor:
+        k = torch.cat([heads(h), heads(text)] if text_last else [heads(text), heads(h)], 2)
+        return F.scaled_dot_product_attention(heads(h * 3), k, torch.sin(k)).transpose(1, 2).flatten(2)
+
+    check_trunk(body, torch.randn(BATCH, TEXT, WIDTH))
+
+
 def test_a_mask_of_pairs_is_refused():
     def body(h: Tensor, text: Tensor) -> Tensor:
         both = heads(outer(h, text))
