@@ -1,18 +1,19 @@
 """Which of diffusers' transformer classes dcconvert converts, and how much of each one its trunk holds.
 
-    python -m benchmarks.coverage            # some minutes; --only CLASS ... tries some of them
+    python -m benchmarks.coverage            # ten minutes or more; --only CLASS ... tries some of them
 
-Models are the real classes in small configurations with random weights (benchmarks/coverage_models.py). For each class
-and mode: the attention ops in the trunk out of those on the image's path, the error with every token kept, or the
-reason why it is not converted. Classes without a configuration are listed too.
+Models are the real classes in small configurations with random weights (benchmarks/coverage_models.py and
+coverage_video.py). For each class and mode: the attention ops in the trunk out of those on the image's path, the share
+of the operations that can shrink, the error with every token kept, or the reason why it is not converted. Classes
+without a configuration are listed too.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from dcconvert.passes.pipeline import rewrite
 from dcconvert.passes.planning.schedule import Policy
 from dcconvert.passes.runtime.model import DynamicModel
 
-CHECKED = ("carry", "chunk")
+MODES = ("carry", "chunk")
 GIVEN_GRIDS = {"LTXVideoTransformer3DModel": (20, 4), "SanaWMLTX2RefinerTransformer3DModel": (20, 4)}
 # Why a class has no configuration here.
 NOT_TRIED = {
@@ -77,36 +78,31 @@ def measured(name: str, mode: str) -> dict[str, Any]:
         model = converted(name, mode)
     except Exception as error:  # any other type than DcconvertError is a fault that the table shows
         return {**row, "reason": " ".join(str(error).split()), "error": type(error).__name__}
-    inputs = dict(zip(model.spec.inputs, example(name), strict=True))
-    identity = check_identity(model, inputs)
-    facts = {"grid": list(model.spec.grid), "blocks": model.spec.depth}
-    reach = model.spec.reach
-    assert reach is not None
-    facts |= {"attentions": [reach.held, reach.attentions], "share": round(reach.share, 3), "notes": reach.notes[1:]}
-    return {**row, **facts, "identity": identity.value, "passed": identity.passed}
-
-
-def example(name: str) -> list[Any]:
-    """The flat inputs of the call that a class was captured on."""
     _, call = made(name)
-    return pytree.tree_leaves(((), call))
+    inputs = dict(zip(model.spec.inputs, pytree.tree_leaves(((), call)), strict=True))
+    reach, identity = model.spec.reach, check_identity(model, inputs).value
+    assert reach is not None
+    facts = {"attentions": [reach.held, reach.attentions], "share": round(reach.share, 3), "notes": reach.notes[1:]}
+    return {**row, **facts, "identity": identity}
 
 
-def main(words: list[str] | None = None, modes: Iterable[str] = CHECKED) -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="*", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--output", type=Path, default=None, help=f"[{RESULTS / 'coverage.json'}]")
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=["carry"])
+    parser.add_argument("--output", type=Path, default=RESULTS / "coverage.json", help="rows of other classes are kept")
     args = parser.parse_args(words)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    rows = []
+    known = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
+    rows = {(row["class"], row["mode"]): row for row in known}
     for name in args.only:
-        for mode in modes:
-            rows.append(measured(name, mode))
-            row = rows[-1]
+        for mode in args.modes:
+            row = rows[name, mode] = measured(name, mode)
             said = row.get("reason") or f"{row['attentions'][0]} of {row['attentions'][1]}, {row['identity']:.0e}"
             print(f"{name}, {mode}: {said}", flush=True)
-    print(f"Results: {write_result('coverage', {'not tried': NOT_TRIED}, rows, args.output)}")
+            ordered = [rows[key] for key in sorted(rows)]
+            write_result("coverage", {"not tried": NOT_TRIED}, ordered, args.output)  # after each: it takes long
 
 
 if __name__ == "__main__":

@@ -125,12 +125,11 @@ def with_plain_ends(stream: Sequence[Node], cuts: Sequence[Cut], boundaries: lis
         between = stream[position[earlier.last] + 1 : position[later.last] + 1]
         return all(node.target in targets for node in between)
 
-    if boundaries[0].start is not None and first > 0 and cuts[first - 1].start is None:
-        if only({aten.cat.default}, cuts[first - 1], cuts[first]):
-            boundaries = [cuts[first - 1], *boundaries[1:]]
-    if boundaries[-1].start is not None and last + 1 < len(cuts) and cuts[last + 1].start is None:
-        if only(PARTS, cuts[last], cuts[last + 1]):
-            boundaries = [*boundaries[:-1], cuts[last + 1]]
+    earlier, later = cuts[max(first - 1, 0)], cuts[min(last + 1, len(cuts) - 1)]
+    if boundaries[0].start is not None and earlier.start is None and only({aten.cat.default}, earlier, cuts[first]):
+        boundaries = [earlier, *boundaries[1:]]
+    if boundaries[-1].start is not None and later.start is None and only(PARTS, cuts[last], later):
+        boundaries = [*boundaries[:-1], later]
     return boundaries
 
 

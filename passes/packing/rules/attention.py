@@ -26,8 +26,8 @@ ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 def attention(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     """Self-attention over each sample's kept tokens, or cross-attention from them to per-sample keys."""
     given: dict[str, Any] = dict(zip(ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
-    if given.get("dropout_p") or given.get("is_causal"):
-        raise packer.refuse(node, "attention with dropout or a causal mask is not supported")
+    if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
+        raise packer.refuse(node, "attention with dropout, a causal mask or grouped queries is not supported")
     if any(packer.joint(given[name]) for name in ARGUMENTS[:3]):
         return joint_attention(packer, node, given)
     tokenwise = [packer.in_trunk(given[name]) for name in ("key", "value")]

@@ -120,7 +120,7 @@ def expand(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     if len(before) != len(after):
         raise packer.refuse(node, "it adds axes in front of the batch axis")
     if any(before[axis] != after[axis] for axis in (x.batch, x.token)):
-        raise packer.refuse(node, "it copies samples or tokens")
+        raise packer.refuse(node, "it makes copies along the batch or token axis")
     sizes = [-1 if old == new else new for old, new in zip(before, after, strict=True)]
     return x.at(packer.again(node, x.node, sizes))
 
@@ -131,7 +131,7 @@ def repeat(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     x = packer.get(operand(node), layout)
     times = integers(node, 1)
     if len(times) != x.node.meta["val"].ndim or times[x.batch] != 1 or times[x.token] != 1:
-        raise packer.refuse(node, "it repeats samples or tokens")
+        raise packer.refuse(node, "it makes copies along the batch or token axis")
     return x.at(packer.again(node, x.node, times))
 
 
@@ -141,7 +141,7 @@ def turn(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     x = packer.get(operand(node), layout)
     axes = integers(node, 2 if node.target is aten.roll.default else 1)
     if {axis % node.meta["val"].ndim for axis in axes} & {x.batch, x.token}:
-        raise packer.refuse(node, "it changes the order of samples or tokens")
+        raise packer.refuse(node, "it changes the order along the batch or token axis")
     return x.at(packer.again(node, x.node, *node.args[1:]))
 
 

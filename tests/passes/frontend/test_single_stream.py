@@ -104,5 +104,5 @@ class Shuffled(Single):
 
 
 def test_other_orders_of_the_tokens_are_refused():
-    with pytest.raises(UnsupportedModelError, match="it changes the order of samples or tokens"):
+    with pytest.raises(UnsupportedModelError, match="it changes the order along the batch or token axis"):
         rewrite(Shuffled(), tiny_inputs(), {}, method_of("carry"), HALF, timestep_scale=1.0)
