@@ -47,7 +47,7 @@ def is_of_grid(node: Node, tokens: int) -> bool:
 
 
 def same_size(size: int | torch.SymInt, wanted: int) -> bool:
-    return not isinstance(size, torch.SymInt) and size == wanted
+    return not isinstance(size, torch.SymInt) and bool(size == wanted)
 
 
 def longest_runs(segments: Ops) -> Iterator[list[int]]:

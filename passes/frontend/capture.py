@@ -50,7 +50,7 @@ def capture(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
         run_once(module, *example)  # what a model stores at its first call is made of real tensors then
         try:
             fixed, graph = symbolic(
-                lambda given: export(module, *given, dynamic=False), plain_graph, example, batch_of(example)
+                lambda given: export(module, given[0], given[1], dynamic=False), plain_graph, example, batch_of(example)
             )
         except UnsupportedModelError as other:
             if str(other) == str(error):

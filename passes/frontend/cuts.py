@@ -161,9 +161,8 @@ def is_token_tensor(node: Node, batch: torch.SymInt, tokens: int | None = None) 
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.ndim != 3 or not same(value.shape[0], batch):
         return False
-    if isinstance(value.shape[1], torch.SymInt):
-        return False
-    return tokens is None or bool(value.shape[1] == tokens)
+    count: int | torch.SymInt = value.shape[1]
+    return not isinstance(count, torch.SymInt) and (tokens is None or count == tokens)
 
 
 def same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:

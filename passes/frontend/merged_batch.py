@@ -62,7 +62,7 @@ def is_merged(program: Program, node: Node) -> bool:
 
 
 def has_samples(program: Program, value: Tensor) -> bool:
-    return any(isinstance(size, torch.SymInt) and divided(program, size) is not None for size in value.shape)
+    return any(divided(program, size) is not None for size in value.shape)
 
 
 def divided(program: Program, size: Any) -> int | None:

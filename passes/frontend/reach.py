@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def share_of_grid(node: Node, tokens: int, sizes: set[int]) -> float:
     value = node.meta["val"]
     if not isinstance(value, Tensor) or value.ndim < 3:
         return 0.0
-    found = [size for size in value.shape[1:-1] if not isinstance(size, torch.SymInt) and size in sizes]
+    found = [size for size in plain_sizes(value.shape[1:-1]) if size in sizes]
     return min(tokens / found[0], 1.0) if found and found[0] >= tokens else 0.0
 
 
@@ -93,4 +94,9 @@ def work(node: Node) -> float:
 
 def elements(value: Tensor) -> int:
     """The elements of one sample: symbolic sizes count as one."""
-    return math.prod(int(size) for size in value.shape if not isinstance(size, torch.SymInt))
+    return math.prod(plain_sizes(value.shape))
+
+
+def plain_sizes(shape: Iterable[Any]) -> list[int]:
+    """The sizes that are not symbolic."""
+    return [int(size) for size in shape if not isinstance(size, torch.SymInt)]

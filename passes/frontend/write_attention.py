@@ -137,7 +137,12 @@ def weights_of(product: Product) -> tuple[Node | None, int]:
 def scores_of(softmax: Node) -> Scores | None:
     """The product whose softmax is taken, and what was done to it; None for anything else."""
     node: Any = softmax.args[0]
-    factor, factors, hidden, biases = 1.0, [], [], []
+    source: Any
+    rest: list[Any]
+    factor = 1.0
+    factors: list[Node] = []
+    hidden: list[Node] = []
+    biases: list[Node] = []
     while isinstance(node, Node):
         product = product_of(node)
         if product is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -50,7 +52,7 @@ def product(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     return x.at(packer.again(node, x.node, packer.outside(operand(node, 1))))
 
 
-AXES = {aten.linalg_vector_norm.default: 2}  # where an op has its axes, if not at 1
+AXES: dict[Any, int] = {aten.linalg_vector_norm.default: 2}  # where an op has its axes, if not at 1
 
 
 @rule(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,11 +39,11 @@ class Single(TinyModel):
         return self.final(x[:, OTHERS:] if self.before else x[:, :TOKENS])
 
 
-CASES = {"before": {}, "behind": {"before": False}, "in the middle": {"at": 2}}
+CASES: dict[str, dict[str, int]] = {"before": {}, "behind": {"before": False}, "in the middle": {"at": 2}}
 
 
-def converted(mode: str, **options: int) -> tuple[DynamicModel, Single]:
-    module = Single(**options)  # type: ignore[arg-type]
+def converted(mode: str, **options: Any) -> tuple[DynamicModel, Single]:
+    module = Single(**options)
     return rewrite(module, tiny_inputs(), {}, method_of(mode), HALF, timestep_scale=1.0), module
 
 
