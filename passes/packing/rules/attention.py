@@ -28,9 +28,11 @@ def attention(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     given: dict[str, Any] = dict(zip(ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
     if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
         raise packer.refuse(node, "attention with dropout, a causal mask or grouped queries is not supported")
+    tokenwise = [packer.in_trunk(given[name]) for name in ("key", "value")]
+    if packer.joint(given["query"]) and not any(tokenwise):
+        return joint_cross_attention(packer, node, given)
     if any(packer.joint(given[name]) for name in ARGUMENTS[:3]):
         return joint_attention(packer, node, given)
-    tokenwise = [packer.in_trunk(given[name]) for name in ("key", "value")]
     layout = "packed" if packer.packing == "varlen" and all(tokenwise) else "grid"
     # Carried values are taken where they were computed, so that only the queries move to the rows, not all three.
     q = packer.moved(given["query"], "grid") if packer.carry else packer.get(given["query"], layout)
@@ -91,6 +93,18 @@ def joint_attention(packer: Packer, node: Node, given: dict[str, Any]) -> Packed
         return q.at(out)
     packer.store_context(node, q.at(packer.emit(aten.slice.Tensor, out, 2, 0, joint.context)))
     return q.at(packer.emit(aten.slice.Tensor, out, 2, joint.context, sys.maxsize))
+
+
+def joint_cross_attention(packer: Packer, node: Node, given: dict[str, Any]) -> PackedValue:
+    """Cross-attention from the grid tokens and from the others, to keys that are no tokens of the stream."""
+    q = packer.moved(given["query"], "grid") if packer.carry else packer.get(given["query"], "grid")
+    others = packer.get(given["query"], "context")
+    if any((x.batch, x.token, x.node.meta["val"].ndim) != (0, 2, 4) for x in (q, others)):
+        raise packer.refuse(node, "queries must be laid out [B, H, N, d]")
+    packer.attentions += 1
+    scale = scale_of(given)
+    packer.store_context(node, cross_attention(packer, node, given, others, scale))
+    return cross_attention(packer, node, given, q, scale)
 
 
 def checked_mask(packer: Packer, node: Node, mask: Node | None) -> Node | None:

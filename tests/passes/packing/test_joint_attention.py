@@ -210,6 +210,18 @@ def test_a_mask_of_pairs_is_refused():
         pack(body, H, torch.zeros(BATCH, TEXT, WIDTH))
 
 
+def test_cross_attention_from_the_grid_and_the_others():
+    """A single stream looks at text that is no part of it."""
+
+    def body(h: Tensor, others: Tensor, text: Tensor) -> Tensor:
+        both = torch.cat([others, h], 1)
+        k = heads(text)
+        both = both + F.scaled_dot_product_attention(heads(both), k, k.sin()).transpose(1, 2).flatten(2)
+        return attend(both)[:, TEXT:]
+
+    check_trunk(body, torch.randn(BATCH, TEXT, WIDTH), torch.randn(BATCH, 7, WIDTH))
+
+
 def test_keys_without_the_others_are_refused():
     def body(h: Tensor, text: Tensor) -> Tensor:
         both = heads(outer(h, text))
