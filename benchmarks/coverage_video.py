@@ -212,12 +212,14 @@ def allegro() -> Made:
     }
     config |= {**LATENTS, "sample_height": SIDE, "sample_width": SIDE, "sample_frames": FRAMES}
     places = get_3d_rotary_pos_embed_allegro(24, ((0, 0), (GRID, GRID)), (GRID, GRID), FRAMES)
-    frequencies, positions = places[:3], tuple(grid.long() for grid in places[3:])
+    frequencies, positions = places[:3], torch.cartesian_prod(*places[3:]).long().T.reshape(3, 1, -1)
     call: Kwargs = {
         "encoder_attention_mask": torch.ones(BATCH, TEXT),
         "attention_mask": torch.ones(BATCH, FRAMES, SIDE, SIDE),
     }
-    return {**config, "caption_channels": TEXT_WIDTH}, wan_call(**call, image_rotary_emb=(frequencies, positions))
+    return {**config, "caption_channels": TEXT_WIDTH}, wan_call(
+        **call, image_rotary_emb=(frequencies, tuple(positions))
+    )
 
 
 def cogvideox_config(**more: Any) -> Kwargs:

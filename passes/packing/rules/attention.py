@@ -90,6 +90,7 @@ def joint_attention(packer: Packer, node: Node, given: dict[str, Any]) -> Packed
         )
         out = packer.emit(torch.ops.dcconvert.padded_attention.default, *rows, longer, scale_of(given))
     if alone:
+        packer.leaves_others(node)
         return q.at(out)
     packer.store_context(node, q.at(packer.emit(aten.slice.Tensor, out, 2, 0, joint.context)))
     return q.at(packer.emit(aten.slice.Tensor, out, 2, joint.context, sys.maxsize))
