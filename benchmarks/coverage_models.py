@@ -424,7 +424,7 @@ def krea2() -> Made:
     config |= {"text_num_key_value_heads": 2, "text_intermediate_size": 32}
     config |= {"num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1}
     words = torch.randn(BATCH, TEXT, 3, TEXT_WIDTH)
-    ids: Kwargs = torch.cat([torch.zeros(TEXT, 3), places()])
+    ids = torch.cat([torch.zeros(TEXT, 3), places()])
     call: Kwargs = {"encoder_hidden_states": words, "position_ids": ids, "encoder_attention_mask": text_mask()}
     return config, {"hidden_states": patches(), "timestep": steps(1.0), **call}
 

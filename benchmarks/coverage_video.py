@@ -387,7 +387,7 @@ def minimax_h3() -> Made:
     length = TEXT + sound + frames
     order = torch.arange(length)
     tags = torch.tensor([1] * TEXT + [2] * sound + [0] * frames)
-    ids: Kwargs = torch.stack([order, order % 4, order % 3], 1).float()
+    ids = torch.stack([order, order % 4, order % 3], 1).float()
     call: Kwargs = {"timestep": torch.tensor([0.7, 0.3]), "timestep_indices": (tags == 2).long(), "token_tags": tags}
     call |= {"position_ids": ids, "text_indices": order[:TEXT], "audio_indices": order[TEXT : TEXT + sound]}
     call |= {

@@ -17,9 +17,9 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from dcconvert.passes.frontend.aliases import aliases_in
-from dcconvert.passes.frontend.fixed_batch import symbolic
-from dcconvert.passes.frontend.regions import inline_regions
+from dcconvert.passes.frontend.exported.aliases import aliases_in
+from dcconvert.passes.frontend.exported.fixed_batch import symbolic
+from dcconvert.passes.frontend.exported.regions import inline_regions
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.ir.graph_tools import placeholders
 from dcconvert.passes.ir.program import Program

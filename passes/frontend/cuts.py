@@ -123,7 +123,7 @@ def joined_starts(program: Program, stream: Sequence[Node], tokens: int) -> dict
         parts, axis = node.args[0], node.args[1] if len(node.args) > 1 else 0
         if axis not in (1, -2) or not isinstance(parts, list | tuple) or len(parts) != 2:
             continue
-        ours = [p for p in parts if p in inside and is_token_tensor(p, program.batch, tokens)]
+        ours = [p for p in parts if isinstance(p, Node) and p in inside and is_token_tensor(p, program.batch, tokens)]
         if len(ours) == 1:
             start = 0 if parts[0] is ours[0] else size_of(node) - tokens
             found.setdefault(size_of(node), set()).add(start)

@@ -137,8 +137,6 @@ def weights_of(product: Product) -> tuple[Node | None, int]:
 def scores_of(softmax: Node) -> Scores | None:
     """The product whose softmax is taken, and what was done to it; None for anything else."""
     node: Any = softmax.args[0]
-    source: Any
-    rest: list[Any]
     factor = 1.0
     factors: list[Node] = []
     hidden: list[Node] = []
@@ -147,7 +145,8 @@ def scores_of(softmax: Node) -> Scores | None:
         product = product_of(node)
         if product is not None:
             return Scores(product, factor * product.factor, factors, hidden, biases)
-        source, *rest = node.args or (None,)
+        given: Any = node.args or (None,)
+        source, rest = given[0], given[1:]
         if node.target in CASTS:
             node = source
         elif node.target in SCALES and isinstance(rest[0], int | float):

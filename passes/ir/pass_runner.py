@@ -160,9 +160,10 @@ def run_one(
     for module in graphs(subject):
         check(module, current.name)
     current.ensures(subject)
-    if current.exact and result.matches:
+    after = count_nodes(graphs(subject))
+    if current.exact and (result.matches or after != before):
         gate(subject, current)
-    after, seconds = count_nodes(graphs(subject)), time.perf_counter() - start
+    seconds = time.perf_counter() - start
     log.info("%s: %d matches, %d -> %d nodes", current.name, result.matches, before, after)
     return PassRecord(current.name, result.matches, result.notes, before, after, seconds)
 

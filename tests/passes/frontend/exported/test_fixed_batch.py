@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcconvert.passes.frontend.aliases import TABLE
 from dcconvert.passes.frontend.capture import capture
+from dcconvert.passes.frontend.exported.aliases import TABLE
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.methods import method_of
 from dcconvert.passes.pipeline import rewrite

@@ -131,7 +131,7 @@ def give_symbolic_values(module: GraphModule, changed: dict[Node, Any], size: in
         users = list(node.users)
         with graph.inserting_after(node if total < node else total):
             row = graph.call_function(aten.slice.Tensor, (node, 0, 0, 1))
-        sizes = [total, *([-1] * (tensor_at(module, node.target).ndim - 1))]
+        sizes: list[Any] = [total, *([-1] * (tensor_at(module, str(node.target)).ndim - 1))]
         with graph.inserting_after(row):
             rows = graph.call_function(aten.expand.default, (row, sizes))
         for user in users:

@@ -31,11 +31,11 @@ def pad(x: Tensor, widths: Sequence[int], mode: str = "constant", value: float |
     return aten.constant_pad_nd.default(x, widths, value or 0.0)
 
 
-def std(x: Tensor, dim: Sequence[int] | None, unbiased: bool = True, keepdim: bool = False) -> Tensor:
+def std(x: Tensor, dim: list[int] | None, unbiased: bool = True, keepdim: bool = False) -> Tensor:
     return torch.std(x, dim, correction=int(unbiased), keepdim=keepdim)
 
 
-def var(x: Tensor, dim: Sequence[int] | None, unbiased: bool = True, keepdim: bool = False) -> Tensor:
+def var(x: Tensor, dim: list[int] | None, unbiased: bool = True, keepdim: bool = False) -> Tensor:
     return torch.var(x, dim, correction=int(unbiased), keepdim=keepdim)
 
 
