@@ -195,9 +195,6 @@ def plain_graph(exported: ExportedProgram) -> GraphModule:
     """An exported program as a graph with flat inputs and outputs."""
     root = exported.module()
     root.graph.set_codegen(CodeGen())  # flat inputs and outputs from here on
-    for node in list(root.graph.nodes):
-        if node.op == "call_module" and not node.users:  # guards of the inputs' sizes
-            root.graph.erase_node(node)
     module = GraphModule(root, root.graph)  # a plain module: same tensors, none of export's hooks
     inline_regions(module)
     return module

@@ -49,7 +49,7 @@ def symbolic(
     """
     larger = with_more_samples(example, size)
     first, second = captured(example), captured(larger)
-    one, two = plain(first), plain(second)
+    one, two = (without_guards(plain(exported)) for exported in (first, second))
     changed = differing(one, two, size)
     give_symbolic_values(one, changed, size)
     with torch.no_grad():
@@ -64,6 +64,14 @@ def symbolic(
                     f"{error:.2g})"
                 )
     return first, one
+
+
+def without_guards(module: GraphModule) -> GraphModule:
+    """A graph without the checks of its inputs' sizes, which hold for one batch size only."""
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and not node.users:
+            module.graph.erase_node(node)
+    return module
 
 
 def differing(one: GraphModule, two: GraphModule, size: int) -> dict[Node, Any]:
