@@ -225,8 +225,7 @@ def latte() -> Call:
         activation_fn="gelu-approximate",
     )
     video = torch.randn(BATCH, CHANNELS, 3, SIDE, SIDE)
-    given = {"encoder_hidden_states": text(), "encoder_attention_mask": torch.ones(BATCH, TEXT)}
-    return module, (video,), {**given, "timestep": steps().long(), **PLAIN}
+    return module, (video,), {"encoder_hidden_states": text(), "timestep": steps().long(), **PLAIN}
 
 
 def wan() -> Call:

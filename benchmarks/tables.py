@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.coverage_table import coverage_table
 from benchmarks.family_table import family_table
 from benchmarks.fitted_table import fitted_rows, note, peer_rows, short_rows
 from benchmarks.gpu_table import chunk_table, gpu_table, onnx_table
@@ -376,6 +377,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "packing_data_set": packing_data_set,
     "packing_batches": packing_batches,
     "packing_plan": packing_plan,
+    "coverage": lambda: coverage_table(read("coverage"), markdown),
     "families": lambda: family_table(read("families_cpu"), markdown) + machine_note(read("families_cpu")),
 }
 

@@ -11,14 +11,12 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.capture import capture, opened
-from dcconvert.passes.frontend.complex_to_real import RealNumbers
 from dcconvert.passes.ir.graph_tools import copied
 from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.ir.spec import ModelSpec, find_inputs
-from dcconvert.passes.methods.method import Method
+from dcconvert.passes.methods.method import SAME_OPS, Method
 from dcconvert.passes.numeric_gate import NumericGate
 from dcconvert.passes.planning.schedule import Timetable
 from dcconvert.passes.planning.step_planner import StepPlanner
@@ -68,7 +66,7 @@ def rewrite(
     program = captured(module, args, kwargs, method, timestep, grid)
     program.router, program.timestep_scale = router, timestep_scale
     beside = copy_graph(program if original is None else captured(original, args, kwargs, method, timestep))
-    run_passes(replace(program, graph_module=beside), (Normalise(), RealNumbers()))
+    run_passes(replace(program, graph_module=beside), SAME_OPS)
     records = run_passes(program, method.pipeline(), dump, NumericGate(program))
     spec = ModelSpec.of(program).with_rows(beside)
     schedule.policy.check(spec.tokens)

@@ -12,14 +12,13 @@ from rich.text import Text
 from dcconvert.export.files import usable_folder
 from dcconvert.models.load import open_source
 from dcconvert.models.own_architecture import as_rewritten
-from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.errors import DcconvertError
 from dcconvert.passes.ir.graph_tools import module_path
 from dcconvert.passes.ir.pass_runner import run_passes
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.ir.spec import StateSpec
-from dcconvert.passes.methods.method import Method
+from dcconvert.passes.methods.method import SAME_OPS, Method
 from dcconvert.passes.pipeline import captured
 from dcconvert.report.notes import state_note
 from dcconvert.terminal import plain
@@ -40,7 +39,7 @@ def inspect_checkpoint(path: Path, method: Method, console: Console, *, dump_gra
         console.print(note, highlight=False)
     args, kwargs = ((), source.example) if isinstance(source.example, dict) else (source.example, None)
     program = captured(source.module, args, kwargs, method, grid=source.grid)
-    run_passes(program, (Normalise(), FindTokenStream()))
+    run_passes(program, (*SAME_OPS, FindTokenStream()))
     print_cuts(program, console)
     try:
         module, _, router, method = as_rewritten(source.module, method.with_prediction(source.prediction))

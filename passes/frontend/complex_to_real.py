@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from dcconvert.passes.frontend.cuts import ancestors
 from dcconvert.passes.ir.errors import UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import emit, give_tensor, read_tensor, remove_dead_code, run_nodes, where
 from dcconvert.passes.ir.pass_runner import GraphPass, PassResult
@@ -29,7 +30,7 @@ class RealNumbers(GraphPass):
     def call(self, module: GraphModule) -> PassResult:
         matches = 0
         for node in list(module.graph.nodes):
-            if node.target is aten.view_as_real.default:
+            if node.target is aten.view_as_real.default and node.all_input_nodes[0].op != "placeholder":
                 rewrite(module, node)
                 matches += 1
         remove_dead_code(module.graph)
@@ -43,7 +44,7 @@ def rewrite(module: GraphModule, node: Node) -> None:
     if product.target is not aten.mul.Tensor or len(factors) != 2 or len(turned) != 1:
         raise UnsupportedModelError(f"{where(product)} uses complex numbers in a way that is not supported")
     [fixed] = [factor for factor in factors if factor is not turned[0]]
-    real, imaginary = constants(module, fixed)
+    real, imaginary = parts_of(module, fixed, node)
     with module.graph.inserting_before(node):
         pair = turned[0].all_input_nodes[0]
         a, b = (emit(module.graph, aten.select.int, (pair, -1, part)) for part in (0, 1))
@@ -54,8 +55,12 @@ def rewrite(module: GraphModule, node: Node) -> None:
     node.replace_all_uses_with(result)
 
 
-def constants(module: GraphModule, node: Node) -> tuple[Node, Node]:
-    """The real and imaginary parts of a value that does not depend on any input, as tensors of the model."""
+def parts_of(module: GraphModule, node: Node, user: Node) -> tuple[Node, Node]:
+    """The real and imaginary parts of a value: tensors of the model, unless it depends on an input."""
+    if isinstance(node.meta.get("val"), torch.Tensor) and depends_on_inputs(module, node):
+        with module.graph.inserting_before(user):
+            pair = emit(module.graph, aten.view_as_real.default, (node,))
+            return tuple(emit(module.graph, aten.select.int, (pair, -1, part)) for part in (0, 1))  # type: ignore[return-value]
     source = node
     while source.target is aten.unsqueeze.default and len(source.users) == 1:
         source = source.all_input_nodes[0]  # the same table is unsqueezed for every use
@@ -70,16 +75,12 @@ def constants(module: GraphModule, node: Node) -> tuple[Node, Node]:
     return parts[0], parts[1]
 
 
+def depends_on_inputs(module: GraphModule, node: Node) -> bool:
+    return any(source.op == "placeholder" for source in ancestors([node]))
+
+
 def evaluated(module: GraphModule, node: Node) -> Any:
-    """The value of a node; raises UnsupportedModelError if it depends on an input."""
-    needed: set[Node] = set()
-    stack = [node]
-    while stack:
-        source = stack.pop()
-        if source not in needed:
-            needed.add(source)
-            stack.extend(source.all_input_nodes)
-    if inputs := [source.name for source in needed if source.op == "placeholder"]:
-        raise UnsupportedModelError(f"a complex rotary embedding depends on input {inputs[0]}, which is not supported")
+    """The value of a node that depends on no input."""
+    needed = ancestors([node])
     ordered = [other for other in module.graph.nodes if other in needed]
     return run_nodes(module, ordered)[node]

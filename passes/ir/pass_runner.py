@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
+from dcconvert.passes.ir.errors import CheckFailedError, DcconvertError, UnsupportedModelError
 from dcconvert.passes.ir.fake_values import check_fake_values, give_fake_values
-from dcconvert.passes.ir.graph_tools import readable
+from dcconvert.passes.ir.graph_tools import readable, where
 from dcconvert.passes.ir.program import Program
 
 log = logging.getLogger(__name__)
@@ -148,18 +148,39 @@ def run_one(
     """Run one pass and check the result; `graphs` returns the graphs of its subject."""
     before, start = count_nodes(graphs(subject)), time.perf_counter()
     current.requires(subject)
-    result = current.call(subject)
+    try:
+        result = current.call(subject)
+    except DcconvertError:
+        raise
+    except Exception as error:  # ops and torch.fx raise any type
+        raise unforeseen(current, error) from error
     if result.matches == 0 and not current.optional:
         reason = "; ".join(result.notes) or "no reason recorded"
         raise UnsupportedModelError(f"{current.name} found nothing to do in this model: {reason}")
     for module in graphs(subject):
         check(module, current.name)
     current.ensures(subject)
-    if current.exact:
+    after = count_nodes(graphs(subject))
+    if current.exact and (result.matches or after != before):
         gate(subject, current)
-    after, seconds = count_nodes(graphs(subject)), time.perf_counter() - start
+    seconds = time.perf_counter() - start
     log.info("%s: %d matches, %d -> %d nodes", current.name, result.matches, before, after)
     return PassRecord(current.name, result.matches, result.notes, before, after, seconds)
+
+
+def unforeseen(current: Rewrite[Any], error: Exception) -> UnsupportedModelError:
+    """One line about an error that no pass or rule expects: the pass, the op it was at, and the reason."""
+    at = ""
+    trace = error.__traceback__
+    while trace is not None:
+        node = trace.tb_frame.f_locals.get("node")
+        at = f" at {where(node)}" if isinstance(node, Node) else at
+        trace = trace.tb_next
+    reason = " ".join(str(error).split())[:200]
+    return UnsupportedModelError(
+        f"{current.name} cannot rewrite this model{at}: {type(error).__name__} {reason}".strip()
+        + "; this is a gap in dcconvert, please report it with this line"
+    )
 
 
 def count_nodes(modules: Iterable[GraphModule]) -> int:

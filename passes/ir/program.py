@@ -28,7 +28,15 @@ class TokenStream:
     width: int
     cuts: list[Node]
     boundaries: list[Node]  # residual stream before block 0, after block 0, ..., after the last block
-    contexts: dict[Node, tuple[Node, ...]] = field(default_factory=dict)  # tokens beside the grid at each cut
+    # Tokens beside the grid at each cut. In a single stream, that is the value itself, which holds the others too, and
+    # `starts` says where the grid's tokens begin in it.
+    contexts: dict[Node, tuple[Node, ...]] = field(default_factory=dict)
+    starts: dict[Node, int] = field(default_factory=dict)
+
+    def beside(self, node: Node) -> int:
+        """How many tokens there are besides those of the grid at a cut."""
+        found = sum(int(value.meta["val"].shape[1]) for value in self.contexts.get(node, ()))
+        return found - self.tokens if node in self.starts else found
 
     @property
     def tokens(self) -> int:
@@ -37,6 +45,22 @@ class TokenStream:
     @property
     def depth(self) -> int:
         return len(self.boundaries) - 1
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How much of a model its trunk holds: attention ops out of those on the image's path, and operations.
+
+    `share`: the operations that can shrink, of all. `head` and `tail`: blocks before and after the trunk. `notes`: what
+    users should know.
+    """
+
+    held: int
+    attentions: int
+    share: float
+    head: int
+    tail: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -55,6 +79,7 @@ class Program:
     example: tuple[Any, ...] = ()  # the flat inputs it was captured on
     stream: TokenStream | None = None
     trunk: tuple[Node, Node] | None = None  # trunk input and trunk output in the graph
+    reach: Reach | None = None
     router: nn.Module | None = None  # the model's own router, for option `own`
     scores: Node | None = None
     plan_inputs: dict[str, Node] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.ir.graph_tools import placeholders, tensor_at
-from dcconvert.passes.ir.program import Program
+from dcconvert.passes.ir.program import Program, Reach
 
 aten = torch.ops.aten
 RETYPES = {aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.clone.default}
@@ -116,6 +116,7 @@ class ModelSpec:
     states: tuple[StateSpec, ...] = ()  # mode carry: last inputs and last outputs of denoise, in this order
     updates: int = 0  # mode steps: how many of the trunk's last updates a skipped step reads
     update_dtype: str = ""
+    reach: Reach | None = None  # None: unknown, in bundles of earlier versions
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -193,10 +194,13 @@ class ModelSpec:
         def frozen(value: Any) -> Any:
             return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
 
-        values = {name: frozen(value) for name, value in fields.items() if name not in ("input_specs", "states")}
+        values = {
+            name: frozen(value) for name, value in fields.items() if name not in ("input_specs", "states", "reach")
+        }
         inputs = tuple(InputSpec(**{n: frozen(v) for n, v in item.items()}) for item in fields["input_specs"])
         states = tuple(StateSpec(**item) for item in fields["states"])
-        return cls(**values, input_specs=inputs, states=states)
+        reach = Reach(**{name: frozen(v) for name, v in found.items()}) if (found := fields.get("reach")) else None
+        return cls(**values, input_specs=inputs, states=states, reach=reach)
 
     @classmethod
     def of(cls, program: Program) -> ModelSpec:
@@ -211,6 +215,7 @@ class ModelSpec:
             timestep=program.timestep,
             timestep_scale=program.timestep_scale,
             image=program.image,
+            reach=program.reach,
         )
         if "skip" in program.parts:
             return facts.with_steps(program.parts["skip"])

@@ -10,7 +10,10 @@ from torch import nn
 
 from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.complex_to_real import RealNumbers
+from dcconvert.passes.frontend.merged_batch import MergeLater
+from dcconvert.passes.frontend.part_tokens import PartTokens
 from dcconvert.passes.frontend.token_stream import FindTokenStream
+from dcconvert.passes.frontend.write_attention import WriteAttention
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.ir.pass_runner import Passes
 from dcconvert.passes.ir.spec import DECHUNK
@@ -24,10 +27,16 @@ from dcconvert.passes.runtime.run import Run
 
 Model = TypeVar("Model", bound=DynamicModel)
 
-FRONTEND: Passes = (
+SAME_OPS: Passes = (
     Normalise(),  # one form for each op
     RealNumbers(),  # no complex numbers
+    WriteAttention(),  # attention as one op
+    MergeLater(),  # samples on an axis of their own
+)
+FRONTEND: Passes = (
+    *SAME_OPS,
     FindTokenStream(),  # patchify, cut points, blocks, trunk
+    PartTokens(),  # grid tokens and others in two values where the trunk begins and ends
 )
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
-from dcconvert.passes.frontend.token_stream import same
-from dcconvert.passes.ir.node_args import integer, integers, nodes
+from dcconvert.passes.frontend.cuts import same
+from dcconvert.passes.ir.node_args import integer, integers, nodes, operand
 
 if TYPE_CHECKING:
     from dcconvert.passes.packing.packer import Packer
@@ -72,7 +72,25 @@ def takes_apart(packer: Packer, node: Node, joint: Joint) -> bool:
             total = packer.tokens + joint.context
             store_part(packer, node, source, joint, (clamped(begin, total), clamped(end, total)))
             return True
+    if node.target is aten.slice_scatter.default:
+        return writes_over_grid(packer, node, joint)
     return False
+
+
+def writes_over_grid(packer: Packer, node: Node, joint: Joint) -> bool:
+    """Write an op that replaces exactly the grid's tokens in a value with both; False for any other."""
+    whole, part = operand(node), operand(node, 1)
+    laid, rank = packer.get(whole, "packed"), node.meta["val"].ndim
+    if integer(node, 2, 0) % rank != laid.token or packer.joint(whole) != joint:
+        return False
+    total = packer.tokens + joint.context
+    begin, end = (clamped(integer(node, place, default), total) for place, default in ((3, 0), (4, sys.maxsize)))
+    if (begin, end) != (joint.start, joint.start + packer.tokens) or integer(node, 5, 1) != 1:
+        raise packer.refuse(node, f"it writes over tokens {begin} to {end}, which are not exactly the grid's")
+    if not packer.in_trunk(part) or packer.joint(part):
+        raise packer.refuse(node, "what it writes over the grid's tokens is not computed from them")
+    packer.store_joint(node, joint, packer.native(part), packer.get(whole, "context").node)
+    return True
 
 
 def splits_tokens(packer: Packer, node: Node) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from dcconvert.passes.frontend.token_stream import same
+from dcconvert.passes.frontend.cuts import same
 from dcconvert.passes.ir import ops  # noqa: F401  (registers torch.ops.dcconvert)
 from dcconvert.passes.ir.errors import UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import where
@@ -59,6 +59,7 @@ class Packer:
         self._groups: dict[Layout, Node] = {}
         self._outside: dict[Node, Node] = {}  # values with only context
         self._joint: dict[Node, Joint] = {}
+        self._grid_only: set[Node] = set()  # values with grid tokens only, computed from values with both
 
     def start(self, node: Node, packed: Node) -> None:
         """Declare the trunk's input and its packed form."""
@@ -77,10 +78,10 @@ class Packer:
         layout: Layout = "packed"
         if rule.moves_only:
             layout = self._native[self.trunk_input(node)]
-        if joint:
-            self._joint[node] = joint
         self._store(node, rule.apply(self, node, layout))
-        if joint and (node, "context") not in self._laid:
+        if joint and node not in self._grid_only:
+            self._joint[node] = joint
+        if node in self._joint and (node, "context") not in self._laid:
             self.store_context(node, rule.apply(self, node, "context"))
 
     def copied(self, node: Node) -> Node:
@@ -98,6 +99,10 @@ class Packer:
     def joint(self, value: Any) -> Joint | None:
         """Where grid tokens and others are in a value that holds both."""
         return self._joint.get(value) if isinstance(value, Node) else None
+
+    def leaves_others(self, node: Node) -> None:
+        """Declare that a node computed from values with grid tokens and others holds grid tokens only."""
+        self._grid_only.add(node)
 
     def store_joint(self, node: Node, joint: Joint, laid: PackedValue, context: Node) -> None:
         """Declare a value that holds grid tokens and others on the same axis."""

@@ -6,13 +6,13 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from dcconvert.passes.frontend.capture import has_batch_axis
-from dcconvert.passes.frontend.token_stream import same
+from dcconvert.passes.frontend.cuts import ancestors, same
 from dcconvert.passes.ir.errors import CheckFailedError
 from dcconvert.passes.ir.graph_tools import placeholders, remove_dead_code
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
 from dcconvert.passes.ir.program import Program
 from dcconvert.passes.ir.spec import InputSpec
-from dcconvert.passes.rewrite.split_route import ancestors, finish, is_batched
+from dcconvert.passes.rewrite.split_route import finish, is_batched
 
 aten = torch.ops.aten
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch.fx import Node
 
-from dcconvert.passes.frontend.token_stream import dependents
+from dcconvert.passes.frontend.reach import trunk_nodes
 from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import remove_dead_code, where
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
@@ -96,17 +96,6 @@ def closing_norm(end: Node) -> Node:
     if len(norms) != 1 or len(end.users) != 1:
         raise UnsupportedModelError("dechunk by values needs an RMS norm after the last block, as DC-DiT has it")
     return norms[0]
-
-
-def trunk_nodes(program: Program, start: Node, ends: Sequence[Node]) -> list[Node]:
-    """Nodes on a path from `start` to one of `ends`, in graph order, without `start`."""
-    after = dependents(program, [start])
-    needed, found = set(ends), []
-    for node in reversed(after):
-        if node in needed and node is not start:
-            found.append(node)
-            needed.update(node.all_input_nodes)
-    return found[::-1]
 
 
 def add_plan_inputs(program: Program, wanted: Mapping[str, PlanInput]) -> None:

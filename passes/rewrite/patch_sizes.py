@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from dcconvert.passes.frontend.token_stream import dependents, is_token_tensor
+from dcconvert.passes.frontend.cuts import ancestors, dependents, is_token_tensor
+from dcconvert.passes.frontend.reach import trunk_nodes
 from dcconvert.passes.ir.errors import UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import remove_dead_code, run_nodes, where
 from dcconvert.passes.ir.node_args import integers, operand
@@ -22,8 +23,7 @@ from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules import find_rule
 from dcconvert.passes.planning.planners import scales_of
 from dcconvert.passes.rewrite.inline import inline
-from dcconvert.passes.rewrite.pack_trunk import add_plan_inputs, drop_unused_inputs, trunk_nodes
-from dcconvert.passes.rewrite.split_route import ancestors
+from dcconvert.passes.rewrite.pack_trunk import add_plan_inputs, drop_unused_inputs
 
 aten = torch.ops.aten
 

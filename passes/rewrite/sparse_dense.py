@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from dcconvert.passes.frontend.token_stream import ATTENTION, dependents
+from dcconvert.passes.frontend.cuts import ATTENTION, dependents
+from dcconvert.passes.frontend.reach import trunk_nodes
 from dcconvert.passes.ir.errors import UnsupportedModelError, UsageError
 from dcconvert.passes.ir.graph_tools import give_tensor, read_tensor, remove_dead_code, where
 from dcconvert.passes.ir.node_args import operand
@@ -21,7 +22,7 @@ from dcconvert.passes.ir.program import Program
 from dcconvert.passes.packing.packer import Packer
 from dcconvert.passes.packing.rules import find_rule
 from dcconvert.passes.packing.rules.attention import ARGUMENTS, scale_of
-from dcconvert.passes.rewrite.pack_trunk import add_plan_inputs, drop_unused_inputs, trunk_nodes
+from dcconvert.passes.rewrite.pack_trunk import add_plan_inputs, drop_unused_inputs
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from dcconvert.passes.frontend.token_stream import is_token_tensor
+from dcconvert.passes.frontend.cuts import is_token_tensor
 from dcconvert.passes.ir.graph_tools import remove_dead_code, run_nodes
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
 from dcconvert.passes.ir.program import Program

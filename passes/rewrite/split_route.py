@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from dcconvert.passes.frontend.token_stream import same
+from dcconvert.passes.frontend.cuts import ancestors, same
 from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import placeholders, remove_dead_code, where
 from dcconvert.passes.ir.pass_runner import Pass, PassResult
@@ -47,18 +46,6 @@ class SplitRoute(Pass):
             "denoise": build_denoise(program, early, names),
         }
         return PassResult(1, (f"{len(values)} values pass from route to denoise",))
-
-
-def ancestors(roots: list[Node], ends: Callable[[Node], bool] = lambda _: False) -> set[Node]:
-    """The roots and everything they are computed from; the search stops at nodes for which `ends` is true."""
-    found: set[Node] = set()
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend([] if ends(node) else node.all_input_nodes)
-    return found
 
 
 def crosses(program: Program, node: Node, early: set[Node]) -> bool:

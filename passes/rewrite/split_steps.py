@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from dcconvert.passes.frontend.token_stream import ATTENTION
+from dcconvert.passes.frontend.cuts import ATTENTION
 from dcconvert.passes.ir.errors import UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import add_input, emit, placeholders, remove_dead_code
 from dcconvert.passes.ir.pass_runner import Pass, PassResult

@@ -224,10 +224,12 @@ class DynamicModel(nn.Module, Runtime):
         kept = f"{spec.tokens * schedule.expected:.0f} kept on average ({schedule.ratio:g}x)"
         if schedule.data_dependent and not schedule.seen:
             kept = f"{schedule.ratio:g}x was requested, but not fitted on sampling runs: check what steps keep"
+        head, tail = method.head_blocks, method.tail_blocks
+        if spec.reach is not None:
+            head, tail = spec.reach.head, spec.reach.tail
         lines = [
             f"{spec.grid[0]}x{spec.grid[1]} = {spec.tokens} tokens, {kept}",
-            f"{spec.depth} blocks: {method.head_blocks} head, "
-            f"{spec.depth - method.head_blocks - method.tail_blocks} trunk, {method.tail_blocks} tail",
+            f"{spec.depth} blocks: {head} head, {spec.depth - head - tail} trunk, {tail} tail",
             f"method {method.name}, router {method.router}, schedule {schedule.kind}",
         ]
         lines += [inspect.cleandoc(f"{r.name}: {r.matches} matches {'; '.join(r.notes)}") for r in self.records]

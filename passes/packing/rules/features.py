@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -40,12 +42,26 @@ def softmax(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     return x.at(packer.again(node, x.node, *node.args[1:], **node.kwargs))
 
 
-@rule(aten.mean.dim, aten.sum.dim_IntList)
+@rule(aten.matmul.default)
+def product(packer: Packer, node: Node, layout: Layout) -> PackedValue:
+    """matmul(x [..., D], weight [D, E]) without a bias, where the weight does not depend on the tokens."""
+    if not packer.in_trunk(node.args[0]) or packer.in_trunk(node.args[1]) or operand(node, 1).meta["val"].ndim != 2:
+        raise packer.refuse(node, "it multiplies tokens with tokens, but is no attention that could be recognised")
+    x = packer.get(operand(node), layout)
+    last_axis_is_features(packer, node, x, 1)
+    return x.at(packer.again(node, x.node, packer.outside(operand(node, 1))))
+
+
+AXES: dict[Any, int] = {aten.linalg_vector_norm.default: 2}  # where an op has its axes, if not at 1
+
+
+@rule(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
+@rule(aten.var.correction, aten.std.correction, aten.linalg_vector_norm.default)
 def reduction(packer: Packer, node: Node, layout: Layout) -> PackedValue:
-    """Mean and sum over feature axes."""
+    """Mean, sum, maximum, variance and norm over feature axes."""
     x = packer.get(operand(node), layout)
     rank = x.node.meta["val"].ndim
-    axes = [axis % rank for axis in integers(node, 1)]
+    axes = [axis % rank for axis in integers(node, AXES.get(node.target, 1))]
     if {x.batch, x.token} & set(axes):
         raise packer.refuse(node, "it mixes values along the batch or token axis")
     out = packer.again(node, x.node, *node.args[1:], **node.kwargs)
@@ -72,7 +88,28 @@ def side_by_side(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     return first.at(out, first.batch + (new and axis <= first.batch), first.token + (new and axis <= first.token))
 
 
-@rule(aten.empty_like.default)
+@rule(aten.glu.default, aten.cumsum.default)
+def along_an_axis(packer: Packer, node: Node, layout: Layout) -> PackedValue:
+    """Ops along one feature axis, which stays."""
+    x = packer.get(operand(node), layout)
+    axis = integer(node, 1, -1) % node.meta["val"].ndim
+    if axis in (x.batch, x.token):
+        raise packer.refuse(node, "it mixes values along the batch or token axis")
+    return x.at(packer.again(node, x.node, axis, *node.args[2:], **node.kwargs))
+
+
+@rule(aten.constant_pad_nd.default)
+def pad(packer: Packer, node: Node, layout: Layout) -> PackedValue:
+    """Constant values beside the features."""
+    x = packer.get(operand(node), layout)
+    widths, rank = integers(node, 1), node.meta["val"].ndim
+    padded = {rank - 1 - place // 2 for place, width in enumerate(widths) if width}
+    if padded & {x.batch, x.token}:
+        raise packer.refuse(node, "it pads samples or tokens")
+    return x.at(packer.again(node, x.node, *node.args[1:]))
+
+
+@rule(aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default)
 def same_shape(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     """A new value to be filled, in the shape of another."""
     x = packer.get(operand(node), layout)

@@ -112,6 +112,39 @@ def slice_features(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     return x.at(packer.again(node, x.node, axis, *node.args[2:]))
 
 
+@rule(aten.expand.default, moves_only=True)
+def expand(packer: Packer, node: Node, layout: Layout) -> PackedValue:
+    """Copies along feature axes of size one, without new axes."""
+    x = packer.get(operand(node), layout)
+    before, after = marked_sizes(packer, operand(node)), marked_sizes(packer, node)
+    if len(before) != len(after):
+        raise packer.refuse(node, "it adds axes in front of the batch axis")
+    if any(before[axis] != after[axis] for axis in (x.batch, x.token)):
+        raise packer.refuse(node, "it makes copies along the batch or token axis")
+    sizes = [-1 if old == new else new for old, new in zip(before, after, strict=True)]
+    return x.at(packer.again(node, x.node, sizes))
+
+
+@rule(aten.repeat.default, moves_only=True)
+def repeat(packer: Packer, node: Node, layout: Layout) -> PackedValue:
+    """Copies along feature axes."""
+    x = packer.get(operand(node), layout)
+    times = integers(node, 1)
+    if len(times) != x.node.meta["val"].ndim or times[x.batch] != 1 or times[x.token] != 1:
+        raise packer.refuse(node, "it makes copies along the batch or token axis")
+    return x.at(packer.again(node, x.node, times))
+
+
+@rule(aten.flip.default, aten.roll.default, moves_only=True)
+def turn(packer: Packer, node: Node, layout: Layout) -> PackedValue:
+    """Another order along feature axes."""
+    x = packer.get(operand(node), layout)
+    axes = integers(node, 2 if node.target is aten.roll.default else 1)
+    if {axis % node.meta["val"].ndim for axis in axes} & {x.batch, x.token}:
+        raise packer.refuse(node, "it changes the order along the batch or token axis")
+    return x.at(packer.again(node, x.node, *node.args[1:]))
+
+
 @rule(operator.getitem, moves_only=True)
 def getitem(packer: Packer, node: Node, layout: Layout) -> PackedValue:
     x = packer.get(operand(node), layout)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 from benchmarks.families import FAMILIES, made
 from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.capture import capture
-from dcconvert.passes.frontend.token_stream import FindTokenStream, find_cuts
+from dcconvert.passes.frontend.cuts import find_cuts, main_stream
+from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError, UsageError
 from dcconvert.passes.ir.graph_tools import module_path
 from dcconvert.passes.ir.pass_runner import run_passes
@@ -98,7 +101,7 @@ def test_diffusers_models(make):
 
 
 @pytest.mark.parametrize(
-    ("name", "depth", "beside"), [("sd3", 4, 7), ("sd35", 3, 7), ("flux", 6, 7), ("auraflow", 4, 15), ("wan", 4, 0)]
+    ("name", "depth", "beside"), [("sd3", 4, 7), ("sd35", 3, 7), ("flux", 6, 7), ("auraflow", 6, 15), ("wan", 4, 0)]
 )
 def test_blocks_of_models_with_other_tokens(name, depth, beside):
     """First blocks, where text enters, and last ones, which it leaves, count; so do double and single streams."""
@@ -108,7 +111,7 @@ def test_blocks_of_models_with_other_tokens(name, depth, beside):
     assert (stream.depth, stream.width) == (depth, 32)
     assert stream.contexts[stream.boundaries[0]] == ()
     for boundary in stream.boundaries[1:-1]:
-        assert sum(int(node.meta["val"].shape[1]) for node in stream.contexts[boundary]) == beside
+        assert stream.beside(boundary) == beside
 
 
 def test_video_lies_frame_below_frame():
@@ -151,7 +154,7 @@ class LongSkip(TinyModel):
 def test_a_value_that_stays_alive_leaves_no_cut():
     program = program_of(LongSkip(2))
     patchify = next(node for node in program.graph.nodes if node.target is aten.conv2d.default)
-    cuts = find_cuts(program, patchify, TOKENS)
+    cuts = find_cuts(program, main_stream(program, patchify), TOKENS)
     # Patches, positions, where the skip ends.
     kinds = [str(cut.node.target) for cut in cuts]
     assert kinds[:3] == [
@@ -187,28 +190,127 @@ class LinearPatchify(TinyModel):
         return self.final(x)
 
 
-class FlatConvolution(LinearPatchify):
-    def __init__(self) -> None:
-        super().__init__()
-        self.patchify = nn.Conv1d(TOKENS, TOKENS, 1)  # type: ignore[assignment]
-        self.widen = nn.Linear(8, WIDTH)
+class Frames(TinyModel):
+    """Every frame of a video [B, T, C, H, W] is an image of the batch when the convolution sees it."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.final(self.widen(self.patchify(x.reshape(x.shape[0], TOKENS, 8))))
+        frames = self.patchify(x.flatten(0, 1)).flatten(2).transpose(1, 2)
+        x = frames.reshape(x.shape[0], -1, WIDTH)
+        for block in self.blocks:
+            x = block(x, t.unsqueeze(1).expand(-1, WIDTH))
+        return self.final(x)
+
+
+class Sound(TinyModel):
+    """A convolution that keeps the channels comes before the linear layer that makes tokens."""
+
+    def __init__(self) -> None:
+        super().__init__([Block(), Block()])
+        self.before, self.widen = nn.Conv1d(4, 4, 1), nn.Linear(4, WIDTH)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = self.widen((self.before(x) + x).transpose(1, 2))
+        for block in self.blocks:
+            x = block(x, t.unsqueeze(1).expand(-1, WIDTH))
+        return self.final(x).transpose(1, 2)
+
+
+class LastAxis(LinearPatchify):
+    """Patches of a video as features [B, T, H, W, C], which a linear layer makes wider."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = self.patchify(x).flatten(1, 3)
+        for block in self.blocks:
+            x = block(x, t.unsqueeze(1).expand(-1, WIDTH))
+        return self.final(x)
+
+
+T = torch.rand(3)
 
 
 @pytest.mark.parametrize(
-    ("module", "miss"), [(LinearPatchify(), "no convolution"), (FlatConvolution(), r"aten\.conv1d\.")]
+    ("module", "image", "grid"),
+    [
+        (LinearPatchify(), torch.randn(3, 2, 4, 8), (2, 4)),
+        (Frames([Block(), Block()]), torch.randn(3, 5, 2, 4, 8), (5 * 2, 4)),
+        (Sound(), torch.randn(3, 4, 10), (10, 1)),
+        (LastAxis(), torch.randn(3, 5, 2, 4, 8), (5 * 2, 4)),
+    ],
+    ids=["linear", "frames in the batch", "sound", "features last"],
 )
-def test_without_a_patchify_convolution_the_nearest_miss_is_named(module, miss):
-    with pytest.raises(UnsupportedModelError, match=f"no patchify convolution .* found; nearest miss: {miss}"):
-        found(module)
+def test_what_may_make_tokens_of_an_image(module, image, grid):
+    program = capture(module, (image, T), {}, method_of("carry"))
+    run_passes(program, (Normalise(), FindTokenStream()))
+    stream = program.found_stream()
+    assert (stream.grid, stream.depth, program.image) == (grid, 2, "x")
+
+
+class NoImage(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [(torch.randn(3, 5), "no floating-point input"), (torch.randn(3, 4, 5), "no convolution and no")],
+)
+def test_without_anything_that_makes_tokens_the_message_says_what_is_missing(given, found):
+    program = capture(NoImage(), (given,), {}, method_of("carry"))
+    with pytest.raises(UnsupportedModelError, match=f"no patchify found: .*; it has {found}"):
+        run_passes(program, (FindTokenStream(),))
+
+
+class Tapped(TinyModel):
+    """Features of an earlier block are an output too, as they are or through a layer of their own (REPA)."""
+
+    def __init__(self, at: int, inside: bool = False) -> None:
+        super().__init__(Block() for _ in range(5))
+        self.at, self.inside = at, inside
+        self.projector = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, 5))
+
+    def forward(self, x: Tensor, t: Tensor) -> Any:
+        c, features = t.unsqueeze(1).expand(-1, WIDTH), x
+        x = self.patchify(x).flatten(2).transpose(1, 2) + self.positions
+        for number, block in enumerate(self.blocks):
+            x = block(x, c)
+            if number == self.at:
+                features = x[..., :3] if self.inside else self.projector(x)
+        return self.final(x), features
+
+
+@pytest.mark.parametrize(("at", "head", "tail"), [(0, 1, 0), (1, 2, 0), (3, 0, 1)])
+def test_the_trunk_ends_where_another_output_is_computed(at, head, tail):
+    program = found(Tapped(at), head_blocks=0, tail_blocks=0)
+    stream = program.found_stream()
+    assert stream.depth == 5
+    assert program.found_trunk() == (stream.boundaries[head], stream.boundaries[5 - tail])
+    assert program.reach is not None
+    assert (program.reach.held, program.reach.attentions) == (5 - head - tail, 5)
+
+
+def test_the_other_output_is_the_original_s():
+    module, inputs = Tapped(1), tiny_inputs()
+    model = rewrite(module, inputs, {}, method_of("carry"), Policy("constant", 2).timetable(), timestep_scale=1.0)
+    with torch.no_grad():
+        for got, want in zip(model(*inputs), module(*inputs), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_no_attention_at_all_says_how_to_write_it():
+    with pytest.raises(UnsupportedModelError, match=r"no attention found .* scaled_dot_product_attention"):
+        found(TinyModel([Mlp(), Mlp(), Mlp()]))
+
+
+def test_few_repeating_blocks_are_counted_as_such():
+    """Two of three blocks repeat: it is not a model of two blocks."""
+    with pytest.raises(UsageError, match=r"no trunk in a model of 2 repeating blocks \(of its 3 attention ops"):
+        found(TinyModel([Block(), Block(), SigmoidBlock()]), head_blocks=1, tail_blocks=1)
 
 
 @pytest.mark.parametrize(
     ("blocks", "attentions"),
-    [([Block()], 1), ([Block(), SigmoidBlock()], 2), ([Mlp(), Mlp(), Mlp()], 0)],
-    ids=["one block", "two different blocks", "no attention"],
+    [([Block()], 1), ([Block(), SigmoidBlock()], 2)],
+    ids=["one block", "two different blocks"],
 )
 def test_blocks_that_do_not_repeat_are_refused(blocks, attentions):
     with pytest.raises(UnsupportedModelError, match=f"no repeating transformer blocks .* {attentions} attention ops"):

@@ -32,7 +32,7 @@ def test_what_a_model_consists_of():
     assert not any("attention" in str(node.target) for node in model.skip_graph.graph.nodes)
 
 
-NOT_SKIPPED = {"sd35", "auraflow", "qwen-image"}  # attention of their other tokens does not go through the update
+NOT_SKIPPED = {"sd35"}  # attention of their other tokens does not go through the update
 NOT_ALONE = {"latte", "hunyuan-dit"}  # what `benchmarks.families` says of them
 
 

@@ -142,7 +142,7 @@ def outer(h: Tensor, text: Tensor) -> Tensor:
             r"selects tokens 1 to 9, which are neither the grid's nor all others",
         ),
         (lambda h, text: outer(outer(h, text), text)[:, 2 * TEXT :], "a second time"),
-        (lambda h, text: torch.cat([h.transpose(1, 2), text.transpose(1, 2)], 2)[:, :, :TOKENS].flip(1), "flip"),
+        (lambda h, text: torch.cat([h.transpose(1, 2), text.transpose(1, 2)], 2)[:, :, :TOKENS].sort(1)[0], "sort"),
     ],
 )
 def test_what_has_no_meaning_is_refused(body, reason):
@@ -166,6 +166,40 @@ def test_a_mask_of_keys(text_at):
     check_trunk(body, grid, torch.randn(BATCH, TEXT, WIDTH), other, token_axis=1)
 
 
+@pytest.mark.parametrize("at", ["start", "end"])
+def test_what_is_written_over_exactly_the_grid(at):
+    """Rotary embeddings of the image alone, in a value that holds the text too."""
+
+    def body(h: Tensor, text: Tensor) -> Tensor:
+        begin, end = (TEXT, TEXT + h.shape[1]) if at == "start" else (0, h.shape[1])
+
+        def turn(x: Tensor) -> Tensor:
+            return torch.slice_scatter(x, torch.sin(x[:, :, begin:end]), 2, begin, end)
+
+        both = torch.cat([text, h] if at == "start" else [h, text], 1)
+        return attend(both, turn)[:, begin:end]
+
+    check_trunk(body, torch.randn(BATCH, TEXT, WIDTH))
+
+
+def test_what_is_written_over_other_tokens_is_refused():
+    def body(h: Tensor, text: Tensor) -> Tensor:
+        both = torch.cat([text, h], 1)
+        return torch.slice_scatter(both, torch.sin(both[:, :TEXT]), 1, 0, TEXT)[:, TEXT:]
+
+    with pytest.raises(UnsupportedModelError, match=r"writes over tokens 0 to 5, which are not exactly the grid's"):
+        pack(body, H, torch.zeros(BATCH, TEXT, WIDTH))
+
+
+@pytest.mark.parametrize("text_last", [False, True])
+def test_queries_of_the_grid_alone(text_last):
+    def body(h: Tensor, text: Tensor) -> Tensor:
+        k = torch.cat([heads(h), heads(text)] if text_last else [heads(text), heads(h)], 2)
+        return F.scaled_dot_product_attention(heads(h * 3), k, torch.sin(k)).transpose(1, 2).flatten(2)
+
+    check_trunk(body, torch.randn(BATCH, TEXT, WIDTH))
+
+
 def test_a_mask_of_pairs_is_refused():
     def body(h: Tensor, text: Tensor) -> Tensor:
         both = heads(outer(h, text))
@@ -176,10 +210,22 @@ def test_a_mask_of_pairs_is_refused():
         pack(body, H, torch.zeros(BATCH, TEXT, WIDTH))
 
 
-def test_queries_without_the_others_are_refused():
+def test_cross_attention_from_the_grid_and_the_others():
+    """A single stream looks at text that is no part of it."""
+
+    def body(h: Tensor, others: Tensor, text: Tensor) -> Tensor:
+        both = torch.cat([others, h], 1)
+        k = heads(text)
+        both = both + F.scaled_dot_product_attention(heads(both), k, k.sin()).transpose(1, 2).flatten(2)
+        return attend(both)[:, TEXT:]
+
+    check_trunk(body, torch.randn(BATCH, TEXT, WIDTH), torch.randn(BATCH, 7, WIDTH))
+
+
+def test_keys_without_the_others_are_refused():
     def body(h: Tensor, text: Tensor) -> Tensor:
         both = heads(outer(h, text))
-        return F.scaled_dot_product_attention(heads(h), both, both).transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(both, heads(h), heads(h)).transpose(1, 2).flatten(2)[:, TEXT:]
 
     with pytest.raises(UnsupportedModelError, match="must hold the same tokens beside the grid"):
         pack(body, H, torch.zeros(BATCH, TEXT, WIDTH))

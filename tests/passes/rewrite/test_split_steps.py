@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 from benchmarks.families import FAMILIES, made
 from dcconvert.passes.frontend.canonicalise import Normalise
 from dcconvert.passes.frontend.complex_to_real import RealNumbers
-from dcconvert.passes.frontend.token_stream import ATTENTION, FindTokenStream
+from dcconvert.passes.frontend.cuts import ATTENTION
+from dcconvert.passes.frontend.token_stream import FindTokenStream
 from dcconvert.passes.ir.errors import CheckFailedError, UnsupportedModelError
 from dcconvert.passes.ir.graph_tools import placeholders
 from dcconvert.passes.ir.pass_runner import run_passes

@@ -85,6 +85,19 @@ def test_cross_attention_takes_the_keys_of_the_sample(counts):
     assert count(program.graph_module, aten.scaled_dot_product_attention.default) == 1
 
 
+@pytest.mark.parametrize("kind", ["seen", "added"])
+def test_self_attention_with_a_mask_over_the_keys(kind):
+    """Kept tokens are hidden or not, wherever they are laid out; slots without a token are never seen."""
+    hidden = torch.arange(TOKENS).expand(BATCH, TOKENS) % 5 == torch.arange(1, BATCH + 1).unsqueeze(1)
+    mask = ~hidden if kind == "seen" else torch.zeros(BATCH, TOKENS).masked_fill(hidden, -1e4)
+
+    def body(h: Tensor, mask: Tensor) -> Tensor:
+        wide = mask.expand(-1, 2, h.shape[1], -1)  # for every head and query, as some models do
+        return self_attention(h, attn_mask=wide)
+
+    check_trunk(body, mask[:, None, None, :], token_axis=3)
+
+
 def test_cross_attention_with_a_mask_over_the_keys():
     mask = torch.zeros(BATCH, 1, 1, KEYS).masked_fill(torch.arange(KEYS) > 2, -1e4)
     check_trunk(cross_attention, torch.randn(BATCH, KEYS, WIDTH), mask)
@@ -100,7 +113,7 @@ def test_cross_attention_needs_one_sample_a_row():
     [
         ({"is_causal": True}, "causal"),
         ({"dropout_p": 0.5}, "dropout"),
-        ({"attn_mask": torch.zeros(TOKENS, TOKENS)}, "self-attention with a mask"),
+        ({"attn_mask": torch.zeros(TOKENS, TOKENS)}, "only key masks"),
     ],
 )
 def test_self_attention_with_extras_is_refused(options, reason):

@@ -35,6 +35,10 @@ PACKED: dict[Any, Callable[[Tensor], Tensor]] = {
     aten.split_with_sizes.default: lambda h: h * torch.split_with_sizes(h, [1, WIDTH - 1], 2)[0],
     aten.split.sizes: lambda h: h * torch.ops.aten.split.sizes(h, [WIDTH - 1, 1], 2)[1],
     aten.slice.Tensor: lambda h: h * h[..., 5:6],
+    aten.expand.default: lambda h: h.unflatten(2, (12, 1)).expand(-1, -1, -1, 2).mean(-1),
+    aten.repeat.default: lambda h: h[..., :4].repeat(1, 1, 3),
+    aten.flip.default: lambda h: h.flip(-1),
+    aten.roll.default: lambda h: h.roll(5, 2),
     operator.getitem: lambda h: h.permute(2, 0, 1).unbind(0)[4].sigmoid().unsqueeze(2) * h,
 }
 
@@ -61,6 +65,10 @@ TO_HEADS: dict[Any, Callable[[Tensor], Sequence[Tensor]]] = {
     aten.split_with_sizes.default: lambda x: [p.unsqueeze(1) for p in torch.split_with_sizes(x, [12, 12, 12], -1)],
     aten.split.sizes: lambda x: [p.unsqueeze(1) for p in torch.ops.aten.split.sizes(x, [12, 12, 12], 2)],
     aten.slice.Tensor: lambda x: [x[..., i : i + WIDTH].unsqueeze(1) for i in (0, 12, 24)],
+    aten.expand.default: lambda x: in_three(x.unflatten(2, (36, 1)).expand(-1, -1, -1, 1).flatten(2)),
+    aten.repeat.default: lambda x: in_three(x.repeat(1, 1, 2)[..., :36]),
+    aten.flip.default: lambda x: in_three(x.flip(2)),
+    aten.roll.default: lambda x: in_three(x.roll(7, -1)),
     operator.getitem: in_three,
 }
 
@@ -106,6 +114,9 @@ REFUSED: dict[Any, Callable[[Tensor], Tensor]] = {
     aten.split_with_sizes.default: lambda h: torch.split_with_sizes(h, [4, 4], 1)[0],
     aten.split.sizes: lambda h: torch.ops.aten.split.sizes(h, [4, 4], 1)[0],
     aten.slice.Tensor: lambda h: h[:, ::2],
+    aten.repeat.default: lambda h: h.repeat(1, 2, 1),
+    aten.flip.default: lambda h: h.flip(1),
+    aten.roll.default: lambda h: h.roll(1, 1),
 }
 
 
