@@ -197,7 +197,10 @@ MANIFEST = record(
 
 INPUT = record(
     {"name": TEXT, "batched": FLAG, "shape": SIZES, "dtype": text(100)},
-    {"value": anything},  # an argument, which `graph_json.decode` reads
+    {"value": anything, "rows": whole()},  # an argument, which `graph_json.decode` reads
+)
+REACH = record(
+    {"held": whole(), "attentions": whole(), "share": number(0, 1), "head": whole(), "tail": whole(), "notes": NAMES}
 )
 STATE = record({"name": TEXT, "channels": whole(1), "width": whole(1), "dtype": text(100)})
 SPEC = record(
@@ -218,6 +221,7 @@ SPEC = record(
         "states": listing(STATE, most=100_000),
         "updates": whole(0, 100),
         "update_dtype": text(100),
+        "reach": nullable(REACH),
     },
 )
 SCHEDULE = record(
