@@ -183,7 +183,7 @@ def test_bad_requests_are_one_line(chunk, carry):
     assert "the request has no sequence id: call the model as a sequence" in carry.refusal(**at(0))
     assert "sequence 3 is unknown" in carry.refusal(**at(1), **controls(3, 1))
     wrong = at(0) | {"x": np.zeros((3, 1, 8, 8), np.float32)}
-    assert chunk.refusal(**wrong).startswith("dit_route: ")
+    assert "input x has shape [3, 1, 8, 8], but the model was captured for [batch, 4, 8, 8]" in chunk.refusal(**wrong)
 
 
 def test_what_lies_in_the_repository(carry):

@@ -61,6 +61,16 @@ def test_it_gives_the_same(turn):
     assert not any(isinstance(value, Tensor) and value.is_complex() for value in values)
 
 
+def test_a_factor_that_depends_on_an_input_is_multiplied_by_its_parts():
+    program = program_of(lambda x, table: x * torch.polar(x.abs(), x.abs()))
+    wanted = program.graph_module(X)[0]
+    assert run_passes(program, (RealNumbers(),))[0].matches == 1
+    torch.testing.assert_close(program.graph_module(X)[0], wanted, rtol=1e-6, atol=1e-6)
+    products = [node for node in program.graph.nodes if node.target is torch.ops.aten.mul.Tensor]
+    assert products
+    assert not any(node.meta["val"].is_complex() for node in products)
+
+
 def test_one_table_serves_every_use():
     def turn(x: Tensor, table: Tensor) -> Tensor:
         once = torch.view_as_real(x * table.unsqueeze(1))
@@ -86,7 +96,6 @@ def test_real_graphs_stay_as_they_are():
     [
         (lambda x, table: x + table.unsqueeze(1), "in a way that is not supported"),
         (lambda x, table: x * x, "in a way that is not supported"),
-        (lambda x, table: x * torch.polar(x.abs(), x.abs()), "depends on input"),
     ],
 )
 def test_what_has_no_rule_is_refused(turn, said):

@@ -140,7 +140,7 @@ class Precise(nn.Module):
 def test_regions_without_autocast_become_part_of_the_graph():
     module, inputs = Precise(), tiny_inputs(2)
     program = capture(module, tiny_inputs(3), {}, CHUNK)
-    assert all(node.op in ("placeholder", "get_attr", "call_function", "output") for node in program.graph.nodes)
+    assert [str(node.target) for node in program.graph.nodes if node.op == "call_module"] in ([], ["_guards_fn"])
     assert not any("wrap_with" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.graph_module(*inputs)[0], module(*inputs))
 
