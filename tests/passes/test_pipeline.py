@@ -43,7 +43,7 @@ def test_carry_is_logged_and_dumped_and_its_last_pass_may_find_nothing(tmp_path)
     assert model.prepare_graph is None
     assert "dcconvert.cache_write" in (tmp_path / "tiny" / "09_HoistConstants.denoise.txt").read_text()
     model = rewrite(*pixart_call(), method_of("carry"), HALF, dump=tmp_path / "pixart")
-    assert [r.name for r in model.records if r.matches == 0] == UNUSED
+    assert [r.name for r in model.records if r.matches == 0] == [name for name in UNUSED if name != "MergeLater"]
     assert model.prepare_graph is not None
     assert "aten.linear" in (tmp_path / "pixart" / "09_HoistConstants.prepare.txt").read_text()
 

@@ -30,6 +30,7 @@ def test_the_bundle_is_complete(each_job, mode):
     assert names == {
         *("manifest.json", "model.safetensors", "graph.json", "report.json", "report.html", "samples.png"),
         *("token_maps.png", "onnx/route.onnx", "onnx/denoise.onnx"),
+        *("onnx/example_inputs/route.json", "onnx/example_inputs/denoise.json"),
     }
     assert not [path for path in each_job.folder.parent.iterdir() if path.name.startswith(".")]
     graphs = [path.name for path in (each_job.folder.parent / "graphs").glob("*.txt")]
@@ -303,7 +304,7 @@ def test_a_bundle_is_sampled_as_it_was_converted(half, tmp_path):
         (("--mode", "chunk", "--state", "fp16"), "method chunk has no state"),
         (("--mode", "chunk", "--router", "drift"), "method chunk has no router 'drift': choose one of"),
         (("--mode", "chunk", "--router", "age"), "method chunk has no router 'age': choose one of"),
-        (("--warm-up", 0), "0 is not in the range x>=1"),
+        (("--warm-up", 0), "0 is not in the range 1<=x"),
         (("--warm-up", 6), "6 steps that keep everything, of 20, leave nothing for the others at 4x"),
         (("--refresh", 2), "steps that keep everything, of 20, leave nothing for the others at 4x"),
         (("--refresh", 4), "steps that keep everything, of 20, leave nothing for the others at 4x"),
