@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from dcconvert.export import schemas
@@ -19,7 +18,6 @@ from dcconvert.export.runtimes.trt import open_engines
 from dcconvert.export.schemas import fitting
 from dcconvert.models.dit import DiTConfig
 from dcconvert.passes.ir.errors import UsageError
-from dcconvert.passes.ir.graph_tools import attributes
 from dcconvert.passes.planning.step_planner import StepPlanner
 from dcconvert.passes.runtime.model import DynamicModel
 from dcconvert.passes.runtime.run import Runtime
@@ -44,23 +42,13 @@ def dit_config(bundle: Bundle) -> DiTConfig:
             f"{bundle.folder / MANIFEST}: the config is of images {list(found)}, but the graphs take {list(wanted)}; "
             "convert the model again"
         )
-    rows, needed = label_rows(bundle.model), config.num_classes + config.null_class
-    if rows is not None and needed > rows:
+    rows, needed = max(item.rows for item in spec.input_specs), config.num_classes + config.null_class
+    if 0 < rows < needed:
         raise UsageError(
             f"{bundle.folder / MANIFEST}: config.num_classes is {config.num_classes}, but the model has a table of "
             f"{rows} labels; convert the model again"
         )
     return config
-
-
-def label_rows(model: DynamicModel) -> int | None:
-    """Rows of the table in which the original looks up an input; None for a model without such a table."""
-    graph = model.original_graph
-    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
-        table, index = node.args[:2]
-        if index.op == "placeholder" and table.op == "get_attr":
-            return int(attributes(graph)[table.target].shape[0])
-    return None
 
 
 def run_of(

@@ -240,5 +240,5 @@ def test_wrong_calls_are_named():
 def test_a_model_that_is_not_supported_says_so_when_it_is_called():
     transformer, args, kwargs = made(FAMILIES["sana"])
     drop = dcconvert.convert(transformer, ratio=2, options=dcconvert.Options("carry"))
-    with pytest.raises(UnsupportedModelError, match="no packing rule"):
+    with pytest.raises(UnsupportedModelError, match="no attention that could be recognised"):
         drop(*args, **kwargs)
