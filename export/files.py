@@ -67,10 +67,11 @@ class Kind:
 # What a conversion writes, and what later commands add.
 CONVERTED = (
     MANIFEST, "graph.json", "model.safetensors", "run.json", "report.json", "report.html", "samples.png",
-    "token_maps.png", "onnx/*.onnx", "onnx/*.onnx.data",
+    "token_maps.png", "onnx/*.onnx", "onnx/*.onnx.data", "onnx/example_inputs/*.json",
 )  # fmt: skip
 ADDED = (
-    "failures.json", "failures.png", "onnx/*/*.onnx", "onnx/*/*.onnx.data", "engines/*/engines.json",
+    "failures.json", "failures.png", "onnx/*/*.onnx", "onnx/*/*.onnx.data", "onnx/*/example_inputs/*.json",
+    "engines/*/engines.json",
     "engines/*/*.engine", "engines/*/timing.cache",
 )  # fmt: skip
 

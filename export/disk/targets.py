@@ -71,9 +71,10 @@ def locked(target: Path) -> Iterator[None]:
     leaves its file behind.)
     """
     path = target.with_name(f"{temporary_name(target)}lock")
-    holder = acquired(path, target)
+    holder, held = acquired(path, target)
     try:
-        remove_litter(target)
+        if held:
+            remove_litter(target)
         yield
     finally:
         with uninterrupted():
@@ -82,8 +83,8 @@ def locked(target: Path) -> Iterator[None]:
             os.close(holder)
 
 
-def acquired(path: Path, target: Path) -> int:
-    """A locked file descriptor of the file at `path`."""
+def acquired(path: Path, target: Path) -> tuple[int, bool]:
+    """A file descriptor of the file at `path`, and whether it is locked; it is not where there are no locks."""
     while True:
         try:
             holder = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -97,10 +98,10 @@ def acquired(path: Path, target: Path) -> int:
                 f"another run of dcconvert is writing {target}: wait until it has ended, or choose another place"
             ) from None
         except OSError:  # a file system without locks
-            return holder
+            return holder, False
         with suppress(OSError):
             if os.path.samestat(os.fstat(holder), path.lstat()):
-                return holder
+                return holder, True
         os.close(holder)
 
 

@@ -23,7 +23,8 @@ from dcconvert.export.onnx.trt_attention_op import ATTRIBUTES, DOMAIN, register_
 from dcconvert.passes.ir import ops  # noqa: F401  (registers torch.ops.dcconvert)
 from dcconvert.passes.ir.errors import UsageError
 
-MASKED = -1e30  # added to the score of a key that does not count; minus infinity makes NaN where no key does
+# Added to the score of a key that does not count; minus infinity would make NaN where no key does.
+MASKED, MASKED_HALF = -1e30, -6e4
 op: Any = values.Opset("", 18)  # without the attributes of later opsets, which parsers of old ones refuse
 op24: Any = values.Opset("", 24)
 trt: Any = values.Opset(DOMAIN, 1)
@@ -99,10 +100,14 @@ def attention(
     if is_causal or enable_gqa:
         raise UsageError("attention that is causal or shares keys between heads is not supported in ONNX")
     scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
-    if attn_mask is None or attn_mask.dtype != onnx_ir.DataType.BOOL:
-        return plain_attention(q, k, v, attn_mask, scale)
-    any_key = op.ReduceMax(op.CastLike(attn_mask, q), row(-1))
-    return op.Mul(plain_attention(q, k, v, bias(attn_mask), scale), any_key)
+    if attn_mask is None:
+        return plain_attention(q, k, v, None, scale)
+    if attn_mask.dtype == onnx_ir.DataType.BOOL:
+        any_key, added = op.ReduceMax(op.CastLike(attn_mask, q), row(-1)), bias(attn_mask)
+    else:
+        seen = op.Greater(attn_mask, op.CastLike(op.Constant(value_float=float("-inf")), attn_mask))
+        any_key, added = op.ReduceMax(op.CastLike(seen, q), row(-1)), attn_mask
+    return op.Mul(plain_attention(q, k, v, added, scale), any_key)
 
 
 def bias(mask: Any) -> Any:
@@ -114,7 +119,9 @@ def plain_attention(q: Any, k: Any, v: Any, added: Any, scale: float) -> Any:
     """softmax(q k^T * scale + added) v, in the types of q, k and v."""
     scores = op.MatMul(op.Mul(q, op.CastLike(op.Constant(value_float=scale), q)), op.Transpose(k, perm=[0, 1, 3, 2]))
     if added is not None:
-        scores = op.Add(scores, op.CastLike(added, scores))
+        half = q.dtype == onnx_ir.DataType.FLOAT16
+        lowest = op.CastLike(op.Constant(value_float=MASKED_HALF if half else MASKED), scores)
+        scores = op.Add(scores, op.Max(op.CastLike(added, scores), lowest))
     return op.MatMul(op.Softmax(scores, axis=-1), v)
 
 

@@ -65,7 +65,11 @@ def with_fixed_batch(module: nn.Module, example: tuple[tuple[Any, ...], dict[str
     with plain(module) as inside:
         run_once(inside, *example)  # what a model stores at its first call is made of real tensors then
         return symbolic(
-            lambda given: export(inside, given[0], given[1], dynamic=False), plain_graph, example, batch_of(example)
+            inside,
+            lambda given: export(inside, given[0], given[1], dynamic=False),
+            plain_graph,
+            example,
+            batch_of(example),
         )
 
 

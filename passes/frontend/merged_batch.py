@@ -103,7 +103,7 @@ def order_of(program: Program, node: Node, axis: int) -> tuple[int, bool] | None
         return None
     source, place = merging(node, axis)
     if source.target is not aten.reshape.default:
-        return heads, True
+        return None
     before = source.all_input_nodes[0].meta["val"].shape
     left = math.prod(1 if isinstance(s, torch.SymInt) else s for s in source.meta["val"].shape[:place])
     for position, size in enumerate(before):

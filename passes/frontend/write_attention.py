@@ -21,7 +21,9 @@ aten = torch.ops.aten
 
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 SCALES = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
-MASKED = -1e4  # values at most this large hide a key
+# Values at most this large hide a key, and are so large that a score added to them is lost: a query whose keys are all
+# hidden sees them all alike.
+MASKED, MASKED_HALF = -1e9, -6e4
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def scores_of(softmax: Node) -> Scores | None:
     node: Any = softmax.args[0]
     factor = 1.0
     factors: list[Node] = []
-    hidden: list[Node] = []
+    hidden: list[tuple[Node, float]] = []
     biases: list[Node] = []
     while isinstance(node, Node):
         product = product_of(node)
@@ -160,12 +162,18 @@ def scores_of(softmax: Node) -> Scores | None:
                 return None  # scores and bias are scaled together
             node, other = pair
             biases.append(other)
-        elif node.target is aten.masked_fill.Scalar and isinstance(rest[1], int | float) and rest[1] <= MASKED:
-            hidden.append(rest[0])
+        elif node.target is aten.masked_fill.Scalar and hides(rest[1], source):
+            hidden.append((rest[0], float(rest[1])))
             node = source
         else:
             return None
     return None
+
+
+def hides(value: Any, scores: Node) -> bool:
+    """Whether scores of this value are those of keys that nobody sees."""
+    half = scores.meta["val"].dtype in (torch.float16, torch.bfloat16)
+    return isinstance(value, int | float) and value <= (MASKED_HALF if half else MASKED)
 
 
 def apart(node: Node, fits: Any) -> tuple[Node, Node] | None:
@@ -188,7 +196,7 @@ def written(program: Program, node: Node, product: Product, which: int, scores: 
     """The attention op for softmax(scores) times values, with the axes of `node`; None if the axes do not fit."""
     first = scores.product
     *batch, query, key = named(first)
-    if not query:
+    if not query or product.factor != 1:
         return None
     of_query = 0 if query in first.letters[0] and key not in first.letters[0] else 1
     shared = [x for x in first.letters[0] if x in first.letters[1] and x not in first.result]
@@ -301,16 +309,23 @@ class Layout:
     def mask(self, scores: Scores, letters: str, last: list[str], q: Node) -> Node | None:
         """One mask for the attention op: boolean, true for keys that are seen, or a bias; None without one."""
         emit = self.program.emit
-        seen: Node | None = None
-        for hidden in scores.hidden:
-            if hidden.meta["val"].dtype != torch.bool:
-                hidden = emit(aten.to.dtype, (hidden, torch.bool))
-            own = emit(aten.logical_not.default, (self.of_scores(hidden, letters, last),))
-            seen = own if seen is None else emit(aten.logical_and.default, (seen, own))
         bias: Node | None = None
         for value in scores.biases:
             value = self.of_scores(value, letters, last)
             bias = value if bias is None else emit(aten.add.Tensor, (bias, value))
+        seen: Node | None = None
+        for hidden, filled in scores.hidden:
+            if hidden.meta["val"].dtype != torch.bool:
+                hidden = emit(aten.to.dtype, (hidden, torch.bool))
+            hidden = self.of_scores(hidden, letters, last)
+            if bias is not None:
+                bias = emit(aten.masked_fill.Scalar, (bias, hidden, filled))
+            elif filled == -math.inf:
+                own = emit(aten.logical_not.default, (hidden,))
+                seen = own if seen is None else emit(aten.logical_and.default, (seen, own))
+            else:  # a finite value is not the same as no key: with all keys hidden, all count alike
+                numbers = emit(aten.to.dtype, (hidden, q.meta["val"].dtype))
+                bias = emit(aten.mul.Tensor, (numbers, filled))
         if seen is None or bias is None:
             return seen if bias is None else bias
         return emit(aten.masked_fill.Scalar, (bias, emit(aten.logical_not.default, (seen,)), -math.inf))

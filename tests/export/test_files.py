@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -346,3 +348,17 @@ def test_a_changed_file_is_named(change, tmp_path):
     assert len(found.wrong) == 1
     assert "report.html" in found.wrong[0]
     assert (found.listed, found.same) == (True, 1)
+
+
+def test_without_locks_nothing_of_another_run_is_removed(tmp_path, monkeypatch):
+    """Some file systems have none: what looks like litter may be the work of a run that goes on."""
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOTSUP, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    target = tmp_path / "out"
+    work = tmp_path / f"{temporary_name(target)}1234"
+    work.mkdir()
+    with locked(target):
+        assert work.is_dir()

@@ -17,6 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+MOST_COPIED = 1 << 29  # bytes
 MAX_OPCODES = 3_000_000  # a state dict of 1000 tensors has about 40,000
 MAX_DIMENSIONS = 64
 SCALARS = (str, bytes, int, float, bool, type(None))  # keys of dicts; to hash a tuple of shared tuples takes forever
@@ -133,6 +134,7 @@ class Machine:
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks under the marks
         self.memo: dict[int, Any] = {}
+        self.copied = 0  # bytes that were copied into objects, about
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -190,6 +192,11 @@ class Machine:
             self.stack[-1].state = state
 
     def object(self, named: Any, args: Any) -> None:
+        first = args[0] if isinstance(args, tuple) and args else None
+        if isinstance(first, str | bytes | list | tuple | dict):  # what `made` may copy, again and again
+            self.copied += len(first) * (1 if isinstance(first, str | bytes) else 8)
+            if self.copied > MOST_COPIED:
+                raise PickleError(f"objects made of more than {MOST_COPIED >> 20} MB of values")
         self.push(made(named.name if isinstance(named, Named) else type(named).__name__, args))
 
     def reduce(self, _: Any) -> None:

@@ -29,13 +29,16 @@ class Text:
         others = {name: value for name, value in given.items() if name not in (self.name, self.mask)}
         return (self, given[self.name].shape[2], tuple((n, described(v, batch)) for n, v in others.items()))
 
-    def filled(self, given: Mapping[str, Any], fill: float = 0.0) -> dict[str, Any]:
-        """The call with this text filled up to the next length, and masked; `fill`: deviation of what is added."""
+    def filled(self, given: Mapping[str, Any], fill: float = 0.0, least: int = 0) -> dict[str, Any]:
+        """The call with this text filled up to the next length, and masked.
+
+        `fill`: the deviation of what is added, `least`: how much at least.
+        """
         text = given[self.name]
         mask = given.get(self.mask)
         if mask is None:
             mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        more = next_length(text.shape[1]) - text.shape[1]
+        more = next_length(text.shape[1] + least) - text.shape[1]
         generator = torch.Generator().manual_seed(0)
         added = torch.randn(len(text), more, text.shape[2], generator=generator).to(text) * fill
         longer = {self.name: torch.cat([text, added], 1), self.mask: nn.functional.pad(mask, (0, more))}
@@ -70,7 +73,7 @@ def length_is_free(module: nn.Module, given: Mapping[str, Any], text: Text) -> b
     """Whether a module gives the same for a text that is filled up, whatever is masked; shown on one call."""
     try:
         plain, zeros, loud = (
-            first_tensor(module(**call)) for call in (given, text.filled(given), text.filled(given, LOUD))
+            first_tensor(module(**call)) for call in (given, text.filled(given, 0.0, 1), text.filled(given, LOUD, 1))
         )
     except Exception:  # whatever a model does with a mask that it does not expect
         return False

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
@@ -21,29 +21,34 @@ from dcconvert.passes.ir.graph_tools import fake_result, output_node, placeholde
 aten = torch.ops.aten
 
 MORE = 2  # samples that the second capture has beyond the first
+FAR = 7  # and this many beyond twice the first number, for the check
 SAME = 1e-4  # relative error between the graph with a symbolic batch and the one captured with more samples
 
 
-def with_more_samples(value: Any, size: int) -> Any:
-    """An example whose tensors with `size` samples have MORE, the first ones again."""
+def with_more_samples(value: Any, size: int, number: int = MORE) -> Any:
+    """An example whose tensors with `size` samples have so many more, the same ones again."""
 
     def more(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == size:
-            return torch.cat([leaf, leaf[:MORE]])
+            return leaf[torch.arange(size + number) % size]
         return leaf
 
     return pytree.tree_map(more, value)
 
 
 def symbolic(
-    captured: Callable[[Any], ExportedProgram], plain: Callable[[ExportedProgram], GraphModule], example: Any, size: int
+    module: nn.Module,
+    captured: Callable[[Any], ExportedProgram],
+    plain: Callable[[ExportedProgram], GraphModule],
+    example: tuple[tuple[Any, ...], dict[str, Any]],
+    size: int,
 ) -> tuple[ExportedProgram, GraphModule]:
-    """A module captured with `size` samples, and its graph with a symbolic batch.
+    """A module captured with `size` samples, and its graph with a symbolic batch. `example`: args and kwargs.
 
     1. It is captured twice, with different numbers of samples. Every number that differs between the two graphs is k
        times the batch size plus a constant.
     2. These numbers are computed from the batch size, which is read from the first input.
-    3. With the second example, the graph must return what the second capture returns.
+    3. With more samples than either example has, the graph must return what the module returns.
 
     Raises UnsupportedModelError if the two graphs differ in anything else.
     """
@@ -52,10 +57,16 @@ def symbolic(
     one, two = (without_guards(plain(exported)) for exported in (first, second))
     changed = differing(one, two, size)
     give_symbolic_values(one, changed, size)
-    with torch.no_grad():
-        flat = pytree.tree_leaves(larger)
-        found, wanted = (pytree.tree_leaves(graph(*flat)) for graph in (one, two))
-    for got, want in zip(found, wanted, strict=True):
+    many = with_more_samples(example, size, size + FAR)
+    try:
+        with torch.no_grad():
+            found, wanted = pytree.tree_leaves(one(*pytree.tree_leaves(many))), module(*many[0], **many[1])
+    except Exception as error:  # of any op
+        reason = " ".join(str(error).split())[:200]
+        raise UnsupportedModelError(
+            f"the model can only be captured for a batch of {size} (with another size: {reason})"
+        ) from error
+    for got, want in zip(found, pytree.tree_leaves(wanted), strict=True):
         if isinstance(want, Tensor) and want.is_floating_point():
             error = float((got - want).norm() / want.norm().clamp_min(1e-12))
             if not error <= SAME:

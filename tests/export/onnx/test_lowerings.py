@@ -124,6 +124,12 @@ def rows_of_numbers(batch: int) -> tuple[Tensor, ...]:
     return (100 * torch.randn(batch, WIDTH),)
 
 
+def infinite_inputs(batch: int, queries: int) -> tuple[Tensor, ...]:
+    """The same as a bias of minus infinity."""
+    *given, mask = no_keys_inputs(batch, queries)
+    return *given, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+
+
 TILED = ("tiles", "tile_tokens")
 ROWS = ("rows", "heads", "row_tokens")
 CHUNK_SIZES = ((3, 4, 6), (1, 1, 1), (5, 2, 9), (2, 8, 3))
@@ -168,6 +174,12 @@ CASES: dict[str, Case] = {
         masked_inputs,
         (("batch", "", "row_tokens"), ("batch",), ("batch",), ("batch",)),
         ((3, 8), (1, 1), (2, 17)),
+    ),
+    "attention with infinite biases": Case(
+        torch.ops.aten.scaled_dot_product_attention.default,
+        infinite_inputs,
+        (("batch", "", "row_tokens"), ("batch",), ("batch",), ("batch",)),
+        ((3, 8), (2, 17)),
     ),
     "attention with no keys": Case(
         torch.ops.aten.scaled_dot_product_attention.default,

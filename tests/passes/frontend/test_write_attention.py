@@ -63,6 +63,16 @@ def hidden_diagonal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
+def all_hidden(value: float) -> Attend:
+    """The keys of some queries are all hidden, by a number that is not infinite: these see all keys alike."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        hidden = (torch.arange(TOKENS) % 3 == 0)[:, None] | torch.eye(TOKENS, dtype=torch.bool)
+        return (q @ k.mT * SCALE).masked_fill(hidden, value).softmax(-1) @ v
+
+    return heads_first(attend)
+
+
 FORMS: dict[str, Attend] = {
     "matmul": heads_first(lambda q, k, v: (q @ k.transpose(-2, -1) * SCALE).softmax(-1) @ v),
     "divided": heads_first(lambda q, k, v: F.softmax(q @ k.mT / math.sqrt(SIZE), dim=3) @ v),
@@ -91,6 +101,8 @@ FORMS: dict[str, Attend] = {
     "a temperature": heads_first(lambda q, k, v: (q @ k.mT * torch.full((HEADS, 1, 1), 0.3)).softmax(-1) @ v),
     "a bias": heads_first(lambda q, k, v: (q @ k.mT * SCALE + torch.linspace(0, 1, TOKENS)).softmax(-1) @ v),
     "masked": heads_first(hidden_diagonal),
+    "all keys masked": all_hidden(-1e9),
+    "all keys masked by the least number": all_hidden(torch.finfo(torch.float32).min),
 }
 
 
@@ -144,8 +156,9 @@ def test_attention_written_by_hand_becomes_the_op(kind):
         heads_first(lambda q, k, v: ((q @ k.mT + torch.linspace(0, 1, TOKENS)) * SCALE).softmax(-1) @ v),
         heads_first(lambda q, k, v: torch.relu(q @ k.mT) @ v),
         heads_first(lambda q, k, v: q.softmax(-1) @ (k.mT @ v)),
+        all_hidden(-100.0),
     ],
-    ids=["over queries", "a scaled bias", "no softmax", "linear attention"],
+    ids=["over queries", "a scaled bias", "no softmax", "linear attention", "a mask of small numbers"],
 )
 def test_what_is_no_such_attention_stays(attend):
     program = capture(TinyModel([HandBlock(attend)]), tiny_inputs(), {}, method_of("chunk"))

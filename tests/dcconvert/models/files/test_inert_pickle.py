@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+from dcconvert.models.files import inert_pickle
 from dcconvert.models.files.inert_pickle import Inert, PickleError, Stored, read_pickle
 from dcconvert.models.files.torch_file import read_torch
 from dcconvert.passes.ir.errors import UsageError
@@ -239,3 +240,12 @@ def test_sizes_of_a_sequence_of_storages(tmp_path):
     (tmp_path / "x.pt").write_bytes(content.replace(struct.pack("<q", 4), struct.pack("<q", 2**60)))
     with pytest.raises(UsageError, match="truncated or damaged"):
         read_torch(tmp_path / "x.pt")
+
+
+def test_a_small_file_makes_no_large_objects(monkeypatch):
+    """The same list, made into sizes again and again."""
+    monkeypatch.setattr(inert_pickle, "MOST_COPIED", 8 * 5000)
+    sizes = b"ctorch\nSize\n" + b"(" + b"".join(b"K\x01" for _ in range(1000)) + b"l\x85"  # Size, ([1, 1, ...],)
+    stream = b"\x80\x02" + b"(" + b"".join(sizes + b"R" for _ in range(6)) + b"l."
+    with pytest.raises(PickleError, match="objects made of more than"):
+        read(stream)

@@ -66,6 +66,14 @@ def test_what_is_masked_must_not_matter(module, free):
     assert length_is_free(module, call(), TEXT) == free
 
 
+def test_a_length_of_the_ladder_proves_nothing_by_itself():
+    """A text of such a length is filled up further for the proof."""
+    given = {**call(), "encoder_hidden_states": torch.randn(2, 64, 4)}
+    assert TEXT.filled(given)["encoder_hidden_states"].shape == (2, 64, 4)
+    assert length_is_free(Attends(), given, TEXT)
+    assert not length_is_free(Attends(False), given, TEXT)
+
+
 def converted(module: nn.Module, lengths: list[int], refuses_masks: bool = False) -> list[tuple[int, ...]]:
     """The shapes of texts that calls with these lengths are converted for."""
     found: list[tuple[int, ...]] = []

@@ -60,13 +60,22 @@ class Numbered(nn.Module):
         return x * torch.tensor([1.0 + i for i in range(int(x.shape[0]))])[:, None, None, None]
 
 
+class Squared(nn.Module):
+    """The number of samples, but not in proportion to it."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        batch = int(x.shape[0])
+        return x + batch * batch
+
+
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
+        (Squared(), r"can only be captured for a batch of 3 \(another size changes its output by"),
         (OneByOne(), r"computes something else for another batch size, at aten\.\S+ in the model \(test_fixed_batch"),
         (Numbered(), r"has a constant for a batch of 3 only"),
     ],
-    ids=["loop", "constant"],
+    ids=["square", "loop", "constant"],
 )
 def test_what_depends_on_the_number_of_samples_is_refused(module, reason):
     with pytest.raises(UnsupportedModelError, match=reason) as refused:
