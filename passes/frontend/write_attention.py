@@ -43,7 +43,7 @@ class Scores:
     product: Product
     factor: float = 1.0
     factors: list[Node] = field(default_factory=list)
-    hidden: list[Node] = field(default_factory=list)  # masks that are true where a key is hidden
+    hidden: list[tuple[Node, float]] = field(default_factory=list)  # true where a key is hidden, by a score of this
     biases: list[Node] = field(default_factory=list)
 
 

@@ -68,11 +68,11 @@ def symbolic(
         ) from error
     for got, want in zip(found, pytree.tree_leaves(wanted), strict=True):
         if isinstance(want, Tensor) and want.is_floating_point():
-            error = float((got - want).norm() / want.norm().clamp_min(1e-12))
-            if not error <= SAME:
+            change = float((got - want).norm() / want.norm().clamp_min(1e-12))
+            if not change <= SAME:
                 raise UnsupportedModelError(
                     f"the model can only be captured for a batch of {size} (another size changes its output by "
-                    f"{error:.2g})"
+                    f"{change:.2g})"
                 )
     return first, one
 
