@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,11 @@ settings.register_profile("dcconvert", deadline=None, derandomize=True, database
 settings.load_profile("dcconvert")
 
 logging.getLogger("torch.__trace").setLevel(logging.WARNING)  # thousands of lines in every failure report
+
+# A shell that starts the tests in the background lets them ignore signals, which some tests send.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
