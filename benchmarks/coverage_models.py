@@ -165,23 +165,22 @@ def sana() -> Made:
     return config, {"hidden_states": image(), "encoder_hidden_states": text(), "timestep": steps()}
 
 
+LUMINA: Kwargs = {
+    "sample_size": SIDE,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": WIDTH,
+    "num_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "multiple_of": 16,
+}
+
+
 @model("LuminaNextDiT2DModel", 1.0)
 def lumina_next() -> Made:
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
-    config: Kwargs = {
-        "sample_size": SIDE,
-        "patch_size": 2,
-        "in_channels": 4,
-        "hidden_size": WIDTH,
-        "num_layers": LAYERS,
-    }
-    config |= {
-        "num_attention_heads": HEADS,
-        "num_kv_heads": HEADS,
-        "multiple_of": 16,
-        "cross_attention_dim": TEXT_WIDTH,
-    }
+    config: Kwargs = {**LUMINA, "num_kv_heads": HEADS, "cross_attention_dim": TEXT_WIDTH}
     rotary = get_2d_rotary_pos_embed_lumina(WIDTH // HEADS, 384, 384)
     call: Kwargs = {"encoder_hidden_states": text(), "encoder_mask": torch.ones(BATCH, TEXT), "timestep": steps(1.0)}
     return config, {"hidden_states": image(), **call, "image_rotary_emb": rotary, "cross_attention_kwargs": {}}
@@ -189,14 +188,7 @@ def lumina_next() -> Made:
 
 @model("Lumina2Transformer2DModel", 1.0)
 def lumina2() -> Made:
-    config: Kwargs = {
-        "sample_size": SIDE,
-        "patch_size": 2,
-        "in_channels": 4,
-        "hidden_size": WIDTH,
-        "num_layers": LAYERS,
-    }
-    config |= {"num_refiner_layers": 2, "num_attention_heads": HEADS, "num_kv_heads": 1, "multiple_of": 16}
+    config: Kwargs = {**LUMINA, "num_refiner_layers": 2, "num_kv_heads": 1}
     config |= {"axes_dim_rope": ROPE, "axes_lens": (32, 16, 16), "cap_feat_dim": TEXT_WIDTH}
     call: Kwargs = {
         "encoder_hidden_states": text(),

@@ -57,7 +57,7 @@ def check(runtime: str, work: Path, form: str) -> dict[str, Any]:
         try:
             made = LOADERS[runtime](work / form / mode / f"{graph}.onnx", 1)(feed)
         except Exception as error:  # every runtime has its own
-            found[f"{mode} {graph}"] = " ".join(str(error).split())[:200]
+            found[f"{mode} {graph}"] = " ".join(str(error).replace(f"{work}/", "").split())[:200]
             continue
         pairs = zip(made, wanted, strict=True)
         found[f"{mode} {graph}"] = max(

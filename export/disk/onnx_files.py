@@ -45,6 +45,11 @@ def checked_onnx(path: Path, again: str = AGAIN) -> Any:
     return model
 
 
+def opset_of(model: Any) -> int:
+    """The version of the standard operators that a model uses."""
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
 def check_nodes(model: Any, path: Path) -> None:
     """Refuse control flow: a node that holds graphs may run them any number of times."""
     if model.graph.sparse_initializer:

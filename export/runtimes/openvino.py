@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcconvert.export.disk.onnx_files import checked_onnx, opset_of
 from dcconvert.export.onnx.lowerings import PORTABLE
-from dcconvert.export.onnx.opset import opset_of
 from dcconvert.passes.ir.errors import UsageError
 from dcconvert.passes.planning.layout import Bucket
 from dcconvert.passes.planning.step_planner import StepPlanner
@@ -68,7 +68,7 @@ def compiled(path: Path, device: str, settings: Mapping[str, Any]) -> Any:
         import openvino
     except ImportError as error:
         raise UsageError("openvino is not installed: pip install 'dcconvert[openvino]'") from error
-    if (opset := opset_of(path)) > PORTABLE.opset:
+    if (opset := opset_of(checked_onnx(path))) > PORTABLE.opset:
         raise UsageError(
             f"{path} is of opset {opset}, of which some versions of OpenVINO silently leave out the mask of padding: "
             "convert the model again"

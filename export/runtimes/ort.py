@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dcconvert.export.disk.onnx_files import checked_onnx
+from dcconvert.export.disk.onnx_files import checked_onnx, opset_of
 from dcconvert.export.onnx.lowerings import PORTABLE
-from dcconvert.export.onnx.opset import opset_of
 from dcconvert.passes.ir.errors import CheckFailedError, UsageError
 from dcconvert.passes.ir.spec import UPDATE, state_output
 from dcconvert.passes.planning.layout import Bucket
@@ -87,7 +86,7 @@ def check_version(version: str, path: Path) -> None:
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if numbers >= FUSED_OLDEST:
         return
-    needed = OLDEST if opset_of(path) <= PORTABLE.opset else FUSED_OLDEST
+    needed = OLDEST if opset_of(checked_onnx(path)) <= PORTABLE.opset else FUSED_OLDEST
     if numbers < needed:
         least = ".".join(map(str, needed))
         raise UsageError(
